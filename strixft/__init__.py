@@ -1,0 +1,41 @@
+"""Fine-tuning of language models on machines with unified memory: plan, train, evaluate, report."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from strixft.errors import StrixftError as StrixftError
+    from strixft.evaluate import evaluate_recipe as evaluate_recipe
+    from strixft.plan import plan_recipe as plan_recipe
+    from strixft.prepare import prepare_recipe as prepare_recipe
+    from strixft.recipe import load_recipe as load_recipe
+    from strixft.report import write_report as write_report
+    from strixft.runs import find_runs as find_runs
+    from strixft.runs import open_run as open_run
+    from strixft.train import train_recipe as train_recipe
+
+_HOME = {
+    "StrixftError": "errors",
+    "evaluate_recipe": "evaluate",
+    "find_runs": "runs",
+    "load_recipe": "recipe",
+    "open_run": "runs",
+    "plan_recipe": "plan",
+    "prepare_recipe": "prepare",
+    "train_recipe": "train",
+    "write_report": "report",
+}
+"""Public name → module; imported on first use, so that `strixft --help` starts without torch."""
+
+__version__ = "0.1.0"
+__all__ = [*sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

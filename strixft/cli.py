@@ -1,0 +1,318 @@
+"""The command line: parse, call, print. Results go to standard output, the rest to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from strixft.errors import StrixftError
+
+if TYPE_CHECKING:
+    from strixft.runs import Result, Run
+
+app = typer.Typer(
+    name="strixft",
+    help="Fine-tune language models on machines with unified memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class _State:
+    debug = False
+
+
+def _set_debug(value: bool) -> None:
+    _State.debug = value
+
+
+RecipeArgument = Annotated[str, typer.Argument(help="Recipe: a name or a path.")]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", help="Run folder; runs/<recipe> if not given.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a setting: key=value, repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_set_debug, help="Show a traceback on errors.")
+]
+Stage = Annotated[str | None, typer.Option(help="A stage: prepare, plan, train or evaluate.")]
+RunArgument = Annotated[str, typer.Argument(help="Run: a name under runs/ or a folder.")]
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _overrides(settings: list[str] | None) -> dict[str, Any]:
+    from strixft.recipe import parse_override
+
+    return dict(parse_override(text) for text in settings or [])
+
+
+def _open(recipe: str, run_dir: Path | None, settings: list[str] | None, *, redo: bool) -> Run:
+    from strixft.runs import open_run
+
+    folder = run_dir.absolute() if run_dir else None  # --run-dir is relative to where it is typed
+    return open_run(recipe, folder, _overrides(settings), redo=redo)
+
+
+def _table(rows: list[list[str]], header: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False).print(table)
+
+
+def _show_figures(result: Result) -> None:
+    from strixft.recipe import flatten
+
+    flat = flatten(result.figures)
+    rows = [[key, str(value)] for key, value in flat.items() if not isinstance(value, list)]
+    _table(rows, [result.name, ""])
+
+
+@contextlib.contextmanager
+def _followed(run: Run) -> Iterator[Any]:
+    """A progress line fed by the run's status file, since stages run in other processes."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    ended = threading.Event()
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("start", total=None)
+
+        def follow() -> None:
+            while not ended.wait(0.5):
+                status = run.status()
+                progress = status.get("progress", {})
+                loss = f" loss {progress['loss']:.3f}" if "loss" in progress else ""
+                rate = f" {progress['tok_per_s']} tok/s" if progress.get("tok_per_s") else ""
+                bar.tasks[0].total = progress.get("total")
+                stage = f"{status['stage'] or 'start'}{loss}{rate}"
+                bar.update(task, description=stage, completed=progress.get("done", 0))
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield bar
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    from strixft.runs import STAGES, Result
+
+    results = {stage: Result.load(run.stage_folder(stage)) for stage in STAGES}
+    return {
+        "run_dir": str(run.folder),
+        "report": str(run.folder / "report.html"),
+        "stages": {stage: result.figures for stage, result in results.items() if result},
+    }
+
+
+@app.command()
+def recipe(
+    name: Annotated[str | None, typer.Argument(help="Recipe: a name or a path.")] = None,
+    settings: Set = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Every setting and why.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the recipes, or show one complete."""
+    from strixft import recipe as recipes
+
+    if schema:
+        _print_json(recipes.Recipe.model_json_schema())
+    elif explain:
+        rows = [list(row) for row in recipes.explain()]
+        _print_json(rows) if as_json else _table(rows, ["setting", "default", "what it does"])
+    elif name is None:
+        found = {key: str(path) for key, path in recipes.find_recipes().items()}
+        _print_json(found) if as_json else _table(
+            [list(row) for row in found.items()], ["recipe", "file"]
+        )
+    else:
+        loaded = recipes.load_recipe(name, _overrides(settings))
+        _print_json(loaded.to_dict()) if as_json else print(recipes.dump_recipe(loaded), end="")
+
+
+@app.command()
+def prepare(
+    recipe: RecipeArgument,
+    run_dir: RunDir = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Load, check, format and mask the data."""
+    _in_process(recipe, run_dir, settings, "prepare", as_json)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    host: Annotated[str | None, typer.Option("--host", help="Another machine's name.")] = None,
+    run_dir: RunDir = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say whether the run fits, before anything is loaded; writes nothing."""
+    from strixft.plan import plan_figures
+    from strixft.prepare import Prepared
+    from strixft.recipe import find_recipe, flatten, load_recipe
+    from strixft.runs import read_recipe, run_folder
+
+    loaded = load_recipe(recipe, _overrides(settings))
+    folder = run_dir.absolute() if run_dir else run_folder(find_recipe(recipe), None)
+    same = (folder / "recipe.yaml").is_file() and read_recipe(folder) == loaded
+    figures = plan_figures(loaded, host, Prepared.load(folder / "prepare") if same else None)
+    if as_json:
+        _print_json(figures)
+    else:
+        _table([[k, str(v)] for k, v in flatten(figures).items()], ["plan", ""])
+    if not figures["fits"]:
+        raise typer.Exit(3)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    run_dir: RunDir = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train by the plan; refuses what does not fit."""
+    _in_process(recipe, run_dir, settings, "train", as_json)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument,
+    run_dir: RunDir = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure base against tuned."""
+    _in_process(recipe, run_dir, settings, "evaluate", as_json)
+
+
+def _in_process(
+    recipe: str, run_dir: Path | None, settings: list[str] | None, last: str, as_json: bool
+) -> None:
+    import strixft
+    from strixft.pipeline import chosen_stages
+
+    run = _open(recipe, run_dir, settings, redo=False)
+    for stage in chosen_stages(None, last):
+        result = getattr(strixft, f"{stage}_recipe")(run)
+    _print_json(result.to_dict()) if as_json else _show_figures(result)
+
+
+@app.command(name="run")
+def run_command(
+    recipe: RecipeArgument,
+    run_dir: RunDir = None,
+    settings: Set = None,
+    first: Annotated[
+        str | None, typer.Option("--from", help="Do this stage and the later ones again.")
+    ] = None,
+    last: Annotated[str | None, typer.Option("--to", help="Stop after this stage.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run the stages as notebooks, skip what is done, write the report."""
+    from strixft.recipe import find_recipe
+
+    run = _open(recipe, run_dir, settings, redo=first == "prepare")
+    with _followed(run) as bar:
+        from strixft.pipeline import run_stages
+        from strixft.report import write_report
+
+        def notify(stage: str, done: bool) -> None:
+            bar.console.print(f"{stage}: done before" if done else stage)
+
+        overrides = _overrides(settings)
+        run_stages(run, find_recipe(recipe), overrides, first=first, last=last, notify=notify)
+        report = write_report(run)
+    if as_json:
+        _print_json(_summary(run))
+        return
+    _show_metrics(run)
+    print(f"report: {report}")
+
+
+def _show_metrics(run: Run) -> None:
+    from strixft.runs import Result
+    from strixft.units import format_number
+
+    evaluated = Result.load(run.stage_folder("evaluate"))
+    if evaluated is not None:
+        metrics = evaluated.figures["metrics"]
+        rows = [
+            [n, format_number(v["base"]), format_number(v["tuned"])] for n, v in metrics.items()
+        ]
+        _table(rows, ["held-out rows", "base", "tuned"])
+
+
+@app.command()
+def runs(as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the runs."""
+    from strixft.runs import find_runs
+
+    found = [{"run": run.name, **run.status(), "folder": str(run.folder)} for run in find_runs()]
+    if as_json:
+        _print_json(found)
+    else:
+        keys = ["run", "stage", "state", "updated"]
+        _table([[str(row.get(key, "–")) for key in keys] for row in found], keys)
+
+
+@app.command()
+def report(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Write one HTML page from a run folder."""
+    from strixft.report import write_report
+    from strixft.runs import find_run
+
+    path = write_report(find_run(run))
+    _print_json({"report": str(path)}) if as_json else print(path)
+
+
+def main() -> None:
+    """Entry point: errors of ours become two lines and an exit code."""
+    try:
+        app()
+    except StrixftError as error:
+        if _State.debug:
+            raise
+        _note(f"{error.problem}\nfix: {error.fix}")
+        raise SystemExit(error.exit_code) from None

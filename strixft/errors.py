@@ -1,0 +1,73 @@
+"""Errors a user can meet. Each says what is wrong and what to type.
+
+StrixftError            exit code 1
+├─ RecipeError   2      the YAML does not describe a run
+├─ DataError     2      a row, a file or a split is not what its format says
+├─ FitError      3      the run does not fit this host
+├─ HostError     1      driver, kernel, memory limit or package is not ready
+└─ StageError    1      a stage stopped, or an earlier one has not run yet
+"""
+
+from __future__ import annotations
+
+FIX = "\nfix: "
+
+
+class StrixftError(Exception):
+    """Base of all errors that are shown without a traceback.
+
+    Args:
+        problem: What is wrong, and where.
+        fix: What to type, or what to change in which file.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, fix: str) -> None:
+        super().__init__(f"{problem}{FIX}{fix}")
+        self.problem = problem
+        self.fix = fix
+
+
+class RecipeError(StrixftError, ValueError):
+    """The recipe does not describe a run."""
+
+    exit_code = 2
+
+
+class DataError(StrixftError, ValueError):
+    """A row, a file or a split is not what its format says."""
+
+    exit_code = 2
+
+
+class FitError(StrixftError):
+    """The run does not fit this host."""
+
+    exit_code = 3
+
+
+class HostError(StrixftError):
+    """Driver, kernel, memory limit or package is not ready."""
+
+
+class StageError(StrixftError):
+    """A stage stopped, or an earlier stage has not run yet."""
+
+
+def error_from_text(name: str, text: str) -> StrixftError | None:
+    """Rebuild an error that another process raised.
+
+    Args:
+        name: Class name, such as papermill's `PapermillExecutionError.ename`.
+        text: What `str(error)` gave there.
+
+    Returns:
+        The same error, or None if `name` is not one of ours.
+    """
+    ours: list[type[StrixftError]] = [StrixftError, *StrixftError.__subclasses__()]
+    classes = {cls.__name__: cls for cls in ours}
+    if name not in classes:
+        return None
+    problem, _, fix = text.rpartition(FIX)
+    return classes[name](problem or text, fix=fix or "run it again with --debug")

@@ -1,0 +1,242 @@
+"""`HOSTS`: memory and rates of a machine, one row each, every number with its source.
+
+`this_host()` reads the machine it runs on. Roots of `/proc` and `/sys` can be given, so that a
+recorded machine can be read as well. Below torch: nothing here needs it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from strixft.errors import FitError
+from strixft.tables import Table
+from strixft.units import GIB, MIB, format_gib
+
+Mark = Literal["measured", "vendor", "derived", "read here"]
+AMD_VENDOR = "0x1002"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sourced:
+    """A number with its origin."""
+
+    value: float
+    mark: Mark
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """One machine. Bytes, bytes per second and FLOP per second."""
+
+    name: str
+    device: Literal["cuda", "cpu"]
+    """Device type in torch's terms; a ROCm device is `cuda` too."""
+    unified: bool
+    """Device memory is the host's own memory, so the host's reserve comes off it."""
+    memory_bytes: Sourced
+    """What a process may use before the host's reserve is taken off."""
+    bfloat16: bool
+    """Matrix products in bf16 run at full rate."""
+    bandwidth_bytes_per_s: Sourced | None = None
+    matmul_flop_per_s: Mapping[str, Sourced] = field(default_factory=dict)
+    """Rate of large square products by dtype."""
+    quirks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a run may use, and where that was read."""
+
+    num_bytes: int
+    source: str
+
+
+_GUIDE = "ROCm/TheRock#5314 (4096³, forward layout, hipBLASLt)"
+_SPARK = "huggingface/kernels PR #283"
+
+HOSTS: Table[Host] = Table(
+    "host",
+    Host(
+        name="strix-halo-128",
+        device="cuda",
+        unified=True,
+        memory_bytes=Sourced(
+            value=125 * GIB,
+            mark="derived",
+            source="MemTotal of a 128 GB board with a 0.5 GiB carve-out and GTT raised",
+        ),
+        bfloat16=True,
+        bandwidth_bytes_per_s=Sourced(
+            value=212.6e9, mark="measured", source="lhl/strix-halo-testing: hardware-test/README.md"
+        ),
+        matmul_flop_per_s={
+            "bfloat16": Sourced(value=32.4e12, mark="measured", source=_GUIDE),
+            "float32": Sourced(value=3.1e12, mark="measured", source="ROCm/ROCm#5807"),
+        },
+        quirks=("over-commit can freeze the host instead of raising an error",),
+    ),
+    Host(
+        name="strix-halo-64",
+        device="cuda",
+        unified=True,
+        memory_bytes=Sourced(
+            value=62 * GIB,
+            mark="derived",
+            source="as strix-halo-128, for a 64 GB board",
+        ),
+        bfloat16=True,
+        bandwidth_bytes_per_s=Sourced(
+            value=212.6e9, mark="derived", source="same memory bus as strix-halo-128"
+        ),
+        matmul_flop_per_s={
+            "bfloat16": Sourced(value=32.4e12, mark="derived", source="same chip"),
+        },
+        quirks=("over-commit can freeze the host instead of raising an error",),
+    ),
+    Host(
+        name="dgx-spark",
+        device="cuda",
+        unified=True,
+        memory_bytes=Sourced(value=121 * GIB, mark="measured", source="JustVugg/colibri#136"),
+        bfloat16=True,
+        bandwidth_bytes_per_s=Sourced(value=218e9, mark="measured", source=_SPARK),
+        matmul_flop_per_s={"bfloat16": Sourced(value=92e12, mark="measured", source=_SPARK)},
+    ),
+    Host(
+        name="v100-32",
+        device="cuda",
+        unified=False,
+        memory_bytes=Sourced(value=32510 * MIB, mark="vendor", source="Tesla V100 SXM2 32 GB"),
+        bfloat16=False,
+        bandwidth_bytes_per_s=Sourced(value=900e9, mark="vendor", source="V100 datasheet"),
+        matmul_flop_per_s={
+            "float16": Sourced(value=95e12, mark="measured", source="lablup/mlxcel#1654"),
+            "float32": Sourced(value=14e12, mark="measured", source="lablup/mlxcel#1654"),
+        },
+        quirks=("no bf16 in hardware: fp16 with loss scaling",),
+    ),
+    Host(
+        name="h100-80",
+        device="cuda",
+        unified=False,
+        memory_bytes=Sourced(
+            value=81559 * MIB, mark="measured", source="nvidia-smi, H100 80GB HBM3"
+        ),
+        bfloat16=True,
+        bandwidth_bytes_per_s=Sourced(value=3.35e12, mark="vendor", source="H100 SXM datasheet"),
+        matmul_flop_per_s={
+            "bfloat16": Sourced(value=778e12, mark="measured", source="8192³ torch.mm, torch 2.11")
+        },
+    ),
+    Host(
+        name="h200-141",
+        device="cuda",
+        unified=False,
+        memory_bytes=Sourced(value=143771 * MIB, mark="measured", source="nvidia-smi, H200"),
+        bfloat16=True,
+        bandwidth_bytes_per_s=Sourced(value=4.8e12, mark="vendor", source="H200 datasheet"),
+        matmul_flop_per_s={
+            "bfloat16": Sourced(value=780e12, mark="measured", source="8192³ torch.mm, torch 2.11")
+        },
+    ),
+)
+
+
+def budget(host: Host, reserve_gib: float) -> Budget:
+    """What a run may use on a host: its memory, less the reserve where memory is shared.
+
+    Raises:
+        FitError: The reserve leaves nothing.
+    """
+    reserve = round(reserve_gib * GIB) if host.unified else 0
+    left = int(host.memory_bytes.value) - reserve
+    source = f"{host.memory_bytes.source} ({host.memory_bytes.mark})"
+    if left <= 0:
+        raise FitError(
+            f"{host.name} has {format_gib(host.memory_bytes.value)} for a run, and the recipe keeps"
+            f" {reserve_gib:g} GiB of it for the host",
+            fix="close other programs, or --set memory.reserve_gib=2",
+        )
+    return Budget(left, f"{source}, less {reserve_gib:g} GiB for the host" if reserve else source)
+
+
+def read_meminfo(root: Path = Path("/")) -> dict[str, int]:
+    """`/proc/meminfo` in bytes."""
+    pairs = (line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+    return {key: int(value.split()[0]) * 1024 for key, value in pairs}
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text().strip())
+    except (OSError, ValueError):  # "max", absent, unreadable
+        return None
+
+
+def _cgroup_left(root: Path) -> int | None:
+    limit = _read_int(root / "sys/fs/cgroup/memory.max")
+    used = _read_int(root / "sys/fs/cgroup/memory.current")
+    return None if limit is None or used is None else limit - used
+
+
+def available_host_memory(root: Path = Path("/")) -> Sourced:
+    """What the kernel says a new process could still take; the less of it and the cgroup's rest."""
+    available = read_meminfo(root)["MemAvailable"]
+    left = _cgroup_left(root)
+    if left is not None and left < available:
+        return Sourced(value=left, mark="read here", source="/sys/fs/cgroup/memory.max − current")
+    return Sourced(value=available, mark="read here", source="MemAvailable of /proc/meminfo")
+
+
+def _amd_cards(root: Path) -> list[Path]:
+    devices = sorted((root / "sys/class/drm").glob("card*/device"))
+    return [
+        device
+        for device in devices
+        if (device / "vendor").is_file() and (device / "vendor").read_text().strip() == AMD_VENDOR
+    ]
+
+
+def amd_memory(root: Path = Path("/")) -> tuple[Sourced, bool] | None:
+    """Free device memory of the first AMD card, and whether it is the host's own memory.
+
+    GTT larger than VRAM: the driver places device memory in GTT (kernel commit 759e764), which is
+    system memory, so the less of free GTT and MemAvailable counts. Otherwise the VRAM carve-out.
+    """
+    for device in _amd_cards(root):
+        names = ("gtt_total", "gtt_used", "vram_total", "vram_used")
+        read = {name: _read_int(device / f"mem_info_{name}") for name in names}
+        if any(value is None for value in read.values()):
+            continue
+        gtt, gtt_used, vram, vram_used = (read[name] or 0 for name in names)
+        if vram >= gtt:
+            source = f"{device}/mem_info_vram_total − used"
+            return Sourced(value=vram - vram_used, mark="read here", source=source), False
+        source = f"{device}/mem_info_gtt_total − used"
+        free_gtt = Sourced(value=gtt - gtt_used, mark="read here", source=source)
+        return min(free_gtt, available_host_memory(root), key=lambda row: row.value), True
+    return None
+
+
+def this_host(root: Path = Path("/"), *, device: str = "cpu") -> Host:
+    """The machine this runs on, read now.
+
+    Args:
+        root: Where `/proc` and `/sys` are found.
+        device: Device type that torch offers, `cuda` or `cpu`; this module does not ask torch.
+    """
+    if device == "cuda" and (found := amd_memory(root)) is not None:
+        memory, unified = found
+        return Host(name="auto", device="cuda", unified=unified, memory_bytes=memory, bfloat16=True)
+    return Host(
+        name=f"cpu ({platform.machine()})",
+        device="cpu",
+        unified=True,
+        memory_bytes=available_host_memory(root),
+        bfloat16=False,
+    )

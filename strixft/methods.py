@@ -1,0 +1,54 @@
+"""`METHODS`: how the base is stored and what is trained, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from strixft.tables import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One way to train."""
+
+    name: str
+    base: Literal["native", "nf4"]
+    """How the base is kept in memory: in the device's own dtype, or in 4-bit NF4 blocks."""
+    adapter: Literal["none", "lora", "dora"]
+    """What is trained beside the frozen base; `none` trains every weight of the base."""
+    why: str
+    source: str
+
+
+METHODS: Table[Method] = Table(
+    "method",
+    Method(
+        name="full",
+        base="native",
+        adapter="none",
+        why="trains every weight; needs the most memory",
+        source="plain fine-tuning",
+    ),
+    Method(
+        name="lora",
+        base="native",
+        adapter="lora",
+        why="trains thin matrices beside a frozen base",
+        source="arXiv:2106.09685",
+    ),
+    Method(
+        name="dora",
+        base="native",
+        adapter="dora",
+        why="LoRA with a trained length per column; slower, a little closer to full",
+        source="arXiv:2402.09353",
+    ),
+    Method(
+        name="qlora",
+        base="nf4",
+        adapter="lora",
+        why="LoRA over a base of 4.13 bits per weight; a 70B fits in 128 GB",
+        source="arXiv:2305.14314",
+    ),
+)

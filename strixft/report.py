@@ -1,0 +1,97 @@
+"""One self-contained HTML page per run, made from the run folder alone."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from strixft import views
+from strixft.evaluate import Evaluated
+from strixft.plan import Plan
+from strixft.prepare import Prepared
+from strixft.recipe import dump_recipe
+from strixft.runs import Result, Run, write_text
+from strixft.train import Trained
+from strixft.units import format_number, format_seconds
+
+SECTIONS: dict[str, type[Result]] = {
+    "Data": Prepared,
+    "Plan": Plan,
+    "Training": Trained,
+}
+GAP_FLAGGED = 0.03
+"""Share by which the measured peak may differ from the plan before the report says so."""
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem;
+  margin: 2rem auto; padding: 0 1rem }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #cbd5e1 }
+table.sx { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+table.sx td, table.sx th { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0;
+  border-bottom: 1px solid #e2e8f0; overflow-wrap: anywhere }
+img.sx { max-width: 100% } pre { background: #f1f5f9; padding: 1rem; overflow-x: auto }
+.sx-warning { color: #b45309; font-weight: 600 } .lead { color: #64748b }
+"""
+
+
+def _headline(evaluated: Evaluated | None) -> str:
+    if evaluated is None:
+        return views.note("Not evaluated yet.")
+    rows = [
+        [name, format_number(values["base"]), format_number(values["tuned"])]
+        for name, values in evaluated.figures["metrics"].items()
+    ]
+    return views.table(rows, ["held-out rows", "base", "tuned"])
+
+
+def memory_gap(trained: Trained) -> float | None:
+    """Measured peak ÷ planned peak − 1; None where it was not measured."""
+    peak, planned = trained.figures["peak_bytes"], trained.figures["planned_peak_bytes"]
+    return None if peak is None else peak / planned - 1
+
+
+def _flag(trained: Trained | None) -> str:
+    gap = memory_gap(trained) if trained else None
+    if gap is None or abs(gap) <= GAP_FLAGGED:
+        return ""
+    return views.warning(f"The measured peak is {gap:+.1%} off the plan.")
+
+
+def _sections(run: Run) -> str:
+    html = ""
+    for title, kind in SECTIONS.items():
+        result = kind.load(run.stage_folder(kind.name))
+        body = views.note("Not done yet.") if result is None else result._repr_html_()
+        html += f"<h2>{title}</h2>{body}"
+    return html
+
+
+def _versions(run: Run, result: Result | None) -> str:
+    versions = views.mapping(result.versions | result.host) if result else ""
+    return f"<h2>Recipe</h2><pre>{escape(dump_recipe(run.recipe))}</pre><h2>Versions</h2>{versions}"
+
+
+def render_report(run: Run) -> str:
+    """The page as HTML; every text from data, models and recipes is escaped."""
+    trained = Trained.load(run.stage_folder(Trained.name))
+    evaluated = Evaluated.load(run.stage_folder(Evaluated.name))
+    kinds: list[type[Result]] = [*SECTIONS.values(), Evaluated]
+    results = [kind.load(run.stage_folder(kind.name)) for kind in kinds]
+    seconds = sum(result.seconds for result in results if result)
+    lead = f"{run.recipe.method} on {run.recipe.model}, {format_seconds(seconds)} in all"
+    answers = evaluated._repr_html_() if evaluated else views.note("Not done yet.")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(run.name)}</title><style>{STYLE}</style></head><body>"
+        f'<h1>{escape(run.name)}</h1><p class="lead">{escape(lead)}</p>'
+        f"{_headline(evaluated)}{_flag(trained)}{_sections(run)}"
+        f"<h2>Base against tuned</h2>{answers}"
+        f"{_versions(run, next((r for r in reversed(results) if r), None))}</body></html>\n"
+    )
+
+
+def write_report(run: Run) -> Path:
+    """Write `report.html` into the run folder and return its path."""
+    path = run.folder / "report.html"
+    write_text(path, render_report(run))
+    return path

@@ -1,0 +1,10 @@
+"""The one training step, and the tracker that adds up what it keeps in memory.
+
+Shapes: B rows, T tokens, C channels, K trained tokens, V vocabulary.
+"""
+
+from strixft.step.loss import chunked_cross_entropy
+from strixft.step.tracker import MemoryTracker, part
+from strixft.step.update import TrainingStep, batch_loss
+
+__all__ = ["MemoryTracker", "TrainingStep", "batch_loss", "chunked_cross_entropy", "part"]

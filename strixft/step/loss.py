@@ -1,0 +1,91 @@
+"""Cross-entropy of a linear head without the logits of all tokens.
+
+The logits of one chunk are made, turned into their own gradient in place, and multiplied back to
+the hidden states, all in the forward pass. So nothing of size tokens × vocabulary is kept, and the
+head costs one product forward and one for the gradient, as it would with full logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = 2**25
+"""Logits in one chunk: 128 MiB in float32."""
+
+
+def chunk_rows(num_rows: int, vocabulary: int) -> int:
+    """Rows of a chunk: at most `CHUNK_ELEMENTS` logits, in equal chunks."""
+    most = max(1, CHUNK_ELEMENTS // vocabulary)
+    chunks = -(-num_rows // most)
+    return -(-num_rows // chunks) if chunks else 1
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _gradient_(logits: Tensor, log_sum: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    """Turn capped logits (n, V) into d(sum of losses)/d(raw logits), reusing their memory."""
+    slope = None if softcap is None else 1 - (logits / softcap).square()
+    probabilities = logits.sub_(log_sum.unsqueeze(-1)).exp_()
+    minus_one = torch.full_like(labels, -1, dtype=logits.dtype).unsqueeze(-1)
+    probabilities.scatter_add_(-1, labels.unsqueeze(-1), minus_one)
+    return probabilities if slope is None else probabilities.mul_(slope)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None
+    ) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None  # (K, C)
+        grad_weight = torch.zeros_like(weight) if need_weight else None  # (V, C)
+        rows = chunk_rows(len(labels), len(weight))
+        for start in range(0, len(labels), rows):
+            chunk = slice(start, start + rows)
+            logits = _capped((hidden[chunk] @ weight.T).float(), softcap)  # (n, V)
+            picked = logits.gather(-1, labels[chunk].unsqueeze(-1)).squeeze(-1)
+            log_sum = logits.logsumexp(-1)
+            total += (log_sum - picked).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            gradient = _gradient_(logits, log_sum, labels[chunk], softcap).to(hidden.dtype)
+            del logits
+            if grad_hidden is not None:
+                torch.mm(gradient, weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                grad_weight.addmm_(gradient.T, hidden[chunk])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
+            None,
+            None,
+        )
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None
+) -> Tensor:
+    """Sum of the losses of tokens, in float32.
+
+    Args:
+        hidden: Hidden states that predict them, (K, C).
+        weight: The head's matrix, (V, C).
+        labels: The tokens, (K,).
+        softcap: Logits are softcap × tanh(logits / softcap), as Gemma 2 does.
+    """
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, softcap)  # type: ignore[no-untyped-call]
+    return loss

@@ -1,0 +1,121 @@
+"""Adds up the storages that are alive, on `meta` or on a real device.
+
+The sum is rounded as torch's caching allocator does (512 bytes a block), so on a GPU it can be
+compared with `torch.cuda.max_memory_allocated`. Buffers inside one operator are not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+BLOCK = 512
+"""Smallest block of torch's caching allocator (c10/core/AllocatorConfig.h, kMinBlockSize)."""
+PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "head", "workspace")
+
+_part: ContextVar[str] = ContextVar("part", default="activations")
+
+
+@contextlib.contextmanager
+def part(name: str) -> Iterator[None]:
+    """What is allocated in this block belongs to one of `PARTS`."""
+    token = _part.set(name)
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
+def rounded(num_bytes: int) -> int:
+    """Bytes of the allocator's block."""
+    return -(-num_bytes // BLOCK) * BLOCK
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Live bytes by part, and their split at the peak.
+
+    Use as a context manager around the code to watch. Tensors made before are announced with
+    `watch` or `watch_model`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: Counter[str] = Counter()
+        self.peak: dict[str, int] = {}
+        self.peak_bytes = 0
+        self._storages: dict[int, tuple[int, str]] = {}
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Lets torch.compile see through this mode."""
+        return True
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes alive now."""
+        return self.live.total()
+
+    def watch(self, tensor: Tensor, name: str) -> None:
+        """Count a tensor's storage under a part, or move it there."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        size, old = self._storages.get(key, (rounded(storage.nbytes()), None))
+        if old is None:
+            weakref.finalize(storage, self._free, key).atexit = False
+        else:
+            self.live[old] -= size
+        self._storages[key] = (size, name)
+        self.live[name] += size
+        self._note_peak()
+
+    def watch_model(self, model: nn.Module) -> None:
+        """Count weights, quantisation constants, buffers; and gradients as they come."""
+        for parameter in model.parameters():
+            self.watch(parameter, "adapter" if parameter.requires_grad else "weights")
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._watch_gradient)
+            self._watch_quantisation(getattr(parameter, "quant_state", None))
+        for buffer in model.buffers():
+            self.watch(buffer, "weights")
+
+    def _watch_quantisation(self, state: Any) -> None:
+        if state is None:
+            return
+        for value in vars(state).values():
+            if isinstance(value, Tensor):
+                self.watch(value, "weights")
+        self._watch_quantisation(getattr(state, "state2", None))
+
+    def _watch_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.watch(parameter.grad, "gradients")
+
+    def _free(self, key: int) -> None:
+        size, name = self._storages.pop(key)
+        self.live[name] -= size
+
+    def _note_peak(self) -> None:
+        total = self.live.total()
+        if total > self.peak_bytes:
+            self.peak_bytes = total
+            self.peak = dict(self.live)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and count what it returns."""
+        result = self.run(func, args, kwargs or {})
+        for value in tree_iter(result):
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._storages:
+                self.watch(value, _part.get())
+        return result
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operator itself; the dry run replaces what `meta` cannot answer."""
+        return func(*args, **kwargs)

@@ -1,0 +1,320 @@
+"""Stage `train`: TRL's trainer as the loop, our batches, our step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from strixft import views
+from strixft.data import Batch, collate
+from strixft.errors import FitError, StageError
+from strixft.guard import cap, device_type, find_host
+from strixft.model import build, load_tokenizer, native_dtype
+from strixft.plan import Plan
+from strixft.prepare import Prepared
+from strixft.recipe import Recipe
+from strixft.runs import Result, Run
+from strixft.step import MemoryTracker, TrainingStep
+from strixft.units import format_gib, format_number, format_seconds
+
+ADAPTER = "adapter"
+"""Folder of the trained weights: a PEFT adapter, or a whole model for `method: full`."""
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Result):
+    """Losses, speed and memory of the training."""
+
+    name: ClassVar[str] = "train"
+
+    def _repr_html_(self) -> str:
+        figures = self.figures
+        shown = {
+            "updates": format_number(figures["updates"]),
+            "loss, first update": format_number(figures["losses"][0]),
+            "loss, last update": format_number(figures["losses"][-1]),
+            "tokens per second": format_number(figures["tok_per_s"], 1),
+            "time": format_seconds(figures["train_seconds"]),
+            "peak, planned": format_gib(figures["planned_peak_bytes"]),
+            "peak, measured": format_gib(figures["peak_bytes"]),
+            "process, resident": format_gib(figures["resident_bytes"]),
+        }
+        return views.mapping(shown) + self.loss_curve()
+
+    def loss_curve(self) -> str:
+        """The losses as a picture."""
+        figure, axes = views.new_figure()
+        losses = self.figures["losses"]
+        axes.plot(range(1, len(losses) + 1), losses, color=views.TUNED, linewidth=1.5)
+        axes.set_xlabel("update")
+        axes.set_ylabel("loss per trained token")
+        axes.set_ylim(bottom=0)
+        return views.picture(figure, "training loss by update")
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's loop around our step."""
+
+    loss_is_scaled_for_ga = True  # our loss is divided by the trained tokens of the whole update
+
+    def __init__(self, step: TrainingStep, **kwargs: Any) -> None:
+        masters = {parameter: parameter.data for parameter in step.trainable()}
+        super().__init__(model=step.model, optimizers=(step.optimizer, None), **kwargs)
+        self.model_accepts_loss_kwargs = True  # makes the loop count the trained tokens for us
+        for parameter, data in masters.items():
+            parameter.data = data  # TRL rounds adapters of a quantised base to bf16
+        self.step = step
+        self.num_tokens = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        assert num_items_in_batch is not None
+        self.num_tokens += int(inputs["num_tokens"])
+        return self.step.loss(inputs, num_items_in_batch)
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Speed, progress bar, checkpoints by the clock, and a stop at a loss that is no number."""
+
+    def __init__(self, run: Run) -> None:
+        self.trainer: _Trainer | None = None
+        self._run = run
+        self._save_seconds = run.recipe.train.save_every_minutes * 60
+        self._warm: tuple[float, int] | None = None
+        self._saved = time.monotonic()
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the progress bar, at the update that a resumed run begins with."""
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update")
+
+    def _tokens(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.num_tokens
+
+    def tok_per_s(self) -> float | None:
+        """Real tokens per second since the first update ended; that one compiles and warms up."""
+        if self._warm is None:
+            return None
+        began, tokens = self._warm
+        seconds = time.monotonic() - began
+        return round((self._tokens() - tokens) / seconds, 1) if self._tokens() > tokens else None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock after the first update; save when it is time."""
+        if self._warm is None:
+            self._warm = time.monotonic(), self._tokens()
+        if time.monotonic() - self._saved > self._save_seconds:
+            control.should_save, self._saved = True, time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the update's loss; stop before a bad one is saved."""
+        if not logs or "loss" not in logs:
+            return
+        loss, rate = float(logs["loss"]), self.tok_per_s()
+        if not math.isfinite(loss):
+            raise StageError(
+                f"the loss of update {state.global_step} is {loss}",
+                fix=f"--set train.learning_rate={args.learning_rate / 10:g}",
+            )
+        self._bar.update(state.global_step - self._bar.n)
+        self._bar.set_postfix(loss=f"{loss:.3f}", tok_per_s=rate)
+        self._run.report_progress(
+            done=state.global_step, total=state.max_steps, loss=loss, tok_per_s=rate
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the progress bar."""
+        self._bar.close()
+
+
+def _no_checkpointing() -> dict[str, bool]:
+    """The trainer's switch stays off: our step recomputes layers itself.
+
+    transformers 5.23 calls it `activation_checkpointing`, 5.17 `gradient_checkpointing`.
+    """
+    names = SFTConfig.__dataclass_fields__
+    name = "activation_checkpointing"
+    return {name if name in names else "gradient_checkpointing": False}
+
+
+def _settings(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
+    """The recipe in TRL's words: the one place that knows them."""
+    train, choice, updates = recipe.train, plan.figures["choice"], plan.figures["updates"]
+    on_gpu = device_type() == "cuda"
+    return SFTConfig(
+        output_dir=str(folder / CHECKPOINTS),
+        max_steps=updates,
+        per_device_train_batch_size=choice["micro_batch_rows"],
+        gradient_accumulation_steps=choice["gradient_accumulation_steps"],
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=math.ceil(train.warmup_fraction * updates),
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        train_sampling_strategy="sequential",  # our order, see training_order
+        save_strategy="no",
+        save_total_limit=2,
+        bf16=False,
+        fp16=on_gpu and not find_host(recipe.memory.host).bfloat16,
+        use_cpu=not on_gpu,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=on_gpu,
+        **_no_checkpointing(),
+    )
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; the trainer's state is its last file."""
+    whole = (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
+    newest = max(whole, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
+    return str(newest.parent) if newest else None
+
+
+@contextlib.contextmanager
+def _measured(model: nn.Module) -> Iterator[dict[str, int | None]]:
+    """Peak memory of a block: torch's own count on a GPU, our tracker's on a CPU."""
+    found: dict[str, int | None] = {"peak_bytes": None, "reserved_bytes": None}
+    if device_type() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield found
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+        found["reserved_bytes"] = torch.cuda.max_memory_reserved()
+    else:
+        tracker = MemoryTracker()
+        tracker.watch_model(model)
+        with tracker:
+            yield found
+        found["peak_bytes"] = tracker.peak_bytes
+    found["resident_bytes"] = psutil.Process().memory_info().rss
+
+
+def training_order(lengths: Sequence[int], num_rows: int, seed: int) -> list[int]:
+    """Indices of the rows in the order of training: whole shuffled passes, one after the other.
+
+    The longest row comes first, so the first update needs the most memory of all.
+
+    Args:
+        lengths: Tokens of each row.
+        num_rows: Rows to train in all.
+        seed: The same seed gives the same order.
+    """
+    rng = random.Random(seed)
+    order: list[int] = []
+    while len(order) < num_rows:
+        order += rng.sample(range(len(lengths)), len(lengths))
+    longest = order.index(max(range(len(lengths)), key=lengths.__getitem__))
+    order[0], order[longest] = order[longest], order[0]
+    return order[:num_rows]
+
+
+def _training_rows(recipe: Recipe, prepared: Prepared, plan: Plan) -> Any:
+    rows = prepared.token_rows(recipe.dataset).train
+    choice = plan.figures["choice"]
+    per_update = choice["micro_batch_rows"] * choice["gradient_accumulation_steps"]
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = training_order(lengths, plan.figures["updates"] * per_update, recipe.train.seed)
+    return rows.select(order)
+
+
+def _build_trainer(run: Run, prepared: Prepared, plan: Plan, watch: _Watch) -> _Trainer:
+    recipe, device = run.recipe, device_type()
+    dtype = native_dtype(device, bfloat16=find_host(recipe.memory.host).bfloat16)
+    torch.manual_seed(recipe.train.seed)
+    model = build(recipe, device, dtype)
+    layers = plan.figures["choice"]["recomputed_layers"]
+    watch.trainer = _Trainer(
+        TrainingStep(model, recipe.train, recomputed_layers=layers),
+        args=_settings(recipe, plan, run.stage_folder(Trained.name)),
+        train_dataset=_training_rows(recipe, prepared, plan),
+        data_collator=collate,
+        processing_class=load_tokenizer(recipe),
+        callbacks=[watch],
+    )
+    watch.trainer.remove_callback(PrinterCallback)  # the progress bar shows the losses
+    return watch.trainer
+
+
+def _out_of_memory(plan: Plan) -> FitError:
+    planned = format_gib(plan.figures["peak_bytes"])
+    return FitError(
+        f"the device has no memory left; the plan's peak is {planned}",
+        fix="close other programs, or --set train.micro_batch=1, or --set dataset.max_length=…",
+    )
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    """Write the trained weights to a temporary folder, then rename it."""
+    temporary = folder / f".{ADAPTER}"
+    for old in (temporary, folder / ADAPTER):
+        shutil.rmtree(old, ignore_errors=True)
+    model.save_pretrained(temporary)  # type: ignore[operator]
+    temporary.rename(folder / ADAPTER)
+
+
+def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    prepared, plan = run.require(Prepared), run.require(Plan)
+    plan.require_fit()
+    capped = cap(plan.figures["host"]["budget_bytes"])
+    watch = _Watch(run)
+    trainer = _build_trainer(run, prepared, plan, watch)
+    began = time.monotonic()
+    try:
+        with _measured(trainer.step.model) as memory:
+            trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(plan) from error
+    seconds, rate = time.monotonic() - began, watch.tok_per_s()
+    _save(trainer.step.model, folder)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    figures = {
+        "updates": trainer.state.global_step,
+        "losses": losses,
+        "tokens": trainer.num_tokens,
+        "tok_per_s": rate,
+        "train_seconds": round(seconds, 3),
+        "planned_peak_bytes": plan.figures["peak_bytes"],
+        **memory,
+        "cap": capped,
+    }
+    inputs = {
+        "rows_sha256": prepared.inputs["rows_sha256"],
+        "choice": plan.figures["choice"],
+    }
+    return inputs, figures
+
+
+def train_recipe(run: Run) -> Trained:
+    """Train a planned run; the weights lie in `train/adapter`.
+
+    Raises:
+        FitError: The plan does not fit, or the device ran out of memory.
+        StageError: An earlier stage has not run, or the loss is no number.
+    """
+    return run.once(Trained, lambda folder: _train(run, folder))

@@ -1,0 +1,62 @@
+"""Tables and pictures as HTML, for notebooks and for the report. All text is escaped."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, TUNED, BASE, FAINT = "#1f2933", "#c2410c", "#64748b", "#cbd5e1"
+"""One colour a role: text, the tuned model, the base model, helper lines."""
+
+
+def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
+    """An HTML table.
+
+    >>> table([["a", "<b>"]])
+    '<table class="sx"><tr><td>a</td><td>&lt;b&gt;</td></tr></table>'
+    """
+    head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f'<table class="sx">{f"<tr>{head}</tr>" if head else ""}{body}</table>'
+
+
+def mapping(values: Mapping[str, object]) -> str:
+    """A table of names and values."""
+    return table(values.items())
+
+
+def note(text: str) -> str:
+    """A paragraph of plain text."""
+    return f"<p>{escape(text)}</p>"
+
+
+def warning(text: str) -> str:
+    """A paragraph that should be seen."""
+    return f'<p class="sx-warning">⚠ {escape(text)}</p>'
+
+
+def picture(figure: Figure, alt: str) -> str:
+    """A matplotlib figure as an inline picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img class="sx" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def new_figure(width: float = 6.4, height: float = 2.8) -> tuple[Figure, Any]:
+    """A small figure with one set of axes, drawn without a display. Inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=9)
+    return figure, axes

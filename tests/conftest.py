@@ -1,0 +1,109 @@
+"""Shared by all tests: a tiny random model with a real tokenizer, and small recipes on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from strixft.runs import Run, open_run
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EMBEDDED = "embedded:smollm2-135m"
+
+WriteRecipe = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test works in its own folder, without a network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("STRIXFT_DEVICE", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of two layers with the embedded model's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from strixft.model import model_source
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(model_source(EMBEDDED))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    """One row of the `messages` format."""
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    """Rows of different lengths, none twice."""
+    return [
+        chat(f"Count to {n}.", " ".join(map(str, range(1, n + 1)))) for n in range(1, count + 1)
+    ]
+
+
+def write_lines(path: Path, rows: Sequence[Any]) -> Path:
+    """JSON lines; text goes in as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, tiny_model: Path) -> WriteRecipe:
+    """Writes a recipe on the tiny model; sections are merged into it."""
+
+    def write(name: str = "tiny", rows: Sequence[Any] | None = None, **sections: Any) -> Path:
+        data = write_lines(tmp_path / f"{name}.jsonl", chats(24) if rows is None else rows)
+        recipe: dict[str, Any] = {
+            "model": str(tiny_model),
+            "method": "lora",
+            "dataset": {"source": data.name, "max_length": 256, "validation_fraction": 0.2},
+            "lora": {"r": 4, "alpha": 8},
+            "train": {"epochs": 1, "learning_rate": 2e-3, "tokens_per_update": 100},
+            "memory": {"reserve_gib": 0.5},
+        }
+        for key, value in sections.items():
+            both = isinstance(value, dict) and isinstance(recipe.get(key), dict)
+            recipe[key] = {**recipe[key], **value} if both else value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny_run(write_recipe: WriteRecipe, tmp_path: Path) -> Run:
+    """A new run of a recipe on the tiny model."""
+    return open_run(write_recipe(), tmp_path / "run")

@@ -1,0 +1,42 @@
+"""Notebooks stay thin, carry no outputs, and have the parameters that the pipeline passes."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from conftest import REPOSITORY
+
+from strixft.pipeline import notebook_of
+from strixft.runs import STAGES
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+
+
+def test_there_is_a_notebook_for_every_stage() -> None:
+    assert [notebook_of(stage) for stage in STAGES] == sorted(map(notebook_of, STAGES))
+    assert len(NOTEBOOKS) >= len(STAGES)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_thin(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert notebook.cells[0].cell_type == "markdown"
+    assert notebook.cells[0].source.startswith("# ")
+    assert len(code) < 10
+    for cell in code:
+        assert not cell.outputs
+        assert cell.execution_count is None
+        banned = (ast.FunctionDef, ast.ClassDef, ast.For, ast.While)
+        assert not [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, banned)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_has_the_parameters(stage: str) -> None:
+    assert set(papermill.inspect_notebook(str(notebook_of(stage)))) == {
+        "recipe",
+        "run_dir",
+        "overrides",
+    }

@@ -1,0 +1,38 @@
+"""Every recipe that ships loads, and says only what differs from the default."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from strixft.recipe import explain, flatten, load_recipe
+
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+DEFAULTS = {key: default for key, default, _ in explain()}
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loads(path: Path) -> None:
+    load_recipe(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_data_that_ship_are_there(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert Path(recipe.dataset.source).is_file() or path.stem != "demo"
+    assert set(flatten(yaml.safe_load(path.read_text()))) <= set(DEFAULTS)
+
+
+def test_the_demo_data_are_what_their_script_writes() -> None:
+    folder = REPOSITORY / "recipes" / "data"
+    written = subprocess.run(
+        [sys.executable, folder / "make_home_lab.py"], capture_output=True, check=True
+    )
+    assert written.stdout == (folder / "home-lab.jsonl").read_bytes()
