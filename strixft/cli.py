@@ -189,9 +189,10 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say whether the run fits, before anything is loaded; writes nothing."""
-    from strixft.plan import plan_figures
+    from strixft.plan import plan_figures, require_fit
+    from strixft.plan.show import tables
     from strixft.prepare import Prepared
-    from strixft.recipe import find_recipe, flatten, load_recipe
+    from strixft.recipe import find_recipe, load_recipe
     from strixft.runs import read_recipe, run_folder
 
     loaded = load_recipe(recipe, _overrides(settings))
@@ -201,9 +202,10 @@ def plan(
     if as_json:
         _print_json(figures)
     else:
-        _table([[k, str(v)] for k, v in flatten(figures).items()], ["plan", ""])
-    if not figures["fits"]:
-        raise typer.Exit(3)
+        for rows, header in tables(figures):
+            _table(rows, header)
+            print()
+    require_fit(figures)
 
 
 @app.command()

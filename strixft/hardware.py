@@ -30,6 +30,23 @@ class Sourced:
     source: str
 
 
+NO_WORKSPACE = Sourced(value=0, mark="derived", source="CPU libraries allocate outside torch")
+NOTHING_OUTSIDE = Sourced(value=0, mark="derived", source="a CPU has no context")
+HIP_CONTEXT = Sourced(
+    value=700 * MIB, mark="measured", source="600–700 MB, unslothai/unsloth commit 300292b2f0"
+)
+HIP_WORKSPACE = Sourced(
+    value=108 * MIB,
+    mark="derived",
+    source="hipBLAS 32 MiB + hipBLASLt 76 MiB, torch 2.14 ATen/cuda/CublasHandlePool.cpp",
+)
+CUDA_WORKSPACE = Sourced(
+    value=64 * MIB,
+    mark="measured",
+    source="alive after training beyond all tensors, H200, torch 2.11, dev/LOG.md 2026-11-23",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """One machine. Bytes, bytes per second and FLOP per second."""
@@ -43,8 +60,12 @@ class Host:
     """What a process may use before the host's reserve is taken off."""
     bfloat16: bool
     """Matrix products in bf16 run at full rate."""
+    workspace_bytes: Sourced = NO_WORKSPACE
+    """What BLAS keeps inside torch's allocator once it has run."""
     driver_bytes: Sourced | None = None
     """What the driver gives of unified memory; the host's reserve does not come off it."""
+    outside_bytes: Sourced = NOTHING_OUTSIDE
+    """Device memory that a process takes outside torch's allocator: the context, code objects."""
     bandwidth_bytes_per_s: Sourced | None = None
     matmul_flop_per_s: Mapping[str, Sourced] = field(default_factory=dict)
     """Rate of large square products by dtype."""
@@ -74,6 +95,8 @@ HOSTS: Table[Host] = Table(
             source="MemTotal of a 128 GB board with a 0.5 GiB carve-out and GTT raised",
         ),
         bfloat16=True,
+        workspace_bytes=HIP_WORKSPACE,
+        outside_bytes=HIP_CONTEXT,
         bandwidth_bytes_per_s=Sourced(
             value=212.6e9, mark="measured", source="lhl/strix-halo-testing: hardware-test/README.md"
         ),
@@ -93,6 +116,8 @@ HOSTS: Table[Host] = Table(
             source="as strix-halo-128, for a 64 GB board",
         ),
         bfloat16=True,
+        workspace_bytes=HIP_WORKSPACE,
+        outside_bytes=HIP_CONTEXT,
         bandwidth_bytes_per_s=Sourced(
             value=212.6e9, mark="derived", source="same memory bus as strix-halo-128"
         ),
@@ -107,6 +132,7 @@ HOSTS: Table[Host] = Table(
         unified=True,
         memory_bytes=Sourced(value=121 * GIB, mark="measured", source="JustVugg/colibri#136"),
         bfloat16=True,
+        workspace_bytes=CUDA_WORKSPACE,
         bandwidth_bytes_per_s=Sourced(value=218e9, mark="measured", source=_SPARK),
         matmul_flop_per_s={"bfloat16": Sourced(value=92e12, mark="measured", source=_SPARK)},
     ),
@@ -116,6 +142,7 @@ HOSTS: Table[Host] = Table(
         unified=False,
         memory_bytes=Sourced(value=32510 * MIB, mark="vendor", source="Tesla V100 SXM2 32 GB"),
         bfloat16=False,
+        workspace_bytes=CUDA_WORKSPACE,
         bandwidth_bytes_per_s=Sourced(value=900e9, mark="vendor", source="V100 datasheet"),
         matmul_flop_per_s={
             "float16": Sourced(value=95e12, mark="measured", source="lablup/mlxcel#1654"),
@@ -131,6 +158,7 @@ HOSTS: Table[Host] = Table(
             value=81559 * MIB, mark="measured", source="nvidia-smi, H100 80GB HBM3"
         ),
         bfloat16=True,
+        workspace_bytes=CUDA_WORKSPACE,
         bandwidth_bytes_per_s=Sourced(value=3.35e12, mark="vendor", source="H100 SXM datasheet"),
         matmul_flop_per_s={
             "bfloat16": Sourced(value=778e12, mark="measured", source="8192³ torch.mm, torch 2.11")
@@ -142,6 +170,7 @@ HOSTS: Table[Host] = Table(
         unified=False,
         memory_bytes=Sourced(value=143771 * MIB, mark="measured", source="nvidia-smi, H200"),
         bfloat16=True,
+        workspace_bytes=CUDA_WORKSPACE,
         bandwidth_bytes_per_s=Sourced(value=4.8e12, mark="vendor", source="H200 datasheet"),
         matmul_flop_per_s={
             "bfloat16": Sourced(value=780e12, mark="measured", source="8192³ torch.mm, torch 2.11")

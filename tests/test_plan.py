@@ -1,10 +1,12 @@
 """The plan: what the dry run says is what the tracker counts over real tensors."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import WriteRecipe
+from transformers import AutoConfig
 
 from strixft.data import Batch, shape_batch
 from strixft.errors import FitError, StageError
@@ -13,8 +15,11 @@ from strixft.hardware import HOSTS, Budget
 from strixft.methods import METHODS
 from strixft.model import build, load_config
 from strixft.plan import DataShape, RowShape, choose, dry_run, plan_figures, plan_recipe
+from strixft.plan.allocator import replay
+from strixft.plan.dry_run import trace_run
+from strixft.plan.trace import Trace, trace_step
 from strixft.prepare import prepare_recipe
-from strixft.recipe import Recipe, load_recipe
+from strixft.recipe import Dataset, Recipe, load_recipe
 from strixft.runs import open_run
 from strixft.step import MemoryTracker, TrainingStep
 from strixft.units import GIB
@@ -75,12 +80,9 @@ def test_the_largest_micro_batch_that_fits_is_chosen(write_recipe: WriteRecipe) 
     recipe = load_recipe(write_recipe(train={"tokens_per_update": 1600}))
     config, host = load_config(recipe), find_host("cpu")
     data = DataShape(256, lengths=[100] * 1000, trained=[50] * 1000)
-    peaks = {
-        rows: dry_run(recipe, config, host, RowShape(rows, 100, rows * 50)).peak_bytes
-        for rows in (8, 16)
-    }
-    roomy = choose(recipe, config, host, Budget(8 * GIB, "test"), data)
-    tight = choose(recipe, config, host, Budget(peaks[8], "test"), data)
+    eight = dry_run(recipe, config, host, RowShape(8, 100, 400), steps=4)
+    roomy = choose(recipe, config, host, Budget(8 * GIB, "test"), data).run
+    tight = choose(recipe, config, host, Budget(eight.reserved_bytes, "test"), data).run
     assert (roomy.shape.rows, roomy.recomputed_layers) == (32, 0)
     assert (tight.shape.rows, tight.recomputed_layers) == (8, 0)
 
@@ -98,18 +100,62 @@ def test_auto_aims_at_two_hundred_updates(write_recipe: WriteRecipe) -> None:
 
 
 def test_a_run_that_does_not_fit_says_what_helps(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    memory = {"host": "strix-halo-64", "reserve_gib": 61.99}
-    run = open_run(write_recipe(memory=memory, train={"micro_batch": 4}), tmp_path / "run")
+    memory = {"host": "strix-halo-64", "reserve_gib": 61}
+    run = open_run(write_recipe(memory=memory, train={"micro_batch": 1024}), tmp_path / "run")
     with pytest.raises(StageError, match=r"stage prepare of .* has not run yet"):
         plan_recipe(run)
     prepare_recipe(run)
     plan = plan_recipe(run)
     with pytest.raises(
-        FitError, match=r"needs 0\.\d+ GiB and strix-halo-64 has 0\.01 GiB"
+        FitError, match=r"needs \d+\.\d+ GiB and strix-halo-64 has 1\.00 GiB"
     ) as caught:
         plan.require_fit()
-    assert "--set train.micro_batch=auto" in caught.value.fix
+    assert "--set train.micro_batch=1 --set train.recompute=all" in caught.value.fix
     assert not run.is_done("plan")
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GEMMA = LLAMA | {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 14,
+    "head_dim": 16,
+    "sliding_window": 32,
+}
+
+
+@pytest.mark.parametrize("shape", [LLAMA, GEMMA], ids=["llama", "gemma"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("recomputed_layers", [0, 3, 8])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_stacked_layers_are_the_whole_model(
+    shape: dict[str, Any], method: str, recomputed_layers: int, steps: int
+) -> None:
+    """A few layers, put together again, give every figure of all layers traced."""
+    config, host = AutoConfig.for_model(**shape), HOSTS["strix-halo-128"]
+    recipe = Recipe(model="none", method=method, dataset=Dataset(source="none"))
+    rows = RowShape(2, 64, 60)
+    stacked = trace_run(recipe, config, host, rows, recomputed_layers, steps)
+    whole = trace_step(recipe, config, host, rows, recomputed_layers, steps)
+    assert peak_of(stacked) == pytest.approx(peak_of(whole), rel=1e-3)
+    assert replay(stacked).reserved_bytes == pytest.approx(replay(whole).reserved_bytes, rel=0.02)
+    ours, theirs = stacked.seconds_per_update(steps), whole.seconds_per_update(steps)
+    assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def peak_of(trace: Trace) -> int:
+    live = peak = 0
+    for _, index, born in trace.events:
+        live += trace.storages[index].size if born else -trace.storages[index].size
+        peak = max(peak, live)
+    return peak
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -1,16 +1,20 @@
 """The memory-fit plan: the training step itself, run on tensors without storage."""
 
-from strixft.plan.choose import DataShape, choose
-from strixft.plan.dry_run import DryRun, RowShape, dry_run
-from strixft.plan.result import Plan, plan_figures, plan_recipe
+from strixft.plan.choose import Choice, DataShape, Planner, choose
+from strixft.plan.dry_run import DryRun, dry_run
+from strixft.plan.result import Plan, plan_figures, plan_recipe, require_fit
+from strixft.plan.trace import RowShape
 
 __all__ = [
+    "Choice",
     "DataShape",
     "DryRun",
     "Plan",
+    "Planner",
     "RowShape",
     "choose",
     "dry_run",
     "plan_figures",
     "plan_recipe",
+    "require_fit",
 ]

@@ -1,75 +1,70 @@
-"""Run the training step on `meta` tensors and add up the storages alive.
-
-The very model and step that training builds are built on `meta` and run for two updates. Nothing
-is loaded, nothing is fitted to a measurement.
-"""
+"""What a training step keeps in memory: its trace, at full depth, without loading anything."""
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from strixft.attention import planned_for
-from strixft.data import shape_batch
 from strixft.hardware import Host
-from strixft.model import build, native_dtype
+from strixft.plan.allocator import replay
+from strixft.plan.stack import Kind, sample_layers, stack_layers
+from strixft.plan.trace import RowShape, Trace, trace_step
 from strixft.recipe import Recipe
-from strixft.step import MemoryTracker, TrainingStep
 from strixft.step.tracker import PARTS
-from strixft.units import MIB
-
-aten = torch.ops.aten
-
-WORKSPACE_BYTES = {"cuda": 108 * MIB, "cpu": 0}
-"""BLAS workspaces inside torch's allocator: hipBLAS 32 MiB and hipBLASLt 76 MiB, torch 2.14
-aten/src/ATen/cuda/CublasHandlePool.cpp."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowShape:
-    """A micro-batch at its largest."""
-
-    rows: int
-    """B."""
-    length: int
-    """T."""
-    trained: int
-    """K: trained tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What a training step keeps in memory."""
+    """Memory of a training step."""
 
     shape: RowShape
     recomputed_layers: int
     num_layers: int
     parts: dict[str, int]
-    """Bytes alive at the peak, by part."""
+    """Bytes at the peak, by part."""
     resident_bytes: int
-    """Bytes alive between updates."""
+    """Bytes between updates."""
+    reserved_bytes: int
+    """What the caching allocator holds for it."""
+    steps: int
+    """Micro-batches of an update."""
+    seconds_per_update: float | None
+    """Predicted time of the device; None where the host's rates are not known."""
 
     @property
     def peak_bytes(self) -> int:
-        """The parts, added up."""
+        """The parts, added up: what torch calls allocated."""
         return sum(self.parts.values())
 
 
-class _OnMeta(MemoryTracker):
-    """Answers what `meta` tensors cannot."""
+def _layer_kinds(config: Any, recomputed_layers: int) -> list[Kind]:
+    """What tells one decoder layer from another."""
+    lists = [value for value in vars(config).values() if isinstance(value, list)]
+    num_layers = config.num_hidden_layers
+    per_layer = [value for value in lists if len(value) == num_layers]
+    return [
+        (index < recomputed_layers, *(str(value[index]) for value in per_layer))
+        for index in range(num_layers)
+    ]
 
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is aten._local_scalar_dense.default:
-            return 1  # transformers asks of position ids whether rows are packed; they are not
-        return func(*args, **kwargs)
+
+def _with_layers(config: Any, layers: Sequence[int]) -> Any:
+    """A configuration that has only these layers."""
+    small = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(small, name, [value[layer] for layer in layers])
+    small.num_hidden_layers = len(layers)
+    return small
 
 
-def dry_run(
-    recipe: Recipe, config: Any, host: Host, shape: RowShape, recomputed_layers: int = 0
-) -> DryRun:
-    """Two updates of the training step on `meta`; the second one has the optimiser's state.
+def trace_run(
+    recipe: Recipe, config: Any, host: Host, shape: RowShape, recomputed_layers: int, steps: int
+) -> Trace:
+    """The trace at full depth; layers of one kind are traced once.
 
     Args:
         recipe: Method, adapter and optimiser.
@@ -77,20 +72,53 @@ def dry_run(
         host: Decides dtype and attention operator.
         shape: The largest micro-batch.
         recomputed_layers: Layers whose activations are not kept.
+        steps: Micro-batches of an update.
     """
-    model = build(recipe, "meta", native_dtype(host.device, bfloat16=host.bfloat16), config)
-    step = TrainingStep(model, recipe.train, recomputed_layers=recomputed_layers)
-    tracker = _OnMeta()
-    tracker.watch_model(model)
-    with planned_for(host.device), tracker:
-        for _ in range(2):
-            step.update([shape_batch(shape.rows, shape.length, shape.trained, "meta")])
-    parts = {name: tracker.peak.get(name, 0) for name in PARTS}
-    parts["workspace"] += WORKSPACE_BYTES[host.device]
+    config = config.get_text_config()
+    kinds = _layer_kinds(config, recomputed_layers)
+    sampled = sample_layers(kinds)
+    if len(sampled) >= len(kinds):
+        return trace_step(recipe, config, host, shape, recomputed_layers, steps)
+    recomputed = sum(layer < recomputed_layers for layer in sampled)
+    small = _with_layers(config, sampled)
+    trace = trace_step(recipe, small, host, shape, recomputed, steps)
+    return stack_layers(trace, sampled, kinds)
+
+
+def _at_peak(trace: Trace) -> tuple[dict[str, int], int]:
+    """Bytes by part at the peak, and bytes alive at the end."""
+    sizes = [storage.size for storage in trace.storages]
+    live = peak = peak_event = 0
+    for event, (_, index, born) in enumerate(trace.events):
+        live += sizes[index] if born else -sizes[index]
+        if live > peak:
+            peak, peak_event = live, event
+    parts: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
+    for _, index, born in trace.events[: peak_event + 1]:
+        parts[trace.storages[index].part] += sizes[index] if born else -sizes[index]
+    return dict(parts), live
+
+
+def dry_run(
+    recipe: Recipe,
+    config: Any,
+    host: Host,
+    shape: RowShape,
+    recomputed_layers: int = 0,
+    steps: int = 1,
+) -> DryRun:
+    """Two updates of the training step on `meta`; see `trace_run` for the arguments."""
+    trace = trace_run(recipe, config, host, shape, recomputed_layers, steps)
+    parts, resident = _at_peak(trace)
+    workspace = int(host.workspace_bytes.value)
+    parts["workspace"] += workspace
     return DryRun(
         shape=shape,
         recomputed_layers=recomputed_layers,
         num_layers=config.get_text_config().num_hidden_layers,
         parts=parts,
-        resident_bytes=tracker.live_bytes + WORKSPACE_BYTES[host.device],
+        resident_bytes=resident + workspace,
+        reserved_bytes=replay(trace).reserved_bytes + workspace,
+        steps=steps,
+        seconds_per_update=trace.seconds_per_update(steps),
     )

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from strixft import views
 from strixft.errors import FitError
+from strixft.families import MODELS
 from strixft.guard import budget_for, find_host
-from strixft.hardware import Budget, Host
+from strixft.hardware import Budget, Host, Sourced
 from strixft.model import load_config
-from strixft.plan.choose import DataShape, choose
-from strixft.plan.dry_run import DryRun
+from strixft.plan import show
+from strixft.plan.advice import advise
+from strixft.plan.choose import Choice, DataShape, choose
+from strixft.plan.phases import phases
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run
-from strixft.units import format_gib, format_number
+from strixft.units import format_gib
+
+ANSWERED_AT_ONCE = 16
+"""Rows of a batch of generation that the plan reckons with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +35,7 @@ class Plan(Result):
         return bool(self.figures["fits"])
 
     def _repr_html_(self) -> str:
-        figures = self.figures
-        host, choice = figures["host"], figures["choice"]
-        parts = [[name, format_gib(size)] for name, size in figures["parts"].items() if size]
-        shown = {
-            "fits": "yes" if figures["fits"] else "NO",
-            "host": host["name"],
-            "peak": format_gib(figures["peak_bytes"]),
-            "budget": f"{format_gib(host['budget_bytes'])} ({host['source']})",
-            "rows per micro-batch": choice["micro_batch_rows"],
-            "micro-batches per update": choice["gradient_accumulation_steps"],
-            "layers recomputed": f"{choice['recomputed_layers']} of {choice['num_layers']}",
-            "updates": format_number(figures["updates"]),
-        }
-        return views.mapping(shown) + views.table(parts, ["part at the peak", "memory"])
+        return show.plan_html(self.figures)
 
     def require_fit(self) -> None:
         """Raise if the run does not fit.
@@ -51,56 +43,79 @@ class Plan(Result):
         Raises:
             FitError: With what is needed, what is there, and what helps.
         """
-        if self.figures["fits"]:
-            return
-        peak, limit = self.figures["peak_bytes"], self.figures["host"]["budget_bytes"]
-        largest = max(self.figures["parts"].items(), key=lambda row: row[1])
-        raise FitError(
-            f"the run needs {format_gib(peak)} and {self.figures['host']['name']} has"
-            f" {format_gib(limit)} for it; most of it is {largest[0]}, {format_gib(largest[1])}",
-            fix="; or ".join(self.figures["advice"]),
-        )
+        require_fit(self.figures)
 
 
-def _choice(found: DryRun, recipe: Recipe, data: DataShape) -> dict[str, Any]:
-    rows = found.shape.rows
+def require_fit(figures: dict[str, Any]) -> None:
+    """Raise `FitError` if a plan's figures do not fit."""
+    if figures["fits"]:
+        return
+    host, part = figures["host"], max(figures["parts"].items(), key=lambda row: row[1])
+    helps = [row["change"] for row in figures["advice"] if row["fits"]]
+    raise FitError(
+        f"the run needs {format_gib(figures['reserved_bytes'])} and {host['name']} has"
+        f" {format_gib(host['budget_bytes'])} for it; most of it is {part[0]},"
+        f" {format_gib(part[1])}",
+        fix="; or ".join(helps) or "a smaller model, or a host with more memory",
+    )
+
+
+def _config(recipe: Recipe) -> Any:
+    """The model's configuration: known shapes need no network and no token."""
+    if recipe.model not in MODELS:
+        return load_config(recipe)
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**MODELS[recipe.model].config)
+
+
+def _choice(chosen: Choice) -> dict[str, Any]:
+    run = chosen.run
     return {
-        "micro_batch_rows": rows,
-        "max_length": found.shape.length,
-        "recomputed_layers": found.recomputed_layers,
-        "num_layers": found.num_layers,
-        "gradient_accumulation_steps": max(1, round(data.rows_per_update(recipe) / rows)),
+        "micro_batch_rows": run.shape.rows,
+        "max_length": run.shape.length,
+        "recomputed_layers": run.recomputed_layers,
+        "num_layers": run.num_layers,
+        "gradient_accumulation_steps": run.steps,
     }
 
 
-def _updates(recipe: Recipe, data: DataShape, choice: dict[str, Any]) -> int | None:
+def _updates(recipe: Recipe, data: DataShape, rows_per_update: int) -> int | None:
     if not data.lengths:
         return None
-    rows: int = choice["micro_batch_rows"] * choice["gradient_accumulation_steps"]
-    return max(1, round(len(data.lengths) * recipe.train.epochs / rows))
+    return max(1, round(len(data.lengths) * recipe.train.epochs / rows_per_update))
 
 
-def _advice(recipe: Recipe) -> list[str]:
-    shorter = recipe.dataset.max_length // 2
-    advice = [f"--set dataset.max_length={shorter}"]
-    if recipe.method in ("lora", "dora", "full"):
-        advice.append("--set method=qlora")
-    if recipe.train.micro_batch not in ("auto", 1):
-        advice.append("--set train.micro_batch=auto")
-    if recipe.train.recompute not in ("auto", "all"):
-        advice.append("--set train.recompute=auto")
-    return advice
+def _assumption(what: str, number: Sourced | None) -> dict[str, Any]:
+    if number is None:
+        return {"what": what, "value": None, "mark": None, "source": "not known for this host"}
+    return {"what": what, **asdict(number)}
 
 
-def _assumptions(host: Host, limit: Budget) -> list[dict[str, str]]:
+def _assumptions(host: Host, limit: Budget) -> list[dict[str, Any]]:
+    rates = host.matmul_flop_per_s.items()
     return [
-        {"what": "budget", "value": str(limit.num_bytes), "source": limit.source},
+        {"what": "budget_bytes", "value": limit.num_bytes, "mark": None, "source": limit.source},
+        _assumption("workspace_bytes", host.workspace_bytes),
+        _assumption("bandwidth_bytes_per_s", host.bandwidth_bytes_per_s),
+        *(_assumption(f"matmul_flop_per_s, {dtype}", rate) for dtype, rate in rates),
         {
             "what": "attention",
-            "value": "flash attention, as scaled_dot_product_attention chooses on this device",
-            "source": f"assumed for {host.name}; not probed",
+            "value": "fused: no T × T scores are kept",
+            "mark": None,
+            "source": f"what torch chooses where its kernels run; not probed on {host.name}",
         },
     ]
+
+
+def _times(chosen: Choice, data: DataShape, updates: int | None) -> dict[str, float | None]:
+    run, per_update = chosen.run, chosen.run.seconds_per_update
+    tokens = run.shape.rows * run.steps * data.mean_length()
+    return {
+        "tok_per_s": tokens / per_update if per_update else None,
+        "seconds_per_update": per_update,
+        "seconds_total": per_update * updates if per_update and updates else None,
+    }
 
 
 def plan_figures(
@@ -116,23 +131,26 @@ def plan_figures(
     host = find_host(host_name or recipe.memory.host)
     limit = budget_for(recipe.memory, host)
     data = DataShape.of(recipe, prepared)
-    found = choose(recipe, load_config(recipe), host, limit, data)
-    choice = _choice(found, recipe, data)
-    fits = found.peak_bytes <= limit.num_bytes
+    config = _config(recipe)
+    chosen = choose(recipe, config, host, limit, data)
+    run = chosen.run
+    updates = _updates(recipe, data, run.shape.rows * run.steps)
+    advice = [] if chosen.fits else advise(recipe, config, host, limit.num_bytes, data)
     return {
-        "fits": fits,
+        "fits": chosen.fits,
         "host": {"name": host.name, "budget_bytes": limit.num_bytes, "source": limit.source},
-        "peak_bytes": found.peak_bytes,
-        "parts": found.parts,
-        "phases": {"train": {"device_bytes": found.peak_bytes, "host_bytes": None}},
-        "choice": choice,
+        "peak_bytes": run.peak_bytes,
+        "reserved_bytes": run.reserved_bytes,
+        "outside_bytes": int(host.outside_bytes.value),
+        "parts": run.parts,
+        "phases": phases(run, config, run.shape.length, ANSWERED_AT_ONCE),
+        "choice": _choice(chosen),
         "tokens_per_update": data.tokens_per_update(recipe),
-        "updates": _updates(recipe, data, choice),
-        "tok_per_s": None,
-        "seconds_per_update": None,
-        "seconds_total": None,
+        "updates": updates,
+        **_times(chosen, data, updates),
+        "frontier": [asdict(candidate) for candidate in chosen.frontier],
         "assumptions": _assumptions(host, limit),
-        "advice": [] if fits else _advice(recipe),
+        "advice": [asdict(row) for row in advice],
     }
 
 
@@ -143,5 +161,5 @@ def _plan(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def plan_recipe(run: Run) -> Plan:
-    """Plan a prepared run on its host; written to the run folder."""
+    """Plan a prepared run on its host; written to the run folder once it fits."""
     return run.once(Plan, lambda folder: _plan(run, folder))

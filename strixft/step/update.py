@@ -88,7 +88,7 @@ class TrainingStep:
             self.trainable(),
             lr=self.settings.learning_rate,
             weight_decay=self.settings.weight_decay,
-            foreach=False,
+            fused=True,
         )
 
     def loss(self, batch: Batch, num_trained: int | Tensor) -> Tensor:
@@ -104,8 +104,12 @@ class TrainingStep:
             loss = self.loss(batch, num_trained)
             loss.backward()
             total = total + loss.detach()
+        self.finish()
+        return torch.as_tensor(total)
+
+    def finish(self) -> None:
+        """Clip, step, forget the gradients."""
         nn.utils.clip_grad_norm_(self.trainable(), self.settings.max_grad_norm)
         with part("optimizer"):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.as_tensor(total)

@@ -1,0 +1,58 @@
+"""What would make a run fit, each change with the memory and time it would give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from strixft.hardware import Host
+from strixft.methods import METHODS
+from strixft.plan.choose import DataShape, Planner
+from strixft.recipe import Recipe
+
+Change = tuple[str, Recipe]
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One change of the recipe and the least that it would need."""
+
+    change: str
+    """What to type."""
+    peak_bytes: int
+    seconds_per_update: float | None
+    fits: bool
+
+
+def _with(recipe: Recipe, section: str, **settings: Any) -> Recipe:
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=settings)})
+
+
+def _changes(recipe: Recipe) -> Iterator[Change]:
+    smallest = _with(recipe, "train", micro_batch=1, recompute="all")
+    yield "--set train.micro_batch=1 --set train.recompute=all", smallest
+    length = recipe.dataset.max_length // 2
+    shorter = _with(smallest, "dataset", max_length=length)
+    yield f"--set dataset.max_length={length}, with the smallest micro-batch", shorter
+    if METHODS[recipe.method].base != "nf4":
+        quantised = smallest.model_copy(update={"method": "qlora"})
+        yield "--set method=qlora, with the smallest micro-batch", quantised
+    if METHODS[recipe.method].adapter != "none" and recipe.lora.r > 4:
+        rank = recipe.lora.r // 4
+        yield f"--set lora.r={rank}, with the smallest micro-batch", _with(smallest, "lora", r=rank)
+
+
+def advise(
+    recipe: Recipe, config: Any, host: Host, budget_bytes: int, data: DataShape
+) -> list[Advice]:
+    """Changes that help, those that fit first, the fastest of them first."""
+    found = []
+    for change, changed in _changes(recipe):
+        shape = DataShape(min(data.max_length, changed.dataset.max_length))
+        planner = Planner(changed, config, host, shape)
+        run = planner.dry_run(1, planner.num_layers)
+        need = planner.need_bytes(run)
+        fits = need <= budget_bytes
+        found.append(Advice(change, need, run.seconds_per_update, fits))
+    return sorted(found, key=lambda row: (not row.fits, row.seconds_per_update or 0))

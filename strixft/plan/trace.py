@@ -1,0 +1,254 @@
+"""Record what a training step allocates and frees, and in which layer's forward or backward.
+
+The very model and step that training builds are built on `meta`, with few layers, and run for two
+updates. Each allocation is kept with its size, its part and its place in the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from strixft.attention import planned_for
+from strixft.data import shape_batch
+from strixft.hardware import Host
+from strixft.model import build, native_dtype
+from strixft.plan.cost import Rates, is_4bit_product, operator_seconds, weight_of_4bit
+from strixft.recipe import Recipe
+from strixft.step import MemoryTracker, TrainingStep
+from strixft.step.tracker import rounded
+from strixft.step.update import decoder_layers
+
+aten = torch.ops.aten
+UPDATES = 2
+"""The second update has the optimiser's state."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """A micro-batch at its largest."""
+
+    rows: int
+    """B."""
+    length: int
+    """T."""
+    trained: int
+    """K: trained tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in the training an event stands."""
+
+    micro_batch: int
+    """Counted over all updates."""
+    phase: Literal["load", "before", "forward", "head", "backward", "update"]
+    layer: int | None = None
+    """Decoder layer, in forward and backward."""
+
+
+@dataclass(slots=True)
+class Storage:
+    """A block of memory."""
+
+    size: int
+    """Requested bytes, rounded to the allocator's block."""
+    part: str
+    born: Place
+    died: Place | None = None
+
+
+@dataclass(slots=True)
+class Trace:
+    """Allocations and frees of a training step, in order."""
+
+    num_layers: int
+    storages: list[Storage] = field(default_factory=list)
+    events: list[tuple[Place, int, bool]] = field(default_factory=list)
+    """Place, index of the storage, whether it is allocated."""
+    seconds: dict[Place, float] = field(default_factory=dict)
+    """Predicted time of the device, by place; empty where the host's rates are not known."""
+
+    def seconds_per_update(self, steps: int) -> float | None:
+        """Predicted time of an update of so many micro-batches, the last one's time each."""
+        if not self.seconds:
+            return None
+        last = max(place.micro_batch for place in self.seconds)
+        update, step = 0.0, 0.0
+        for place, seconds in self.seconds.items():
+            if place.micro_batch == last and place.phase == "update":
+                update += seconds
+            elif place.micro_batch == last:
+                step += seconds
+        return step * steps + update
+
+
+class _Recorder(MemoryTracker):
+    """A tracker that writes a trace, and answers what `meta` tensors cannot."""
+
+    def __init__(self, num_layers: int, host: Host) -> None:
+        super().__init__()
+        self.trace = Trace(num_layers)
+        self._rates = Rates.of(host)
+        self._on_gpu = host.device == "cuda"
+        self.place = Place(0, "load")
+        self._index: dict[int, int] = {}
+        self._leaves_layers = False
+        self.ended = False
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is aten._local_scalar_dense.default:
+            return 1  # transformers asks of position ids whether rows are packed; they are not
+        if func is aten._fused_adamw_.default:  # works in place, on five lists of tensors
+            self._spend(func, args, kwargs, args[0])
+            return None
+        if is_4bit_product(func) and self._on_gpu:
+            return self._run_4bit_product(func, args, kwargs)
+        return self._timed(func, args, kwargs)
+
+    def _timed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        self._spend(func, args, kwargs, result)
+        return result
+
+    def _spend(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if self._rates is not None:
+            spent = operator_seconds(self._rates, func, args, kwargs, result)
+            self.trace.seconds[self.place] = self.trace.seconds.get(self.place, 0.0) + spent
+
+    def _run_4bit_product(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """It writes the whole weight out inside, where no tracker sees it.
+
+        Source: bitsandbytes 0.50.2, backends/cuda/ops.py, `_dequant_linear_fallback`.
+        """
+        weight = torch.empty(weight_of_4bit(args), dtype=args[0].dtype, device="meta")
+        self.watch(weight, "workspace")
+        return self._timed(func, args, kwargs)
+
+    def watch_model(self, model: nn.Module) -> None:
+        for index, layer in enumerate(decoder_layers(model)):
+            self.place = Place(0, "load", index)
+            super().watch_model(layer)
+        self.place = Place(0, "load")
+        super().watch_model(model)
+
+    def assign_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Note which layer each state of the optimiser belongs to."""
+        for index, layer in enumerate(decoder_layers(model)):
+            for parameter in layer.parameters():
+                for state in optimizer.state.get(parameter, {}).values():
+                    storage = self.trace.storages[self._index[state.untyped_storage()._cdata]]
+                    storage.born = replace(storage.born, layer=index)
+
+    def watch(self, tensor: Tensor, name: str) -> None:
+        storage = tensor.untyped_storage()
+        known = self._index.get(storage._cdata)
+        super().watch(tensor, name)
+        if known is not None:
+            self.trace.storages[known].part = name
+            return
+        if self._leaves_layers:  # what is freed up to here still belongs to the last layer
+            self._goto("head")
+            self._leaves_layers = False
+        self._index[storage._cdata] = len(self.trace.storages)
+        self.trace.events.append((self.place, len(self.trace.storages), True))
+        self.trace.storages.append(Storage(rounded(storage.nbytes()), name, self.place))
+
+    def _free(self, key: int) -> None:
+        super()._free(key)
+        if self.ended:  # the model itself goes
+            return
+        index = self._index.pop(key)
+        self.trace.storages[index].died = self.place
+        self.trace.events.append((self.place, index, False))
+
+    def follow(self, layers: nn.ModuleList) -> None:
+        """Note when each layer begins and ends, forward and backward."""
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(self._forward_begins(index))
+            layer.register_forward_hook(self._forward_ends(index, last=index == len(layers) - 1))
+
+    def _goto(self, phase: Any, layer: int | None = None) -> None:
+        self.place = Place(self.place.micro_batch, phase, layer)
+
+    def _forward_begins(self, index: int) -> Any:
+        def hook(*_: Any) -> None:
+            if self.place.phase != "backward":  # else it is computed again
+                self._goto("forward", index)
+
+        return hook
+
+    def _forward_ends(self, index: int, *, last: bool) -> Any:
+        def backward_begins(_: Tensor) -> None:
+            self._goto("backward", index)
+
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            if self.place.phase != "backward":
+                self._leaves_layers = last
+                hidden = output[0] if isinstance(output, tuple) else output
+                hidden.register_hook(backward_begins)
+
+        return hook
+
+
+@contextlib.contextmanager
+def _fused_on_meta() -> Iterator[None]:
+    """Lets the fused optimiser run on `meta`, which torch does not list among its devices."""
+    adam: Any = importlib.import_module("torch.optim.adam")
+    check = adam._device_dtype_check_for_fused
+    adam._device_dtype_check_for_fused = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        adam._device_dtype_check_for_fused = check
+
+
+class _TracedStep(TrainingStep):
+    """The training step, telling a recorder where it is."""
+
+    recorder: _Recorder
+
+    def loss(self, batch: Any, num_trained: Any) -> Tensor:
+        before = self.recorder.place.micro_batch + 1
+        self.recorder.place = Place(before, "before")
+        return super().loss(batch, num_trained)
+
+    def finish(self) -> None:
+        self.recorder._goto("update")
+        super().finish()
+
+
+def trace_step(
+    recipe: Recipe, config: Any, host: Host, shape: RowShape, recomputed_layers: int, steps: int
+) -> Trace:
+    """Run two updates on `meta` and record them.
+
+    Args:
+        recipe: Method, adapter and optimiser.
+        config: The model's configuration; every layer it has is run.
+        host: Decides dtype and attention operator.
+        shape: The micro-batch.
+        recomputed_layers: Layers whose activations are not kept.
+        steps: Micro-batches of an update; 2 stand for any more.
+    """
+    model = build(recipe, "meta", native_dtype(host.device, bfloat16=host.bfloat16), config)
+    layers = decoder_layers(model)
+    recorder = _Recorder(len(layers), host)
+    recorder.watch_model(model)
+    recorder.follow(layers)
+    batches = [shape_batch(shape.rows, shape.length, shape.trained, "meta")] * min(steps, 2)
+    with _fused_on_meta(), planned_for(host.device):
+        step = _TracedStep(model, recipe.train, recomputed_layers=recomputed_layers)
+        step.recorder = recorder
+        with recorder:
+            for _ in range(UPDATES):
+                step.update(batches)
+    recorder.assign_optimizer_state(model, step.optimizer)
+    recorder.ended = True
+    return recorder.trace
