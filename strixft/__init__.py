@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from strixft.doctor import check_host as check_host
     from strixft.errors import StrixftError as StrixftError
     from strixft.evaluate import evaluate_recipe as evaluate_recipe
     from strixft.plan import plan_recipe as plan_recipe
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "StrixftError": "errors",
+    "check_host": "doctor",
     "evaluate_recipe": "evaluate",
     "find_runs": "runs",
     "load_recipe": "recipe",

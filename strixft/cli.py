@@ -15,6 +15,7 @@ import typer
 from strixft.errors import StrixftError
 
 if TYPE_CHECKING:
+    from strixft.doctor import Diagnosis
     from strixft.runs import Result, Run
 
 app = typer.Typer(
@@ -305,6 +306,42 @@ def report(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> N
 
     path = write_report(find_run(run))
     _print_json({"report": str(path)}) if as_json else print(path)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="Check also what this recipe needs.")] = None,
+    torch: Annotated[
+        bool, typer.Option("--torch/--no-torch", help="Try torch in a child process: seconds.")
+    ] = True,
+    script: Annotated[
+        bool, typer.Option("--fix-script", help="Print the fixes as a shell script; runs nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is wrong with this machine, and what to type. Changes nothing."""
+    from strixft.doctor import check_host, fix_script
+
+    diagnosis = check_host(recipe, torch=torch)
+    if as_json:
+        _print_json(diagnosis.to_dict())
+    elif script:
+        print(fix_script(diagnosis), end="")
+    else:
+        _show_findings(diagnosis)
+    raise typer.Exit(diagnosis.exit_code)
+
+
+def _show_findings(diagnosis: Diagnosis) -> None:
+    for finding in diagnosis.to_fix:
+        print(f"{finding.status.upper()} {finding.check}: {finding.saw}\n  why: {finding.why}")
+        if finding.fix:
+            print("  fix: " + finding.fix.text.replace("\n", "\n       "))
+        print(f"  source: {finding.source}\n")
+    good = [[f.check, f.saw] for f in diagnosis.findings if f.status == "ok"]
+    _table(good, ["ok", ""])
+    print(diagnosis.counted())
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ from strixft.units import GIB, MIB, format_gib
 
 Mark = Literal["measured", "vendor", "derived", "read here"]
 AMD_VENDOR = "0x1002"
+STRIX_HALO_DEVICE = "0x1586"
+"""PCI device of Radeon 8060S, 8050S and 8040S (Niko1221/Strata: docs/STRIX_HALO.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,12 +195,43 @@ def available_host_memory(root: Path = Path("/")) -> Sourced:
     return Sourced(value=available, mark="read here", source="MemAvailable of /proc/meminfo")
 
 
-def _amd_cards(root: Path) -> list[Path]:
-    devices = sorted((root / "sys/class/drm").glob("card*/device"))
+@dataclass(frozen=True, slots=True)
+class AmdCard:
+    """One AMD display device and its memory, in bytes; None where a file cannot be read."""
+
+    folder: Path
+    device_id: str
+    """PCI device, such as `0x1586`."""
+    gtt_total: int | None
+    gtt_used: int | None
+    vram_total: int | None
+    vram_used: int | None
+
+    @property
+    def is_strix_halo(self) -> bool:
+        """The GPU of a Strix Halo chip, gfx1151."""
+        return self.device_id == STRIX_HALO_DEVICE
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def read_amd_cards(root: Path = Path("/")) -> list[AmdCard]:
+    """AMD display devices in the order of their numbers."""
+    folders = sorted((root / "sys/class/drm").glob("card*/device"))
+    names = ("gtt_total", "gtt_used", "vram_total", "vram_used")
     return [
-        device
-        for device in devices
-        if (device / "vendor").is_file() and (device / "vendor").read_text().strip() == AMD_VENDOR
+        AmdCard(
+            folder,
+            _read_text(folder / "device"),
+            *(_read_int(folder / f"mem_info_{name}") for name in names),
+        )
+        for folder in folders
+        if _read_text(folder / "vendor") == AMD_VENDOR
     ]
 
 
@@ -208,16 +241,19 @@ def amd_memory(root: Path = Path("/")) -> tuple[Sourced, bool] | None:
     GTT larger than VRAM: the driver places device memory in GTT (kernel commit 759e764), which is
     system memory, so the less of free GTT and MemAvailable counts. Otherwise the VRAM carve-out.
     """
-    for device in _amd_cards(root):
-        names = ("gtt_total", "gtt_used", "vram_total", "vram_used")
-        read = {name: _read_int(device / f"mem_info_{name}") for name in names}
-        if any(value is None for value in read.values()):
+    for card in read_amd_cards(root):
+        gtt, vram, gtt_used, vram_used = (
+            card.gtt_total,
+            card.vram_total,
+            card.gtt_used,
+            card.vram_used,
+        )
+        if gtt is None or vram is None or gtt_used is None or vram_used is None:
             continue
-        gtt, gtt_used, vram, vram_used = (read[name] or 0 for name in names)
         if vram >= gtt:
-            source = f"{device}/mem_info_vram_total − used"
+            source = f"{card.folder}/mem_info_vram_total − used"
             return Sourced(value=vram - vram_used, mark="read here", source=source), False
-        source = f"{device}/mem_info_gtt_total − used"
+        source = f"{card.folder}/mem_info_gtt_total − used"
         free_gtt = Sourced(value=gtt - gtt_used, mark="read here", source=source)
         return min(free_gtt, available_host_memory(root), key=lambda row: row.value), True
     return None
