@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 
 from strixft.doctor.distro import fix_kernel_arguments, install, read_distribution
@@ -177,5 +178,5 @@ def _grant(view: HostView) -> Fix:
         user = view.user.name
         line = f'users.users.{user}.extraGroups = [ "render" "video" ];'
         return Fix(f"in configuration.nix {line}", ("sudo nixos-rebuild switch",), "log in again")
-    command = f"sudo usermod -aG render,video {view.user.name}"
+    command = f"sudo usermod -aG render,video {shlex.quote(view.user.name)}"
     return Fix("join the groups of the GPU's devices", (command,), "log in again")

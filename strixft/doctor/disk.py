@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,7 +71,10 @@ def check_disk(view: HostView) -> Iterator[Finding]:
                 why=why,
                 fix=Fix(
                     "make room, or use another disk: --run-dir for runs, HF_HOME for models",
-                    (f"du -xh --max-depth=2 {folder.parent} | sort -h | tail", "hf cache ls"),
+                    (
+                        f"du -xh --max-depth=2 {shlex.quote(str(folder.parent))} | sort -h | tail",
+                        "hf cache ls",
+                    ),
                 ),
                 source=SOURCE,
             )

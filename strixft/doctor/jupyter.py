@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def check_jupyter(view: HostView) -> Iterator[Finding]:
         why="notebooks would run in another environment, without strixft or with another torch",
         fix=Fix(
             "make this environment's kernel the first; strixft lab does so by itself",
-            (f"{view.prefix}/bin/python -m ipykernel install --user --name {KERNEL}",),
+            (f"{shlex.quote(view.prefix)}/bin/python -m ipykernel install --user --name {KERNEL}",),
         ),
         source=SOURCE,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 
 from strixft.doctor.distro import fix_kernel_arguments
@@ -119,7 +120,7 @@ def _npu_faults(view: HostView) -> Iterator[Finding]:
             why="FastFlowLM cannot use the NPU",
             fix=Fix(
                 "join the group of the device",
-                (f"sudo usermod -aG render {view.user.name}",),
+                (f"sudo usermod -aG render {shlex.quote(view.user.name)}",),
                 "log in again",
             ),
             source=LEMONADE,

@@ -114,7 +114,8 @@ def _without_known_gpu(view: HostView, saw: str) -> Finding:
 
 
 def _in_ranges(version: Version) -> bool:
-    return any(low <= version < high for low, high in GOOD_ROCM)
+    known = version if len(version) > 2 else (*version, 1)  # "rocm7.2": some 7.2
+    return any(low <= known < high for low, high in GOOD_ROCM)
 
 
 def _shown(version: Version) -> str:

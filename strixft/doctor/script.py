@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 
 from strixft.doctor.finding import Diagnosis, Finding
@@ -40,5 +41,5 @@ def fix_script(diagnosis: Diagnosis) -> str:
     findings = [finding for finding in diagnosis.to_fix if finding.fix]
     body = "".join(_block(finding) for finding in findings)
     restarts = dict.fromkeys(f.fix.restart for f in findings if f.fix and f.fix.restart)
-    ends = "".join(f"echo 'then: {restart}'\n" for restart in restarts)
+    ends = "".join(f"echo {shlex.quote(f'then: {restart}')}\n" for restart in restarts)
     return HEAD + (body or "\n# nothing to fix\n") + ("\n" + ends if ends else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 
 from strixft.doctor.finding import Finding, Fix
@@ -39,7 +40,7 @@ def check_swap(view: HostView) -> Iterator[Finding]:
             " the run",
             fix=Fix(
                 "turn it off while training; for good, comment its line out of /etc/fstab",
-                ("sudo swapoff " + " ".join(disks),),
+                ("sudo swapoff " + shlex.join(disks),),
             ),
             source=GUIDE,
         )
