@@ -31,7 +31,7 @@ def recommended_gtt_gib(memory_total: int, reserve_gib: float) -> int:
     >>> recommended_gtt_gib(125 * GIB, 16), recommended_gtt_gib(30 * GIB, 16)
     (109, 15)
     """
-    total = memory_total // GIB
+    total = round(memory_total / GIB)
     return max(int(total - reserve_gib), total // 2)
 
 
@@ -40,6 +40,10 @@ def _limit_arguments(view: HostView) -> str:
     gib = recommended_gtt_gib(view.memory_total or 0, _reserve_gib(view))
     module = "amdttm" if view.exists("/sys/module/amdttm") else "ttm"
     return f"{module}.pages_limit={gib * GIB // PAGE}"
+
+
+def _old_parameter(view: HostView) -> tuple[str, ...]:
+    return tuple(name for name in ("amdgpu.gttsize",) if name in view.kernel_arguments)
 
 
 def check_carve_out(view: HostView) -> Iterator[Finding]:
@@ -110,7 +114,7 @@ def _too_low(view: HostView, saw: str, total: int) -> Finding:
             view,
             f"raise the limit to {gib} GiB",
             add=_limit_arguments(view),
-            remove=("amdgpu.gttsize",),
+            remove=_old_parameter(view),
         ),
         source=f"{AMD_DOC} (vendor); antirez/ds4 PR #871 (measured: pages × 4096 = GTT)",
     )
@@ -123,7 +127,7 @@ def _no_limit(view: HostView, saw: str) -> Finding:
         why="a limit of all of RAM leaves the host nothing: an over-commit freezes the machine"
         " instead of raising an error",
         fix=fix_kernel_arguments(
-            view, "keep some for the host", add=_limit_arguments(view), remove=("amdgpu.gttsize",)
+            view, "keep some for the host", add=_limit_arguments(view), remove=_old_parameter(view)
         ),
         source="h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md; ROCm/ROCm#6370 (measured)",
     )

@@ -15,8 +15,11 @@ set -eu
 """
 
 
+_WRAPPER = textwrap.TextWrapper(96, break_long_words=False, break_on_hyphens=False)
+
+
 def _comment(text: str) -> str:
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 96) or [""]]
+    lines = [part for line in text.splitlines() for part in _WRAPPER.wrap(line) or [""]]
     return "".join(f"# {line}".rstrip() + "\n" for line in lines)
 
 
