@@ -344,6 +344,21 @@ def _show_findings(diagnosis: Diagnosis) -> None:
     print(diagnosis.counted())
 
 
+@app.command()
+def mkl(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Zen 5 and MKL: does it matter here, build the preload library, verify it."""
+    from strixft.mkl import check_mkl
+
+    report = check_mkl()
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    _table(report.rows(), ["", ""])
+    print(f"\n{report.says}")
+    if report.export:
+        print(f"\n{report.export}\n\n{report.licence}")
+
+
 def main() -> None:
     """Entry point: errors of ours become two lines and an exit code."""
     try:

@@ -15,7 +15,7 @@ FLOORS = [
     ["prepare", "step"],
     ["plan"],
     ["train"],
-    ["evaluate", "doctor"],
+    ["evaluate", "doctor", "mkl"],
     ["report"],
     ["pipeline"],
     ["cli"],
