@@ -359,6 +359,18 @@ def mkl(as_json: AsJson = False, debug: Debug = False) -> None:
         print(f"\n{report.export}\n\n{report.licence}")
 
 
+@app.command()
+def lab(
+    port: Annotated[int, typer.Option(help="Port; the next free one if it is taken.")] = 8888,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Open JupyterLab on 127.0.0.1 with the notebooks."""
+    from strixft.lab import start_lab
+
+    start_lab(port=port, browser=browser)
+
+
 def main() -> None:
     """Entry point: errors of ours become two lines and an exit code."""
     try:

@@ -320,8 +320,8 @@ def _advice(measured: tuple[Measured, ...]) -> str:
     best = max(measured, key=lambda row: row.ratio)
     if any(row.helps for row in measured):
         return (
-            f"It helps: MKL takes the {best.after.short} path and multiplies {best.ratio:.2f} times as"
-            " fast, with the same result. It matters for work on the CPU; training on a GPU does"
+            f"It helps: MKL takes the {best.after.short} path and multiplies {best.ratio:.2f} times"
+            " as fast, with the same result. It matters for work on the CPU; training on a GPU does"
             " not change."
         )
     if all(row.before.is_fast for row in measured):

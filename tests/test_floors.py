@@ -18,6 +18,7 @@ FLOORS = [
     ["evaluate", "doctor", "mkl"],
     ["report"],
     ["pipeline"],
+    ["lab"],
     ["cli"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

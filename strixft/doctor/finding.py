@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from strixft import views
@@ -109,12 +110,16 @@ class Diagnosis:
         return ", ".join(parts) or "nothing was checked"
 
     def _repr_html_(self) -> str:
-        rows = [
-            [f.status, f.check, f.saw, f.why, f.fix.text if f.fix and f.status != "ok" else ""]
-            for f in self.findings
-        ]
-        header = ["status", "check", "seen", "why it matters", "fix"]
-        return views.note(self.counted()) + views.table(rows, header)
+        head = "".join(f"<th>{name}</th>" for name in ("", "check", "seen", "why", "fix", "source"))
+        rows = "".join(_html_row(finding) for finding in self.findings)
+        return f'{views.note(self.counted())}<table class="sx"><tr>{head}</tr>{rows}</table>'
+
+
+def _html_row(finding: Finding) -> str:
+    fix = finding.fix.text if finding.fix and finding.status != "ok" else ""
+    cells = (finding.check, finding.saw, finding.why, fix, finding.source)
+    body = "".join(f"<td>{escape(cell).replace(chr(10), '<br>')}</td>" for cell in cells)
+    return f"<tr><td><strong>{finding.status}</strong></td>{body}</tr>"
 
 
 def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
