@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -25,6 +26,15 @@ KERNEL = "python3"
 """What the notebooks ask for; this name, found first, decides where they run."""
 FAST_ATTENTION = {"TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL": "1"}
 """Must be there before torch starts; does nothing on other builds of torch."""
+
+
+def kernel_folder() -> Path:
+    """Where this environment's kernel is written: one folder each, in a home that toolboxes share.
+
+    Not in the environment itself, which a container's user may not write.
+    """
+    cache = Path(os.environ.get("STRIXFT_CACHE") or Path.home() / ".cache/strixft")
+    return cache / "jupyter" / hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
 
 
 def write_kernel(folder: Path) -> Path:
@@ -82,7 +92,7 @@ def start_lab(*, port: int = 8888, browser: bool = True) -> None:
     """
     folder = workspace()
     put_notebooks(folder)
-    kernels = Path(sys.prefix) / "share/strixft/jupyter"
+    kernels = kernel_folder()
     write_kernel(kernels)
     command = lab_command(folder, port=port, browser=browser)
     os.execve(command[0], command, lab_environment(kernels))

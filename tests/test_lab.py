@@ -136,7 +136,7 @@ def test_start_lab_becomes_jupyterlab(monkeypatch: pytest.MonkeyPatch, tmp_path:
     started: list[Any] = []
     (tmp_path / "recipes").mkdir()
     monkeypatch.setattr(os, "execve", lambda *words: started.extend(words))
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "env"))
+    monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
     lab.start_lab(port=8899, browser=False)
     program, command, environment = started
     assert program == sys.executable

@@ -16,7 +16,8 @@ ROCM_INSTALL = (
     "https://rocm.docs.amd.com/projects/install-on-linux/en/latest/install/prerequisites.html"
 )
 CONTAINER_FLAGS = (
-    "--device /dev/kfd --device /dev/dri --group-add keep-groups --security-opt seccomp=unconfined"
+    "--device /dev/kfd --device /dev/dri --group-add video --group-add render"
+    " --security-opt seccomp=unconfined"
 )
 GFX1151 = "110501"
 
