@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import REPOSITORY, WriteRecipe
 from recorded import FAULTY, GOOD, RECORDED, Recorded, _resolved
 
-from strixft.doctor import CHECKS, Check, Diagnosis, Finding, Fix, HostView, examine, fix_script
+from strixft.doctor import (
+    CHECKS,
+    Check,
+    Diagnosis,
+    Finding,
+    Fix,
+    HostView,
+    check_host,
+    examine,
+    fix_script,
+)
 from strixft.doctor.finding import STATUSES
+from strixft.recipe import load_recipe
+from strixft.units import GIB
 
 
 def _named(hosts: list[Recorded]) -> pytest.MarkDecorator:
@@ -180,3 +197,89 @@ def test_json_has_the_six_keys(tmp_path: Path) -> None:
     keys = {"check", "status", "saw", "why", "fix", "source"}
     assert all(set(row) == keys for row in data["findings"])
     assert all(isinstance(value, str) for row in data["findings"] for value in row.values())
+
+
+# with a recipe
+
+
+def _with_recipe(host: str, write_recipe: WriteRecipe, tmp_path: Path, **sections: Any) -> HostView:
+    found = next(row for row in RECORDED if row.name == host)
+    recipe = load_recipe(write_recipe(**sections))
+    return replace(found.view(tmp_path / "root"), recipe=recipe)
+
+
+def test_a_recipe_that_trains_every_weight_minds_hipblaslt(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    view = _with_recipe("fedora", write_recipe, tmp_path, method="full")
+    environ = {**view.environ, "ROCBLAS_USE_HIPBLASLT": "1"}
+    found = [f.saw for f in examine(replace(view, environ=environ)).to_fix]
+    assert found == ["ROCBLAS_USE_HIPBLASLT=1"]
+    lora = _with_recipe("fedora", write_recipe, tmp_path, method="lora")
+    assert not examine(replace(lora, environ=environ)).to_fix
+
+
+def test_a_model_that_does_not_fit_the_disk_fails(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    model = "meta-llama/Llama-3.3-70B-Instruct"
+    view = _with_recipe("fedora", write_recipe, tmp_path, model=model)
+    tight = replace(view, free_bytes=lambda path: 100 * GIB)
+    [finding] = examine(tight).to_fix
+    assert (finding.check, finding.status) == ("disk", "fail")
+    assert "140.39 GiB asked for" in finding.saw
+    assert not examine(replace(view, free_bytes=lambda path: 150 * GIB)).to_fix
+
+
+def test_the_recommended_limit_keeps_the_recipes_reserve(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    view = _with_recipe("ttm-default-fedora", write_recipe, tmp_path, memory={"reserve_gib": 32})
+    fix = examine(view).to_fix[0].fix
+    assert fix is not None
+    assert f"ttm.pages_limit={93 * 2**18}" in fix.text
+
+
+# this machine
+
+
+def test_every_check_answers_on_this_machine() -> None:
+    findings = check_host(torch=False).findings
+    assert [_shown(finding) for finding in findings if "the check stopped" in finding.saw] == []
+    assert "disk" in {finding.check for finding in findings}
+
+
+def _strixft(*words: str) -> subprocess.CompletedProcess[str]:
+    code = "from strixft.cli import main; main()"
+    command = [sys.executable, "-c", code, *words]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_the_command_prints_one_json_document() -> None:
+    done = _strixft("doctor", "--no-torch", "--json")
+    findings = json.loads(done.stdout)["findings"]
+    assert done.returncode == int(any(row["status"] == "fail" for row in findings))
+
+
+def test_the_command_prints_findings_and_a_script() -> None:
+    assert " ok" in _strixft("doctor", "--no-torch").stdout.splitlines()[-1]
+    assert _strixft("doctor", "--no-torch", "--fix-script").stdout.startswith("#!/bin/sh")
+
+
+def test_the_command_refuses_a_recipe_with_a_fix() -> None:
+    done = _strixft("doctor", "no-such-recipe")
+    assert done.returncode == 2
+    assert "fix: " in done.stderr
+
+
+def test_without_the_torch_checks_torch_is_not_imported() -> None:
+    code = (
+        "import sys; from strixft.doctor import check_host; check_host(torch=False);"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip() == "[]"
