@@ -243,9 +243,9 @@ WORK: Mapping[str, Callable[[], Figures]] = {
     "import": describe_build,
     "nf4": round_trip_nf4,
     "attention": check_attention,
-    "flex": check_flex,
     "head": check_head,
     "step": train_step,
+    "flex": check_flex,
 }
 
 

@@ -33,35 +33,37 @@ def check_swap(view: HostView) -> Iterator[Finding]:
     zram = sum(size for name, size in areas if "zram" in name)
     saw = ", ".join(f"{name} {format_gib(size)}" for name, size in areas) or "no swap"
     if disks:
-        yield Finding(
-            status="warn",
-            saw=f"{saw} (/proc/swaps)",
-            why="weights that swap out make the machine unusable for minutes instead of stopping"
-            " the run",
-            fix=Fix(
-                "turn it off while training; for good, comment its line out of /etc/fstab",
-                ("sudo swapoff " + shlex.join(disks),),
-            ),
-            source=GUIDE,
-        )
+        yield _swap_on_disk(f"{saw} (/proc/swaps)", disks)
     elif zram > LARGEST_ZRAM:
-        yield Finding(
-            status="warn",
-            saw=f"{saw} (/proc/swaps)",
-            why="compressed pages stay in the same RAM: much of it only delays the stop, with all"
-            " cores busy compressing",
-            fix=Fix(
-                "make it 8 GiB",
-                (
-                    "printf '[zram0]\\nzram-size = 8192\\n' |"
-                    " sudo tee /etc/systemd/zram-generator.conf",
-                ),
-                "reboot",
-            ),
-            source="https://github.com/systemd/zram-generator",
-        )
+        yield _large_zram(f"{saw} (/proc/swaps)")
     else:
         yield Finding(status="ok", saw=saw, why="an over-commit is seen at once", source=GUIDE)
+
+
+def _swap_on_disk(saw: str, disks: list[str]) -> Finding:
+    return Finding(
+        status="warn",
+        saw=saw,
+        why="weights that swap out make the machine unusable for minutes instead of stopping the"
+        " run",
+        fix=Fix(
+            "turn it off while training; for good, comment its line out of /etc/fstab",
+            ("sudo swapoff " + shlex.join(disks),),
+        ),
+        source=GUIDE,
+    )
+
+
+def _large_zram(saw: str) -> Finding:
+    config = "printf '[zram0]\\nzram-size = 8192\\n' | sudo tee /etc/systemd/zram-generator.conf"
+    return Finding(
+        status="warn",
+        saw=saw,
+        why="compressed pages stay in the same RAM: much of it only delays the stop, with all cores"
+        " busy compressing",
+        fix=Fix("make it 8 GiB", (config,), "reboot"),
+        source="https://github.com/systemd/zram-generator",
+    )
 
 
 def _sysctl(name: str, value: int) -> tuple[str, ...]:
