@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,7 +48,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_set_debug, help="Show a traceback on errors.")
 ]
-Stage = Annotated[str | None, typer.Option(help="A stage: prepare, plan, train or evaluate.")]
 RunArgument = Annotated[str, typer.Argument(help="Run: a name under runs/ or a folder.")]
 
 
@@ -79,7 +79,11 @@ def _table(rows: list[list[str]], header: list[str]) -> None:
     table = Table(*header, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False).print(table)
+    width = None if sys.stdout.isatty() else 10_000  # lines are not folded in a pipe
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as text:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 
 def _show_figures(result: Result) -> None:
@@ -372,11 +376,19 @@ def lab(
 
 
 def main() -> None:
-    """Entry point: errors of ours become two lines and an exit code."""
+    """Entry point: errors become two lines and an exit code; `--debug` adds the traceback."""
     try:
         app()
-    except StrixftError as error:
+    except Exception as error:
         if _State.debug:
-            raise
-        _note(f"{error.problem}\nfix: {error.fix}")
-        raise SystemExit(error.exit_code) from None
+            traceback.print_exc()
+        ours = error if isinstance(error, StrixftError) else _unexpected(error)
+        _note(f"{ours.problem}\nfix: {ours.fix}")
+        raise SystemExit(ours.exit_code) from None
+
+
+def _unexpected(error: Exception) -> StrixftError:
+    return StrixftError(
+        f"strixft failed: {type(error).__name__}: {error}",
+        fix="type it again with --debug, and report what it shows",
+    )

@@ -63,11 +63,9 @@ def error_from_text(name: str, text: str) -> StrixftError | None:
         text: What `str(error)` gave there.
 
     Returns:
-        The same error, or None if `name` is not one of ours.
+        The same error, or None if it is not one of ours.
     """
     ours: list[type[StrixftError]] = [StrixftError, *StrixftError.__subclasses__()]
     classes = {cls.__name__: cls for cls in ours}
-    if name not in classes:
-        return None
-    problem, _, fix = text.rpartition(FIX)
-    return classes[name](problem or text, fix=fix or "run it again with --debug")
+    problem, found, fix = text.rpartition(FIX)
+    return classes[name](problem, fix=fix) if name in classes and found else None

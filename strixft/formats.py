@@ -41,22 +41,35 @@ class Format:
     example: Row
 
 
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
 def _text(value: object, column: str) -> str:
+    if value is None:
+        raise RowFault("no_text", f"{column} is missing or null")
     if not isinstance(value, str):
         raise RowFault(
-            "not_text",
-            f"{column!r} should be text, it is {type(value).__name__}: {str(value)[:60]!r}",
+            "not_text", f"{column} should be text, it is {type(value).__name__}: {_shown(value)}"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON allows it, tokenizers do not
+        raise RowFault(
+            "not_unicode", f"{column} has half a character at place {error.start}: {error.reason}"
+        ) from None
     return value
 
 
 def _message(message: object, number: int) -> Message:
     if not isinstance(message, Mapping) or "role" not in message:
-        raise RowFault("bad_message", f"message {number} has no 'role': {str(message)[:60]!r}")
+        raise RowFault("bad_message", f"message {number} has no 'role': {_shown(message)}")
     if message["role"] not in ROLES:
         raise RowFault(
             "unknown_role",
-            f"message {number} has the role {message['role']!r}; known are {', '.join(ROLES)}",
+            f"message {number} has the role {_shown(message['role'])};"
+            f" known are {', '.join(ROLES)}",
         )
     content = _text(message.get("content"), f"content of message {number}")
     return {"role": message["role"], "content": content}
@@ -71,8 +84,8 @@ def _chat(row: Row) -> list[Message]:
 
 def _prompt_completion(row: Row) -> list[Message]:
     return [
-        {"role": "user", "content": _text(row.get("prompt"), "prompt")},
-        {"role": "assistant", "content": _text(row.get("completion"), "completion")},
+        {"role": "user", "content": _text(row.get("prompt"), "'prompt'")},
+        {"role": "assistant", "content": _text(row.get("completion"), "'completion'")},
     ]
 
 

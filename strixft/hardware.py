@@ -7,12 +7,13 @@ recorded machine can be read as well. Below torch: nothing here needs it.
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from strixft.errors import FitError
+from strixft.errors import FitError, HostError
 from strixft.tables import Table
 from strixft.units import GIB, MIB, format_gib
 
@@ -44,6 +45,8 @@ class Host:
     """What a process may use before the host's reserve is taken off."""
     bfloat16: bool
     """Matrix products in bf16 run at full rate."""
+    driver_bytes: Sourced | None = None
+    """What the driver gives of unified memory; the host's reserve does not come off it."""
     bandwidth_bytes_per_s: Sourced | None = None
     matmul_flop_per_s: Mapping[str, Sourced] = field(default_factory=dict)
     """Rate of large square products by dtype."""
@@ -153,31 +156,54 @@ def budget(host: Host, reserve_gib: float) -> Budget:
     """What a run may use on a host: its memory, less the reserve where memory is shared.
 
     Raises:
-        FitError: The reserve leaves nothing.
+        FitError: Nothing is left.
     """
+    memory, driver = host.memory_bytes, host.driver_bytes
     reserve = round(reserve_gib * GIB) if host.unified else 0
-    left = int(host.memory_bytes.value) - reserve
-    source = f"{host.memory_bytes.source} ({host.memory_bytes.mark})"
+    left = int(memory.value) - reserve
+    source = f"{memory.source} ({memory.mark})"
+    if reserve:
+        source += f", less {reserve_gib:g} GiB for the host"
+    if driver is not None and driver.value < left:
+        left, source = int(driver.value), f"{driver.source} ({driver.mark})"
     if left <= 0:
+        fix = "close other programs"
+        if reserve >= memory.value > 0:
+            fix += f", or --set memory.reserve_gib={memory.value / 4 / GIB:.1f}"
         raise FitError(
-            f"{host.name} has {format_gib(host.memory_bytes.value)} for a run, and the recipe keeps"
-            f" {reserve_gib:g} GiB of it for the host",
-            fix="close other programs, or --set memory.reserve_gib=2",
+            f"{host.name} has nothing left for a run: {format_gib(left)} by {source}", fix=fix
         )
-    return Budget(left, f"{source}, less {reserve_gib:g} GiB for the host" if reserve else source)
+    return Budget(left, source)
 
 
 def read_meminfo(root: Path = Path("/")) -> dict[str, int]:
-    """`/proc/meminfo` in bytes."""
-    pairs = (line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
-    return {key: int(value.split()[0]) * 1024 for key, value in pairs}
+    """`/proc/meminfo` in bytes; lines that hold no number of KiB are left out.
+
+    Raises:
+        HostError: There is none.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError as error:
+        raise HostError(
+            f"{root / 'proc/meminfo'} cannot be read: {error.strerror}",
+            fix="run it on Linux, where /proc is mounted",
+        ) from error
+    found = (re.fullmatch(r"(\S+):\s*(\d+) kB", line) for line in lines)
+    return {match[1]: int(match[2]) * 1024 for match in found if match}
+
+
+def _read_text(path: Path) -> str:
+    """A small file of the kernel; empty where it is absent or unreadable."""
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _read_int(path: Path) -> int | None:
-    try:
-        return int(path.read_text().strip())
-    except (OSError, ValueError):  # "max", absent, unreadable
-        return None
+    text = _read_text(path)
+    return int(text) if text.isdecimal() and text.isascii() else None  # "max" is no number
 
 
 def _cgroup_left(root: Path) -> int | None:
@@ -187,12 +213,27 @@ def _cgroup_left(root: Path) -> int | None:
 
 
 def available_host_memory(root: Path = Path("/")) -> Sourced:
-    """What the kernel says a new process could still take; the less of it and the cgroup's rest."""
-    available = read_meminfo(root)["MemAvailable"]
+    """What the kernel says a new process could still take; the less of it and the cgroup's rest.
+
+    Raises:
+        HostError: The kernel does not say.
+    """
+    available = read_meminfo(root).get("MemAvailable")
+    if available is None:
+        raise HostError(
+            f"{root / 'proc/meminfo'} has no MemAvailable",
+            fix="plan for a host by its name: --set memory.host=strix-halo-128",
+        )
     left = _cgroup_left(root)
     if left is not None and left < available:
         return Sourced(value=left, mark="read here", source="/sys/fs/cgroup/memory.max − current")
     return Sourced(value=available, mark="read here", source="MemAvailable of /proc/meminfo")
+
+
+def _amd_cards(root: Path) -> list[Path]:
+    devices = (root / "sys/class/drm").glob("card*/device")
+    amd = [device for device in devices if _read_text(device / "vendor") == AMD_VENDOR]
+    return sorted(amd, key=lambda device: (len(device.parent.name), device.parent.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,16 +254,8 @@ class AmdCard:
         return self.device_id == STRIX_HALO_DEVICE
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def read_amd_cards(root: Path = Path("/")) -> list[AmdCard]:
     """AMD display devices in the order of their numbers."""
-    folders = sorted((root / "sys/class/drm").glob("card*/device"))
     names = ("gtt_total", "gtt_used", "vram_total", "vram_used")
     return [
         AmdCard(
@@ -230,8 +263,7 @@ def read_amd_cards(root: Path = Path("/")) -> list[AmdCard]:
             _read_text(folder / "device"),
             *(_read_int(folder / f"mem_info_{name}") for name in names),
         )
-        for folder in folders
-        if _read_text(folder / "vendor") == AMD_VENDOR
+        for folder in _amd_cards(root)
     ]
 
 
@@ -239,23 +271,19 @@ def amd_memory(root: Path = Path("/")) -> tuple[Sourced, bool] | None:
     """Free device memory of the first AMD card, and whether it is the host's own memory.
 
     GTT larger than VRAM: the driver places device memory in GTT (kernel commit 759e764), which is
-    system memory, so the less of free GTT and MemAvailable counts. Otherwise the VRAM carve-out.
+    system memory. Otherwise it is the VRAM carve-out, which the host does not see.
     """
-    for card in read_amd_cards(root):
-        gtt, vram, gtt_used, vram_used = (
-            card.gtt_total,
-            card.vram_total,
-            card.gtt_used,
-            card.vram_used,
-        )
-        if gtt is None or vram is None or gtt_used is None or vram_used is None:
+    for device in _amd_cards(root):
+        names = ("gtt_total", "gtt_used", "vram_total", "vram_used")
+        read = {name: _read_int(device / f"mem_info_{name}") for name in names}
+        if any(value is None for value in read.values()):
             continue
+        gtt, gtt_used, vram, vram_used = (read[name] or 0 for name in names)
         if vram >= gtt:
-            source = f"{card.folder}/mem_info_vram_total − used"
+            source = f"{device}/mem_info_vram_total − used"
             return Sourced(value=vram - vram_used, mark="read here", source=source), False
-        source = f"{card.folder}/mem_info_gtt_total − used"
-        free_gtt = Sourced(value=gtt - gtt_used, mark="read here", source=source)
-        return min(free_gtt, available_host_memory(root), key=lambda row: row.value), True
+        source = f"{device}/mem_info_gtt_total − used"
+        return Sourced(value=gtt - gtt_used, mark="read here", source=source), True
     return None
 
 
@@ -267,8 +295,15 @@ def this_host(root: Path = Path("/"), *, device: str = "cpu") -> Host:
         device: Device type that torch offers, `cuda` or `cpu`; this module does not ask torch.
     """
     if device == "cuda" and (found := amd_memory(root)) is not None:
-        memory, unified = found
-        return Host(name="auto", device="cuda", unified=unified, memory_bytes=memory, bfloat16=True)
+        driver, unified = found
+        return Host(
+            name="auto",
+            device="cuda",
+            unified=unified,
+            memory_bytes=available_host_memory(root) if unified else driver,
+            driver_bytes=driver if unified else None,
+            bfloat16=True,
+        )
     return Host(
         name=f"cpu ({platform.machine()})",
         device="cpu",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from strixft import attention
 from strixft.errors import HostError, RecipeError
 from strixft.methods import METHODS, Method
 from strixft.recipe import Lora, Recipe
@@ -170,7 +171,7 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
             dtype=dtype,
             quantization_config=_quantization(METHODS[recipe.method], dtype),
             device_map={"": device},
-            attn_implementation="sdpa",
+            attn_implementation=attention.NAME,
             local_files_only=recipe.offline,
             use_safetensors=True,
             trust_remote_code=False,
@@ -178,6 +179,14 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(recipe.model, error) from error
     return model
+
+
+def _nf4_parameter(packed: torch.Tensor, state: Any) -> Any:
+    import bitsandbytes as bnb
+
+    return bnb.nn.Params4bit(
+        packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True
+    )
 
 
 def _meta_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
@@ -193,6 +202,7 @@ def _meta_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
         absmax=empty(-(-blocks // 256), torch.float32),
         blocksize=256,
         code=empty(256, torch.float32),
+        dtype=torch.float32,
     )
     state = QuantState(
         absmax=empty(blocks, torch.uint8),
@@ -213,9 +223,7 @@ def _meta_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
         device="meta",
     )
     packed = torch.empty(-(-linear.weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
-    layer.weight = bnb.nn.Params4bit(
-        packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True
-    )
+    layer.weight = _nf4_parameter(packed, state)
     if linear.bias is not None:
         layer.bias = nn.Parameter(torch.empty_like(linear.bias))
     return layer
@@ -235,7 +243,7 @@ def shape_base(config: Any, method: Method, dtype: torch.dtype) -> nn.Module:
 
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
+            config, dtype=dtype, attn_implementation=attention.NAME
         )
     if method.base == "nf4":
         _store_as_nf4(model, dtype)
@@ -314,3 +322,43 @@ def base_of(model: nn.Module) -> Any:
     """The transformers model inside an adapter, or the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if get_base_model else model
+
+
+def _random(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    if tensor.dtype is torch.uint8:
+        return torch.randint(0, 256, tensor.shape, dtype=torch.uint8, device=device)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).normal_(std=0.02)
+
+
+def _fill_quantisation(state: Any, device: str) -> None:
+    for name, value in list(vars(state).items()):
+        if isinstance(value, torch.Tensor):
+            setattr(state, name, _random(value, device))
+    if state.state2 is not None:
+        _fill_quantisation(state.state2, device)
+
+
+def random_model(recipe: Recipe, config: Any, device: str, dtype: torch.dtype) -> nn.Module:
+    """The model a recipe trains with random weights, made on the device: for measuring it.
+
+    Args:
+        recipe: Method and adapter.
+        config: The model's configuration.
+        device: Where the weights are made.
+        dtype: What the base computes in.
+    """
+    model = build(recipe, "meta", dtype, config)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            state = getattr(parameter, "quant_state", None)
+            filled = _random(parameter, device)
+            if state is None:
+                fresh = nn.Parameter(filled, requires_grad=parameter.requires_grad)
+            else:
+                _fill_quantisation(state, device)
+                fresh = _nf4_parameter(filled, state)
+            module.register_parameter(name, fresh)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = torch.ones(buffer.shape, dtype=buffer.dtype, device=device)
+    model.tie_weights()  # type: ignore[operator]
+    return model

@@ -130,8 +130,7 @@ def _batched(rows: Iterable[RawRow], size: int) -> Iterator[tuple[RawRow, ...]]:
 
 
 def _figures(account: _Account, rows: TokenRows, format_name: str) -> dict[str, Any]:
-    lengths = [len(ids) for ids in rows.train["input_ids"]]
-    trained = [sum(flags) for flags in rows.train["trained"]]
+    lengths, trained = rows.train["num_tokens"], rows.train["num_trained"]
     return {
         "format": format_name,
         "rows_read": account.rows_read,

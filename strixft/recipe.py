@@ -8,26 +8,58 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
-from strixft.errors import RecipeError
+from strixft.errors import FIX, RecipeError
 from strixft.formats import FORMATS
 from strixft.hardware import HOSTS
 from strixft.methods import METHODS
 from strixft.tables import did_you_mean
 
 HERE = Path(__file__).resolve().parent
+LARGEST = 2**31 - 1
+"""Largest whole number that a recipe may hold."""
+SHOWN_FAULTS = 20
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: object, info: ValidationInfo) -> object:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool:  # to Python, true is the number 1
+            raise ValueError("should not be true or false")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _in_bounds(cls, value: object) -> object:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"should be {LARGEST} or less, it is {_shown(value)}")
+        if isinstance(value, str) and (not value.strip() or "\0" in value):
+            raise ValueError(f"should be text, it is {_shown(value)}")
+        return value
 
 
 class Dataset(_Section):
@@ -39,7 +71,7 @@ class Dataset(_Section):
     """Shape of a row: `auto` looks at the columns."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
     """Tokens that count: every assistant turn, the last one only, or the whole text."""
-    max_length: int = Field(default=4096, ge=8)
+    max_length: int = Field(default=4096, ge=8, le=2**20)
     """Longest row in tokens."""
     too_long: Literal["drop", "error"] = "drop"
     """What happens to longer rows; an answer that lost its end is never trained."""
@@ -63,6 +95,13 @@ class Lora(_Section):
     """Strength: the adapter's output is scaled by alpha / r."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Layers that get an adapter; all linear ones learn best (arXiv:2305.14314)."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_modules(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("should name at least one layer")
+        return value
 
 
 class Train(_Section):
@@ -90,12 +129,12 @@ class Train(_Section):
     """Gradients are scaled down to this norm."""
     save_every_minutes: float = Field(default=30, gt=0)
     """Most work that a crash can lose."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of adapter initialisation and row order."""
 
     @field_validator("tokens_per_update", "micro_batch", "recompute")
     @classmethod
-    def _not_negative(cls, value: int | str, info: Any) -> int | str:
+    def _not_negative(cls, value: int | str, info: ValidationInfo) -> int | str:
         least = 0 if info.field_name == "recompute" else 1
         if isinstance(value, int) and value < least:
             raise ValueError(f"should be {least} or more, it is {value}")
@@ -159,20 +198,41 @@ class Recipe(_Section):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice."""
+    """Safe YAML whose keys are text and stand once; a date is text."""
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-    if twice:
-        raise yaml.constructor.ConstructorError(
-            problem=f"the key {twice[0]!r} stands twice", problem_mark=node.start_mark
-        )
+    seen: set[str] = set()
+    for key, _ in node.value:
+        problem = None
+        if key.tag != yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG:
+            problem = "a key should be text; a number, a list or a merge (<<) is none"
+        elif key.value in seen:
+            problem = f"the key {key.value!r} stands twice"
+        if problem:
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+        seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [row for row in rows if row[0] != "tag:yaml.org,2002:timestamp"]
+    for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse_yaml(text: str, *, name: str, fix: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = ", ".join(text for text in (error.context, error.problem) if text)
+        raise RecipeError(f"{name}{where}: {problem}", fix=fix) from error
+    except RecursionError as error:
+        raise RecipeError(f"{name} is nested too deeply", fix=fix) from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{name} is not YAML: {error}", fix=fix) from error
 
 
 def _parents(start: Path) -> Iterator[Path]:
@@ -202,31 +262,43 @@ def find_recipe(name_or_path: str | Path) -> Path:
     Raises:
         RecipeError: There is no such recipe.
     """
-    given = Path(name_or_path)
-    candidates = (given, workspace() / given, shipped("recipes").parent / given)
-    for path in candidates:
-        if path.is_file():
+    given = Path(os.path.expanduser(name_or_path))
+    for path in (given, workspace() / given, shipped("recipes").parent / given):
+        if os.path.isfile(path):  # Path.is_file raises where a name is too long
             return path.resolve()
     known = find_recipes()
     if str(name_or_path) in known:
         return known[str(name_or_path)].resolve()
+    if str(name_or_path) and os.path.isdir(given):
+        raise RecipeError(
+            f"{given} is a folder, not a recipe", fix="name a file   strixft recipe   lists them"
+        )
     raise RecipeError(
         f"there is no recipe {str(name_or_path)!r} (looked from {Path.cwd()})",
         fix=f"{did_you_mean(given.stem, known)}   strixft recipe   lists them",
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a recipe file as they stand there.
+
+    Raises:
+        RecipeError: The file cannot be read, is not YAML, or holds no settings.
+    """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}", fix=f"correct {path}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is not UTF-8 text (byte {error.start})", fix=f"save {path} as UTF-8"
+        ) from error
+    except OSError as error:
+        raise RecipeError(
+            f"{path} cannot be read: {error.strerror}", fix=f"ls -l {path}   shows whose it is"
+        ) from error
+    data = _parse_yaml(text, name=str(path), fix=f"correct {path}")
     if not isinstance(data, dict):
         raise RecipeError(f"{path} holds no settings", fix="strixft recipe demo   shows one")
     return data
-
-
-T = TypeVar("T")
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -238,38 +310,41 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError(
-            f"--set {text!r} has no key or no '='", fix="--set train.learning_rate=2e-4"
+            f"--set {_shown(text)} has no key or no '='", fix="--set train.learning_rate=2e-4"
         )
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text!r}: {error}", fix="put the value in quotes") from error
+    name = f"--set {_shown(text)}"
+    return key.strip(), _parse_yaml(value, name=name, fix="put the value in quotes")
 
 
-def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Overrides of a notebook: a mapping of dotted keys, or its JSON text (papermill's `-p`)."""
-    if not overrides:
+def parse_overrides(overrides: object) -> dict[str, Any]:
+    """Overrides of a notebook: a mapping of dotted keys, or its JSON text (papermill's `-p`).
+
+    Raises:
+        RecipeError: They are neither.
+    """
+    fix = """-p overrides '{"train.learning_rate": 2e-4}'"""
+    if isinstance(overrides, str):
+        try:
+            overrides = json.loads(overrides.strip() or "{}")
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"overrides are not JSON: {error}", fix=fix) from error
+    if overrides is None:
         return {}
-    if isinstance(overrides, Mapping):
-        return dict(overrides)
-    try:
-        data = json.loads(overrides)
-    except json.JSONDecodeError as error:
-        data, problem = None, f": {error}"
-    else:
-        problem = ""
-    if not isinstance(data, dict):
+    if not isinstance(overrides, Mapping):
         raise RecipeError(
-            f"overrides are not a mapping{problem}",
-            fix="""-p overrides '{"train.learning_rate": 2e-4}'""",
+            f"overrides should be a mapping of dotted keys, they are {_shown(overrides)}", fix=fix
         )
-    return data
+    return dict(overrides)
 
 
 def _override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(data)
     for dotted, value in overrides.items():
-        *sections, last = dotted.split(".")
+        *sections, last = str(dotted).split(".")
+        if not all((*sections, last)):
+            raise RecipeError(
+                f"{dotted!r} is not a dotted key", fix="--set train.learning_rate=2e-4"
+            )
         place: Any = result
         for section in sections:
             place = place.setdefault(section, {})
@@ -277,37 +352,90 @@ def _override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
                 raise RecipeError(
                     f"{dotted}: {section!r} is not a section", fix="strixft recipe --explain"
                 )
-        place[last] = value
+        both = isinstance(value, Mapping) and isinstance(place.get(last), Mapping)
+        place[last] = {**place[last], **value} if both else value
     return result
 
 
-def _keys_at(location: tuple[str | int, ...]) -> Iterable[str]:
-    model: Any = Recipe
+WANTED = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "greater_than": "more than {gt:.12g}",
+    "greater_than_equal": "{ge:.12g} or more",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "less_than": "less than {lt:.12g}",
+    "less_than_equal": "{le:.12g} or less",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_type": "a section",
+    "string_type": "text",
+}
+"""pydantic's name of a fault → what would be right."""
+
+
+def _shown(value: object) -> str:
+    """A value in few words; a list or a section may be huge behind YAML's anchors."""
+    if isinstance(value, Mapping):
+        return "a section"
+    if isinstance(value, list):
+        return "a list"
+    text = repr(value)
+    return "empty" if value is None else text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _section(section: Any, key: str | int) -> Any:
+    """The section behind a key of a section; None where there is a plain setting or nothing."""
+    field = section.model_fields.get(key) if section else None
+    return field.annotation if field and hasattr(field.annotation, "model_fields") else None
+
+
+def _place(location: Sequence[str | int]) -> str:
+    """Dotted key, and the index of a list; the branch of a union, which pydantic adds, is none."""
+    section: Any = Recipe
+    parts = []
     for part in location:
-        field = model.model_fields.get(part)
-        model = field.annotation if field else None
-        if not hasattr(model, "model_fields"):
-            return ()
-    return tuple(model.model_fields)
+        if section or isinstance(part, int):
+            parts.append(str(part))
+        section = _section(section, part)
+    return ".".join(parts)
 
 
-def _fault(error: Mapping[str, Any]) -> str:
-    location = tuple(error["loc"])
-    # pydantic adds the branch of a union to the location: it is not a key
-    place = ".".join(
-        str(part) for part in location if not str(part).startswith(("literal[", "list["))
-    )
-    if error["type"] == "extra_forbidden":
-        known = list(_keys_at(location[:-1]))
-        return f"{place}: there is no such setting; {did_you_mean(str(location[-1]), known)}"
-    if error["type"] == "missing":
+def _near_setting(location: Sequence[str | int]) -> str:
+    *parents, word = location
+    elsewhere = [key for key, *_ in explain() if key.endswith(f".{word}")]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]!r}?"
+    section: Any = Recipe
+    for key in parents:
+        section = _section(section, key)
+    return did_you_mean(str(word), section.model_fields)
+
+
+def _fault(place: str, errors: Sequence[Mapping[str, Any]]) -> str:
+    """One fault as text; a union has one error for each of its branches."""
+    first = errors[0]
+    if first["type"] == "extra_forbidden":
+        return f"{place}: there is no such setting; {_near_setting(first['loc'])}"
+    if first["type"] == "missing":
         return f"{place}: is missing"
-    text = error["msg"].removeprefix("Value error, ").replace("\nfix: ", "; ")
-    return f"{place}: {text}"
+    if first["type"] not in WANTED:
+        text = first["msg"].removeprefix("Value error, ").replace(FIX, "; ")
+        return f"{place}: {text}"
+    wanted = [WANTED[row["type"]].format_map(row.get("ctx", {})) for row in errors]
+    return f"{place}: should be {' or '.join(wanted)}, it is {_shown(first['input'])}"
 
 
 def _faults(error: ValidationError) -> list[str]:
-    return list(dict.fromkeys(_fault(row) for row in error.errors(include_url=False)))
+    by_place: dict[str, list[Mapping[str, Any]]] = {}
+    for row in error.errors(include_url=False):
+        by_place.setdefault(_place(row["loc"]), []).append(row)
+    inner = {place.rpartition(".")[0] for place in by_place}  # a list's item says more than it
+    return [_fault(place, rows) for place, rows in by_place.items() if place not in inner]
 
 
 def check_recipe(data: Mapping[str, Any], *, name: str) -> Recipe:
@@ -324,16 +452,18 @@ def check_recipe(data: Mapping[str, Any], *, name: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         faults = _faults(error)
-        listed = "".join(f"\n  {fault}" for fault in faults)
+        listed = "".join(f"\n  {fault}" for fault in faults[:SHOWN_FAULTS])
+        more = len(faults) - SHOWN_FAULTS
+        rest = f"\n  … and {more} more" if more > 0 else ""
         noun = "fault" if len(faults) == 1 else "faults"
         raise RecipeError(
-            f"{name} has {len(faults)} {noun}:{listed}",
+            f"{name} has {len(faults)} {noun}:{listed}{rest}",
             fix="strixft recipe --explain   shows every setting",
         ) from None
 
 
 def _absolute(source: str, folder: Path) -> str:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # Path.expanduser raises where a user is unknown
     return str(path if path.is_absolute() else (folder / path).resolve())
 
 
@@ -348,7 +478,7 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
         RecipeError: No such file, not YAML, or settings that do not describe a run.
     """
     path = find_recipe(name_or_path)
-    recipe = check_recipe(_override(_read(path), overrides or {}), name=str(path))
+    recipe = check_recipe(_override(read_settings(path), overrides or {}), name=str(path))
     source = _absolute(recipe.dataset.source, path.parent)
     return recipe.model_copy(
         update={"dataset": recipe.dataset.model_copy(update={"source": source})}

@@ -28,7 +28,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem;
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #cbd5e1 }
 table.sx { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 table.sx td, table.sx th { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0;
-  border-bottom: 1px solid #e2e8f0; overflow-wrap: anywhere }
+  border-bottom: 1px solid #e2e8f0; overflow-wrap: break-word }
+table.sx td:first-child, table.sx th { white-space: nowrap }
 img.sx { max-width: 100% } pre { background: #f1f5f9; padding: 1rem; overflow-x: auto }
 .sx-warning { color: #b45309; font-weight: 600 } .lead { color: #64748b }
 """

@@ -20,9 +20,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal, TypeVar
-
-import yaml
+from typing import IO, Any, ClassVar, TypeVar
 
 from strixft import views
 from strixft.errors import DataError, RecipeError, StageError
@@ -34,6 +32,7 @@ from strixft.recipe import (
     flatten,
     load_recipe,
     parse_overrides,
+    read_settings,
     workspace,
 )
 
@@ -41,7 +40,8 @@ STAGES = ("prepare", "plan", "train", "evaluate")
 """Stages in their order; each is a notebook, a folder of the run, and a verb `<stage>_recipe`."""
 
 PACKAGES = ("strixft", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
-State = Literal["new", "running", "done", "failed", "stopped"]
+OWNER_ENDS_S = 10.0
+"""How long to wait for a process that owns the run and is about to end."""
 
 
 def now() -> str:
@@ -57,11 +57,14 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write by rename, flushed to disk before the name changes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:
@@ -110,13 +113,23 @@ class Result:
 
     @classmethod
     def load(cls: type[R], folder: Path) -> R | None:
-        """The stage's result, or None as long as it is not done."""
+        """The stage's result, or None as long as it is not done.
+
+        Raises:
+            StageError: The file is not what a stage writes.
+        """
         path = folder / "result.json"
         if not path.is_file():
             return None
-        data = json.loads(path.read_text(encoding="utf-8"))
-        data.pop("stage")
-        return cls(folder=folder, **data)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            del data["stage"]
+            return cls(folder=folder, **data)
+        except (ValueError, TypeError, KeyError) as error:
+            raise StageError(
+                f"{path} is not what stage {folder.name} writes: {error}",
+                fix=f"mv {folder} {_aside(folder)}   and run the stage again",
+            ) from error
 
 
 R = TypeVar("R", bound=Result)
@@ -154,42 +167,51 @@ class Run:
         folder = self.stage_folder(result.name)
         if (done := result.load(folder)) is not None:
             return done
+        with self.owned():
+            if (done := result.load(folder)) is not None:  # by the owner that was waited for
+                return done
+            with self._status(result.name):
+                return self._do(result, work)
+
+    def _do(self, result: type[R], work: Work) -> R:
+        folder = self.stage_folder(result.name)
         folder.mkdir(parents=True, exist_ok=True)
         started, clock = now(), time.monotonic()
-        with self.owned(), self._status(result.name):
-            inputs, figures = work(folder)
-            found = result(
-                folder=folder,
-                started=started,
-                seconds=round(time.monotonic() - clock, 3),
-                versions=versions(),
-                host={"machine": platform.machine(), "system": platform.platform()},
-                inputs=inputs,
-                figures=figures,
-            )
-            if found.is_final():
-                write_json(folder / "result.json", found.to_dict())
+        inputs, figures = work(folder)
+        found = result(
+            folder=folder,
+            started=started,
+            seconds=round(time.monotonic() - clock, 3),
+            versions=versions(),
+            host={"machine": platform.machine(), "system": platform.platform()},
+            inputs=inputs,
+            figures=figures,
+        )
+        if found.is_final():
+            write_json(folder / "result.json", found.to_dict())
         return found
 
     @contextlib.contextmanager
-    def owned(self, wait_s: float = 10.0) -> Iterator[None]:
+    def owned(self) -> Iterator[None]:
         """Hold the run's lock, which the kernel drops when its process ends, however it ends.
-
-        Args:
-            wait_s: How long to wait for an owner that is about to end.
 
         Raises:
             StageError: Another process works on this run.
         """
         with (self.folder / ".lock").open("a+") as lock:
-            deadline = time.monotonic() + wait_s
+            deadline = time.monotonic() + OWNER_ENDS_S
             while not _try_lock(lock):
                 if time.monotonic() > deadline:
+                    lock.seek(0)
+                    owner = lock.read().strip()
                     raise StageError(
-                        f"process {self.status().get('pid')} is at work on {self.folder}",
-                        fix=f"wait for it, or: kill {self.status().get('pid')}",
+                        f"process {owner} is at work on {self.folder}",
+                        fix=f"wait for it, or: kill {owner}",
                     )
                 time.sleep(0.2)
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
             yield
 
     def require(self, result: type[R]) -> R:
@@ -208,11 +230,14 @@ class Run:
         return found
 
     def status(self) -> dict[str, Any]:
-        """`status.json`, or a new run's."""
+        """`status.json`, or a new run's; its state is `unreadable` if it is damaged."""
         path = self.folder / "status.json"
         if not path.is_file():
             return {"stage": None, "state": "new"}
-        status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # one damaged file should not hide the other runs
+            return {"stage": None, "state": "unreadable"}
         return status
 
     def report_progress(self, **progress: Any) -> None:
@@ -244,8 +269,8 @@ def _try_lock(file: IO[str]) -> bool:
 
 def run_folder(recipe: Path, run_dir: str | Path | None) -> Path:
     """Where a recipe's run lies: `run_dir`, or `runs/<recipe>` of the workspace."""
-    given = Path(run_dir) if run_dir else Path("runs") / recipe.stem
-    return given.expanduser() if given.expanduser().is_absolute() else workspace() / given
+    given = Path(os.path.expanduser(run_dir)) if run_dir else Path("runs") / recipe.stem
+    return workspace() / given  # an absolute path stays what it is
 
 
 def free_name(folder: Path) -> Path:
@@ -283,14 +308,15 @@ def _refuse_other_data(folder: Path, recipe: Recipe) -> None:
     if done.inputs["source_sha256"] != digest(source):
         raise DataError(
             f"{source} has changed since {folder} was prepared from it",
-            fix=f"--run-dir {free_name(folder)}, or: strixft run … --from prepare",
+            fix=f"--run-dir {free_name(folder)}, or:"
+            f" strixft run {folder / 'recipe.yaml'} --run-dir {folder} --from prepare",
         )
 
 
 def read_recipe(folder: Path) -> Recipe:
     """The recipe of a run folder."""
     path = folder / "recipe.yaml"
-    return check_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), name=str(path))
+    return check_recipe(read_settings(path), name=str(path))
 
 
 def open_run(
@@ -324,9 +350,19 @@ def open_run(
             f"{folder} exists and is not a run folder", fix=f"--run-dir {free_name(folder)}"
         )
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "recipe.yaml", dump_recipe(resolved))
+        _create(folder, resolved)
     return Run(folder, resolved)
+
+
+def _create(folder: Path, recipe: Recipe) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    except OSError as error:
+        raise RecipeError(
+            f"the run folder {folder} cannot be made: {error.strerror}",
+            fix="--run-dir and a folder that can be written",
+        ) from error
 
 
 def find_run(name_or_path: str | Path) -> Run:
@@ -347,12 +383,21 @@ def find_runs() -> list[Run]:
     return [Run(path.parent, read_recipe(path.parent)) for path in folders]
 
 
+def _aside(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return aside
+
+
 def set_aside(run: Run, stages: tuple[str, ...]) -> None:
-    """Rename the folders of these stages to `<stage>.N`, so that they are done again."""
-    for stage in stages:
-        folder = run.stage_folder(stage)
-        if folder.is_dir():
-            number = 1
-            while (aside := folder.with_name(f"{stage}.{number}")).exists():
-                number += 1
-            folder.rename(aside)
+    """Rename the folders of these stages to `<stage>.N`, so that they are done again.
+
+    Raises:
+        StageError: Another process works on this run.
+    """
+    with run.owned():
+        for stage in stages:
+            folder = run.stage_folder(stage)
+            if folder.is_dir():
+                folder.rename(_aside(folder))

@@ -29,6 +29,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     'choose one of: full, lora'
     """
     names = list(known)
+    if not names:
+        return "there is none to choose"
     near = difflib.get_close_matches(word, names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(names)}"
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from strixft import views
-from strixft.data import Batch, collate
+from strixft.data import Batch, collate, training_order
 from strixft.errors import FitError, StageError
 from strixft.guard import cap, device_type, find_host
 from strixft.model import build, load_tokenizer, native_dtype
@@ -103,9 +102,12 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._warm: tuple[float, int] | None = None
         self._saved = time.monotonic()
         self._bar: Any = None
+        self.first_update = 1
+        """Of this process; more than 1 when the run was resumed."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the progress bar, at the update that a resumed run begins with."""
+        self.first_update = state.global_step + 1
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update")
 
     def _tokens(self) -> int:
@@ -215,32 +217,12 @@ def _measured(model: nn.Module) -> Iterator[dict[str, int | None]]:
     found["resident_bytes"] = psutil.Process().memory_info().rss
 
 
-def training_order(lengths: Sequence[int], num_rows: int, seed: int) -> list[int]:
-    """Indices of the rows in the order of training: whole shuffled passes, one after the other.
-
-    The longest row comes first, so the first update needs the most memory of all.
-
-    Args:
-        lengths: Tokens of each row.
-        num_rows: Rows to train in all.
-        seed: The same seed gives the same order.
-    """
-    rng = random.Random(seed)
-    order: list[int] = []
-    while len(order) < num_rows:
-        order += rng.sample(range(len(lengths)), len(lengths))
-    longest = order.index(max(range(len(lengths)), key=lengths.__getitem__))
-    order[0], order[longest] = order[longest], order[0]
-    return order[:num_rows]
-
-
 def _training_rows(recipe: Recipe, prepared: Prepared, plan: Plan) -> Any:
     rows = prepared.token_rows(recipe.dataset).train
     choice = plan.figures["choice"]
     per_update = choice["micro_batch_rows"] * choice["gradient_accumulation_steps"]
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    order = training_order(lengths, plan.figures["updates"] * per_update, recipe.train.seed)
-    return rows.select(order)
+    num_rows = plan.figures["updates"] * per_update
+    return rows.select(training_order(rows["num_tokens"], num_rows, recipe.train.seed))
 
 
 def _build_trainer(run: Run, prepared: Prepared, plan: Plan, watch: _Watch) -> _Trainer:
@@ -294,6 +276,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     _save(trainer.step.model, folder)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     figures = {
+        "first_update": watch.first_update,
         "updates": trainer.state.global_step,
         "losses": losses,
         "tokens": trainer.num_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 
 from strixft.runs import Run, open_run
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait
 REPOSITORY = Path(__file__).resolve().parent.parent
 EMBEDDED = "embedded:smollm2-135m"
 

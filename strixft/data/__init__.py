@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, K trained tokens of a batch.
 from strixft.data.batches import Batch, collate, shape_batch
 from strixft.data.load import Problem, RawRow, read_rows
 from strixft.data.mask import Encoder, TokenRow
+from strixft.data.order import largest_batch, training_order
 from strixft.data.rows import TokenRows, write_rows
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "TokenRow",
     "TokenRows",
     "collate",
+    "largest_batch",
     "read_rows",
     "shape_batch",
+    "training_order",
     "write_rows",
 ]

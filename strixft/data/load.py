@@ -59,9 +59,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
-        near = did_you_mean(path.name, sorted(p.name for p in path.parent.glob("*"))[:200])
+        files = (p.name for p in path.parent.glob("*") if p.is_file())
+        near = did_you_mean(path.name, sorted(files)[:200])
         raise DataError(
-            f"there is no data file {path}",
+            f"{path} is a folder, not a data file"
+            if path.is_dir()
+            else f"there is no data file {path}",
             fix=f"{near}   (dataset.source is relative to the recipe's file)"
             if path.parent.is_dir()
             else "correct dataset.source; it is relative to the recipe's file",

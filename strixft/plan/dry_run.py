@@ -6,14 +6,12 @@ is loaded, nothing is fitted to a measurement.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from strixft.attention import planned_for
 from strixft.data import shape_batch
 from strixft.hardware import Host
 from strixft.model import build, native_dtype
@@ -38,7 +36,7 @@ class RowShape:
     length: int
     """T."""
     trained: int
-    """Trained tokens of one row, at most."""
+    """K: trained tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,36 +66,6 @@ class _OnMeta(MemoryTracker):
         return func(*args, **kwargs)
 
 
-def _attention(device: str, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """The operator behind `scaled_dot_product_attention` on a device; inputs (B, H, T, D)."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    causal, scale = options.get("is_causal", False), options.get("scale")
-    if device == "cpu":
-        operator, extra = aten._scaled_dot_product_flash_attention_for_cpu, {}
-    else:
-        operator, extra = aten._scaled_dot_product_flash_attention, {"return_debug_mask": False}
-    result: Tensor = operator(query, key, value, 0.0, causal, **extra, scale=scale)[0]
-    return result
-
-
-class _AttentionOf(TorchFunctionMode):
-    """Takes the attention operator of the device that is planned for.
-
-    On `meta` torch would take the mathematical path, which keeps T × T scores.
-    """
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self._device = device
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _attention(self._device, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 def dry_run(
     recipe: Recipe, config: Any, host: Host, shape: RowShape, recomputed_layers: int = 0
 ) -> DryRun:
@@ -114,12 +82,9 @@ def dry_run(
     step = TrainingStep(model, recipe.train, recomputed_layers=recomputed_layers)
     tracker = _OnMeta()
     tracker.watch_model(model)
-    trained = shape.rows * min(shape.trained, shape.length - 1)
-    with ExitStack() as modes:
-        modes.enter_context(_AttentionOf(host.device))
-        modes.enter_context(tracker)
+    with planned_for(host.device), tracker:
         for _ in range(2):
-            step.update([shape_batch(shape.rows, shape.length, trained, "meta")])
+            step.update([shape_batch(shape.rows, shape.length, shape.trained, "meta")])
     parts = {name: tracker.peak.get(name, 0) for name in PARTS}
     parts["workspace"] += WORKSPACE_BYTES[host.device]
     return DryRun(

@@ -74,10 +74,10 @@ def _choice(found: DryRun, recipe: Recipe, data: DataShape) -> dict[str, Any]:
 
 
 def _updates(recipe: Recipe, data: DataShape, choice: dict[str, Any]) -> int | None:
-    if data.rows is None:
+    if not data.lengths:
         return None
     rows: int = choice["micro_batch_rows"] * choice["gradient_accumulation_steps"]
-    return max(1, round(data.rows * recipe.train.epochs / rows))
+    return max(1, round(len(data.lengths) * recipe.train.epochs / rows))
 
 
 def _advice(recipe: Recipe) -> list[str]:

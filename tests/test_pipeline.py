@@ -1,0 +1,146 @@
+"""The stages as notebooks: the same result three ways, resume, and failures that help."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from conftest import REPOSITORY, WriteRecipe, chats, write_lines
+
+from strixft.errors import DataError, StageError
+from strixft.pipeline import chosen_stages, notebook_of, run_notebook, run_stages
+from strixft.runs import STAGES, Result, Run, open_run
+
+RUN = [sys.executable, "-m", "strixft", "run"]
+
+
+def losses(folder: Path) -> list[float]:
+    result = Result.load(folder / "train")
+    assert result is not None
+    found: list[float] = result.figures["losses"]
+    return found
+
+
+def test_the_three_ways_give_the_same_losses(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe()
+    run = open_run(recipe, tmp_path / "run")
+    run_stages(run, recipe, {})
+    for stage in ("prepare", "plan", "train"):
+        papermill.execute_notebook(
+            str(notebook_of(stage)),
+            str(tmp_path / "out.ipynb"),
+            parameters={"recipe": str(recipe), "run_dir": str(tmp_path / "papermill")},
+            progress_bar=False,
+        )
+        by_hand(notebook_of(stage), recipe, tmp_path / "by-hand")
+    assert (
+        losses(tmp_path / "run") == losses(tmp_path / "papermill") == losses(tmp_path / "by-hand")
+    )
+    assert [path.name for path in sorted(run.folder.glob("*/*.ipynb"))]
+
+
+def by_hand(notebook: Path, recipe: Path, run_dir: Path) -> None:
+    """Run a notebook with its own parameters cell edited, as a person would."""
+    from nbclient import NotebookClient
+
+    page = nbformat.read(notebook, as_version=4)
+    cell = next(cell for cell in page.cells if "parameters" in cell.metadata.get("tags", ()))
+    cell.source = f"recipe, run_dir, overrides = {str(recipe)!r}, {str(run_dir)!r}, {{}}"
+    NotebookClient(page, resources={"metadata": {"path": str(notebook.parent)}}).execute()
+
+
+def test_what_is_done_is_skipped(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe()
+    run = open_run(recipe, tmp_path / "run")
+    told: list[tuple[str, bool]] = []
+    run_stages(run, recipe, {}, last="plan", notify=lambda *row: told.append(row))
+    run_stages(run, recipe, {}, last="plan", notify=lambda *row: told.append(row))
+    assert told == [("prepare", False), ("plan", False), ("prepare", True), ("plan", True)]
+
+
+def test_from_sets_aside_and_does_again(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe()
+    run = open_run(recipe, tmp_path / "run")
+    run_stages(run, recipe, {}, last="plan")
+    run_stages(run, recipe, {}, first="plan", last="plan")
+    assert (run.folder / "plan.1" / "result.json").is_file()
+    assert run.is_done("plan")
+
+
+def test_an_error_of_ours_survives_the_notebook(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(rows=[*chats(3), "{broken"])
+    run = open_run(recipe, tmp_path / "run")
+    with pytest.raises(DataError, match="row 4: is not JSON") as caught:
+        run_stages(run, recipe, {})
+    assert f"then: strixft run {recipe} --run-dir {run.folder}" in caught.value.fix
+    kept = nbformat.read(run.folder / "prepare" / "10-prepare.ipynb", as_version=4)
+    assert any(out.output_type == "error" for c in kept.cells for out in c.get("outputs", ()))
+
+
+def test_a_failed_run_goes_on_when_its_cause_is_gone(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe(rows=[*chats(6), "{broken"])
+    run = open_run(recipe, tmp_path / "run")
+    with pytest.raises(DataError):
+        run_stages(run, recipe, {}, last="prepare")
+    write_lines(tmp_path / "tiny.jsonl", chats(6))
+    run_stages(open_run(recipe, run.folder), recipe, {}, last="prepare")
+    assert run.is_done("prepare")
+
+
+def test_a_parameter_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"10-prepare\.ipynb has no parameter 'recipee'") as caught:
+        run_notebook(notebook_of("prepare"), tmp_path / "out.ipynb", {"recipee": "demo"})
+    assert caught.value.fix == "did you mean 'recipe'?"
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_a_cell_that_fails_is_named(tmp_path: Path) -> None:
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    nbformat.write(page, tmp_path / "in.ipynb")
+    with pytest.raises(StageError, match=r"stopped at In \[1\]: ZeroDivisionError"):
+        run_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {})
+
+
+def test_stages_are_chosen_by_name() -> None:
+    assert chosen_stages("plan", "train") == ("plan", "train")
+    assert chosen_stages(None, None) == STAGES
+    with pytest.raises(StageError, match="there is no stage 'trian'") as caught:
+        chosen_stages("trian", None)
+    assert caught.value.fix == "did you mean 'train'?"
+    with pytest.raises(StageError, match="train comes after plan"):
+        chosen_stages("train", "plan")
+
+
+def test_a_killed_run_is_finished_by_the_next_call(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """SIGKILL to the command while its kernel trains; then the same command again."""
+    train = {"epochs": 5, "save_every_minutes": 0.001}
+    recipe, folder = write_recipe(train=train), tmp_path / "run"
+    child = subprocess.Popen([*RUN, recipe, "--run-dir", folder], cwd=REPOSITORY)
+    deadline = time.monotonic() + 180
+    while not is_training(folder):
+        assert child.poll() is None, "the command ended before it could be killed"
+        assert time.monotonic() < deadline, "training did not start"
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    subprocess.run([*RUN, recipe, "--run-dir", folder], check=True, cwd=REPOSITORY)
+    assert Run(folder, open_run(recipe, folder).recipe).is_done("evaluate")
+    undisturbed = open_run(recipe, tmp_path / "undisturbed")
+    run_stages(undisturbed, recipe, {}, last="train")
+    assert losses(folder) == pytest.approx(losses(undisturbed.folder), rel=1e-6)
+
+
+def is_training(folder: Path) -> bool:
+    status = folder / "status.json"
+    if not status.is_file():
+        return False
+    return bool(json.loads(status.read_text()).get("progress", {}).get("done"))

@@ -1,0 +1,39 @@
+"""The report: one page, whole, and nothing in it that the data could break."""
+
+from pathlib import Path
+
+from conftest import WriteRecipe, chat, chats
+from test_train import trained
+
+from strixft.evaluate import evaluate_recipe
+from strixft.report import write_report
+from strixft.runs import Run, open_run
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def test_the_report_of_a_new_run_says_that_nothing_is_done(tiny_run: Run) -> None:
+    html = write_report(tiny_run).read_text()
+    assert html.count("Not done yet.") == 4
+    assert "Not evaluated yet." in html
+
+
+def test_the_report_shows_every_stage_and_stands_alone(tiny_run: Run) -> None:
+    trained(tiny_run)
+    evaluate_recipe(tiny_run)
+    html = write_report(tiny_run).read_text()
+    for text in ("exact_match", "part at the peak", "training loss by update", "tokens_per_update"):
+        assert text in html
+    assert "http" not in html.replace("https://docs", "")
+    assert 'src="data:image/png;base64,' in html
+    assert "Not done yet." not in html
+
+
+def test_text_of_the_data_is_escaped(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    rows = [*chats(10), *(chat(f"{HOSTILE} {n}", HOSTILE) for n in range(10))]
+    run = open_run(write_recipe(rows=rows, dataset={"validation_fraction": 0.5}), tmp_path / "run")
+    trained(run)
+    evaluate_recipe(run)
+    html = write_report(run).read_text()
+    assert HOSTILE not in html
+    assert "&lt;script&gt;" in html

@@ -1,0 +1,538 @@
+"""A run folder keeps what is done, refuses what does not belong to it, and has one owner."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from strixft import runs
+from strixft.errors import DataError, RecipeError, StageError
+from strixft.recipe import load_recipe
+from strixft.runs import (
+    Result,
+    Run,
+    digest,
+    find_run,
+    find_runs,
+    free_name,
+    now,
+    open_run,
+    set_aside,
+    versions,
+    write_json,
+    write_text,
+)
+
+RECIPE = "model: m\ndataset: {source: rows.jsonl}\ntrain: {epochs: 3}\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Result):
+    """The first stage."""
+
+    name: ClassVar[str] = "prepare"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft(Result):
+    """A stage whose results are never final."""
+
+    name: ClassVar[str] = "plan"
+
+    def is_final(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe with its data."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    path = tmp_path / "mine.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def run(recipe: Path, tmp_path: Path) -> Run:
+    """A new run."""
+    return open_run(recipe, tmp_path / "run")
+
+
+Process = subprocess.Popen[str]
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts scripts as processes of their own; kills what is left of them."""
+    processes: list[Process] = []
+
+    def start_script(script: str, *arguments: object) -> Process:
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        process = subprocess.Popen(
+            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        processes.append(process)
+        return process
+
+    yield start_script
+    for process in processes:
+        with process:
+            process.kill()
+
+
+def reads_line(process: Process) -> str:
+    """Waits for the next line that a process prints."""
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def kill(process: Process) -> None:
+    """Ends a process so that it can clean up nothing."""
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def prepare(run: Run) -> Prepared:
+    """The first stage, as far as a run folder is concerned."""
+    source = Path(run.recipe.dataset.source)
+    return run.once(Prepared, lambda _: ({"source_sha256": digest(source)}, {"rows": 1}))
+
+
+def must_not_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    raise AssertionError(f"{folder} was done again")
+
+
+# Files.
+
+
+def test_json_is_written_and_read_back(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"text": "é –", "number": 1.5})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"text": "é –", "number": 1.5}
+
+
+def test_a_write_leaves_no_other_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a", "new \ud800")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+WRITE_FOREVER = """
+import sys
+from pathlib import Path
+from strixft.runs import write_json
+
+number = 0
+while True:
+    number += 1
+    write_json(Path(sys.argv[1]), {"values": [number] * 100_000})
+    if number == 1:
+        print("written", flush=True)
+"""
+
+
+def test_a_reader_sees_a_whole_file_even_if_the_writer_is_killed(
+    tmp_path: Path, start: Start
+) -> None:
+    path = tmp_path / "a.json"
+    writer = start(WRITE_FOREVER, path)
+    assert reads_line(writer) == "written"
+    seen = [json.loads(path.read_text())["values"] for _ in range(50)]
+    kill(writer)
+    seen.append(json.loads(path.read_text())["values"])
+    assert all(len(values) == 100_000 and len(set(values)) == 1 for values in seen)
+
+
+# Stages.
+
+
+def test_a_result_is_the_same_when_it_is_read_again(run: Run) -> None:
+    assert Prepared.load(run.stage_folder("prepare")) is None
+    result = prepare(run)
+    assert Prepared.load(run.stage_folder("prepare")) == result
+
+
+def test_a_result_has_what_every_stage_reports(run: Run) -> None:
+    prepare(run)
+    written = json.loads((run.folder / "prepare" / "result.json").read_text())
+    assert set(written) == {
+        "stage",
+        "started",
+        "seconds",
+        "versions",
+        "host",
+        "inputs",
+        "figures",
+    }
+    assert (written["stage"], written["figures"]) == ("prepare", {"rows": 1})
+
+
+def test_a_stage_that_is_done_is_not_done_again(run: Run) -> None:
+    first = prepare(run)
+    assert run.once(Prepared, must_not_run) == first
+
+
+def test_a_stage_that_failed_is_done_again(run: Run) -> None:
+    def fail(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        (folder / "half.bin").write_bytes(b"half")
+        raise StageError("no luck", fix="again")
+
+    with pytest.raises(StageError, match="no luck"):
+        run.once(Prepared, fail)
+    assert not run.is_done("prepare")
+    assert prepare(run).figures == {"rows": 1}
+
+
+def test_a_result_that_is_not_final_is_found_again(run: Run) -> None:
+    run.once(Draft, lambda _: ({}, {"fits": False}))
+    assert not run.is_done("plan")
+    assert run.once(Draft, lambda _: ({}, {"fits": True})).figures == {"fits": True}
+
+
+def test_the_status_tells_which_stage_is_at_work(run: Run) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def work(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        run.report_progress(done=3, total=9)
+        seen.append(run.status())
+        return {}, {}
+
+    assert run.status() == {"stage": None, "state": "new"}
+    run.once(Prepared, work)
+    assert (seen[0]["stage"], seen[0]["state"], seen[0]["pid"]) == (
+        "prepare",
+        "running",
+        os.getpid(),
+    )
+    assert seen[0]["progress"] == {"done": 3, "total": 9}
+    assert run.status()["state"] == "done"
+
+
+def test_the_status_tells_why_a_stage_failed(run: Run) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run.once(Prepared, lambda _: ({}, {"x": 1 / 0}))
+    assert (run.status()["state"], run.status()["problem"]) == ("failed", "division by zero")
+
+
+def test_a_status_that_is_damaged_is_not_the_end(run: Run) -> None:
+    (run.folder / "status.json").write_text('{"stage": "tr')
+    assert run.status() == {"stage": None, "state": "unreadable"}
+
+
+def test_a_stage_that_needs_an_earlier_one_says_what_to_type(run: Run) -> None:
+    with pytest.raises(StageError) as caught:
+        run.require(Prepared)
+    assert caught.value.problem == f"stage prepare of {run.folder} has not run yet"
+    assert caught.value.fix == (
+        f"strixft run {run.folder}/recipe.yaml --run-dir {run.folder} --to prepare"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"stage": "prepare"}', '{"stage": 1, "x": 2}']
+)
+def test_a_damaged_result_says_which_file_and_what_to_type(run: Run, text: str) -> None:
+    folder = run.stage_folder("prepare")
+    folder.mkdir()
+    (folder / "result.json").write_text(text)
+    with pytest.raises(StageError) as caught:
+        Prepared.load(folder)
+    assert caught.value.problem.startswith(
+        f"{folder}/result.json is not what stage prepare writes: "
+    )
+    assert caught.value.fix == f"mv {folder} {folder}.1   and run the stage again"
+
+
+def test_versions_name_what_a_result_depends_on() -> None:
+    assert {"python", "strixft", "torch", "transformers"} <= set(versions())
+
+
+def test_times_can_be_compared_as_text() -> None:
+    assert now().endswith("+00:00")
+
+
+# Opening.
+
+
+def test_a_new_run_holds_the_complete_recipe(run: Run) -> None:
+    assert load_recipe(run.folder / "recipe.yaml") == run.recipe
+
+
+def test_a_run_lies_under_runs_by_the_name_of_its_recipe(recipe: Path, tmp_path: Path) -> None:
+    assert open_run(recipe).folder == tmp_path / "runs" / "mine"
+
+
+def test_a_relative_run_folder_is_relative_to_the_project(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert open_run(recipe, "runs/x").folder == tmp_path / "runs" / "x"
+
+
+def test_the_same_recipe_opens_the_same_run(recipe: Path, run: Run) -> None:
+    result = prepare(run)
+    assert open_run(recipe, run.folder).once(Prepared, must_not_run) == result
+
+
+def test_the_complete_recipe_of_a_run_opens_it_too(run: Run) -> None:
+    assert open_run(run.folder / "recipe.yaml", run.folder) == run
+
+
+def test_a_run_that_is_taken_names_the_keys_that_differ(recipe: Path, run: Run) -> None:
+    with pytest.raises(RecipeError) as caught:
+        open_run(recipe, run.folder, {"train.epochs": 4, "lora.r": 8})
+    assert caught.value.problem == (
+        f"{run.folder} is taken by a run of another recipe; these keys differ:\n"
+        "  lora.r: 16 there, 8 here\n"
+        "  train.epochs: 3.0 there, 4.0 here"
+    )
+    assert caught.value.fix == f"--run-dir {run.folder}-2"
+
+
+def test_overrides_of_a_notebook_may_be_text(recipe: Path, tmp_path: Path) -> None:
+    run = open_run(recipe, tmp_path / "run", '{"train.epochs": 5}')
+    assert run.recipe.train.epochs == 5
+
+
+def test_the_run_folder_to_type_is_free(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x-2").mkdir()
+    (tmp_path / "x-3").touch()
+    assert free_name(tmp_path / "x") == tmp_path / "x-4"
+
+
+def test_a_run_that_is_taken_is_left_as_it_is(recipe: Path, run: Run) -> None:
+    before = (run.folder / "recipe.yaml").read_bytes()
+    with pytest.raises(RecipeError):
+        open_run(recipe, run.folder, {"train.epochs": 4})
+    assert (run.folder / "recipe.yaml").read_bytes() == before
+
+
+def test_data_that_changed_since_they_were_prepared_are_refused(recipe: Path, run: Run) -> None:
+    prepare(run)
+    source = Path(run.recipe.dataset.source)
+    source.write_text("other rows\n")
+    with pytest.raises(DataError) as caught:
+        open_run(recipe, run.folder)
+    assert caught.value.problem == f"{source} has changed since {run.folder} was prepared from it"
+    assert caught.value.fix == (
+        f"--run-dir {run.folder}-2, or:"
+        f" strixft run {run.folder}/recipe.yaml --run-dir {run.folder} --from prepare"
+    )
+
+
+def test_data_that_changed_before_they_were_prepared_do_not_matter(recipe: Path, run: Run) -> None:
+    Path(run.recipe.dataset.source).write_text("other rows\n")
+    assert open_run(recipe, run.folder) == run
+
+
+def test_data_that_changed_are_taken_where_they_are_prepared_again(recipe: Path, run: Run) -> None:
+    prepare(run)
+    Path(run.recipe.dataset.source).write_text("other rows\n")
+    assert open_run(recipe, run.folder, redo=True) == run
+
+
+def test_data_that_are_gone_do_not_hinder_what_comes_after(recipe: Path, run: Run) -> None:
+    prepare(run)
+    Path(run.recipe.dataset.source).unlink()
+    assert open_run(recipe, run.folder) == run
+
+
+def test_a_folder_that_is_no_run_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter1.txt").touch()
+    with pytest.raises(RecipeError) as caught:
+        open_run(recipe, thesis)
+    assert caught.value.problem == f"{thesis} exists and is not a run folder"
+    assert caught.value.fix == f"--run-dir {thesis}-2"
+    assert [path.name for path in thesis.iterdir()] == ["chapter1.txt"]
+
+
+def test_a_file_is_no_run(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"rows\.jsonl exists and is not a run folder"):
+        open_run(recipe, tmp_path / "rows.jsonl")
+
+
+def test_an_empty_folder_becomes_a_run(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert open_run(recipe, tmp_path / "empty").status()["state"] == "new"
+
+
+def test_a_run_folder_that_cannot_be_made_says_why(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rows.jsonl" / "run"
+    with pytest.raises(RecipeError) as caught:
+        open_run(recipe, folder)
+    assert caught.value.problem == f"the run folder {folder} cannot be made: Not a directory"
+    assert caught.value.fix == "--run-dir and a folder that can be written"
+
+
+def test_a_run_whose_recipe_is_damaged_says_which_file(recipe: Path, run: Run) -> None:
+    (run.folder / "recipe.yaml").write_text("model: [\n")
+    with pytest.raises(RecipeError, match=rf"^{run.folder}/recipe\.yaml, line 2: "):
+        open_run(recipe, run.folder)
+
+
+# Finding.
+
+
+def test_a_run_is_found_by_its_name_under_runs(recipe: Path) -> None:
+    run = open_run(recipe)
+    assert find_run("mine") == run
+
+
+def test_a_run_is_found_by_its_folder(run: Run) -> None:
+    assert find_run(run.folder) == run
+
+
+def test_a_run_that_does_not_exist_is_told_how_to_list_them() -> None:
+    with pytest.raises(StageError) as caught:
+        find_run("nothing")
+    assert caught.value.problem == "there is no run 'nothing'"
+    assert caught.value.fix == "strixft runs   lists the runs"
+
+
+def test_runs_are_listed_by_name_and_other_folders_are_not(recipe: Path, tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        open_run(recipe, f"runs/{name}")
+    (tmp_path / "runs" / "notes").mkdir()
+    assert [run.name for run in find_runs()] == ["a", "b"]
+
+
+# Doing again.
+
+
+def test_stages_set_aside_keep_their_files_under_another_name(run: Run) -> None:
+    prepare(run)
+    set_aside(run, ("prepare", "plan"))
+    assert (run.folder / "prepare.1" / "result.json").is_file()
+    assert not run.is_done("prepare")
+
+
+def test_stages_set_aside_twice_are_both_kept(run: Run) -> None:
+    for _ in range(2):
+        prepare(run)
+        set_aside(run, ("prepare",))
+    assert sorted(path.name for path in run.folder.glob("prepare*")) == ["prepare.1", "prepare.2"]
+
+
+def test_stages_that_are_not_named_stay(run: Run) -> None:
+    prepare(run)
+    set_aside(run, ("plan", "train"))
+    assert run.is_done("prepare")
+
+
+# One owner.
+
+HOLD = """
+import sys
+from strixft.runs import find_run
+
+with find_run(sys.argv[1]).owned():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+WORK = """
+import sys
+from pathlib import Path
+from dataclasses import dataclass
+from typing import ClassVar
+from strixft.runs import Result, find_run
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Result):
+    name: ClassVar[str] = "prepare"
+
+def work(folder):
+    print("at work", flush=True)
+    sys.stdin.read()
+    return {}, {"by": "the other process"}
+
+find_run(sys.argv[1]).once(Prepared, work)
+"""
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "OWNER_ENDS_S", 0.0)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_second_process_is_refused_while_the_first_works(run: Run, start: Start) -> None:
+    first = start(HOLD, run.folder)
+    assert reads_line(first) == "held"
+    with pytest.raises(StageError) as caught:
+        run.once(Prepared, must_not_run)
+    assert caught.value.problem == f"process {first.pid} is at work on {run.folder}"
+    assert caught.value.fix == f"wait for it, or: kill {first.pid}"
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_stages_are_not_set_aside_while_a_process_works(run: Run, start: Start) -> None:
+    prepare(run)
+    assert reads_line(start(HOLD, run.folder)) == "held"
+    with pytest.raises(StageError, match="is at work on"):
+        set_aside(run, ("prepare",))
+    assert run.is_done("prepare")
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_stage_that_is_done_can_be_read_while_a_process_works(run: Run, start: Start) -> None:
+    result = prepare(run)
+    assert reads_line(start(HOLD, run.folder)) == "held"
+    assert run.once(Prepared, must_not_run) == result
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_killed_process_leaves_no_lock(run: Run, start: Start) -> None:
+    first = start(HOLD, run.folder)
+    assert reads_line(first) == "held"
+    kill(first)
+    assert prepare(run).figures == {"rows": 1}
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_stage_whose_process_was_killed_is_done_again(run: Run, start: Start) -> None:
+    first = start(WORK, run.folder)
+    assert reads_line(first) == "at work"
+    kill(first)
+    assert not run.is_done("prepare")
+    assert prepare(run).figures == {"rows": 1}
+
+
+def test_a_stage_that_another_process_finishes_meanwhile_is_not_done_again(
+    run: Run, start: Start
+) -> None:
+    first = start(WORK, run.folder)
+    assert reads_line(first) == "at work"
+    assert first.stdin
+    release = threading.Timer(0.5, first.stdin.close)
+    release.start()
+    assert run.once(Prepared, must_not_run).figures == {"by": "the other process"}
+    release.join()
+
+
+def test_the_lock_is_free_again_after_a_stage(run: Run) -> None:
+    prepare(run)
+    with run.owned():
+        assert (run.folder / ".lock").read_text().strip() == str(os.getpid())

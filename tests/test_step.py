@@ -1,0 +1,175 @@
+"""The training step: its loss, its gradients and what it keeps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from strixft.data import Batch, collate
+from strixft.methods import METHODS
+from strixft.model import attach_adapter, base_of
+from strixft.recipe import Lora, Train
+from strixft.step import MemoryTracker, TrainingStep, chunked_cross_entropy, part
+from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
+
+ROWS = [
+    {
+        "input_ids": [5, 6, 7, 8, 9, 10, 11],
+        "trained": [False, False, True, True, False, True, True],
+    },
+    {"input_ids": [12, 13, 14], "trained": [False, True, True]},
+]
+TRAIN = Train(learning_rate=2e-4, max_grad_norm=1.0)
+
+
+def load(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+def adapted(folder: Path, method: str = "lora") -> torch.nn.Module:
+    torch.manual_seed(1)
+    return attach_adapter(load(folder), METHODS[method], Lora(r=4, alpha=8))
+
+
+def padded_labels(batch: Batch) -> Tensor:
+    """Labels as transformers wants them: (B, T), -100 where nothing is trained."""
+    labels = torch.full_like(batch["input_ids"].flatten(), -100)
+    labels[batch["positions"] + 1] = batch["labels"]
+    return labels.view_as(batch["input_ids"])
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("chunk", [1, 7, CHUNK_ELEMENTS])
+def test_chunks_change_neither_loss_nor_gradients(
+    softcap: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strixft.step.loss.CHUNK_ELEMENTS", chunk * 50)
+    torch.manual_seed(0)
+    hidden = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 50, (23,))
+    logits = hidden @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    wanted = torch.autograd.grad(expected / 3, (hidden, weight))
+    loss = chunked_cross_entropy(hidden, weight, labels, softcap)
+    found = torch.autograd.grad(loss / 3, (hidden, weight))
+    assert torch.allclose(loss.double(), expected, rtol=1e-6)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_chunks_are_equal_and_bounded() -> None:
+    assert chunk_rows(1000, 2**25) == 1
+    assert chunk_rows(100, 2**20) == 25
+    assert chunk_rows(5, 10) == 5
+
+
+def test_the_loss_is_that_of_transformers_and_peft(tiny_model: Path) -> None:
+    """Five updates at learning rate 2e-4, float32, against plain transformers + PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    batch = collate(ROWS)
+    step = TrainingStep(adapted(tiny_model), TRAIN)
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    theirs = get_peft_model(load(tiny_model), config).train()
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
+    mask = torch.tensor([[1] * 7, [1] * 3 + [0] * 4])
+    for _ in range(5):
+        ours = step.update([batch])
+        loss = theirs(
+            input_ids=batch["input_ids"], attention_mask=mask, labels=padded_labels(batch)
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert float(ours) == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+def test_the_losses_stay_what_they_were(tiny_model: Path) -> None:
+    step = TrainingStep(adapted(tiny_model), Train(learning_rate=2e-3))
+    losses = [float(step.update([collate(ROWS)])) for _ in range(4)]
+    assert losses == pytest.approx(PINNED, rel=1e-4)
+
+
+PINNED = [10.739987, 10.675644, 10.610285, 10.546910]
+
+
+def test_padding_changes_nothing(tiny_model: Path) -> None:
+    step = TrainingStep(adapted(tiny_model), TRAIN)
+    together = step.loss(collate(ROWS), 6)
+    alone = sum(float(step.loss(collate([row]), 6).detach()) for row in ROWS)
+    assert float(together.detach()) == pytest.approx(alone, rel=1e-5)
+
+
+def test_accumulation_is_one_large_batch(tiny_model: Path) -> None:
+    small, large = (TrainingStep(adapted(tiny_model), TRAIN) for _ in range(2))
+    for _ in range(3):
+        a = small.update([collate([row]) for row in ROWS])
+        b = large.update([collate(ROWS)])
+        assert float(a) == pytest.approx(float(b), rel=1e-5)
+
+
+def test_recomputed_layers_give_the_same_losses(tiny_model: Path) -> None:
+    keep = TrainingStep(adapted(tiny_model), TRAIN)
+    again = TrainingStep(adapted(tiny_model), TRAIN, recomputed_layers=1)
+    for _ in range(3):
+        assert float(keep.update([collate(ROWS)])) == float(again.update([collate(ROWS)]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method: str, tiny_model: Path) -> None:
+    if METHODS[method].base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model = load_method(tiny_model, method)
+    step = TrainingStep(model, Train(learning_rate=5e-3))
+    losses = [float(step.update([collate(ROWS)])) for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def load_method(folder: Path, method: str) -> torch.nn.Module:
+    from strixft.model import build
+    from strixft.recipe import Dataset, Recipe
+
+    recipe = Recipe(model=str(folder), method=method, dataset=Dataset(source="none"))
+    torch.manual_seed(1)
+    return build(recipe, "cpu", torch.float32)
+
+
+def test_an_unknown_family_takes_its_own_head(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = TrainingStep(adapted(tiny_model), TRAIN)
+    chunked = float(step.loss(collate(ROWS), 6).detach())
+    monkeypatch.setattr(base_of(step.model).config, "model_type", "never-heard-of")
+    assert float(step.loss(collate(ROWS), 6).detach()) == pytest.approx(chunked, rel=1e-5)
+
+
+def test_adapter_weights_are_float32_over_a_bf16_base(tiny_model: Path) -> None:
+    model = attach_adapter(load(tiny_model).to(torch.bfloat16), METHODS["lora"], Lora(r=4))
+    step = TrainingStep(model, TRAIN)
+    step.update([collate(ROWS)])
+    assert {parameter.dtype for parameter in step.trainable()} == {torch.float32}
+    states = step.optimizer.state.values()
+    assert {state["exp_avg"].dtype for state in states} == {torch.float32}
+
+
+def test_the_tracker_counts_what_is_alive() -> None:
+    tracker = MemoryTracker()
+    with tracker:
+        a = torch.zeros(1000)  # 4000 bytes: 8 blocks
+        b = a.view(10, 100)  # the same storage
+        with part("head"):
+            c = a + 1
+        assert tracker.live_bytes == 2 * 4096
+        del a, b
+        assert tracker.live_bytes == 4096
+    assert tracker.peak == {"activations": 4096, "head": 4096}
+    assert c.sum() == 1000
