@@ -198,6 +198,20 @@ def install(view: HostView, **packages: str) -> tuple[str, ...]:
     return (INSTALL[family].format(package),) if package and family in INSTALL else ()
 
 
+INITRAMFS = {
+    "fedora": "sudo dracut -f --regenerate-all",
+    "debian": "sudo update-initramfs -u -k all",
+    "arch": "sudo mkinitcpio -P",
+    "suse": "sudo dracut -f --regenerate-all",
+}
+
+
+def rebuild_initramfs(view: HostView) -> tuple[str, ...]:
+    """Command that puts changed module options where the kernel reads them at its start."""
+    command = INITRAMFS.get(read_distribution(view).family)
+    return (command,) if command else ()
+
+
 UPGRADE = {
     "fedora": "sudo dnf upgrade --refresh",
     "debian": "sudo apt update && sudo apt full-upgrade",

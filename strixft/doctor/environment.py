@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from strixft.doctor.finding import Finding, Fix, Status
-from strixft.doctor.packages import has_rocm_torch
+from strixft.doctor.packages import has_rocm_torch, needed_build
 from strixft.doctor.view import HostView
+from strixft.hardware import AMD_VENDOR
 from strixft.methods import METHODS
 
 GUIDE = "h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md"
@@ -36,7 +37,13 @@ def _is_on(value: str | None, view: HostView) -> bool:
 
 
 def _hides_gpu(value: str | None, view: HostView) -> bool:
-    return value is not None and (value.strip() in ("", "-1") or not value.strip()[0].isalnum())
+    """Empty, or a first number below zero, hides all of them."""
+    hides = value is not None and (not value.strip() or value.strip().startswith("-"))
+    return hides and needed_build(view) != "cpu"
+
+
+def _is_set_on_amd(value: str | None, view: HostView) -> bool:
+    return value is not None and AMD_VENDOR in view.vendors
 
 
 def _trains_base(value: str | None, view: HostView) -> bool:
@@ -52,19 +59,22 @@ def _rocm_without(value: str | None, view: HostView) -> bool:
 VARIABLES = (
     Variable(
         name="HSA_OVERRIDE_GFX_VERSION",
-        is_wrong=_is_set,
+        is_wrong=_is_set_on_amd,
         status="fail",
         why="it pretends another GPU: 11.0.0 ends in a memory access fault, and every value keeps"
         " gfx1151's own kernels away",
         source=f"ROCm/ROCm#5824; {GUIDE} (measured)",
     ),
-    Variable(
-        name="PYTORCH_ALLOC_CONF",
-        is_wrong=lambda value, view: "backend:malloc" in (value or ""),
-        status="fail",
-        why="backend:malloc crashes PyTorch",
-        source=f"{GUIDE}; pytorch/pytorch#187343",
-        value="expandable_segments:True",
+    *(
+        Variable(
+            name=name,
+            is_wrong=lambda value, view: "backend:malloc" in (value or ""),
+            status="fail",
+            why="backend:malloc crashes PyTorch",
+            source=f"{GUIDE}; pytorch/pytorch#187343",
+            value="expandable_segments:True",
+        )
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     ),
     *(
         Variable(
@@ -111,7 +121,7 @@ VARIABLES = (
     ),
     Variable(
         name="HSA_XNACK",
-        is_wrong=_is_set,
+        is_wrong=_is_set_on_amd,
         status="warn",
         why="nothing here needs it; start without overrides",
         source="ianbarber/strix-halo-skills: SKILL.md",

@@ -46,14 +46,7 @@ def check_platform(view: HostView) -> Iterator[Finding]:
     """Linux on the metal, in a container, or inside Windows."""
     source = "kernel release and marker files"
     if view.is_wsl:
-        yield Finding(
-            status="fail" if "0x1002" in view.vendors or view.exists("/dev/dxg") else "warn",
-            saw=f"kernel {view.release}: Linux inside Windows (WSL)",
-            why="there is no /dev/kfd in WSL and Windows keeps half of the memory; what this page"
-            " checks and fixes does not reach the GPU from there",
-            fix=Fix("install Linux beside Windows or instead of it: Fedora 43, Ubuntu 26.04"),
-            source=source,
-        )
+        yield _wsl(view, source)
     else:
         where = "inside a container" if view.is_container else "on the machine itself"
         yield Finding(
@@ -64,6 +57,21 @@ def check_platform(view: HostView) -> Iterator[Finding]:
             else "everything can be seen from here",
             source=source,
         )
+
+
+def _wsl(view: HostView, source: str) -> Finding:
+    saw = f"kernel {view.release}: Linux inside Windows (WSL)"
+    if view.exists("/usr/lib/wsl/lib/libcuda.so.1"):
+        why = "CUDA comes through from Windows"
+        return Finding(status="ok", saw=saw, why=why, source=source)
+    return Finding(
+        status="fail" if view.exists("/dev/dxg") else "warn",
+        saw=saw,
+        why="there is no /dev/kfd in WSL and Windows keeps half of the memory; what is checked and"
+        " fixed here does not reach the GPU from there",
+        fix=Fix("install Linux beside Windows or instead of it: Fedora 43, Ubuntu 26.04"),
+        source=source,
+    )
 
 
 def check_distribution(view: HostView) -> Iterator[Finding]:
@@ -92,17 +100,32 @@ def _upgrade_kernel(view: HostView, distribution: Distribution) -> Fix:
     if distribution.id == "ubuntu":
         return Fix("go to Ubuntu 26.04", ("sudo do-release-upgrade",), "reboot")
     if distribution.id == "debian":
-        suites = "/^Suites:/ { /trixie-backports/! s/(trixie-updates)/\\1 trixie-backports/ }"
+        return _debian_backports(distribution)
+    if distribution.family == "fedora" and distribution.id not in ("fedora", "bazzite", "nobara"):
+        return Fix("no kernel of this distribution is new enough: install Fedora 43 or newer")
+    return Fix("install kernel 6.18.4 or newer", upgrade(view), "reboot")
+
+
+def _debian_backports(distribution: Distribution) -> Fix:
+    if distribution.version.isdigit() and int(distribution.version) < 13:
         return Fix(
-            "take the kernel and the firmware from Debian's backports",
+            "go to Debian 13 first, then type strixft doctor again",
             (
-                f"sudo sed -i -E '{suites}' /etc/apt/sources.list.d/debian.sources",
-                "sudo apt update",
-                "sudo apt install -t trixie-backports linux-image-amd64 firmware-amd-graphics",
+                "sudo sed -i 's/bookworm/trixie/g' /etc/apt/sources.list /etc/apt/sources.list.d/*",
+                "sudo apt update && sudo apt full-upgrade",
             ),
             "reboot",
         )
-    return Fix("install kernel 6.18.4 or newer", upgrade(view), "reboot")
+    suites = r"/^Suites:/ { /trixie-backports/! s/(trixie-updates)/\1 trixie-backports/ }"
+    return Fix(
+        "take the kernel and the firmware from Debian's backports",
+        (
+            f"sudo sed -i -E '{suites}' /etc/apt/sources.list.d/debian.sources",
+            "sudo apt update",
+            "sudo apt install -t trixie-backports linux-image-amd64 firmware-amd-graphics",
+        ),
+        "reboot",
+    )
 
 
 def _below_floor(version: tuple[int, ...], release: str, distribution: Distribution) -> bool:

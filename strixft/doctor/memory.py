@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 from strixft.doctor.board import bios_path
-from strixft.doctor.distro import fix_kernel_arguments
+from strixft.doctor.distro import fix_kernel_arguments, rebuild_initramfs
 from strixft.doctor.finding import Finding, Fix
 from strixft.doctor.kernel import AMD_DOC
 from strixft.doctor.view import HostView, plausible
@@ -104,18 +107,32 @@ def check_gtt(view: HostView) -> Iterator[Finding]:
         yield Finding(status="ok", saw=saw, why=why, source=AMD_DOC)
 
 
+def module_option(view: HostView, option: str) -> Path | None:
+    """File of `/etc/modprobe.d` that sets an option, such as `pages_limit`."""
+    for path in view.glob("/etc/modprobe.d/*.conf"):
+        if re.search(rf"^options\s.*\b{option}=", view.read(path) or "", re.MULTILINE):
+            return path
+    return None
+
+
+def _set_limit(view: HostView, say: str) -> Fix:
+    """The limit where it is set now (AMD's `amd-ttm` writes a file), else on the command line."""
+    arguments = _limit_arguments(view)
+    path = module_option(view, "pages_limit")
+    if path is None or _pages_limit(view):
+        return fix_kernel_arguments(view, say, add=arguments, remove=_old_parameter(view))
+    edit = rf"s/\b(pages_limit=)[0-9]+/\1{arguments.partition('=')[2]}/"
+    command = f"sudo sed -i -E '{edit}' {shlex.quote(view.shown(path))}"
+    return Fix(say, (command, *rebuild_initramfs(view)), "reboot")
+
+
 def _too_low(view: HostView, saw: str, total: int) -> Finding:
     gib = recommended_gtt_gib(total, _reserve_gib(view))
     return Finding(
         status="warn",
         saw=f"the GPU may map {saw}",
         why="the default is about half of RAM: larger runs stop for want of memory that is there",
-        fix=fix_kernel_arguments(
-            view,
-            f"raise the limit to {gib} GiB",
-            add=_limit_arguments(view),
-            remove=_old_parameter(view),
-        ),
+        fix=_set_limit(view, f"raise the limit to {gib} GiB"),
         source=f"{AMD_DOC} (vendor); antirez/ds4 PR #871 (measured: pages × 4096 = GTT)",
     )
 
@@ -126,9 +143,7 @@ def _no_limit(view: HostView, saw: str) -> Finding:
         saw=f"the GPU may map {saw}",
         why="a limit of all of RAM leaves the host nothing: an over-commit freezes the machine"
         " instead of raising an error",
-        fix=fix_kernel_arguments(
-            view, "keep some for the host", add=_limit_arguments(view), remove=_old_parameter(view)
-        ),
+        fix=_set_limit(view, "keep some for the host"),
         source="h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md; ROCm/ROCm#6370 (measured)",
     )
 
@@ -153,17 +168,26 @@ def _deprecated(view: HostView) -> Iterator[Finding]:
     given = view.kernel_arguments.get("amdgpu.gttsize")
     if given is None and (value is None or value == -1):
         return
-    keep = "" if _pages_limit(view) else _limit_arguments(view)
+    path = module_option(view, "gttsize")
+    where = view.shown(path) if path else "/proc/cmdline"
     yield Finding(
         status="warn",
-        saw=f"amdgpu.gttsize={given or value} MiB (/proc/cmdline or /sys/module/amdgpu)",
+        saw=f"amdgpu.gttsize={given or value} MiB ({where})",
         why="the kernel calls gttsize deprecated and will remove it; two limits that differ hide"
         " which one counts",
-        fix=fix_kernel_arguments(
-            view, "set the limit by ttm alone", add=keep, remove=("amdgpu.gttsize",)
-        ),
+        fix=_without_gttsize(view, path if given is None else None),
         source="https://docs.kernel.org/gpu/amdgpu/module-parameters.html",
     )
+
+
+def _without_gttsize(view: HostView, path: Path | None) -> Fix:
+    keep = "" if _pages_limit(view) else _limit_arguments(view)
+    say = "set the limit by ttm alone"
+    if path is None:
+        return fix_kernel_arguments(view, say, add=keep, remove=("amdgpu.gttsize",))
+    command = rf"sudo sed -i -E 's/ ?\bgttsize=[0-9]+//' {shlex.quote(view.shown(path))}"
+    limit = fix_kernel_arguments(view, say, add=keep).commands if keep else ()
+    return Fix(say, (command, *rebuild_initramfs(view), *limit), "reboot")
 
 
 def _pages_limit(view: HostView) -> str | None:
