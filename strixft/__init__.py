@@ -4,8 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from strixft.doctor import check_host as check_host
     from strixft.errors import StrixftError as StrixftError
     from strixft.evaluate import evaluate_recipe as evaluate_recipe
+    from strixft.lab import list_recipes as list_recipes
+    from strixft.lab import run_recipe as run_recipe
     from strixft.plan import plan_recipe as plan_recipe
     from strixft.prepare import prepare_recipe as prepare_recipe
     from strixft.recipe import load_recipe as load_recipe
@@ -16,12 +19,15 @@ if TYPE_CHECKING:
 
 _HOME = {
     "StrixftError": "errors",
+    "check_host": "doctor",
     "evaluate_recipe": "evaluate",
     "find_runs": "runs",
+    "list_recipes": "lab",
     "load_recipe": "recipe",
     "open_run": "runs",
     "plan_recipe": "plan",
     "prepare_recipe": "prepare",
+    "run_recipe": "lab",
     "train_recipe": "train",
     "write_report": "report",
 }

@@ -16,6 +16,7 @@ import typer
 from strixft.errors import StrixftError
 
 if TYPE_CHECKING:
+    from strixft.doctor import Diagnosis
     from strixft.runs import Result, Run
 
 app = typer.Typer(
@@ -311,6 +312,69 @@ def report(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> N
 
     path = write_report(find_run(run))
     _print_json({"report": str(path)}) if as_json else print(path)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="Check also what this recipe needs.")] = None,
+    torch: Annotated[
+        bool, typer.Option("--torch/--no-torch", help="Try torch in a child process: seconds.")
+    ] = True,
+    script: Annotated[
+        bool, typer.Option("--fix-script", help="Print the fixes as a shell script; runs nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is wrong with this machine, and what to type. Changes nothing."""
+    from strixft.doctor import check_host, fix_script
+
+    diagnosis = check_host(recipe, torch=torch)
+    if as_json:
+        _print_json(diagnosis.to_dict())
+    elif script:
+        print(fix_script(diagnosis), end="")
+    else:
+        _show_findings(diagnosis)
+    raise typer.Exit(diagnosis.exit_code)
+
+
+def _show_findings(diagnosis: Diagnosis) -> None:
+    for finding in diagnosis.to_fix:
+        print(f"{finding.status.upper()} {finding.check}: {finding.saw}\n  why: {finding.why}")
+        if finding.fix:
+            print("  fix: " + finding.fix.text.replace("\n", "\n       "))
+        print(f"  source: {finding.source}\n")
+    good = [[f.check, f.saw] for f in diagnosis.findings if f.status == "ok"]
+    _table(good, ["ok", ""])
+    print(diagnosis.counted())
+
+
+@app.command()
+def mkl(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Zen 5 and MKL: does it matter here, build the preload library, verify it."""
+    from strixft.mkl import check_mkl
+
+    report = check_mkl()
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    _table(report.rows(), ["", ""])
+    print(f"\n{report.says}")
+    if report.export:
+        print(f"\n{report.export}\n\n{report.licence}")
+
+
+@app.command()
+def lab(
+    port: Annotated[int, typer.Option(help="Port; the next free one if it is taken.")] = 8888,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Open JupyterLab on 127.0.0.1 with the notebooks."""
+    from strixft.lab import start_lab
+
+    start_lab(port=port, browser=browser)
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ from strixft.units import GIB, MIB, format_gib
 
 Mark = Literal["measured", "vendor", "derived", "read here"]
 AMD_VENDOR = "0x1002"
+STRIX_HALO_DEVICE = "0x1586"
+"""PCI device of Radeon 8060S, 8050S and 8040S (Niko1221/Strata: docs/STRIX_HALO.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +263,37 @@ def _amd_cards(root: Path) -> list[Path]:
     devices = (root / "sys/class/drm").glob("card*/device")
     amd = [device for device in devices if _read_text(device / "vendor") == AMD_VENDOR]
     return sorted(amd, key=lambda device: (len(device.parent.name), device.parent.name))
+
+
+@dataclass(frozen=True, slots=True)
+class AmdCard:
+    """One AMD display device and its memory, in bytes; None where a file cannot be read."""
+
+    folder: Path
+    device_id: str
+    """PCI device, such as `0x1586`."""
+    gtt_total: int | None
+    gtt_used: int | None
+    vram_total: int | None
+    vram_used: int | None
+
+    @property
+    def is_strix_halo(self) -> bool:
+        """The GPU of a Strix Halo chip, gfx1151."""
+        return self.device_id == STRIX_HALO_DEVICE
+
+
+def read_amd_cards(root: Path = Path("/")) -> list[AmdCard]:
+    """AMD display devices in the order of their numbers."""
+    names = ("gtt_total", "gtt_used", "vram_total", "vram_used")
+    return [
+        AmdCard(
+            folder,
+            _read_text(folder / "device"),
+            *(_read_int(folder / f"mem_info_{name}") for name in names),
+        )
+        for folder in _amd_cards(root)
+    ]
 
 
 def amd_memory(root: Path = Path("/")) -> tuple[Sourced, bool] | None:

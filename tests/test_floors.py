@@ -16,9 +16,10 @@ FLOORS = [
     ["prepare", "step"],
     ["plan"],
     ["train"],
-    ["evaluate"],
+    ["evaluate", "doctor", "mkl"],
     ["report"],
     ["pipeline"],
+    ["lab"],
     ["cli"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

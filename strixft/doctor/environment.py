@@ -1,0 +1,184 @@
+"""`VARIABLES`: environment variables that help or hurt, one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from strixft.doctor.finding import Finding, Fix, Status
+from strixft.doctor.packages import has_rocm_torch, needed_build
+from strixft.doctor.view import HostView
+from strixft.hardware import AMD_VENDOR
+from strixft.methods import METHODS
+
+GUIDE = "h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variable:
+    """One variable and when it is wrong."""
+
+    name: str
+    is_wrong: Callable[[str | None, HostView], bool]
+    """Gets its value, None where it is not set."""
+    status: Status
+    why: str
+    source: str
+    value: str | None = None
+    """What it should be; None: not set at all."""
+
+
+def _is_set(value: str | None, view: HostView) -> bool:
+    return value is not None
+
+
+def _is_on(value: str | None, view: HostView) -> bool:
+    return value not in (None, "", "0")
+
+
+def _hides_gpu(value: str | None, view: HostView) -> bool:
+    """Empty, or a first number below zero, hides all of them."""
+    hides = value is not None and (not value.strip() or value.strip().startswith("-"))
+    return hides and needed_build(view) != "cpu"
+
+
+def _is_set_on_amd(value: str | None, view: HostView) -> bool:
+    return value is not None and AMD_VENDOR in view.vendors
+
+
+def _trains_base(value: str | None, view: HostView) -> bool:
+    if view.recipe is None or not _is_on(value, view):
+        return False
+    return METHODS[view.recipe.method].adapter == "none"
+
+
+def _rocm_without(value: str | None, view: HostView) -> bool:
+    return value != "1" and has_rocm_torch(view) and view.strix_halo is not None
+
+
+VARIABLES = (
+    Variable(
+        name="HSA_OVERRIDE_GFX_VERSION",
+        is_wrong=_is_set_on_amd,
+        status="fail",
+        why="it pretends another GPU: 11.0.0 ends in a memory access fault, and every value keeps"
+        " gfx1151's own kernels away",
+        source=f"ROCm/ROCm#5824; {GUIDE} (measured)",
+    ),
+    *(
+        Variable(
+            name=name,
+            is_wrong=lambda value, view: "backend:malloc" in (value or ""),
+            status="fail",
+            why="backend:malloc crashes PyTorch",
+            source=f"{GUIDE}; pytorch/pytorch#187343",
+            value="expandable_segments:True",
+        )
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    ),
+    *(
+        Variable(
+            name=name,
+            is_wrong=_hides_gpu,
+            status="fail",
+            why="it hides every GPU from torch",
+            source="https://rocm.docs.amd.com/en/latest/conceptual/gpu-isolation.html",
+        )
+        for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+    ),
+    Variable(
+        name="STRIXFT_DEVICE",
+        is_wrong=lambda value, view: value == "cpu" and bool(view.strix_halo),
+        status="warn",
+        why="training stays on the CPU although there is a GPU",
+        source="strixft.guard",
+    ),
+    Variable(
+        name="TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",
+        is_wrong=_rocm_without,
+        status="warn",
+        why="attention is 10 to 30 times slower without it; it must be there before torch starts",
+        source="lhl/strix-halo-testing: torch-therock/README.md; bkpaine1/amdsense (measured)",
+        value="1",
+    ),
+    *(
+        Variable(
+            name=name,
+            is_wrong=_trains_base,
+            status="warn",
+            why="this recipe trains every weight, and hipBLASLt computes large weight gradients two"
+            " to four times slower than rocBLAS here (16.4 against 39.9 TFLOPS at 4096³)",
+            source="ROCm/TheRock#5314 (measured, confirmed by AMD)",
+        )
+        for name in ("ROCBLAS_USE_HIPBLASLT", "TORCH_BLAS_PREFER_HIPBLASLT")
+    ),
+    Variable(
+        name="HSA_ENABLE_SDMA",
+        is_wrong=lambda value, view: value == "0",
+        status="warn",
+        why="it turns the copy engines off; it is for a diagnosis, not for work",
+        source="issue threads of ROCm/ROCm (#6530, #5853)",
+    ),
+    Variable(
+        name="HSA_XNACK",
+        is_wrong=_is_set_on_amd,
+        status="warn",
+        why="nothing here needs it; start without overrides",
+        source="ianbarber/strix-halo-skills: SKILL.md",
+    ),
+    *(
+        Variable(
+            name=name,
+            is_wrong=_is_on,
+            status="warn",
+            why="every kernel waits for the one before: for a diagnosis, not for work",
+            source="https://rocm.docs.amd.com/projects/HIP/en/latest/reference/env_variables.html",
+        )
+        for name in ("HIP_LAUNCH_BLOCKING", "CUDA_LAUNCH_BLOCKING", "AMD_SERIALIZE_KERNEL")
+    ),
+    Variable(
+        name="MKL_DEBUG_CPU_TYPE",
+        is_wrong=_is_set,
+        status="warn",
+        why="MKL ignores it since 2020 update 1; strixft mkl does what it once did",
+        source="https://danieldk.eu/Intel-MKL-on-AMD-Zen",
+    ),
+)
+
+
+def _set_or_unset(variable: Variable) -> Fix:
+    if variable.value is not None:
+        line = f"export {variable.name}={variable.value}"
+        return Fix(
+            "set it now, and for every shell that comes",
+            (line, f"echo '{line}' >> ~/.profile"),
+            "start Python, or the notebook's kernel, again",
+        )
+    where = "~/.profile ~/.bashrc ~/.zshrc /etc/environment /etc/profile.d"
+    return Fix(
+        "take it away now, and where it is set",
+        (f"unset {variable.name}", f"grep -rn {variable.name} {where}"),
+        "start Python, or the notebook's kernel, again",
+    )
+
+
+def check_environment(view: HostView) -> Iterator[Finding]:
+    """Variables that help or hurt."""
+    wrong = [v for v in VARIABLES if v.is_wrong(view.environ.get(v.name), view)]
+    for variable in wrong:
+        value = view.environ.get(variable.name)
+        yield Finding(
+            status=variable.status,
+            saw=f"{variable.name} is not set" if value is None else f"{variable.name}={value}",
+            why=variable.why,
+            fix=_set_or_unset(variable),
+            source=variable.source,
+        )
+    if not wrong:
+        names = ", ".join(variable.name for variable in VARIABLES)
+        yield Finding(
+            status="ok",
+            saw="no variable that hurts",
+            why=f"looked at {names}",
+            source=GUIDE,
+        )
