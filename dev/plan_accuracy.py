@@ -1,10 +1,11 @@
-"""The plan against a GPU: predicted and measured peak of the same training step.
+"""The plan against a GPU: predicted and measured memory of the same training step.
 
-    python dev/plan_accuracy.py predict > dev/plan-accuracy-predicted.json     # any machine
-    python dev/plan_accuracy.py measure dev/plan-accuracy-predicted.json       # with a GPU
+    python dev/plan_accuracy.py predict > dev/plan-accuracy-predicted.json    # on any machine
+    python dev/plan_accuracy.py measure dev/plan-accuracy-predicted.json      # with a GPU; JSON lines
+    python dev/plan_accuracy.py table measured.jsonl                          # as Markdown
 
 Weights are random and made on the device: memory does not depend on their values. Each case runs in
-a process of its own, two updates, and prints one line of JSON.
+a process of its own, three updates.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from strixft.families import MODELS
 from strixft.hardware import HOSTS
-from strixft.recipe import Dataset, Lora, Recipe, Train
+from strixft.recipe import Dataset, Recipe
+
+HOST = HOSTS["h200-141"]
+UPDATES = 3
+GB = 1e9
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training step."""
+    """One training step: rows × length, and how many layers are recomputed."""
 
     model: str
     method: str
@@ -31,103 +37,67 @@ class Case:
     length: int
     recomputed: int
 
+    @property
+    def trained(self) -> int:
+        return self.rows * self.length // 2
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-1b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    "llama-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "llama-70b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "qwen3-14b": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 5120,
-        "intermediate_size": 17408,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-    "gemma3-4b": {
-        "model_type": "gemma3_text",
-        "vocab_size": 262208,
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "num_hidden_layers": 34,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "sliding_window": 1024,
-    },
-}
+    def recipe(self) -> Recipe:
+        return Recipe(model=self.model, method=self.method, dataset=Dataset(source="none"))
+
+    def config(self) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(**MODELS[self.model].config)
+
+
+LLAMA_1B, LLAMA_8B, LLAMA_70B = (
+    f"meta-llama/Llama-3.{name}-Instruct" for name in ("2-1B", "1-8B", "3-70B")
+)
+GEMMA_4B, GEMMA_12B = "google/gemma-3-4b-it", "google/gemma-3-12b-it"
+MISTRAL_24B = "mistralai/Mistral-Small-24B-Instruct-2501"
+
 CASES = [
-    Case("llama-1b", "full", 4, 1024, 0),
-    Case("llama-1b", "lora", 1, 512, 0),
-    Case("llama-8b", "qlora", 1, 2048, 0),
-    Case("llama-8b", "lora", 2, 1024, 16),
-    Case("qwen3-14b", "qlora", 1, 4096, 40),
-    Case("gemma3-4b", "lora", 1, 1024, 0),
-    Case("gemma3-4b", "lora", 1, 2048, 0),
-    Case("llama-70b", "qlora", 1, 2048, 80),
+    Case(LLAMA_1B, "full", 4, 1024, 0),
+    Case(LLAMA_1B, "full", 2, 2048, 16),
+    Case(LLAMA_1B, "lora", 8, 512, 0),
+    Case(LLAMA_8B, "qlora", 1, 2048, 0),
+    Case(LLAMA_8B, "qlora", 4, 1024, 32),
+    Case(LLAMA_8B, "qlora", 1, 8192, 0),
+    Case(LLAMA_8B, "lora", 1, 4096, 0),
+    Case(LLAMA_8B, "lora", 2, 1024, 16),
+    Case(LLAMA_70B, "qlora", 1, 2048, 80),
+    Case(LLAMA_70B, "qlora", 1, 2048, 24),
+    Case(LLAMA_70B, "qlora", 1, 1024, 0),
+    Case("Qwen/Qwen3-14B", "qlora", 1, 4096, 40),
+    Case("Qwen/Qwen3-14B", "lora", 2, 2048, 20),
+    Case("Qwen/Qwen3-32B", "qlora", 1, 2048, 0),
+    Case(GEMMA_4B, "lora", 1, 2048, 0),
+    Case(GEMMA_4B, "full", 1, 1024, 34),
+    Case(GEMMA_12B, "lora", 1, 2048, 0),
+    Case(GEMMA_12B, "qlora", 4, 512, 48),
+    Case(MISTRAL_24B, "qlora", 1, 4096, 20),
 ]
 
 
-def config_of(case: Case) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**SHAPES[case.model])
-
-
-def recipe_of(case: Case) -> Recipe:
-    return Recipe(
-        model=case.model,
-        method=case.method,
-        dataset=Dataset(source="none"),
-        lora=Lora(),
-        train=Train(),
-    )
-
-
 def predict(case: Case) -> dict[str, Any]:
+    """The plan's figures, and how long they took."""
     from strixft.plan import RowShape, dry_run
 
     began = time.monotonic()
-    shape = RowShape(case.rows, case.length, case.rows * case.length // 2)
-    found = dry_run(recipe_of(case), config_of(case), HOSTS["h200-141"], shape, case.recomputed)
+    shape = RowShape(case.rows, case.length, case.trained)
+    found = dry_run(case.recipe(), case.config(), HOST, shape, case.recomputed)
     return {
-        **vars(case),
-        "predicted": found.peak_bytes,
-        "resident": found.resident_bytes,
+        **asdict(case),
+        "predicted_bytes": found.peak_bytes,
+        "predicted_reserved_bytes": found.reserved_bytes,
+        "predicted_s": found.seconds_per_update,
         "parts": found.parts,
-        "plan_s": round(time.monotonic() - began, 2),
+        "planning_s": round(time.monotonic() - began, 2),
     }
 
 
 def measure(row: dict[str, Any]) -> dict[str, Any]:
+    """The same step on the GPU."""
     import torch
 
     from strixft.data import shape_batch
@@ -135,34 +105,56 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     from strixft.step import TrainingStep
 
     case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
-    model = random_model(recipe_of(case), config_of(case), "cuda", torch.bfloat16)
-    loaded = torch.cuda.memory_allocated()
-    step = TrainingStep(model, recipe_of(case).train, recomputed_layers=case.recomputed)
-    batch = shape_batch(case.rows, case.length, case.rows * case.length // 2, "cuda")
+    model = random_model(case.recipe(), case.config(), "cuda", torch.bfloat16)
+    step = TrainingStep(model, case.recipe().train, recomputed_layers=case.recomputed)
+    batch = shape_batch(case.rows, case.length, case.trained, "cuda")
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(3):
+    seconds = []
+    for _ in range(UPDATES):
         began = time.monotonic()
         step.update([batch])
         torch.cuda.synchronize()
-        times.append(round(time.monotonic() - began, 3))
-    stats = torch.cuda.memory_stats()
+        seconds.append(round(time.monotonic() - began, 3))
     return {
         **row,
-        "measured": torch.cuda.max_memory_allocated(),
-        "requested": stats["requested_bytes.all.peak"],
-        "reserved": torch.cuda.max_memory_reserved(),
-        "loaded": loaded,
-        "after": torch.cuda.memory_allocated(),
-        "seconds": times,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "measured_bytes": torch.cuda.max_memory_allocated(),
+        "measured_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "measured_s": seconds,
     }
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "predict":
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: both memories, predicted and measured, in GB (10⁹ bytes)."""
+    lines = [
+        "| model | method | rows × tokens | recomputed | allocated: predicted | measured | error"
+        " | reserved: predicted | measured | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = [row["model"].partition("/")[2], row["method"]]
+        cells += [f"{row['rows']} × {row['length']}", str(row["recomputed"])]
+        for kind in ("", "reserved_"):
+            planned, real = row[f"predicted_{kind}bytes"], row[f"measured_{kind}bytes"]
+            cells += [f"{planned / GB:.3f}", f"{real / GB:.3f}", f"{planned / real - 1:+.2%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(act: str, argument: str = "") -> None:
+    """Do one of the acts above."""
+    if act == "predict":
         print(json.dumps([predict(case) for case in CASES], indent=1))
-    elif sys.argv[1] == "one":
-        print(json.dumps(measure(json.loads(sys.argv[2]))), flush=True)
-    else:
-        for row in json.loads(Path(sys.argv[2]).read_text()):
+    elif act == "one":
+        print(json.dumps(measure(json.loads(argument))), flush=True)
+    elif act == "measure":
+        for row in json.loads(Path(argument).read_text()):
             subprocess.run([sys.executable, __file__, "one", json.dumps(row)], check=False)
+    else:
+        print(table([json.loads(line) for line in Path(argument).read_text().splitlines()]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
