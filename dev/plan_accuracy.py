@@ -1,7 +1,7 @@
 """The plan against a GPU: predicted and measured memory of the same training step.
 
     python dev/plan_accuracy.py predict > dev/plan-accuracy-predicted.json    # on any machine
-    python dev/plan_accuracy.py measure dev/plan-accuracy-predicted.json      # with a GPU; JSON lines
+    python dev/plan_accuracy.py measure dev/plan-accuracy-predicted.json      # with a GPU
     python dev/plan_accuracy.py table measured.jsonl                          # as Markdown
 
 Weights are random and made on the device: memory does not depend on their values. Each case runs in

@@ -237,7 +237,7 @@ def _in_process(
     recipe: str, run_dir: Path | None, settings: list[str] | None, last: str, as_json: bool
 ) -> None:
     import strixft
-    from strixft.pipeline import chosen_stages
+    from strixft.runs import chosen_stages
 
     run = _open(recipe, run_dir, settings, redo=False)
     for stage in chosen_stages(None, last):
@@ -259,7 +259,9 @@ def run_command(
 ) -> None:
     """Run the stages as notebooks, skip what is done, write the report."""
     from strixft.recipe import find_recipe
+    from strixft.runs import chosen_stages
 
+    chosen_stages(first, last)
     run = _open(recipe, run_dir, settings, redo=first == "prepare")
     with _followed(run) as bar:
         from strixft.pipeline import run_stages

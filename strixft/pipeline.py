@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from papermill.exceptions import PapermillExecutionError
 from strixft.errors import FitError, StageError, StrixftError, error_from_text
 from strixft.plan import Plan
 from strixft.recipe import shipped
-from strixft.runs import STAGES, Run, set_aside
+from strixft.runs import STAGES, Run, chosen_stages, set_aside
 from strixft.tables import did_you_mean
 from strixft.units import format_gib
 
@@ -86,22 +87,6 @@ def _with_resume(error: StrixftError, command: str) -> StrixftError:
     return type(error)(error.problem, fix=f"{error.fix}\n     then: {command}")
 
 
-def chosen_stages(first: str | None, last: str | None) -> tuple[str, ...]:
-    """The stages from the first to the last, both included.
-
-    Raises:
-        StageError: There is no such stage, or the last comes before the first.
-    """
-    for stage in (first, last):
-        if stage is not None and stage not in STAGES:
-            raise StageError(f"there is no stage {stage!r}", fix=did_you_mean(stage, STAGES))
-    begin = STAGES.index(first) if first else 0
-    end = STAGES.index(last) + 1 if last else len(STAGES)
-    if begin >= end:
-        raise StageError(f"{first} comes after {last}", fix=f"--from {last} --to {first}")
-    return STAGES[begin:end]
-
-
 def run_stages(
     run: Run,
     recipe: Path,
@@ -142,7 +127,8 @@ def run_stages(
 def _run_stage(run: Run, stage: str, parameters: Mapping[str, Any]) -> None:
     notebook = notebook_of(stage)
     resume = f"strixft run {parameters['recipe']} --run-dir {run.folder}"
-    resume += "".join(f" --set {key}={value}" for key, value in parameters["overrides"].items())
+    settings = (f"{key}={value}" for key, value in parameters["overrides"].items())
+    resume += "".join(f" --set {shlex.quote(setting)}" for setting in settings)
     try:
         run_notebook(notebook, run.stage_folder(stage) / notebook.name, parameters)
     except DeadKernelError as error:

@@ -35,6 +35,7 @@ from strixft.recipe import (
     read_settings,
     workspace,
 )
+from strixft.tables import did_you_mean
 
 STAGES = ("prepare", "plan", "train", "evaluate")
 """Stages in their order; each is a notebook, a folder of the run, and a verb `<stage>_recipe`."""
@@ -388,6 +389,22 @@ def _aside(folder: Path) -> Path:
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     return aside
+
+
+def chosen_stages(first: str | None, last: str | None) -> tuple[str, ...]:
+    """The stages from the first to the last, both included.
+
+    Raises:
+        StageError: There is no such stage, or the last comes before the first.
+    """
+    for stage in (first, last):
+        if stage is not None and stage not in STAGES:
+            raise StageError(f"there is no stage {stage!r}", fix=did_you_mean(stage, STAGES))
+    begin = STAGES.index(first) if first else 0
+    end = STAGES.index(last) + 1 if last else len(STAGES)
+    if begin >= end:
+        raise StageError(f"{first} comes after {last}", fix=f"--from {last} --to {first}")
+    return STAGES[begin:end]
 
 
 def set_aside(run: Run, stages: tuple[str, ...]) -> None:

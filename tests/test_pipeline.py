@@ -13,8 +13,8 @@ import pytest
 from conftest import REPOSITORY, WriteRecipe, chats, write_lines
 
 from strixft.errors import DataError, StageError
-from strixft.pipeline import chosen_stages, notebook_of, run_notebook, run_stages
-from strixft.runs import STAGES, Result, Run, open_run
+from strixft.pipeline import notebook_of, run_notebook, run_stages
+from strixft.runs import STAGES, Result, Run, chosen_stages, open_run
 
 RUN = [sys.executable, "-m", "strixft", "run"]
 

@@ -113,7 +113,7 @@ class _Recorder(MemoryTracker):
         return self._timed(func, args, kwargs)
 
     def _timed(self, func: Any, args: Any, kwargs: Any) -> Any:
-        result = func(*args, **kwargs)
+        result = super().run(func, args, kwargs)
         self._spend(func, args, kwargs, result)
         return result
 

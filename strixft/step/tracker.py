@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+aten = torch.ops.aten
 BLOCK = 512
 """Smallest block of torch's caching allocator (c10/core/AllocatorConfig.h, kMinBlockSize)."""
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "head", "workspace")
@@ -52,6 +54,7 @@ class MemoryTracker(TorchDispatchMode):
         self.peak: dict[str, int] = {}
         self.peak_bytes = 0
         self._storages: dict[int, tuple[int, str]] = {}
+        self._embedding_gradient: weakref.ref[Tensor] | None = None
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -118,4 +121,18 @@ class MemoryTracker(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operator itself; the dry run replaces what `meta` cannot answer."""
-        return func(*args, **kwargs)
+        if func is aten.add.Tensor and self._adds_embedding_gradient(args):
+            return args[0].add_(args[1])
+        result = func(*args, **kwargs)
+        if func is aten.embedding_dense_backward.default:
+            self._embedding_gradient = weakref.ref(result)
+        return result
+
+    def _adds_embedding_gradient(self, args: Any) -> bool:
+        """Whether the two gradients of a tied embedding are added.
+
+        torch does it in place where nothing else holds the first one (torch 2.13,
+        csrc/autograd/input_buffer.cpp, can_accumulate_inplace); a dispatch mode does.
+        """
+        gradient = self._embedding_gradient() if self._embedding_gradient else None
+        return gradient is not None and any(argument is gradient for argument in args)

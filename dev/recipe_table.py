@@ -1,0 +1,57 @@
+"""Writes `docs/recipes.md`: what each recipe that ships needs on a host, predicted.
+
+python dev/recipe_table.py strix-halo-128 > docs/recipes.md
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from strixft.plan import plan_figures
+from strixft.recipe import find_recipes, load_recipe
+from strixft.units import format_gib, format_number
+
+HEADER = """# The recipes
+
+Each file in `recipes/` is one run; it holds only what differs from the default, with its reason.
+Copy one, set `dataset.source`, and run it.
+
+The figures are **predicted** for `{host}`, a budget of {budget}: rows of `max_length` without a gap,
+and every operator at the rate the host's row in `strixft/hardware.py` names. Memory is exact within
+1 % where it was compared with a GPU ([plan-accuracy.md](plan-accuracy.md)); the time has not been
+measured on this host, and steps that are not made of large matrix products will be slower than this.
+
+    python dev/recipe_table.py {host} > docs/recipes.md
+
+| recipe | allocated | reserved | rows × tokens | recomputed | tokens/s | hours per million tokens |
+| --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def row(name: str, figures: dict[str, Any]) -> str:
+    choice, rate = figures["choice"], figures["tok_per_s"]
+    cells = [
+        f"`{name}`",
+        format_gib(figures["peak_bytes"]),
+        format_gib(figures["reserved_bytes"]),
+        f"{choice['micro_batch_rows']} × {choice['max_length']}",
+        f"{choice['recomputed_layers']} of {choice['num_layers']}",
+        format_number(rate, 0),
+        format_number(1e6 / rate / 3600, 1),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main(host: str) -> None:
+    """Print the page."""
+    lines, figures = [], {}
+    for name in sorted(find_recipes()):
+        if name != "demo":
+            figures = plan_figures(load_recipe(name), host)
+            lines.append(row(name, figures))
+    budget = format_gib(figures["host"]["budget_bytes"])
+    print("\n".join([HEADER.format(host=host, budget=budget), *lines]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
