@@ -17,10 +17,10 @@ HEADER = """# The recipes
 Each file in `recipes/` is one run; it holds only what differs from the default, with its reason.
 Copy one, set `dataset.source`, and run it.
 
-The figures are **predicted** for `{host}`, a budget of {budget}: rows of `max_length` without a gap,
-and every operator at the rate the host's row in `strixft/hardware.py` names. Memory is exact within
-1 % where it was compared with a GPU ([plan-accuracy.md](plan-accuracy.md)); the time has not been
-measured on this host, and steps that are not made of large matrix products will be slower than this.
+The figures are **predicted** for `{host}`, a budget of {budget}: rows of `max_length` without
+a gap, and every operator at the rate that the host's row in `strixft/hardware.py` names. Memory was
+within 1 % wherever it was compared with a GPU ([plan-accuracy.md](plan-accuracy.md)). Time has not
+been measured on this host; work that is not large matrix products will be slower than this.
 
     python dev/recipe_table.py {host} > docs/recipes.md
 

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from strixft import environment
+
 if TYPE_CHECKING:
     from strixft.doctor import check_host as check_host
     from strixft.errors import StrixftError as StrixftError
@@ -32,6 +34,9 @@ _HOME = {
     "write_report": "report",
 }
 """Public name → module; imported on first use, so that `strixft --help` starts without torch."""
+
+_set_too_late = environment.prepare()
+"""Variables that torch did not see, because it was imported before."""
 
 __version__ = "0.1.0"
 __all__ = [*sorted(_HOME)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from strixft import views
+from strixft.environment import BEFORE_TORCH
 from strixft.pipeline import run_stages
 from strixft.recipe import find_recipe, find_recipes, parse_overrides, shipped, workspace
 from strixft.report import write_report
@@ -24,8 +25,6 @@ ADDRESS = "127.0.0.1"
 START = "notebooks/start-here.ipynb"
 KERNEL = "python3"
 """What the notebooks ask for; this name, found first, decides where they run."""
-FAST_ATTENTION = {"TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL": "1"}
-"""Must be there before torch starts; does nothing on other builds of torch."""
 
 
 def kernel_folder() -> Path:
@@ -46,7 +45,7 @@ def write_kernel(folder: Path) -> Path:
         "argv": words,
         "display_name": f"strixft ({Path(sys.prefix).name})",
         "language": "python",
-        "env": {name: value for name, value in FAST_ATTENTION.items() if name not in os.environ},
+        "env": {name: os.environ[name] for name in BEFORE_TORCH},
     }
     path.write_text(json.dumps(spec, indent=2) + "\n")
     return path

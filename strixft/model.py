@@ -6,10 +6,13 @@ into the cache folder and is an ordinary model folder from then on.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +272,14 @@ def _use_master_weights(model: nn.Module) -> None:
                     module.__class__ = _MasterLinear
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT 0.21 asks for a name that transformers 5.23 deprecates; remove when it does not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
+
+
 def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
     """The model with its trainable weights: a frozen base with an adapter, or all of it.
 
@@ -287,7 +298,8 @@ def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
         use_dora=method.adapter == "dora",
         task_type="CAUSAL_LM",
     )
-    adapted: nn.Module = get_peft_model(model, config)
+    with _quiet():
+        adapted: nn.Module = get_peft_model(model, config)
     _use_master_weights(adapted)
     return adapted
 
@@ -296,7 +308,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """The base with a trained adapter, in the dtype rules of training."""
     from peft import PeftModel
 
-    adapted: nn.Module = PeftModel.from_pretrained(model, folder)
+    with _quiet():
+        adapted: nn.Module = PeftModel.from_pretrained(model, folder)
     _use_master_weights(adapted)
     return adapted
 

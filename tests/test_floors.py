@@ -6,7 +6,7 @@ from pathlib import Path
 import strixft
 
 FLOORS = [
-    ["errors", "units"],
+    ["errors", "units", "environment"],
     ["tables", "views"],
     ["hardware", "families", "methods", "formats"],
     ["recipe"],

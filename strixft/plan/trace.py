@@ -26,8 +26,6 @@ from strixft.step.tracker import rounded
 from strixft.step.update import decoder_layers
 
 aten = torch.ops.aten
-UPDATES = 2
-"""The second update has the optimiser's state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,13 +240,13 @@ def trace_step(
     recorder = _Recorder(len(layers), host)
     recorder.watch_model(model)
     recorder.follow(layers)
-    batches = [shape_batch(shape.rows, shape.length, shape.trained, "meta")] * min(steps, 2)
+    batch = shape_batch(shape.rows, shape.length, shape.trained, "meta")
     with _fused_on_meta(), planned_for(host.device):
         step = _TracedStep(model, recipe.train, recomputed_layers=recomputed_layers)
         step.recorder = recorder
         with recorder:
-            for _ in range(UPDATES):
-                step.update(batches)
+            step.update([batch])
+            step.update([batch] * min(steps, 2))  # now the optimiser has its state
     recorder.assign_optimizer_state(model, step.optimizer)
     recorder.ended = True
     return recorder.trace
