@@ -36,6 +36,7 @@ from strixft.recipe import (
     parse_overrides,
     workspace,
 )
+from strixft.sources import fingerprint
 
 STAGES = ("prepare", "plan", "train", "evaluate")
 """Stages in their order; each is a notebook, a folder of the run, and a verb `<stage>_recipe`."""
@@ -277,12 +278,15 @@ def _refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
 
 def _refuse_other_data(folder: Path, recipe: Recipe) -> None:
     done = Result.load(folder / "prepare")
-    source = Path(recipe.dataset.source)
-    if done is None or not source.is_file():
+    if done is None:
         return
-    if done.inputs["source_sha256"] != digest(source):
+    try:
+        now_there, _ = fingerprint(recipe.dataset.sources())
+    except DataError:
+        return  # moved or deleted: what was prepared from it stays
+    if done.inputs["source_sha256"] != now_there:
         raise DataError(
-            f"{source} has changed since {folder} was prepared from it",
+            f"{', '.join(recipe.dataset.sources())} has changed since {folder} was prepared",
             fix=f"--run-dir {free_name(folder)}, or: strixft run … --from prepare",
         )
 

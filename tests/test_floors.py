@@ -8,7 +8,7 @@ import strixft
 FLOORS = [
     ["errors", "units"],
     ["tables", "views"],
-    ["hardware", "families", "methods", "formats"],
+    ["hardware", "families", "methods", "formats", "sources"],
     ["recipe"],
     ["runs"],
     ["data", "model", "guard"],

@@ -1,22 +1,31 @@
-"""Rows of a file → chats → token rows with a mask of what is trained → batches.
+"""Rows of files → chats → token rows with a mask of what is trained → batches.
 
 Shapes: B rows, T tokens, K trained tokens of a batch.
 """
 
-from strixft.data.batches import Batch, collate, shape_batch
-from strixft.data.load import Problem, RawRow, read_rows
-from strixft.data.mask import Encoder, TokenRow
-from strixft.data.rows import TokenRows, write_rows
+from strixft.data.batches import Batch, collate, document_mask, shape_batch
+from strixft.data.encode import Encoder, TokenRow
+from strixft.data.load import Input, Problem, RawRow, open_inputs, read_rows
+from strixft.data.pack import PackedRows, Packing, length_groups, pack
+from strixft.data.rows import Record, RowWriter, TokenRows
 
 __all__ = [
     "Batch",
     "Encoder",
+    "Input",
+    "PackedRows",
+    "Packing",
     "Problem",
     "RawRow",
+    "Record",
+    "RowWriter",
     "TokenRow",
     "TokenRows",
     "collate",
+    "document_mask",
+    "length_groups",
+    "open_inputs",
+    "pack",
     "read_rows",
     "shape_batch",
-    "write_rows",
 ]
