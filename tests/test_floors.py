@@ -15,7 +15,7 @@ FLOORS = [
     ["prepare", "step"],
     ["plan"],
     ["train"],
-    ["evaluate"],
+    ["evaluate", "bench"],
     ["report"],
     ["pipeline"],
     ["cli"],

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, K trained tokens of a batch.
 
 from strixft.data.batches import Batch, collate, document_mask, shape_batch
 from strixft.data.encode import Encoder, TokenRow
-from strixft.data.load import Input, Problem, RawRow, open_inputs, read_rows
+from strixft.data.load import Input, Problem, open_inputs, read_rows
 from strixft.data.pack import PackedRows, Packing, length_groups, pack
 from strixft.data.rows import Record, RowWriter, TokenRows
 
@@ -16,7 +16,6 @@ __all__ = [
     "PackedRows",
     "Packing",
     "Problem",
-    "RawRow",
     "Record",
     "RowWriter",
     "TokenRow",

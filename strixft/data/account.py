@@ -29,7 +29,7 @@ class Account:
     def __init__(self, path: Path, dataset: Dataset) -> None:
         self.path = path
         self.dataset = dataset
-        self.rows_read = self.rows_bad = self.rows_too_long = 0
+        self.rows_read = self.rows_bad = self.rows_too_long = self.rows_left_out = 0
         self.long_lengths = array("q")
         """Tokens of the rows that are too long, as far as they were counted."""
         self.kinds: dict[str, dict[str, Any]] = {}
@@ -45,21 +45,22 @@ class Account:
         )
         kind["rows"] += 1
 
-    def bad(self, problem: Problem) -> None:
-        """A row that cannot be used."""
-        self.rows_bad += 1
-        self._remember(BAD, problem)
+    def take(self, weight: str, problem: Problem, num_tokens: int = 0) -> None:
+        """Write a problem down, and count its row.
 
-    def too_long(self, problem: Problem, num_tokens: int) -> None:
-        """A row that is longer than the recipe allows."""
-        self.rows_too_long += 1
-        self.long_lengths.append(num_tokens)
-        self._remember(TOO_LONG, problem)
-
-    def _remember(self, which: str, problem: Problem) -> None:
+        Args:
+            weight: `bad`, `too_long`, `left_out` on request, or `note` for a row that is used.
+            problem: The problem.
+            num_tokens: Of a row that is too long.
+        """
         self.note(problem)
-        if len(self._shown[which]) < SHOWN_PROBLEMS:
-            self._shown[which].append(problem)
+        if weight == TOO_LONG:
+            self.rows_too_long += 1
+            self.long_lengths.append(num_tokens)
+        self.rows_bad += weight == BAD
+        self.rows_left_out += weight == "left_out"
+        if weight in self._shown and len(self._shown[weight]) < SHOWN_PROBLEMS:
+            self._shown[weight].append(problem)
 
     def _refuse(self, problems: Iterable[Problem], count: int, fix: str) -> None:
         listed = "".join(f"\n  {problem}" for problem in problems)

@@ -26,29 +26,32 @@ def first_of_each(hashes: Hashes) -> Indices:
     return found
 
 
+_FACTORS = np.random.default_rng(0).integers(
+    1, int(_PRIME), (2, NUM_PERMUTATIONS, 1), dtype=np.uint64
+)
+
+
+def sketch(text: str) -> bytes:
+    """A text in 256 bytes, however long it is; texts with common words share parts of them."""
+    words = text.casefold().split()
+    triples = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+    hashes = np.array([hash_text(triple) for triple in triples], dtype=np.uint64) % _PRIME
+    mixed = (_FACTORS[0] * hashes + _FACTORS[1]) % _PRIME  # (64, triples)
+    return bytes(mixed.min(axis=1).astype(np.uint32))
+
+
 class Sketches:
-    """MinHash sketches of texts (Broder 1997), from which near duplicates are found.
+    """MinHash sketches of texts (Broder 1997), from which near duplicates are found."""
 
-    Args:
-        seed: Of the hash functions.
-    """
-
-    def __init__(self, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        shape = (2, NUM_PERMUTATIONS, 1)
-        self._factors = rng.integers(1, int(_PRIME), shape, dtype=np.uint64)
+    def __init__(self) -> None:
         self._data = bytearray()
 
     def __len__(self) -> int:
         return len(self._data) // (4 * NUM_PERMUTATIONS)
 
-    def add(self, text: str) -> None:
-        """Sketch one text: 256 bytes, however long it is."""
-        words = text.casefold().split()
-        triples = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
-        hashes = np.array([hash_text(triple) for triple in triples], dtype=np.uint64) % _PRIME
-        mixed = (self._factors[0] * hashes + self._factors[1]) % _PRIME  # (64, triples)
-        self._data += mixed.min(axis=1).astype(np.uint32).tobytes()
+    def add(self, sketches: bytes) -> None:
+        """Append what `sketch` made, of one text or of several."""
+        self._data += sketches
 
     def _pairs(self, sketches: npt.NDArray[np.uint32]) -> Iterator[tuple[Indices, Indices]]:
         """For each band, rows that share it with an earlier row, and the first such row."""

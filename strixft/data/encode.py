@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from strixft.data.mask import Masker, Piece, Span, squeezed
 from strixft.data.template import ChatTemplate
+from strixft.data.words import Encoding, Words
 from strixft.errors import DataError
 from strixft.formats import Chat, Message, RowFault
 
@@ -56,13 +57,18 @@ class Encoder:
         tokenizer: A fast tokenizer of transformers.
         loss_on: `assistant`, `completion` (the last answer) or `all`.
         max_length: Texts that must have more tokens than this are not tokenised.
+        words: Words of this tokenizer that are known already.
 
     Raises:
         DataError: The tokenizer is a slow one.
     """
 
     def __init__(
-        self, tokenizer: Any, loss_on: str = "assistant", max_length: int | None = None
+        self,
+        tokenizer: Any,
+        loss_on: str = "assistant",
+        max_length: int | None = None,
+        words: Words | None = None,
     ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -74,7 +80,7 @@ class Encoder:
         backend.no_truncation()
         backend.no_padding()
         self.tokenizer = tokenizer
-        self._backend = backend
+        self.words = Words(backend) if words is None else words
         self.loss_on = loss_on
         self._masker: Masker | None = None
         self._longest_token = longest_token(tokenizer)
@@ -118,8 +124,7 @@ class Encoder:
     def tokenize(self, found: Sequence[list[Piece] | RowFault]) -> list[Any]:
         """What the tokenizer makes of the texts of many chats; other threads can work meanwhile."""
         texts = [piece.text for piece in _flat(found) if not self._is_huge(piece)]
-        encodings: list[Any] = self._backend.encode_batch(texts, add_special_tokens=False)
-        return encodings
+        return self.words.encode_batch(texts)
 
     def rows(
         self, found: Sequence[list[Piece] | RowFault], encodings: Sequence[Any]
@@ -154,14 +159,16 @@ class Encoder:
     def _row(self, piece: Piece, encoding: Any) -> TokenRow:
         input_ids = np.array(encoding.ids, dtype=np.int32)
         trained = np.zeros(len(input_ids), dtype=np.bool_)
+        first = 0
         for span in piece.spans:
-            trained[slice(*token_span(encoding, piece.text, span))] = True
+            first, end = token_span(encoding, piece.text, span)
+            trained[first:end] = True
         trained[:1] = False  # nothing stands before the first token to predict it from
-        end = (piece.prompt_end, len(piece.text))
-        prompt_tokens = max(1, token_span(encoding, piece.text, end)[0])
+        if piece.prompt_end != piece.spans[-1][0]:
+            first, _ = token_span(encoding, piece.text, (piece.prompt_end, len(piece.text)))
         if self.mask_checked < CHECKED_ROWS:
             self._check(piece, input_ids[trained])
-        return TokenRow(input_ids, trained, prompt_tokens, piece.request, piece.answer)
+        return TokenRow(input_ids, trained, max(1, first), piece.request, piece.answer)
 
     def _check(self, piece: Piece, trained: Tokens) -> None:
         """Decode the trained tokens; they must be the text that is meant to be trained."""
@@ -204,14 +211,21 @@ def token_span(encoding: Any, text: str, span: Span) -> tuple[int, int]:
     first = _token_from(encoding, start, end)
     if first is None:
         return 0, 0
-    left = encoding.token_to_chars(first)[0]
-    if left < start and text[left:start].strip():
-        first += 1
+    first += _cuts_token(encoding, text, start)
     last = _token_from(encoding, end, len(text))
     if last is None:
         return first, len(encoding)
-    left = encoding.token_to_chars(last)[0]
-    return first, last + (left < end and bool(text[left:end].strip()))
+    return first, last + _cuts_token(encoding, text, end)
+
+
+def _cuts_token(encoding: Any, text: str, place: int) -> bool:
+    """A place lies within a token, behind some of its characters that are no spaces."""
+    if isinstance(encoding, Encoding):
+        start = encoding.starts_at(place)
+    else:
+        token = encoding.char_to_token(place)
+        start = place if token is None else encoding.token_to_chars(token)[0]
+    return start < place and bool(text[start:place].strip())
 
 
 def _token_from(encoding: Any, place: int, end: int) -> int | None:

@@ -26,13 +26,13 @@ class HubSet:
         """Changes when the data set does."""
         return str(self.rows_on_disk._fingerprint)
 
-    def rows(self) -> Iterator[tuple[int, Row]]:
+    def rows(self) -> Iterator[tuple[int, Row, int]]:
         """The rows, numbered from 1."""
         number = 0
         for table in self.rows_on_disk.with_format("arrow").iter(ROWS_AT_ONCE):
             for row in table.to_pylist():
                 number += 1
-                yield number, row
+                yield number, row, table.nbytes // table.num_rows
 
 
 def open_hub(source: str, split: str, *, offline: bool) -> HubSet:

@@ -12,7 +12,7 @@ from typing import Any
 
 from strixft.data.checks import check_chat
 from strixft.data.hub import HubSet, open_hub
-from strixft.data.readers import raw_rows
+from strixft.data.readers import RawRow, raw_rows
 from strixft.errors import DataError
 from strixft.formats import FORMATS, Chat, Format, Row, RowFault, fitting, suggest_columns
 from strixft.formats.messages import shown
@@ -43,18 +43,6 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row as a chat."""
-
-    file: int
-    """Index of the input that it stands in."""
-    row: int
-    chat: Chat
-    group: str | None = None
-    """Value of the column whose rows stay on one side of the split."""
-
-
-@dataclass(frozen=True, slots=True)
 class Input:
     """One file, or one data set of the hub, and how its rows are read."""
 
@@ -68,12 +56,12 @@ class Input:
         """The file's path, or the data set's id."""
         return self.source.name
 
-    def raw_rows(self) -> Iterator[tuple[int, Row | RowFault]]:
-        """Rows as they stand there."""
+    def raw_rows(self) -> Iterator[RawRow]:
+        """Rows as they stand there: number, row or fault, and about how many bytes it takes."""
         return _raw_rows(self.source)
 
 
-def _raw_rows(source: SourceFile | HubSet) -> Iterator[tuple[int, Row | RowFault]]:
+def _raw_rows(source: SourceFile | HubSet) -> Iterator[RawRow]:
     return raw_rows(source) if isinstance(source, SourceFile) else source.rows()
 
 
@@ -112,7 +100,7 @@ def _first_row(source: SourceFile | HubSet) -> tuple[int, Row]:
         DataError: There is none.
     """
     first: tuple[int, RowFault] | None = None
-    for count, (number, row) in enumerate(_raw_rows(source)):
+    for count, (number, row, _) in enumerate(_raw_rows(source)):
         if not isinstance(row, RowFault):
             return number, row
         first = first or (number, row)
@@ -216,33 +204,42 @@ def open_inputs(dataset: Dataset, *, offline: bool = False) -> list[Input]:
     return inputs
 
 
-def _group(row: Row, column: str | None) -> str | None:
-    if column is None:
-        return None
-    value = value_at(row, column)
+def read_row(one: Input, raw: Row | RowFault) -> Chat:
+    """A row of an input as a checked chat.
+
+    Raises:
+        RowFault: It is none.
+    """
+    if isinstance(raw, RowFault):
+        raise raw
+    try:
+        chat = one.form.to_chat(renamed(raw, one.columns))
+        check_chat(chat)
+    except RecursionError:
+        raise RowFault("not_json", "is nested too deeply") from None
+    return chat
+
+
+def group_of(raw: Row, column: str) -> str:
+    """The value whose rows stay on one side of the split.
+
+    Raises:
+        RowFault: The row has none.
+    """
+    value = value_at(raw, column)
     if value is None:
         raise RowFault("no_group", f"has no {column!r}, which dataset.group_by names")
     return str(value)
 
 
-def read_rows(
-    one: Input, number: int = 0, group_by: str | None = None
-) -> Iterator[RawRow | Problem]:
-    """The rows of an input as checked chats, and a problem for each that is none.
+def read_rows(one: Input) -> Iterator[tuple[int, Chat] | Problem]:
+    """The rows of an input as checked chats with their numbers; a problem for each that is none.
 
     Args:
         one: What to read.
-        number: Its index, which its rows carry.
-        group_by: A column whose value the rows carry.
     """
-    for row, raw in one.raw_rows():
+    for number, raw, _ in one.raw_rows():
         try:
-            if isinstance(raw, RowFault):
-                raise raw
-            chat = one.form.to_chat(renamed(raw, one.columns))
-            check_chat(chat)
-            yield RawRow(number, row, chat, _group(raw, group_by))
+            yield number, read_row(one, raw)
         except RowFault as fault:
-            yield Problem(one.name, row, fault.kind, fault.problem)
-        except RecursionError:
-            yield Problem(one.name, row, "not_json", "is nested too deeply")
+            yield Problem(one.name, number, fault.kind, fault.problem)

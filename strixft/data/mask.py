@@ -22,6 +22,8 @@ from strixft.formats import Message, RowFault
 
 Span = tuple[int, int]
 """Half-open [start, end) in characters."""
+Places = dict[int, int]
+"""Where a marker stands in the plain text: twice the message's index, and one more for the end."""
 
 _AREAS = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 """Private-use characters; markers come from the first area that the chat does not use."""
@@ -64,13 +66,16 @@ def _marked(messages: Sequence[Message], first: int) -> list[Message]:
     ]
 
 
-def _unmark(text: str, area: int) -> tuple[str, dict[int, list[int]]]:
-    """A text without its markers, and where in it each of them stood."""
-    parts, places, last = [], dict[int, list[int]](), 0
-    for count, match in enumerate(_MARKERS[area].finditer(text)):
-        parts.append(text[last : match.start()])
-        places.setdefault(ord(match[0]) - _AREAS[area][0], []).append(match.start() - count)
-        last = match.end()
+def _unmark(text: str, first: int, answers: Sequence[int]) -> tuple[str, Places]:
+    """A text without its markers, and where in it each of them stood, if it stands there once."""
+    markers = [chr(first + 2 * answer + side) for answer in answers for side in (0, 1)]
+    found = sorted((text.find(marker), ord(marker) - first) for marker in markers)
+    found = [row for row in found if row[0] >= 0]
+    parts, places, last = [], Places(), 0
+    for count, (place, marker) in enumerate(found):
+        parts.append(text[last:place])
+        places[marker] = place - count
+        last = place + 1
     return "".join([*parts, text[last:]]), places
 
 
@@ -138,28 +143,28 @@ class Masker:
             ordered[-1] = (ordered[-1][0], len(text))
         return Piece(text, ordered, ordered[-1][0], *_exchange(messages, last))
 
-    def _places(
-        self, messages: Sequence[Message], tools: Any, text: str
-    ) -> dict[int, list[int]] | None:
+    def _places(self, messages: Sequence[Message], tools: Any, text: str) -> Places | None:
         """Where the markers of each answer stand in the plain text; None if they change it."""
         area = next((i for i, m in enumerate(_MARKERS) if text.isascii() or not m.search(text)), 0)
-        marked = self.template.render(_marked(messages, _AREAS[area][0]), tools)
-        plain, places = _unmark(marked, area)
-        return places if plain == text else None
+        first = _AREAS[area][0]
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        marked = self.template.render(_marked(messages, first), tools)
+        plain, places = _unmark(marked, first, answers)
+        return places if plain == text else None  # a marker that stands twice is still in `plain`
 
     def _in_place(
-        self, message: Message, index: int, text: str, places: dict[int, list[int]] | None
+        self, message: Message, index: int, text: str, places: Places | None
     ) -> Span | None:
         """What is trained of an answer where it stands whole in the chat; None otherwise."""
         if places is None or "tool_calls" in message or REASONING[0] in message:
             return None
-        opened, closed = places.get(2 * index, []), places.get(2 * index + 1, [])
+        opened, closed = places.get(2 * index), places.get(2 * index + 1)
         content: str = message["content"]
         core = content.strip()
-        if len(opened) != 1 or len(closed) != 1 or text[opened[0] : closed[0]] != core:
+        if opened is None or closed is None or text[opened:closed] != core:
             return None
-        start = self._start(text, opened[0], content[: content.index(core[0])])
-        end = self._end(text, closed[0], content[len(content.rstrip()) :])
+        start = self._start(text, opened, content[: content.index(core[0])])
+        end = self._end(text, closed, content[len(content.rstrip()) :])
         return None if start is None or end is None else (start, end)
 
     def _start(self, text: str, opened: int, space: str) -> int | None:
@@ -215,8 +220,8 @@ class Masker:
         """
         upto = messages[: index + 1]
         places = self._places(upto, tools, self.template.render(upto, tools))
-        opened = (places or {}).get(2 * index, [])
-        return opened[0] if len(opened) == 1 else shared_length(prompt, text)
+        opened = (places or {}).get(2 * index)
+        return shared_length(prompt, text) if opened is None else opened
 
 
 def _shows(message: Message, turn: str) -> bool:

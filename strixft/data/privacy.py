@@ -23,7 +23,6 @@ _KEY = re.compile(
     r"|\bAIza[\w-]{35}"  # Google
     r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"  # JSON web tokens
 )
-_KEY_STARTS = ("PRIVATE KEY", "AKIA", "ASIA", "gh", "sk", "rk_live", "hf_", "xox", "AIza", "eyJ")
 _ASSIGNED = re.compile(
     r"(?i)\b(?:api[_-]?key|secret[_-]?key|access[_-]?token|auth[_-]?token|passw(?:or)?d)"
     r"""["']?\s*[:=]\s*["']?(?=[^\s"']*\d)[A-Za-z0-9+/_.\-]{12,}"""
@@ -36,12 +35,31 @@ _PHONE = re.compile(
     r"|(?<![\w.-])(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])"
     r"|(?<![\w./-])0\d{2,4}[ /-]\d{5,9}(?![\w/-])"
 )
+_DIGITS = re.compile(r"\d[\d ().+/-]{6,}\d")
+"""Where a phone number may stand; most texts have no such place."""
+
+
+def _may_hold_key(text: str) -> bool:
+    """One of these stands in every key; to look for a word is much faster than a pattern."""
+    return (
+        "sk-" in text
+        or "hf_" in text
+        or "eyJ" in text
+        or "AKIA" in text
+        or "ASIA" in text
+        or "AIza" in text
+        or "xox" in text
+        or "k_live_" in text
+        or "PRIVATE KEY" in text
+        or ("gh" in text and "_" in text)
+    )
 
 
 def _keys(text: str) -> Iterator[re.Match[str]]:
-    if any(start in text for start in _KEY_STARTS):  # a search for a word is fast
+    if _may_hold_key(text):
         yield from _KEY.finditer(text)
-    if "=" in text or ":" in text:
+    lower = text.lower()
+    if "passw" in lower or "token" in lower or "key" in lower:
         yield from _ASSIGNED.finditer(text)
 
 
@@ -51,9 +69,11 @@ def _emails(text: str) -> Iterator[re.Match[str]]:
 
 
 def _phones(text: str) -> Iterator[re.Match[str]]:
-    for match in _PHONE.finditer(text):
-        if 8 <= sum(character.isdigit() for character in match[0]) <= 15:
-            yield match
+    for run in _DIGITS.finditer(text):
+        # a plus or a bracket may stand before the digits, and what follows them matters
+        for match in _PHONE.finditer(text, max(0, run.start() - 2), run.end() + 1):
+            if 8 <= sum(character.isdigit() for character in match[0]) <= 15:
+                yield match
 
 
 KINDS = {"secret": _keys, "email": _emails, "phone": _phones}

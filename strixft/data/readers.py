@@ -32,7 +32,8 @@ from strixft.formats import Row, RowFault
 from strixft.sources import SourceFile
 from strixft.units import MIB
 
-RawRow = tuple[int, Row | RowFault]
+RawRow = tuple[int, Row | RowFault, int]
+"""Number, row or fault, and about how many bytes it takes."""
 PARQUET_ROWS_AT_ONCE = 64
 CHAT_COLUMNS = {"messages", "conversations", "chosen"}
 _BLANK = " \t\r\n\ufeff"
@@ -85,10 +86,13 @@ def parse_row(line: bytes) -> Row:
 
 def _read_lines(stream: Stream) -> Iterator[RawRow]:
     for number, line in lines(stream):
+        if isinstance(line, RowFault):
+            yield number, line, 0
+            continue
         try:
-            yield number, line if isinstance(line, RowFault) else parse_row(line)
+            yield number, parse_row(line), len(line)
         except RowFault as fault:
-            yield number, fault
+            yield number, fault, 0
 
 
 class _Array:
@@ -131,7 +135,7 @@ class _Array:
             raise self._broken(f"is not JSON: {error}") from None
         return RowFault("not_json", f"is not JSON: {error}")
 
-    def _element(self) -> object:
+    def _element(self) -> tuple[object, int]:
         self._next()
         while True:
             try:
@@ -148,12 +152,12 @@ class _Array:
             except RecursionError:
                 raise self._broken("is nested too deeply") from None
             except ValueError as error:
-                return self._refused(error)
+                return self._refused(error), 0
             self._more()
         raw, self._place = self._text[self._place : end], end
         if not raw.isascii() and _HALF.search(raw):
-            return RowFault("not_utf8", "is not UTF-8 text")
-        return value
+            return RowFault("not_utf8", "is not UTF-8 text"), 0
+        return value, len(raw)
 
     def __iter__(self) -> Iterator[RawRow]:
         self._next()
@@ -162,11 +166,12 @@ class _Array:
             return
         while True:
             self.row += 1
-            value = self._element()
+            value, size = self._element()
             try:
-                yield self.row, value if isinstance(value, RowFault) else _as_row(value)
+                row = value if isinstance(value, RowFault) else _as_row(value)
+                yield self.row, row, size
             except RowFault as fault:
-                yield self.row, fault
+                yield self.row, fault, 0
             sign = self._next()
             if sign == "]":
                 break
@@ -183,7 +188,7 @@ def _read_json(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
     if start.startswith(b"["):
         return iter(_Array(stream, file))
     row = _one_object(file) if start.startswith(b"{") and file.kind == "json" else None
-    return iter([(1, row)]) if row is not None else _read_lines(stream)
+    return iter([(1, row, MAX_ROW_BYTES)]) if row is not None else _read_lines(stream)
 
 
 def _one_object(file: SourceFile) -> Row | None:
@@ -263,13 +268,13 @@ def _read_csv(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
         try:
             cells = next(reader)
             if cells:
-                yield number, _cells(cells, header)
+                yield number, _cells(cells, header), sum(map(len, cells))
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, RowFault("not_csv", f"is not CSV: {error}")
+            yield number, RowFault("not_csv", f"is not CSV: {error}"), 0
         except RowFault as fault:
-            yield number, fault
+            yield number, fault, 0
 
 
 def _refuse_bomb(parquet: pq.ParquetFile, file: SourceFile) -> None:
@@ -305,7 +310,7 @@ def _read_parquet(file: SourceFile) -> Iterator[RawRow]:
             for batch in parquet.iter_batches(PARQUET_ROWS_AT_ONCE, use_threads=False):
                 for row in _rows_of(batch):
                     number += 1
-                    yield number, row
+                    yield number, row, batch.nbytes // batch.num_rows
     except (pa.ArrowException, OSError) as error:
         first = str(error).splitlines()[0]
         raise DataError(
@@ -320,17 +325,17 @@ def _read_text(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
     parts: list[bytes] = []
     for number, line in lines(stream):
         if first and (number > last + 1 or isinstance(line, RowFault)):
-            yield first, _paragraph(parts, size)
+            yield first, _paragraph(parts, size), size
             first, parts, size = 0, [], 0
         if isinstance(line, RowFault):
-            yield number, line
+            yield number, line, 0
             continue
         first, last = first or number, number
         size += len(line)
         if size <= MAX_ROW_BYTES:
             parts.append(line)
     if first:
-        yield first, _paragraph(parts, size)
+        yield first, _paragraph(parts, size), size
 
 
 def _paragraph(parts: list[bytes], size: int) -> Row | RowFault:
@@ -364,5 +369,5 @@ def raw_rows(file: SourceFile) -> Iterator[RawRow]:
             raise DataError(f"{file.name} is not Parquet", fix="copy or download it again")
         number = 0
         with broken_file(file, lambda: number):
-            for number, row in READERS[file.kind](stream, file):
-                yield number, row
+            for number, row, size in READERS[file.kind](stream, file):
+                yield number, row, size

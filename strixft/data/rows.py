@@ -20,7 +20,6 @@ SCHEMA = pa.schema(
         "file": pa.int32(),
         "row": pa.int64(),
         "part": pa.int32(),
-        "chat": pa.int64(),
         "content": pa.uint64(),
         "question": pa.uint64(),
         "group": pa.uint64(),
@@ -36,7 +35,7 @@ SCHEMA = pa.schema(
         "rejected_trained": pa.list_(pa.bool_()),
     }
 )
-COUNTS = ("file", "row", "chat", "content", "question", "group", "length", "num_trained")
+COUNTS = ("file", "row", "content", "question", "group", "length", "num_trained")
 """Columns of numbers, which fit into memory for any data set."""
 
 
@@ -49,8 +48,6 @@ class Record:
     row: int
     part: int
     """0, or the number of the part of a row that became several."""
-    chat: int
-    """Running number of the source row over all inputs."""
     content: int
     question: int
     group: int
@@ -70,13 +67,14 @@ def _lists(arrays: Sequence[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.A
     return pa.ListArray.from_arrays(pa.array(offsets), values, mask=mask)
 
 
-def _batch(records: Sequence[Record]) -> pa.RecordBatch:
+def batch_of(records: Sequence[Record]) -> pa.RecordBatch:
+    """Token rows as a piece of a row file."""
     tokens = [record.tokens for record in records]
     rejected = [record.rejected for record in records]
     named = {
         **{
             name: [getattr(record, name) for record in records]
-            for name in ("file", "row", "part", "chat", "content", "question", "group", "label")
+            for name in ("file", "row", "part", "content", "question", "group", "label")
         },
         **{
             name: [getattr(row, name) for row in tokens]
@@ -107,11 +105,10 @@ class RowWriter:
         self._writer = pa.ipc.new_stream(self._file, SCHEMA)
         self.num_rows = 0
 
-    def write(self, records: Sequence[Record]) -> None:
-        """Append rows."""
-        if records:
-            self._writer.write_batch(_batch(records))
-            self.num_rows += len(records)
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append rows, as `batch_of` makes them."""
+        self._writer.write_batch(batch)
+        self.num_rows += batch.num_rows
 
     def __enter__(self) -> RowWriter:
         return self
@@ -127,10 +124,17 @@ class RowWriter:
 
 
 def read_counts(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The columns of numbers of a row file, in memory; the texts and tokens stay on disk."""
+    """The columns of numbers of a row file, in memory; the texts and tokens stay on disk.
+
+    `chat` is added: a running number of the source rows, of which each may have become several.
+    """
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_stream(source).read_all().select(COUNTS)
-        return {name: table[name].to_numpy().copy() for name in COUNTS}
+        counts = {name: table[name].to_numpy().copy() for name in COUNTS}
+    places = np.stack([counts["file"].astype(np.int64), counts["row"]])
+    changes = (places[:, 1:] != places[:, :-1]).any(axis=0)
+    counts["chat"] = np.concatenate([np.zeros(min(1, len(places[0])), np.int64), changes.cumsum()])
+    return counts
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ class RowFault(Exception):
         self.kind = kind
         self.problem = problem
 
+    def __reduce__(self) -> tuple[type[RowFault], tuple[str, str]]:
+        return RowFault, (self.kind, self.problem)
+
 
 @dataclass(frozen=True, slots=True)
 class Chat:

@@ -17,6 +17,7 @@ from strixft.data import Encoder, Input, PackedRows, Packing, RowWriter, TokenRo
 from strixft.data.account import Account
 from strixft.data.hub import HubSet
 from strixft.data.preview import example, spread
+from strixft.data.words import Words, WordsDifferError
 from strixft.errors import DataError
 from strixft.model import load_tokenizer
 from strixft.prepare import show
@@ -95,12 +96,12 @@ def _formats(inputs: Sequence[Input]) -> str:
     return ", ".join(dict.fromkeys(one.form.name for one in inputs))
 
 
-def _encoding_figures(encoder: Encoder, kind: str) -> dict[str, Any]:
+def _encoding_figures(encoder: Encoder, kind: str, work: Work) -> dict[str, Any]:
     template = None if kind == "text" else encoder.masker.template
     end = encoder.tokenizer.eos_token if template is None else template.end_token
     return {
         "end_token": end or encoder.tokenizer.eos_token,
-        "mask_checked": {"rows": encoder.mask_checked, "equal": encoder.mask_equal},
+        "mask_checked": dict(zip(("rows", "equal"), work.total.checked, strict=True)),
     }
 
 
@@ -118,7 +119,7 @@ def _notes(figures: dict[str, Any], encoder: Encoder, work: Work) -> list[str]:
             "The chat template ends an answer with nothing; the tokenizer's end token"
             f" {encoder.tokenizer.eos_token!r} is put after the last answer of each chat."
         )
-    if template is not None and template.call_style is None and work.tools_written:
+    if template is not None and template.call_style is None and work.total.tools:
         notes.append(
             "The chat template knows no tools: functions stand in the system message, and calls"
             " and results in the turns, as <tool_call> and <tool_response>."
@@ -134,7 +135,12 @@ def _notes(figures: dict[str, Any], encoder: Encoder, work: Work) -> list[str]:
             " row asks, so the evaluation is too good. To keep them together:"
             " --set dataset.group_by=question"
         )
-    return notes + work.notes()
+    if work.total.chats_divided:
+        notes.append(
+            f"{work.total.chats_divided} chats became several rows each: the chat template leaves"
+            " out the reasoning of answers, and each of them is trained whole, in its own row."
+        )
+    return notes
 
 
 def _examples(
@@ -172,7 +178,7 @@ def _stream(run: Run | None, work: Work) -> float:
             now = time.monotonic()
             bar.update(count - bar.n)
             if run is not None and now - told > 1:
-                told, rate = now, round(work.num_tokens / (now - began))
+                told, rate = now, round(work.total.num_tokens / (now - began))
                 resident = process.memory_info().rss
                 bar.set_postfix(tok_per_s=rate, gib=f"{resident / 2**30:.2f}")
                 run.report_progress(done=count, tok_per_s=rate, resident_bytes=resident)
@@ -180,8 +186,48 @@ def _stream(run: Run | None, work: Work) -> float:
     return time.monotonic() - began
 
 
+def _write(
+    recipe: Recipe, inputs: Sequence[Input], folder: Path, encoder: Encoder, run: Run | None
+) -> tuple[Work, Chosen, float]:
+    """One pass over the rows: what was done, what is used of it, and the seconds it took."""
+    rows_path = folder / ROWS_FILE
+    with Account(folder / PROBLEMS_FILE, recipe.dataset) as account:
+        with RowWriter(rows_path) as writer:
+            work = Work(recipe.dataset, inputs, encoder, account, writer)
+            seconds = _stream(run, work)
+        account.check(writer.num_rows)
+        return work, choose(recipe, inputs, account, rows_path, work.sketches), seconds
+
+
+def _figures(
+    recipe: Recipe, inputs: Sequence[Input], work: Work, chosen: Chosen, seconds: float
+) -> dict[str, Any]:
+    account, encoder, kind = work.account, work.encoder, _kind(inputs)
+    figures: dict[str, Any] = {
+        "format": _formats(inputs),
+        "kind": kind,
+        "loss_on": encoder.loss_on,
+        "rows_read": account.rows_read,
+        "rows_bad": account.rows_bad,
+        "rows_too_long": account.rows_too_long,
+        "rows_left_out": account.rows_left_out,
+        "tokens_read": work.total.num_tokens + sum(account.long_lengths),
+        **figures_of(chosen, recipe.dataset.max_length, account),
+        **_encoding_figures(encoder, kind, work),
+        "rows_per_s": round(account.rows_read / seconds, 1),
+        "tok_per_s": round(work.total.num_tokens / seconds, 1),
+        "problems": account.kinds,
+    }
+    figures["packing"]["asked"] = recipe.dataset.packing
+    return {**figures, "notes": _notes(figures, encoder, work)}
+
+
 def prepare_data(
-    recipe: Recipe, folder: Path, tokenizer: Any, run: Run | None = None
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: Any,
+    run: Run | None = None,
+    words: Words | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load, check, format, mask, split and pack; the rows go to files in a folder.
 
@@ -190,6 +236,7 @@ def prepare_data(
         folder: Where the files go.
         tokenizer: The model's.
         run: Told of the progress.
+        words: Words of the tokenizer that are known already.
 
     Returns:
         Inputs and figures of the stage.
@@ -199,34 +246,17 @@ def prepare_data(
     """
     dataset = recipe.dataset
     inputs = open_inputs(dataset, offline=recipe.offline)
-    kind = _kind(inputs)
-    encoder = Encoder(tokenizer, _loss_on(dataset, kind), dataset.max_length)
-    rows_path = folder / ROWS_FILE
-    with Account(folder / PROBLEMS_FILE, dataset) as account:
-        with RowWriter(rows_path) as writer:
-            work = Work(dataset, inputs, encoder, account, writer)
-            seconds = _stream(run, work)
-        account.check(writer.num_rows)
-        chosen = choose(recipe, inputs, account, rows_path, work.sketches)
+    loss_on = _loss_on(dataset, _kind(inputs))
+    encoder = Encoder(tokenizer, loss_on, dataset.max_length, words)
+    try:
+        found = _write(recipe, inputs, folder, encoder, run)
+    except WordsDifferError:  # so ask the tokenizer for whole texts, from the start
+        encoder = Encoder(tokenizer, loss_on, dataset.max_length, encoder.words.distrusted())
+        found = _write(recipe, inputs, folder, encoder, run)
+    work, chosen, seconds = found
     chosen.save(folder / ORDER_FILE)
-    figures: dict[str, Any] = {
-        "format": _formats(inputs),
-        "kind": kind,
-        "loss_on": encoder.loss_on,
-        "rows_read": account.rows_read,
-        "rows_bad": account.rows_bad,
-        "rows_too_long": account.rows_too_long,
-        "rows_left_out": work.rows_left_out,
-        "tokens_read": work.num_tokens + sum(account.long_lengths),
-        **figures_of(chosen, dataset.max_length, account),
-        **_encoding_figures(encoder, kind),
-        "rows_per_s": round(account.rows_read / seconds, 1),
-        "tok_per_s": round(work.num_tokens / seconds, 1),
-        "problems": account.kinds,
-    }
-    figures["packing"]["asked"] = dataset.packing
-    figures["notes"] = _notes(figures, encoder, work)
-    figures["examples"] = _examples(rows_path, chosen, inputs, tokenizer)
+    figures = _figures(recipe, inputs, work, chosen, seconds)
+    figures["examples"] = _examples(folder / ROWS_FILE, chosen, inputs, tokenizer)
     return _inputs(recipe, inputs, folder, tokenizer), figures
 
 
