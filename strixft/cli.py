@@ -300,7 +300,7 @@ def runs(as_json: AsJson = False, debug: Debug = False) -> None:
 @app.command()
 def bench(
     what: Annotated[str, typer.Argument(help="What to measure: data.")],
-    rows: Annotated[int, typer.Option(min=1, help="Chats of each set.")] = 3000,
+    rows: Annotated[int, typer.Option(min=1, help="Chats of each set.")] = 6000,
     repeat: Annotated[int, typer.Option(min=1, help="Turns; the fastest counts.")] = 3,
     peer: Annotated[bool, typer.Option(help="Time the peer beside it.")] = True,
     as_json: AsJson = False,

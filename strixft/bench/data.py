@@ -173,7 +173,7 @@ def _peers(path: Path, tokenizer: Any, folder: Path) -> dict[str, Callable[[], A
     return works
 
 
-def bench_data(rows: int = 3000, repeat: int = 3, peer: bool = True) -> list[dict[str, Any]]:
+def bench_data(rows: int = 6000, repeat: int = 3, peer: bool = True) -> list[dict[str, Any]]:
     """Time the whole preparation, from a file to packed rows on disk, with a warm tokenizer.
 
     Three sets: English words with the embedded model's tokenizer and about 300 tokens a chat;

@@ -83,7 +83,7 @@ class Encoder:
         self.words = Words(backend) if words is None else words
         self.loss_on = loss_on
         self._masker: Masker | None = None
-        self._longest_token = longest_token(tokenizer)
+        self._longest_token = 1 if max_length is None else longest_token(tokenizer)
         self._most_characters = max_length and max_length * self._longest_token
         self.mask_checked = self.mask_equal = 0
 

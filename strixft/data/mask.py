@@ -7,7 +7,8 @@ end token: exactly what the model has to write.
 
 Some templates rewrite an answer: they leave out the reasoning of earlier turns, or of all of them.
 Such an answer is not trained in its mutilated form. It gets a row of its own: the chat up to it, as
-the model would have seen it, and then the whole answer.
+the model would have seen it, and then the whole answer. So does an answer whose chat, rendered
+whole, lacks the system message that the prompt would have.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Masker:
     def _pieces(
         self, messages: Sequence[Message], tools: Any, text: str, wanted: Sequence[int]
     ) -> list[Piece]:
-        places = self._places(messages, tools, text)
+        places = None if hides_system(messages, text) else self._places(messages, tools, text)
         spans: dict[int, Span] = {}
         own: list[Piece] = []
         for index in wanted:
@@ -191,7 +192,8 @@ class Masker:
         prompt = self.template.render(messages[:index], tools, prompt=True)
         text = self.template.render(messages[: index + 1], tools).rstrip()
         turn = shared_length(self.template.render(messages[:index], tools), text)
-        if not _shows(message, text[turn:]):
+        hidden = hides_system(messages, text) and not hides_system(messages, prompt)
+        if hidden or not _shows(message, text[turn:]):
             start, text = len(prompt), prompt + self._written(message, prompt)
         elif text.startswith(prompt):
             start = len(prompt)
@@ -209,7 +211,8 @@ class Masker:
         tag = _OPEN_TAG.search(prompt)
         if tag and content.startswith(tag[1]):  # the prompt has it already
             content = content[len(tag[1]) :].lstrip()
-        return content + self.template.end_token
+        lead = self.template.frames[0].lead
+        return (lead if lead.isspace() else "") + content + self.template.end_token
 
     def _opened(
         self, messages: Sequence[Message], tools: Any, index: int, text: str, prompt: str
@@ -222,6 +225,14 @@ class Masker:
         places = self._places(upto, tools, self.template.render(upto, tools))
         opened = (places or {}).get(2 * index)
         return shared_length(prompt, text) if opened is None else opened
+
+
+def hides_system(messages: Sequence[Message], text: str) -> bool:
+    """A rendered chat does not have the system message's words, spaces aside."""
+    if not messages or messages[0]["role"] != "system":
+        return False
+    system: str = messages[0]["content"].strip()
+    return system not in text and squeezed(system) not in squeezed(text)
 
 
 def _shows(message: Message, turn: str) -> bool:

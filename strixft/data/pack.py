@@ -6,7 +6,7 @@ not see each other: `collate` restarts the positions at each, and `document_mask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,9 @@ class Packing:
         if not 0 <= number < len(self):
             raise IndexError(number)
         return self.rows[self.starts[number] : self.starts[number + 1]]
+
+    def __iter__(self) -> Iterator[Indices]:
+        return (self[number] for number in range(len(self)))
 
     def fill(self, lengths: npt.NDArray[Any]) -> float:
         """Tokens of rows, divided by the places for them."""

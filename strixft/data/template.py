@@ -80,13 +80,23 @@ class ChatTemplate:
                 fix="use the model's instruct version, or data of the format text",
             )
         self._tokenizer = tokenizer
-        self._render = self._compiled() or self._slowly
+        try:
+            self._render = self._compiled() or self._slowly
+        except Exception as error:  # of the template's syntax
+            raise self._refused(error) from None
         self.specials = re.compile(r"\s*(?:" + "|".join(map(re.escape, _longest(tokenizer))) + ")")
         self._look()
         self.call_style = self._tool_style()
         """How the template takes arguments of calls: data or text; None if it knows no tools."""
         self.reasoning_apart = self._wants_reasoning_apart()
         """The template takes reasoning in a key of its own, and not in the content."""
+
+    def _refused(self, error: Exception) -> DataError:
+        return DataError(
+            f"the chat template of {self._tokenizer.name_or_path} cannot show a question and its"
+            f" answer: {error}",
+            fix="use the model's instruct version, or correct its chat_template.jinja",
+        )
 
     def _slowly(self, messages: Sequence[Message], tools: Any, prompt: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(
@@ -138,11 +148,7 @@ class ChatTemplate:
             single = self.render([question, answer])
             before = _between(single, QUESTIONS[0], ANSWERS[0])
         except (RowFault, ValueError) as error:
-            raise DataError(
-                f"the chat template of {self._tokenizer.name_or_path} cannot show a question and"
-                f" its answer: {error}",
-                fix="use the model's instruct version, or correct its chat_template.jinja",
-            ) from None
+            raise self._refused(error) from None
         self.end_token = single[single.index(ANSWERS[0]) + len(ANSWERS[0]) :].rstrip()
         """What the template writes after the last answer; empty if nothing."""
         tail = prompt[prompt.index(QUESTIONS[0]) + len(QUESTIONS[0]) :]

@@ -23,6 +23,8 @@ import numpy.typing as npt
 MOST_WORDS = 300_000
 LONGEST_WORD = 48
 """Characters of a word that is worth remembering; most languages that need more have no spaces."""
+FEWEST_TEXTS = 32
+"""Fewer are tokenised whole at once."""
 AUDITED_EVERY = 64
 MOST_LONG = 0.5
 """Share of a batch's characters in long words above which the texts are tokenised whole."""
@@ -191,18 +193,24 @@ class Words:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._known: dict[str, bytes] = {}
-        specials = _plain_specials(backend) if _splits_words(backend) else None
-        self.usable = specials is not None and _cuts_before_spaces(backend)
-        """The tokenizer is one of those whose words can be remembered."""
-        pattern = "|".join(map(re.escape, specials or ())) or r"(?!)"
+        self._specials = _plain_specials(backend) if _splits_words(backend) else None
+        pattern = "|".join(map(re.escape, self._specials or ())) or r"(?!)"
         self._special = re.compile(f"({pattern})")
+        self._usable: bool | None = None
         self._normalizes = backend.normalizer is not None
         self._count = 0
 
     def distrusted(self) -> Words:
         """The same, with texts tokenised whole."""
-        self.usable = False
+        self._usable = False
         return self
+
+    @property
+    def usable(self) -> bool:
+        """The tokenizer is one of those whose words can be remembered."""
+        if self._usable is None:
+            self._usable = self._specials is not None and _cuts_before_spaces(self._backend)
+        return self._usable
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """The tokens of texts, as the tokenizer itself would give them.
@@ -210,7 +218,7 @@ class Words:
         Raises:
             WordsDifferError: It would not.
         """
-        if not self.usable or not all(map(self._is_normal, texts)):
+        if len(texts) < FEWEST_TEXTS or not self.usable or not all(map(self._is_normal, texts)):
             return self._whole(texts)
         if len(self._known) > MOST_WORDS:
             self._known.clear()

@@ -26,7 +26,7 @@ from strixft.recipe import Dataset
 ROWS_AT_ONCE = 512
 BYTES_AT_ONCE = 4_000_000
 """A batch ends here, so that a few huge rows do not meet in memory."""
-BATCHES_HERE = 8
+BATCHES_HERE = 4
 """Batches that are made before other processes are worth their start."""
 MOST_PROCESSES = 8
 AHEAD = 2
