@@ -307,6 +307,25 @@ def runs(as_json: AsJson = False, debug: Debug = False) -> None:
 
 
 @app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="What to measure: data.")],
+    rows: Annotated[int, typer.Option(min=1, help="Chats of each set.")] = 6000,
+    repeat: Annotated[int, typer.Option(min=1, help="Turns; the fastest counts.")] = 3,
+    peer: Annotated[bool, typer.Option(help="Time the peer beside it.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure this machine; each figure beside what it is compared with."""
+    from strixft.bench import run_bench
+
+    found = run_bench(what, rows=rows, repeat=repeat, peer=peer)
+    if as_json:
+        _print_json(found)
+    else:
+        _table([[str(value) for value in row.values()] for row in found], list(found[0]))
+
+
+@app.command()
 def report(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
     """Write one HTML page from a run folder."""
     from strixft.report import write_report

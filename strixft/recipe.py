@@ -23,6 +23,7 @@ from pydantic import (
     field_validator,
 )
 
+from strixft import sources
 from strixft.errors import FIX, RecipeError
 from strixft.formats import FORMATS
 from strixft.hardware import HOSTS
@@ -62,21 +63,69 @@ class _Section(BaseModel):
         return value
 
 
+class Source(_Section):
+    """One of several sources of rows."""
+
+    source: str
+    """File, folder, pattern of files, or data set of the hub."""
+    weight: float = Field(default=1, gt=0)
+    """Times that one pass takes the source's rows: 2 each twice, 0.5 half of them."""
+    split: str = "train"
+    """Which split of a data set of the hub."""
+    format: str | None = None
+    """Shape of its rows, where it differs from `dataset.format`."""
+    columns: dict[str, str] | None = None
+    """Names of its columns, where they differ from `dataset.columns`."""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str | None) -> str | None:
+        return name if name in (None, "auto") else FORMATS[str(name)].name
+
+    @field_validator("columns")
+    @classmethod
+    def _our_columns(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
+        return _check_columns(columns)
+
+
+def _check_columns(columns: dict[str, str] | None) -> dict[str, str] | None:
+    known = {name for form in FORMATS.values() for s in form.shapes for name in s | form.optional}
+    for name in columns or {}:
+        if name not in known:
+            raise ValueError(
+                f"{name!r} is no column of a format; {did_you_mean(name, sorted(known))}"
+            )
+    return columns
+
+
 class Dataset(_Section):
     """Where the rows come from and what is trained of them."""
 
-    source: str
-    """File of JSON lines, relative to the recipe's file."""
+    source: str | list[Source]
+    """File, folder or pattern, relative to the recipe's file; a data set of the hub; or a list of
+    `{source, weight}`."""
     format: str = "auto"
     """Shape of a row: `auto` looks at the columns."""
+    columns: dict[str, str] = Field(default={})
+    """Our name of a column → its name in the data, or a dotted path into it."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
     """Tokens that count: every assistant turn, the last one only, or the whole text."""
     max_length: int = Field(default=4096, ge=8, le=2**20)
     """Longest row in tokens."""
-    too_long: Literal["drop", "error"] = "drop"
-    """What happens to longer rows; an answer that lost its end is never trained."""
+    too_long: Literal["drop", "truncate", "split", "error"] = "drop"
+    """What happens to longer rows; only `truncate` trains an answer that lost its end."""
     max_bad_fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of bad rows that is left out with a report; more of them fail the stage."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """What happens to rows that say exactly what an earlier one says."""
+    near_duplicates: Literal["ignore", "report", "drop"] = "ignore"
+    """The same for rows that share most of their words with an earlier one."""
+    personal_data: Literal["report", "mask", "drop"] = "report"
+    """What happens to text that looks like a key, an e-mail address or a phone number."""
+    packing: bool = True
+    """Several chats in one row of `max_length`, none of which sees another."""
+    group_by: str | None = None
+    """A column whose rows stay on one side of the split; `question`: rows that ask the same."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of rows held out for evaluation, chosen by a hash of their content."""
 
@@ -84,6 +133,24 @@ class Dataset(_Section):
     @classmethod
     def _known_format(cls, name: str) -> str:
         return name if name == "auto" else FORMATS[name].name
+
+    @field_validator("source")
+    @classmethod
+    def _some_source(cls, source: str | list[Source]) -> str | list[Source]:
+        if not source:
+            raise ValueError("names nothing to read")
+        return source
+
+    @field_validator("columns")
+    @classmethod
+    def _our_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        _check_columns(columns)
+        return columns
+
+    def sources(self) -> list[str]:
+        """The sources by name, one or several."""
+        several = self.source if isinstance(self.source, list) else []
+        return [one.source for one in several] or [str(self.source)]
 
 
 class Lora(_Section):
@@ -462,9 +529,13 @@ def check_recipe(data: Mapping[str, Any], *, name: str) -> Recipe:
         ) from None
 
 
-def _absolute(source: str, folder: Path) -> str:
-    path = Path(os.path.expanduser(source))  # Path.expanduser raises where a user is unknown
-    return str(path if path.is_absolute() else (folder / path).resolve())
+def _located(source: str | list[Source], folder: Path) -> str | list[Source]:
+    """Sources as absolute paths or ids of the hub."""
+    if isinstance(source, str):
+        return sources.resolve(source, folder)
+    return [
+        one.model_copy(update={"source": sources.resolve(one.source, folder)}) for one in source
+    ]
 
 
 def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -479,7 +550,7 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     """
     path = find_recipe(name_or_path)
     recipe = check_recipe(_override(read_settings(path), overrides or {}), name=str(path))
-    source = _absolute(recipe.dataset.source, path.parent)
+    source = _located(recipe.dataset.source, path.parent)
     return recipe.model_copy(
         update={"dataset": recipe.dataset.model_copy(update={"source": source})}
     )

@@ -35,6 +35,7 @@ from strixft.recipe import (
     read_settings,
     workspace,
 )
+from strixft.sources import fingerprint
 from strixft.tables import did_you_mean
 
 STAGES = ("prepare", "plan", "train", "evaluate")
@@ -303,12 +304,15 @@ def _refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
 
 def _refuse_other_data(folder: Path, recipe: Recipe) -> None:
     done = Result.load(folder / "prepare")
-    source = Path(recipe.dataset.source)
-    if done is None or not source.is_file():
+    if done is None:
         return
-    if done.inputs["source_sha256"] != digest(source):
+    try:
+        now_there, _ = fingerprint(recipe.dataset.sources())
+    except DataError:
+        return  # moved or deleted: what was prepared from it stays
+    if done.inputs["source_sha256"] != now_there:
         raise DataError(
-            f"{source} has changed since {folder} was prepared from it",
+            f"{', '.join(recipe.dataset.sources())} has changed since {folder} was prepared",
             fix=f"--run-dir {free_name(folder)}, or:"
             f" strixft run {folder / 'recipe.yaml'} --run-dir {folder} --from prepare",
         )

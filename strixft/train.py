@@ -222,7 +222,7 @@ def _training_rows(recipe: Recipe, prepared: Prepared, plan: Plan) -> Any:
     choice = plan.figures["choice"]
     per_update = choice["micro_batch_rows"] * choice["gradient_accumulation_steps"]
     num_rows = plan.figures["updates"] * per_update
-    return rows.select(training_order(rows["num_tokens"], num_rows, recipe.train.seed))
+    return rows.select(training_order(rows["length"], num_rows, recipe.train.seed))
 
 
 def _build_trainer(run: Run, prepared: Prepared, plan: Plan, watch: _Watch) -> _Trainer:

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
+
+_UNSEEN = re.compile(
+    "[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, TUNED, BASE, FAINT = "#1f2933", "#c2410c", "#64748b", "#cbd5e1"
 """One colour a role: text, the tuned model, the base model, helper lines."""
+
+
+def _named(match: re.Match[str]) -> str:
+    return f"⟦U+{ord(match[0]):04X}⟧"
+
+
+def visible(text: str) -> str:
+    r"""A text with its control characters and turns of direction shown by their numbers.
+
+    >>> visible("a\u202eb")
+    'a⟦U+202E⟧b'
+    """
+    return _UNSEEN.sub(_named, text)
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:

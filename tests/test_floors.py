@@ -8,7 +8,7 @@ import strixft
 FLOORS = [
     ["errors", "units", "environment"],
     ["tables", "views"],
-    ["hardware", "families", "methods", "formats"],
+    ["hardware", "families", "methods", "formats", "sources"],
     ["recipe"],
     ["runs"],
     ["data", "attention", "guard"],
@@ -16,7 +16,7 @@ FLOORS = [
     ["prepare", "step"],
     ["plan"],
     ["train"],
-    ["evaluate", "doctor", "mkl"],
+    ["evaluate", "bench", "doctor", "mkl"],
     ["report"],
     ["pipeline"],
     ["lab"],

@@ -26,7 +26,7 @@ def test_a_recipe_loads(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_data_that_ship_are_there(path: Path) -> None:
     recipe = load_recipe(path)
-    assert Path(recipe.dataset.source).is_file() or path.stem != "demo"
+    assert Path(str(recipe.dataset.source)).is_file() or path.stem != "demo"
     assert set(flatten(yaml.safe_load(path.read_text()))) <= set(DEFAULTS)
 
 

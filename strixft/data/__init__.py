@@ -1,25 +1,33 @@
-"""Rows of a file → chats → token rows with a mask of what is trained → batches.
+"""Rows of files → chats → token rows with a mask of what is trained → batches.
 
 Shapes: B rows, T tokens, K trained tokens of a batch.
 """
 
-from strixft.data.batches import Batch, collate, shape_batch
-from strixft.data.load import Problem, RawRow, read_rows
-from strixft.data.mask import Encoder, TokenRow
+from strixft.data.batches import Batch, collate, document_mask, shape_batch
+from strixft.data.encode import Encoder, TokenRow
+from strixft.data.load import Input, Problem, open_inputs, read_rows
 from strixft.data.order import largest_batch, training_order
-from strixft.data.rows import TokenRows, write_rows
+from strixft.data.pack import PackedRows, Packing, length_groups, pack
+from strixft.data.rows import Record, RowWriter, TokenRows
 
 __all__ = [
     "Batch",
     "Encoder",
+    "Input",
+    "PackedRows",
+    "Packing",
     "Problem",
-    "RawRow",
+    "Record",
+    "RowWriter",
     "TokenRow",
     "TokenRows",
     "collate",
+    "document_mask",
     "largest_batch",
+    "length_groups",
+    "open_inputs",
+    "pack",
     "read_rows",
     "shape_batch",
     "training_order",
-    "write_rows",
 ]

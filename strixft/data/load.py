@@ -1,116 +1,245 @@
-"""Read a file of JSON lines, row by row, and keep account of every row that cannot be read."""
+"""The rows of a data set as chats, with a problem for each that is none.
+
+Every source is a file, a folder, a pattern or a data set of the hub; every file of it has a format
+of its own, unless the recipe names one.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from strixft.data.checks import check_chat
+from strixft.data.hub import HubSet, open_hub
+from strixft.data.readers import RawRow, raw_rows
 from strixft.errors import DataError
-from strixft.formats import FORMATS, Format, Message, RowFault, detect_format
-from strixft.tables import did_you_mean
+from strixft.formats import FORMATS, Chat, Format, Row, RowFault, fitting, suggest_columns
+from strixft.formats.messages import shown
+from strixft.recipe import Dataset, Source
+from strixft.sources import SourceFile, find_files, is_hub
+
+LOOKED_AT = 1000
+"""Rows that are looked at for one that shows the format."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One row that is left out, and why."""
+    """A row that is left out or that somebody should look at, and why."""
 
+    file: str
     row: int
-    """Line of the file, from 1."""
+    """The line, or the position in an array or Parquet file, from 1."""
     kind: str
     text: str
+    action: str = "left out"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, one line of `problems.jsonl`."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"row {self.row}: {self.text}"
+        return f"{self.file.rpartition('/')[2]}, row {self.row}: {self.text}"
 
 
 @dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row as a chat."""
+class Input:
+    """One file, or one data set of the hub, and how its rows are read."""
 
-    row: int
-    messages: list[Message]
+    source: SourceFile | HubSet
+    form: Format
+    columns: Mapping[str, str]
+    weight: float = 1.0
 
+    @property
+    def name(self) -> str:
+        """The file's path, or the data set's id."""
+        return self.source.name
 
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        data = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise RowFault("not_utf8", f"is not UTF-8 text (byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RowFault("not_json", f"is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise RowFault("not_object", f"is a JSON {type(data).__name__}, not an object")
-    return data
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
+    def raw_rows(self) -> Iterator[RawRow]:
+        """Rows as they stand there: number, row or fault, and about how many bytes it takes."""
+        return _raw_rows(self.source)
 
 
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        files = (p.name for p in path.parent.glob("*") if p.is_file())
-        near = did_you_mean(path.name, sorted(files)[:200])
-        raise DataError(
-            f"{path} is a folder, not a data file"
-            if path.is_dir()
-            else f"there is no data file {path}",
-            fix=f"{near}   (dataset.source is relative to the recipe's file)"
-            if path.parent.is_dir()
-            else "correct dataset.source; it is relative to the recipe's file",
-        )
-    if not any(True for _ in _lines(path)):
-        raise DataError(f"{path} is empty", fix="put one JSON object per line into it")
+def _raw_rows(source: SourceFile | HubSet) -> Iterator[RawRow]:
+    return raw_rows(source) if isinstance(source, SourceFile) else source.rows()
 
 
-def find_format(path: Path, name: str) -> Format:
-    """The format a recipe names, or the one that the first readable row's columns show.
+def value_at(row: Any, path: str) -> Any:
+    """What a dotted path leads to; None where it leads nowhere.
+
+    >>> value_at({"runs": [{"output": "ok"}]}, "runs.0.output")
+    'ok'
+    """
+    if isinstance(row, Mapping) and path in row:
+        return row[path]
+    here, _, rest = path.partition(".")
+    if isinstance(row, Mapping) and here in row and rest:
+        return value_at(row[here], rest)
+    if isinstance(row, list) and here.isdecimal() and int(here) < len(row):
+        return value_at(row[int(here)], rest) if rest else row[int(here)]
+    return None
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """A row with its columns under our names.
+
+    Args:
+        row: As it stands in the file.
+        columns: Our name → a column there, or a dotted path into one.
+    """
+    if not columns:
+        return row
+    return {**row, **{ours: value_at(row, theirs) for ours, theirs in columns.items()}}
+
+
+def _first_row(source: SourceFile | HubSet) -> tuple[int, Row]:
+    """The first row that can be read.
 
     Raises:
-        DataError: The file is missing or empty, or no format has these columns.
+        DataError: There is none.
     """
-    _check_file(path)
+    first: tuple[int, RowFault] | None = None
+    for count, (number, row, _) in enumerate(_raw_rows(source)):
+        if not isinstance(row, RowFault):
+            return number, row
+        first = first or (number, row)
+        if count >= LOOKED_AT:
+            break
+    if first is None:
+        raise DataError(f"{source.name} holds no rows", fix="put one JSON object per line into it")
+    raise DataError(
+        f"{source.name}, row {first[0]}: {first[1].problem}; no row before row {LOOKED_AT}"
+        " can be read",
+        fix="put one JSON object per line into it",
+    )
+
+
+def _set_format(forms: list[Format]) -> str:
+    return "   or   ".join(f"--set dataset.format={form.name}" for form in forms)
+
+
+def _no_format(name: str, number: int, row: Row) -> DataError:
+    columns = ", ".join(shown(column, 40) for column in list(row)[:30])
+    mapping = suggest_columns(row)
+    known = "; ".join(
+        f"{form.name} ({', '.join(sorted(form.columns))})"
+        for form in FORMATS.values()
+        if form.detected
+    )
+    if mapping:
+        written = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
+        fix = f"--set 'dataset.columns={{{written}}}'"
+    else:
+        fix = f"--set 'dataset.columns={{prompt: …, completion: …}}'   formats are {known}"
+    return DataError(f"{name}, row {number}: no format has the columns {columns}", fix=fix)
+
+
+def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, str]) -> Format:
+    """The format that the recipe names, or the one that the first row's columns show.
+
+    Args:
+        source: A file or a data set.
+        name: A row of `FORMATS`, or `auto`.
+        columns: Our names of its columns.
+
+    Raises:
+        DataError: There are no rows, no format fits, or several do.
+    """
+    number, raw = _first_row(source)
     if name != "auto":
         return FORMATS[name]
-    for number, line in _lines(path):
-        try:
-            columns = frozenset(_parse(line))
-        except RowFault:
-            continue
-        found = detect_format(columns)
-        if found is None:
-            raise DataError(
-                f"{path}, row {number}: no format has the columns {', '.join(sorted(columns))}",
-                fix="rename them to one of: "
-                + "; ".join(
-                    f"{row.name} ({', '.join(sorted(row.columns))})" for row in FORMATS.values()
-                ),
-            )
-        return found
-    number, line = next(_lines(path))
-    try:
-        _parse(line)
-    except RowFault as fault:
+    row = renamed(raw, columns)
+    forms = fitting(row, frozenset(columns))
+    if len(forms) == 1:
+        return forms[0]
+    if not forms:
+        raise _no_format(source.name, number, raw)
+    names = " and ".join(form.name for form in forms)
+    raise DataError(
+        f"{source.name}, row {number}: the columns {', '.join(sorted(row))} fit {names}",
+        fix=_set_format(forms),
+    )
+
+
+def sources_of(dataset: Dataset) -> list[Source]:
+    """The sources of a recipe, one or several, each with what it does not say itself filled in."""
+    given = dataset.source
+    several = given if isinstance(given, list) else [Source(source=given)]
+    return [
+        source.model_copy(
+            update={
+                "format": source.format or dataset.format,
+                "columns": dataset.columns if source.columns is None else source.columns,
+            }
+        )
+        for source in several
+    ]
+
+
+def open_inputs(dataset: Dataset, *, offline: bool = False) -> list[Input]:
+    """Every file and data set of a recipe, in order, with its format.
+
+    Raises:
+        DataError: One is missing or empty, or no format fits it.
+    """
+    inputs = []
+    for source in sources_of(dataset):
+        found: list[SourceFile] | list[HubSet] = (
+            [open_hub(source.source, source.split, offline=offline)]
+            if is_hub(source.source)
+            else find_files(source.source)
+        )
+        columns = source.columns or {}
+        for one in found:
+            form = find_format(one, source.format or "auto", columns)
+            inputs.append(Input(one, form, columns, source.weight))
+    kinds = {one.form.kind: one for one in inputs}
+    if len(kinds) > 1 and set(kinds) != {"chat", "text"}:
+        listed = ", ".join(f"{one.name} ({one.form.name})" for one in kinds.values())
         raise DataError(
-            f"{path}, row {number} {fault.problem}", fix="put one JSON object per line into it"
-        ) from None
-    raise AssertionError("a row that could not be read was read")
+            f"the sources cannot be trained together: {listed}",
+            fix="use one of them, or read pairs as chats: --set dataset.format=chosen",
+        )
+    return inputs
 
 
-def read_rows(path: Path, shape: Format) -> Iterator[RawRow | Problem]:
-    """The rows of a file as chats, and a problem for each that is none."""
-    for number, line in _lines(path):
+def read_row(one: Input, raw: Row | RowFault) -> Chat:
+    """A row of an input as a checked chat.
+
+    Raises:
+        RowFault: It is none.
+    """
+    if isinstance(raw, RowFault):
+        raise raw
+    try:
+        chat = one.form.to_chat(renamed(raw, one.columns))
+        check_chat(chat)
+    except RecursionError:
+        raise RowFault("not_json", "is nested too deeply") from None
+    return chat
+
+
+def group_of(raw: Row, column: str) -> str:
+    """The value whose rows stay on one side of the split.
+
+    Raises:
+        RowFault: The row has none.
+    """
+    value = value_at(raw, column)
+    if value is None:
+        raise RowFault("no_group", f"has no {column!r}, which dataset.group_by names")
+    return str(value)
+
+
+def read_rows(one: Input) -> Iterator[tuple[int, Chat] | Problem]:
+    """The rows of an input as checked chats with their numbers; a problem for each that is none.
+
+    Args:
+        one: What to read.
+    """
+    for number, raw, _ in one.raw_rows():
         try:
-            yield RawRow(number, shape.to_messages(_parse(line)))
+            yield number, read_row(one, raw)
         except RowFault as fault:
-            yield Problem(number, fault.kind, fault.problem)
+            yield Problem(one.name, number, fault.kind, fault.problem)

@@ -1,60 +1,140 @@
-"""Token rows on disk: one Arrow file, memory-mapped when read."""
+"""Token rows on disk: one Arrow file, written in batches, memory-mapped when read."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from datasets import Dataset
 
-from strixft.data.mask import TokenRow
+from strixft.data.encode import TokenRow
 
-FEATURES = Features(
+SCHEMA = pa.schema(
     {
-        "row": Value("int64"),
-        "key": Value("float64"),
-        "input_ids": List(Value("int32")),
-        "trained": List(Value("bool")),
-        "num_tokens": Value("int32"),
-        "num_trained": Value("int32"),
-        "prompt_tokens": Value("int32"),
-        "request": Value("string"),
-        "answer": Value("string"),
+        "file": pa.int32(),
+        "row": pa.int64(),
+        "part": pa.int32(),
+        "content": pa.uint64(),
+        "question": pa.uint64(),
+        "group": pa.uint64(),
+        "length": pa.int32(),
+        "num_trained": pa.int32(),
+        "prompt_tokens": pa.int32(),
+        "request": pa.string(),
+        "answer": pa.string(),
+        "label": pa.bool_(),
+        "input_ids": pa.list_(pa.int32()),
+        "trained": pa.list_(pa.bool_()),
+        "rejected_input_ids": pa.list_(pa.int32()),
+        "rejected_trained": pa.list_(pa.bool_()),
     }
 )
+COUNTS = ("file", "row", "content", "question", "group", "length", "num_trained")
+"""Columns of numbers, which fit into memory for any data set."""
 
 
-def content_key(text: str) -> float:
-    """A number in [0, 1) that depends on the content alone, so a row keeps its side of a split."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One token row and where it comes from."""
+
+    file: int
+    """Index of the input."""
+    row: int
+    part: int
+    """0, or the number of the part of a row that became several."""
+    content: int
+    question: int
+    group: int
+    tokens: TokenRow
+    rejected: TokenRow | None = None
+    label: bool | None = None
 
 
-def _columns(row: TokenRow) -> dict[str, Any]:
-    return {
-        "row": row.row,
-        "key": content_key(row.text),
-        "input_ids": row.input_ids,
-        "trained": row.trained,
-        "num_tokens": len(row.input_ids),
-        "num_trained": sum(row.trained),
-        "prompt_tokens": row.prompt_tokens,
-        "request": row.request,
-        "answer": row.answer,
+def _lists(arrays: Sequence[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.Array:
+    """Arrays as a list column, in one piece."""
+    known = [array if array is not None else np.zeros(0, np.int32) for array in arrays]
+    offsets = np.zeros(len(known) + 1, dtype=np.int32)
+    np.cumsum([len(array) for array in known], out=offsets[1:])
+    values = pa.array(np.concatenate(known), type=kind)
+    missing = [array is None for array in arrays]
+    mask = pa.array(missing) if any(missing) else None
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=mask)
+
+
+def batch_of(records: Sequence[Record]) -> pa.RecordBatch:
+    """Token rows as a piece of a row file."""
+    tokens = [record.tokens for record in records]
+    rejected = [record.rejected for record in records]
+    named = {
+        **{
+            name: [getattr(record, name) for record in records]
+            for name in ("file", "row", "part", "content", "question", "group", "label")
+        },
+        **{
+            name: [getattr(row, name) for row in tokens]
+            for name in ("prompt_tokens", "request", "answer")
+        },
+        "length": [len(row) for row in tokens],
+        "num_trained": [np.count_nonzero(row.trained) for row in tokens],
     }
+    columns = {name: pa.array(values, SCHEMA.field(name).type) for name, values in named.items()}
+    columns["input_ids"] = _lists([row.input_ids for row in tokens], pa.int32())
+    columns["trained"] = _lists([row.trained for row in tokens], pa.bool_())
+    ids = [None if row is None else row.input_ids for row in rejected]
+    flags = [None if row is None else row.trained for row in rejected]
+    columns["rejected_input_ids"] = _lists(ids, pa.int32())
+    columns["rejected_trained"] = _lists(flags, pa.bool_())
+    return pa.record_batch([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def write_rows(path: Path, rows: Iterable[TokenRow]) -> int:
-    """Write token rows to an Arrow file; returns how many."""
-    count = 0
-    with ArrowWriter(path=str(path), features=FEATURES) as writer:
-        for count, row in enumerate(rows, start=1):  # noqa: B007
-            writer.write(_columns(row))
-        writer.finalize()
-    return count
+class RowWriter:
+    """Writes token rows to an Arrow file, batch by batch.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_stream(self._file, SCHEMA)
+        self.num_rows = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append rows, as `batch_of` makes them."""
+        self._writer.write_batch(batch)
+        self.num_rows += batch.num_rows
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._writer.close()
+        self._file.close()
+
+
+def read_counts(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The columns of numbers of a row file, in memory; the texts and tokens stay on disk.
+
+    `chat` is added: a running number of the source rows, of which each may have become several.
+    """
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_stream(source).read_all().select(COUNTS)
+        counts = {name: table[name].to_numpy().copy() for name in COUNTS}
+    places = np.stack([counts["file"].astype(np.int64), counts["row"]])
+    changes = (places[:, 1:] != places[:, :-1]).any(axis=0)
+    counts["chat"] = np.concatenate([np.zeros(min(1, len(places[0])), np.int64), changes.cumsum()])
+    return counts
 
 
 @dataclass(frozen=True)
@@ -65,13 +145,9 @@ class TokenRows:
     validation: Dataset
 
     @classmethod
-    def load(cls, path: Path, validation_fraction: float) -> TokenRows:
-        """Read what `write_rows` wrote; at least one row of two or more is held out."""
+    def load(
+        cls, path: Path, train: npt.NDArray[np.int64], validation: npt.NDArray[np.int64]
+    ) -> TokenRows:
+        """Rows of a file by their indices; an index may stand more than once."""
         rows = Dataset.from_file(str(path))
-        keys = list(rows["key"])
-        limit = validation_fraction
-        if validation_fraction > 0 and len(set(keys)) > 1:
-            limit = max(limit, min(keys) + 2**-48)
-        held_out = [index for index, key in enumerate(keys) if key < limit]
-        kept = [index for index, key in enumerate(keys) if key >= limit]
-        return cls(rows.select(kept), rows.select(held_out))
+        return cls(rows.select(train), rows.select(validation))

@@ -40,7 +40,7 @@ class DataShape:
         if prepared is None:
             return cls(recipe.dataset.max_length)
         rows = prepared.token_rows(recipe.dataset).train
-        return cls(recipe.dataset.max_length, list(rows["num_tokens"]), list(rows["num_trained"]))
+        return cls(recipe.dataset.max_length, list(rows["length"]), list(rows["num_trained"]))
 
     def tokens_per_update(self, recipe: Recipe) -> int:
         """Trained tokens of one update: the recipe's, or what makes about 200 updates."""

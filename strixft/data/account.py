@@ -1,0 +1,105 @@
+"""The account of a preparation: every problem on disk, counts and the first of each kind here."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from strixft.data.load import Problem
+from strixft.errors import DataError
+from strixft.recipe import Dataset
+
+SHOWN_PROBLEMS = 5
+LEFT_OUT, KEPT = "left out", "kept"
+BAD, TOO_LONG = "bad", "too_long"
+
+
+class Account:
+    """Counts rows and writes every problem down while the rows stream through.
+
+    Args:
+        path: Where the problems go, one JSON object a line.
+        dataset: What the recipe allows.
+    """
+
+    def __init__(self, path: Path, dataset: Dataset) -> None:
+        self.path = path
+        self.dataset = dataset
+        self.rows_read = self.rows_bad = self.rows_too_long = self.rows_left_out = 0
+        self.long_lengths = array("q")
+        """Tokens of the rows that are too long, as far as they were counted."""
+        self.kinds: dict[str, dict[str, Any]] = {}
+        self._shown: dict[str, list[Problem]] = {BAD: [], TOO_LONG: []}
+        self._temporary = path.with_name(f".{path.name}.new")
+        self._file = self._temporary.open("w", encoding="utf-8")
+
+    def note(self, problem: Problem) -> None:
+        """Write a problem down."""
+        self._file.write(json.dumps(problem.to_dict(), ensure_ascii=False) + "\n")
+        kind = self.kinds.setdefault(
+            problem.kind, {"rows": 0, "first": str(problem), "action": problem.action}
+        )
+        kind["rows"] += 1
+
+    def take(self, weight: str, problem: Problem, num_tokens: int = 0) -> None:
+        """Write a problem down, and count its row.
+
+        Args:
+            weight: `bad`, `too_long`, `left_out` on request, or `note` for a row that is used.
+            problem: The problem.
+            num_tokens: Of a row that is too long.
+        """
+        self.note(problem)
+        if weight == TOO_LONG:
+            self.rows_too_long += 1
+            self.long_lengths.append(num_tokens)
+        self.rows_bad += weight == BAD
+        self.rows_left_out += weight == "left_out"
+        if weight in self._shown and len(self._shown[weight]) < SHOWN_PROBLEMS:
+            self._shown[weight].append(problem)
+
+    def _refuse(self, problems: Iterable[Problem], count: int, fix: str) -> None:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        more = count - SHOWN_PROBLEMS
+        rest = f"\n  … and {more} more; all of them: {self.path}" if more > 0 else ""
+        raise DataError(
+            f"{count} of {self.rows_read} rows of {', '.join(self.dataset.sources())}"
+            f" cannot be used:{listed}{rest}",
+            fix=fix,
+        )
+
+    def check(self, rows_kept: int) -> None:
+        """Raise if more is wrong than the recipe allows, or nothing is left.
+
+        Raises:
+            DataError: With the first rows of each kind, and the setting that allows them.
+        """
+        if self.rows_bad > self.dataset.max_bad_fraction * self.rows_read:
+            least = -(-self.rows_bad * 100 // self.rows_read) / 100
+            fix = f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
+            self._refuse(self._shown[BAD], self.rows_bad, fix)
+        long = self._shown[TOO_LONG]
+        if long and self.dataset.too_long == "error":
+            fix = "--set dataset.too_long=drop   or a larger dataset.max_length"
+            self._refuse(long, self.rows_too_long, fix)
+        if rows_kept == 0:
+            problems = [*self._shown[BAD], *long][:SHOWN_PROBLEMS]
+            count = self.rows_bad + self.rows_too_long
+            fix = "check the rows, dataset.format and dataset.max_length"
+            self._refuse(problems, count or self.rows_read, fix)
+
+    def __enter__(self) -> Account:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._temporary.replace(self.path)

@@ -1,0 +1,144 @@
+"""Several documents in one row, so that no memory and no time go to padding.
+
+Best fit, longest first: each document goes where it leaves the least room. Documents of one row do
+not see each other: `collate` restarts the positions at each, and `document_mask` closes them off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Which rows share a packed row."""
+
+    rows: Indices
+    """Indices of the rows, packed row after packed row."""
+    starts: Indices
+    """Where in `rows` each packed row starts, and the end."""
+    max_length: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, number: int) -> Indices:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self.rows[self.starts[number] : self.starts[number + 1]]
+
+    def __iter__(self) -> Iterator[Indices]:
+        return (self[number] for number in range(len(self)))
+
+    def fill(self, lengths: npt.NDArray[Any]) -> float:
+        """Tokens of rows, divided by the places for them."""
+        places = len(self) * self.max_length
+        return float(lengths[self.rows].sum(dtype=np.int64) / places) if places else 0.0
+
+
+def pack(lengths: npt.ArrayLike, max_length: int, seed: int = 0) -> Packing:
+    """Pack rows, best fit, longest first.
+
+    Args:
+        lengths: Tokens of each row, none above `max_length`.
+        max_length: Places in a packed row.
+        seed: Decides which of several equal rows go together, and the order of packed rows.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(sizes))
+    order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
+    bins = _best_fit(order.tolist(), sizes.tolist(), max_length)
+    mixed = [bins[number] for number in rng.permutation(len(bins))]
+    counts = np.array([0, *map(len, mixed)], dtype=np.int64)
+    flat = np.array([row for rows in mixed for row in rows], dtype=np.int64)
+    return Packing(flat, np.cumsum(counts), max_length)
+
+
+def _best_fit(order: Sequence[int], sizes: Sequence[int], max_length: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # bins by the room they have
+    rooms = 0  # bit r is set where a bin has room for r tokens
+    least = sizes[order[-1]] if order else 0
+    for row in order:
+        size = sizes[row]
+        enough = rooms >> size
+        if enough:
+            room = size + (enough & -enough).bit_length() - 1  # the lowest bit that is set
+            number = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, number = max_length, len(bins)
+            bins.append([])
+        bins[number].append(row)
+        if (left := room - size) >= least:
+            with_room[left].append(number)
+            rooms |= 1 << left
+    return bins
+
+
+class PackedRows(Sequence[dict[str, Any]]):
+    """Packed rows of a data set, put together when they are asked for.
+
+    Each has `input_ids` and `trained` of all its documents, one after the other, and `lengths`, the
+    tokens of each document: what `collate` needs.
+
+    Args:
+        rows: Token rows, a `datasets.Dataset`.
+        packing: Which of them share a packed row.
+    """
+
+    def __init__(self, rows: Any, packing: Packing) -> None:
+        self._rows = rows.select_columns(["input_ids", "trained"]).with_format("arrow")
+        self.packing = packing
+
+    def __len__(self) -> int:
+        return len(self.packing)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[index] for index in range(*number.indices(len(self)))]
+        table = self._rows[self.packing[number if number >= 0 else len(self) + number].tolist()]
+        ids, trained = (table[name].combine_chunks() for name in ("input_ids", "trained"))
+        return {
+            "input_ids": ids.flatten().to_numpy(),
+            "trained": trained.flatten().to_numpy(zero_copy_only=False),
+            "lengths": ids.value_lengths().to_numpy(),
+        }
+
+
+def length_groups(
+    lengths: npt.ArrayLike, rows_at_once: int, seed: int = 0, groups: int = 50
+) -> Indices:
+    """An order of rows for batches without packing: rows of a batch have like lengths.
+
+    Shuffled rows are sorted by length within stretches of 50 batches, and the batches of a stretch
+    are shuffled again; so batches are nearly free of padding, and training sees no order of length.
+
+    Args:
+        lengths: Tokens of each row.
+        rows_at_once: Rows of a batch.
+        seed: The same seed gives the same order.
+        groups: Batches in a stretch.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(sizes)).astype(np.int64)
+    stretch = rows_at_once * groups
+    batches: list[Indices] = []
+    for start in range(0, len(order), stretch):
+        part = order[start : start + stretch]
+        part = part[np.argsort(-sizes[part], kind="stable")]
+        batches += [part[at : at + rows_at_once] for at in range(0, len(part), rows_at_once)]
+    whole = [batch for batch in batches if len(batch) == rows_at_once]
+    rest = [batch for batch in batches if len(batch) < rows_at_once]
+    mixed = [whole[number] for number in rng.permutation(len(whole))]
+    return np.concatenate([*mixed, *rest]) if len(order) else order

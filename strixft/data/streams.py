@@ -1,0 +1,173 @@
+"""Open a data file as a stream of bytes: unpacked on the way, and never without a bound.
+
+A row may be as large as `MAX_ROW_BYTES`, and packed bytes may unfold to `MAX_RATIO` times their
+number: a line that never ends and an archive that unfolds without end are refused, not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any
+
+import zstandard
+
+from strixft.errors import DataError
+from strixft.formats import RowFault
+from strixft.sources import SourceFile
+from strixft.units import MIB
+
+if TYPE_CHECKING:
+    Stream = io.BufferedReader[Any]
+else:
+    Stream = io.BufferedReader
+
+MAX_ROW_BYTES = 16 * MIB
+"""Largest row. Its text would have about four million tokens."""
+MAX_RATIO = 200
+"""Text packs to about a tenth; what packs to less than a 200th is a bomb or one row repeated."""
+RATIO_COUNTS_FROM = 64 * MIB
+MAX_WINDOW_BYTES = 128 * MIB
+"""What an unpacker of zst may keep in memory."""
+_BUFFER_BYTES = MIB
+
+GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+FOREIGN = {
+    b"PK\x03\x04": ("a zip archive", "unzip it, and name the file in it"),
+    b"BZh": ("packed with bzip2", "unpack it: bunzip2"),
+    b"\xfd7zXZ": ("packed with xz", "unpack it: unxz"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it"),
+    b"%PDF": ("a PDF document", "save its text as .txt"),
+    b"\xff\xfe": ("UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
+    b"\xfe\xff": ("UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
+    b"version https://git-lfs": ("a pointer to a file that git-lfs keeps", "git lfs pull"),
+    b"ARROW1": ("an Arrow file", "save it as Parquet: datasets' to_parquet"),
+    b"SQLite": ("an SQLite data base", "export its table as CSV"),
+    b"\x89HDF": ("an HDF5 file", "save its text as JSON lines"),
+    b"\x80\x04\x95": ("a pickle, which is never opened", "save its rows as JSON lines"),
+}
+"""First bytes of files that are no data here → what they are, and what to do."""
+BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+
+
+class _Unpacked(io.RawIOBase):
+    """Bytes of a packed file; stops where too little unfolds to too much."""
+
+    def __init__(self, packed: IO[bytes], inner: Any, name: str) -> None:
+        self._packed, self._inner, self._name = packed, inner, name
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._inner.readinto(buffer)
+        self._num_bytes += count
+        read = max(1, self._packed.tell())
+        if self._num_bytes > RATIO_COUNTS_FROM and self._num_bytes > MAX_RATIO * read:
+            raise DataError(
+                f"{self._name} unfolds to more than {MAX_RATIO} times its size, as a bomb does",
+                fix="look at it; if it is what it should be, unpack it and name the unpacked file",
+            )
+        return count
+
+    def close(self) -> None:
+        self._inner.close()
+        self._packed.close()
+        super().close()
+
+
+def _refuse_foreign(head: bytes, name: str) -> None:
+    if not head:
+        raise DataError(f"{name} is empty (0 bytes)", fix="name a file with rows in it")
+    for signature, (what, fix) in FOREIGN.items():
+        if head.startswith(signature):
+            raise DataError(f"{name} is {what}", fix=fix.replace("FILE", name))
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise DataError(
+            f"{name} is a web page or XML, not data",
+            fix="download it again; a page often says that one has to sign in first",
+        )
+    if head[257:262] == b"ustar":
+        raise DataError(f"{name} is a tar archive", fix="tar -xf it, and name the files in it")
+
+
+def open_bytes(file: SourceFile) -> Stream:
+    """A data file's bytes, unpacked if its first bytes say that it is packed.
+
+    Raises:
+        DataError: It cannot be read, is empty, or is something else than data.
+    """
+    try:
+        packed = file.path.open("rb")
+        head = packed.read(512)
+        packed.seek(0)
+    except OSError as error:
+        raise DataError(
+            f"{file.name} cannot be read: {error.strerror}",
+            fix=f"ls -l {file.name}   shows whose it is",
+        ) from None
+    if not head.startswith((GZIP, ZSTD)):
+        _refuse_foreign(head, file.name)
+        return packed
+    inner: Any = (
+        gzip.GzipFile(fileobj=packed)
+        if head.startswith(GZIP)
+        else zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).stream_reader(
+            packed, read_across_frames=True
+        )
+    )
+    stream = io.BufferedReader(_Unpacked(packed, inner, file.name), _BUFFER_BYTES)
+    with broken_file(file, lambda: 0):
+        _refuse_foreign(stream.peek(512)[:512], file.name)
+    return stream
+
+
+@contextlib.contextmanager
+def broken_file(file: SourceFile, row: Any) -> Iterator[None]:
+    """Turns what unpacking and reading may raise into a `DataError`.
+
+    Args:
+        file: For the text.
+        row: Called for the number of the last row that could be read.
+    """
+    try:
+        yield
+    except BROKEN as error:
+        raise DataError(
+            f"{file.name} breaks off after row {row()}: {str(error) or type(error).__name__}",
+            fix="copy or download it again; gzip -t or zstd -t   tells whether it is whole",
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{file.name} cannot be read after row {row()}: {error.strerror or error}",
+            fix="check the disk and the file",
+        ) from None
+
+
+def too_large() -> RowFault:
+    """The fault of a row that is larger than a row may be."""
+    return RowFault("too_large", f"is larger than {MAX_ROW_BYTES // MIB} MiB")
+
+
+def lines(stream: Stream) -> Iterator[tuple[int, bytes | RowFault]]:
+    """Lines with their numbers, from 1, blank ones left out; a carriage return ends a line too.
+
+    A line that is too large is skipped without being held.
+    """
+    number = 0
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        if len(line) > MAX_ROW_BYTES:
+            number += 1
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(MIB)
+            yield number, too_large()
+            continue
+        for piece in line.splitlines() if b"\r" in line else (line,):
+            number += 1
+            if not piece.isspace() and piece:
+                yield number, piece

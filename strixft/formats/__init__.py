@@ -1,0 +1,17 @@
+"""`FORMATS`: what a row of a data set looks like, and how it becomes a chat."""
+
+from strixft.formats.detect import fitting, suggest_columns
+from strixft.formats.messages import ROLES, Chat, Message, Row, RowFault
+from strixft.formats.table import FORMATS, Format
+
+__all__ = [
+    "FORMATS",
+    "ROLES",
+    "Chat",
+    "Format",
+    "Message",
+    "Row",
+    "RowFault",
+    "fitting",
+    "suggest_columns",
+]

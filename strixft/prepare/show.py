@@ -1,0 +1,123 @@
+"""What people see of prepared data, from the figures alone: notebook and report show the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from html import escape
+from typing import Any
+
+from strixft import views
+from strixft.units import format_number
+
+Figures = Mapping[str, Any]
+
+TRAINED_STYLE = f"background:#ffedd5;color:{views.TUNED}"
+MASKED_STYLE = f"color:{views.BASE}"
+BOX_STYLE = (
+    "white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #cbd5e1;padding:.6rem;"
+    "max-height:24rem;overflow-y:auto;font:13px/1.5 ui-monospace,monospace;text-align:left"
+)
+
+
+def summary(figures: Figures) -> str:
+    """The counts as a table."""
+    number = format_number
+    packing = figures["packing"]
+    tokens, trained = figures["tokens"], figures["trained_tokens"]
+    left_out = {
+        "bad rows, left out": figures["rows_bad"],
+        "rows too long, left out": figures["rows_too_long"],
+        "duplicates": figures["rows_duplicate"],
+        "near duplicates": figures["rows_near_duplicate"],
+        "rows left out on request": figures["rows_left_out"],
+    }
+    shown = {
+        "format": figures["format"],
+        "loss on": figures["loss_on"],
+        "rows read": number(figures["rows_read"]),
+        "rows for training": number(figures["rows_train"]),
+        "rows held out": number(figures["rows_validation"]),
+        **{name: number(count) for name, count in left_out.items() if count},
+        "tokens for training": number(tokens),
+        "of these trained": f"{number(trained)} ({trained / max(1, tokens):.0%})",
+        "tokens read": number(figures["tokens_read"]),
+        "longest row": f"{number(figures['longest_tokens'])} tokens",
+        "fill, one chat in a row": f"{packing['fill_without']:.1%} of {packing['max_length']}",
+        "fill, packed": f"{packing['fill']:.1%}, {number(packing['rows'])} rows",
+        "an answer ends with": figures["end_token"] or "nothing",
+    }
+    return views.mapping(shown)
+
+
+def warnings(figures: Figures) -> str:
+    """What somebody should know before training."""
+    return "".join(views.warning(text) for text in figures["notes"])
+
+
+def problems(figures: Figures) -> str:
+    """Each kind of problem: how many rows, what became of them, and the first."""
+    rows = [
+        [kind, found["rows"], found["action"], views.visible(found["first"])]
+        for kind, found in figures["problems"].items()
+    ]
+    return views.table(rows, ["problem", "rows", "", "first"]) if rows else ""
+
+
+def lengths(figures: Figures) -> str:
+    """How long the rows are, with the cut."""
+    found, most = figures["lengths"], figures["packing"]["max_length"]
+    figure, axes = views.new_figure()
+    edges, width = found["edges"][:-1], found["edges"][1] - found["edges"][0]
+    bars: dict[str, Any] = {"width": width * 0.92, "align": "edge"}
+    axes.bar(edges, found["rows"], color=views.BASE, label="trained", **bars)
+    if any(found["too_long"]):
+        axes.bar(
+            edges,
+            found["too_long"],
+            bottom=found["rows"],
+            color=views.FAINT,
+            label="too long",
+            **bars,
+        )
+    if most <= found["edges"][-1] * 1.5:
+        axes.axvline(most, color=views.TUNED, linewidth=1.5, label=f"max_length {most}")
+    else:
+        axes.plot([], [], color=views.TUNED, label=f"max_length {most}, beyond the right edge")
+    axes.set_xlabel("tokens of a row")
+    axes.set_ylabel("rows")
+    axes.legend(frameon=False, fontsize=9)
+    return views.picture(figure, "rows by their length in tokens")
+
+
+def _runs(runs: list[Any]) -> Iterator[str]:
+    for text, trained in runs:
+        style = TRAINED_STYLE if trained else MASKED_STYLE
+        kind = "sx-trained" if trained else "sx-masked"
+        yield f'<bdi class="{kind}" style="{style}">{escape(views.visible(text))}</bdi>'
+
+
+def examples(figures: Figures) -> str:
+    """A few rows from the shortest to the longest, masked and trained tokens in two colours."""
+    html = (
+        f'<p>Rows as the model reads them: <span style="{TRAINED_STYLE}">trained</span>,'
+        f' <span style="{MASKED_STYLE}">masked</span>.</p>'
+    )
+    for row in figures["examples"]:
+        part = f", part {row['part'] + 1}" if row["part"] else ""
+        name = f"{row['file'].rpartition('/')[2]}, row {row['row']}{part}"
+        count = f"{row['trained_tokens']} of {row['tokens']} tokens trained"
+        # <pre> keeps the notebook from reading $…$ as a formula
+        html += views.note(f"{views.visible(name)}: {count}")
+        html += f'<pre class="sx-row" style="{BOX_STYLE}">{"".join(_runs(row["runs"]))}</pre>'
+    return html
+
+
+def page(figures: Figures) -> str:
+    """All of it."""
+    return (
+        summary(figures)
+        + warnings(figures)
+        + problems(figures)
+        + lengths(figures)
+        + examples(figures)
+    )
