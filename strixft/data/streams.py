@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import zstandard
@@ -56,8 +58,8 @@ BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 class _Unpacked(io.RawIOBase):
     """Bytes of a packed file; stops where too little unfolds to too much."""
 
-    def __init__(self, packed: IO[bytes], inner: Any, name: str) -> None:
-        self._packed, self._inner, self._name = packed, inner, name
+    def __init__(self, packed: IO[bytes], inner: Any, name: str, whole: Callable[[], bool]) -> None:
+        self._packed, self._inner, self._name, self._whole = packed, inner, name, whole
         self._num_bytes = 0
 
     def readable(self) -> bool:
@@ -65,6 +67,8 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count: int = self._inner.readinto(buffer)
+        if count == 0 and not self._whole():
+            raise EOFError("the packed data end in the middle")
         self._num_bytes += count
         read = max(1, self._packed.tell())
         if self._num_bytes > RATIO_COUNTS_FROM and self._num_bytes > MAX_RATIO * read:
@@ -78,6 +82,31 @@ class _Unpacked(io.RawIOBase):
         self._inner.close()
         self._packed.close()
         super().close()
+
+
+def _ends_whole(path: Path) -> bool:
+    """A zst file ends where a frame ends: the unpacker itself says nothing if it does not.
+
+    Walks over the blocks of each frame (RFC 8878, section 3.1.1) and unpacks none.
+    """
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        while start := file.read(18):
+            if start[1:4] == b"\x2a\x4d\x18" and start[0] & 0xF0 == 0x50:  # a frame to skip
+                file.seek(int.from_bytes(start[4:8], "little") + 8 - len(start), os.SEEK_CUR)
+                continue
+            file.seek(zstandard.frame_header_size(start) - len(start), os.SEEK_CUR)
+            last = False
+            while not last:
+                block = int.from_bytes(header := file.read(3), "little")
+                last, kind, length = bool(block & 1), block >> 1 & 3, block >> 3
+                file.seek(1 if kind == 1 else length, os.SEEK_CUR)
+                if len(header) < 3 or file.tell() > size:
+                    return False
+            file.seek(4 if zstandard.get_frame_parameters(start).has_checksum else 0, os.SEEK_CUR)
+            if file.tell() > size:
+                return False
+    return True
 
 
 def _refuse_foreign(head: bytes, name: str) -> None:
@@ -111,20 +140,27 @@ def open_bytes(file: SourceFile) -> Stream:
             f"{file.name} cannot be read: {error.strerror}",
             fix=f"ls -l {file.name}   shows whose it is",
         ) from None
-    if not head.startswith((GZIP, ZSTD)):
-        _refuse_foreign(head, file.name)
-        return packed
-    inner: Any = (
-        gzip.GzipFile(fileobj=packed)
-        if head.startswith(GZIP)
-        else zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).stream_reader(
-            packed, read_across_frames=True
-        )
-    )
-    stream = io.BufferedReader(_Unpacked(packed, inner, file.name), _BUFFER_BYTES)
-    with broken_file(file, lambda: 0):
-        _refuse_foreign(stream.peek(512)[:512], file.name)
+    stream = _unpacked(packed, head, file)
+    try:
+        with broken_file(file, lambda: 0):
+            _refuse_foreign(stream.peek(512)[:512], file.name)
+    except DataError:
+        stream.close()
+        raise
     return stream
+
+
+def _unpacked(packed: Stream, head: bytes, file: SourceFile) -> Stream:
+    inner: Any
+    if head.startswith(GZIP):
+        inner = _Unpacked(packed, gzip.GzipFile(fileobj=packed), file.name, lambda: True)
+    elif head.startswith(ZSTD):
+        unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        reader = unpacker.stream_reader(packed, read_across_frames=True)
+        inner = _Unpacked(packed, reader, file.name, lambda: _ends_whole(file.path))
+    else:
+        return packed
+    return io.BufferedReader(inner, _BUFFER_BYTES)
 
 
 @contextlib.contextmanager

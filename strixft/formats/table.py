@@ -86,15 +86,17 @@ def _alpaca(row: Row) -> Chat:
 
 
 def _prompt(value: object, column: str) -> list[Message]:
-    return [_user(value, f"{column!r}")] if isinstance(value, str) else read_messages(value, column)
+    if isinstance(value, list):
+        return read_messages(value, column)
+    return [_user(value, f"{column!r}")]
 
 
 def _reply(value: object, column: str) -> list[Message]:
-    if isinstance(value, str):
-        return [_answer(value, f"{column!r}")]
+    if isinstance(value, list):
+        return read_messages(value, column)
     if isinstance(value, Mapping):
         return [read_message(value, 1)]
-    return read_messages(value, column)
+    return [_answer(value, f"{column!r}")]
 
 
 def _prompt_completion(row: Row) -> Chat:
@@ -116,7 +118,10 @@ def _text(row: Row) -> Chat:
 
 def _before(row: Row) -> list[Message]:
     """What stands before the two answers of a pair, under any of its usual names."""
-    for column in ("conversations", "messages", "prompt", "question"):
+    for column in ("conversations", "messages"):
+        if row.get(column):
+            return read_messages(row[column], column)
+    for column in ("prompt", "question"):
         if row.get(column):
             return _prompt(row[column], column)
     return [_instruction(row)] if row.get("instruction") else []
