@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from strixft import views
 from strixft.data import collate
@@ -21,6 +20,7 @@ from strixft.methods import METHODS
 from strixft.model import load_adapter, load_base, load_tokenizer, native_dtype
 from strixft.plan import Plan
 from strixft.prepare import Prepared
+from strixft.progress import progress_bar
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run, digest
 from strixft.step import batch_loss
@@ -117,7 +117,7 @@ def _answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> l
     room = max(len(row["input_ids"]) - row["prompt_tokens"] for row in rows) + ANSWER_ROOM
     order = sorted(range(len(rows)), key=lambda index: rows[index]["prompt_tokens"])
     found: dict[int, str] = {}
-    for start in tqdm(range(0, len(order), ANSWERED_AT_ONCE), unit="batch", desc="answers"):
+    for start in progress_bar(range(0, len(order), ANSWERED_AT_ONCE), unit="batch", desc="answers"):
         part = order[start : start + ANSWERED_AT_ONCE]
         prompts = [rows[i]["input_ids"][: rows[i]["prompt_tokens"]] for i in part]
         found |= dict(zip(part, answer(model, tokenizer, prompts, room), strict=True))

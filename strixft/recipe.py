@@ -567,7 +567,8 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in data.items():
         dotted = f"{prefix}{key}"
-        flat |= flatten(value, f"{dotted}.") if isinstance(value, Mapping) else {dotted: value}
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{dotted}.") if nested else {dotted: value}
     return flat
 
 

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import psutil
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -25,6 +24,7 @@ from strixft.guard import cap, device_type, find_host
 from strixft.model import build, load_tokenizer, native_dtype
 from strixft.plan import Plan
 from strixft.prepare import Prepared
+from strixft.progress import progress_bar
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run
 from strixft.step import MemoryTracker, TrainingStep
@@ -108,7 +108,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the progress bar, at the update that a resumed run begins with."""
         self.first_update = state.global_step + 1
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update")
+        self._bar = progress_bar(total=state.max_steps, initial=state.global_step, unit="update")
 
     def _tokens(self) -> int:
         assert self.trainer is not None

@@ -71,17 +71,17 @@ def test_a_data_file_that_is_missing(enter: Type, write_recipe: WriteRecipe) -> 
     assert fix == "did you mean 'tiny.jsonl'?   (dataset.source is relative to the recipe's file)"
 
 
-def test_a_folder_for_a_data_file(enter: Type, write_recipe: WriteRecipe) -> None:
-    path = write_recipe(dataset={"source": "."})
-    problem, _ = refusal(enter("prepare", path), 2)
-    assert problem == f"{path.parent} is a folder, not a data file"
+def test_a_folder_without_data(enter: Type, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    problem, _ = refusal(enter("prepare", write_recipe(dataset={"source": "nothing"})), 2)
+    assert str(tmp_path / "nothing") in problem
 
 
 def test_a_data_file_that_is_empty(enter: Type, write_recipe: WriteRecipe) -> None:
     path = write_recipe(rows=[])
     problem, fix = refusal(enter("prepare", path), 2)
-    assert problem == f"{path.with_suffix('.jsonl')} is empty"
-    assert fix == "put one JSON object per line into it"
+    assert problem == f"{path.with_suffix('.jsonl')} is empty (0 bytes)"
+    assert fix == "name a file with rows in it"
 
 
 def test_a_line_that_is_not_json(enter: Type, write_recipe: WriteRecipe) -> None:
@@ -89,7 +89,7 @@ def test_a_line_that_is_not_json(enter: Type, write_recipe: WriteRecipe) -> None
     problem, fix = refusal(enter("prepare", path), 2)
     assert problem == (
         f"1 of 4 rows of {path.with_suffix('.jsonl')} cannot be used:\n"
-        "  row 4: is not JSON: Expecting property name enclosed in double quotes:"
+        "  tiny.jsonl, row 4: is not JSON: Expecting property name enclosed in double quotes:"
         " line 1 column 2 (char 1)"
     )
     assert fix == ("correct these rows, or leave them out: --set dataset.max_bad_fraction=0.25")
@@ -98,37 +98,30 @@ def test_a_line_that_is_not_json(enter: Type, write_recipe: WriteRecipe) -> None
 def test_a_row_without_messages(enter: Type, write_recipe: WriteRecipe) -> None:
     path = write_recipe(rows=[*chats(2), {"messages": []}, *chats(1)])
     problem, _ = refusal(enter("prepare", path), 2)
-    assert problem.endswith("\n  row 3: the row has no 'messages' list, or an empty one")
+    assert "\n  tiny.jsonl, row 3: the row has no 'messages' list" in problem
 
 
 def test_an_unknown_role(enter: Type, write_recipe: WriteRecipe) -> None:
     row = chat("a", "b")
-    row["messages"][0]["role"] = "human"
+    row["messages"][0]["role"] = "robot"
     path = write_recipe(rows=[row, *chats(3)])
     problem, _ = refusal(enter("prepare", path), 2)
-    assert problem.endswith(
-        "\n  row 1: message 1 has the role 'human';"
-        " known are system, developer, user, assistant, tool"
-    )
+    assert "\n  tiny.jsonl, row 1: message 1 has the role 'robot'; known are system," in problem
 
 
 def test_half_a_character(enter: Type, write_recipe: WriteRecipe) -> None:
     path = write_recipe(rows=[*chats(3), chat("a", "\ud83d")])
     problem, _ = refusal(enter("prepare", path), 2)
-    assert problem.endswith(
-        "\n  row 4: content of message 2 has half a character at place 0: surrogates not allowed"
-    )
+    assert "\n  tiny.jsonl, row 4: content of message 2 has half a character at place 0" in problem
 
 
 def test_columns_of_no_format(enter: Type, write_recipe: WriteRecipe) -> None:
-    path = write_recipe(rows=[{"question": "a", "answer": "b"}])
+    path = write_recipe(rows=[{"first": "a", "second": "b"}])
     problem, fix = refusal(enter("prepare", path), 2)
     assert problem == (
-        f"{path.with_suffix('.jsonl')}, row 1: no format has the columns answer, question"
+        f"{path.with_suffix('.jsonl')}, row 1: no format has the columns 'first', 'second'"
     )
-    assert fix == (
-        "rename them to one of: messages (messages); prompt-completion (completion, prompt)"
-    )
+    assert fix.startswith("--set 'dataset.columns={")
 
 
 # Bad recipes.
@@ -244,7 +237,8 @@ def test_the_plan_of_a_run_that_does_not_fit_is_printed(
     assert answer.code == 3
     assert figures["fits"] is False
     assert figures["peak_bytes"] > figures["host"]["budget_bytes"]
-    assert figures["advice"][0] == "--set dataset.max_length=128"
+    assert len(figures["advice"]) >= 3
+    assert all(row["peak_bytes"] for row in figures["advice"])
 
 
 def test_the_plan_of_a_run_that_fits_is_printed(enter: Type, write_recipe: WriteRecipe) -> None:
@@ -366,13 +360,10 @@ def test_debug_does_not_last(enter: Type) -> None:
     assert "Traceback" not in enter("recipe", "dmeo").err
 
 
-def test_an_error_that_nobody_foresaw_says_how_to_see_more(
-    enter: Type, write_recipe: WriteRecipe
-) -> None:
+def test_a_file_that_cannot_be_read(enter: Type, write_recipe: WriteRecipe) -> None:
     path = write_recipe(dataset={"source": "/proc/self/mem", "format": "messages"})
-    problem, fix = refusal(enter("prepare", path), 1)
-    assert problem == "strixft failed: OSError: [Errno 5] Input/output error"
-    assert fix == "type it again with --debug, and report what it shows"
+    problem, _ = refusal(enter("prepare", path), 2)
+    assert problem.endswith("/mem cannot be read: Input/output error")
 
 
 # A shell of its own.

@@ -7,7 +7,7 @@ import strixft
 
 FLOORS = [
     ["errors", "units", "environment"],
-    ["tables", "views"],
+    ["tables", "views", "progress"],
     ["hardware", "families", "methods", "formats", "sources"],
     ["recipe"],
     ["runs"],

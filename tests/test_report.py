@@ -22,7 +22,12 @@ def test_the_report_shows_every_stage_and_stands_alone(tiny_run: Run) -> None:
     trained(tiny_run)
     evaluate_recipe(tiny_run)
     html = write_report(tiny_run).read_text()
-    for text in ("exact_match", "part at the peak", "training loss by update", "tokens_per_update"):
+    for text in (
+        "exact_match",
+        "memory at the peak by part",
+        "training loss by update",
+        "tokens_per_update",
+    ):
         assert text in html
     assert "http" not in html.replace("https://docs", "")
     assert 'src="data:image/png;base64,' in html

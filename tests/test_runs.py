@@ -105,7 +105,7 @@ def kill(process: Process) -> None:
 
 def prepare(run: Run) -> Prepared:
     """The first stage, as far as a run folder is concerned."""
-    source = Path(run.recipe.dataset.source)
+    source = Path(str(run.recipe.dataset.source))
     return run.once(Prepared, lambda _: ({"source_sha256": digest(source)}, {"rows": 1}))
 
 
@@ -329,11 +329,11 @@ def test_a_run_that_is_taken_is_left_as_it_is(recipe: Path, run: Run) -> None:
 
 def test_data_that_changed_since_they_were_prepared_are_refused(recipe: Path, run: Run) -> None:
     prepare(run)
-    source = Path(run.recipe.dataset.source)
+    source = Path(str(run.recipe.dataset.source))
     source.write_text("other rows\n")
     with pytest.raises(DataError) as caught:
         open_run(recipe, run.folder)
-    assert caught.value.problem == f"{source} has changed since {run.folder} was prepared from it"
+    assert caught.value.problem == f"{source} has changed since {run.folder} was prepared"
     assert caught.value.fix == (
         f"--run-dir {run.folder}-2, or:"
         f" strixft run {run.folder}/recipe.yaml --run-dir {run.folder} --from prepare"
@@ -341,19 +341,19 @@ def test_data_that_changed_since_they_were_prepared_are_refused(recipe: Path, ru
 
 
 def test_data_that_changed_before_they_were_prepared_do_not_matter(recipe: Path, run: Run) -> None:
-    Path(run.recipe.dataset.source).write_text("other rows\n")
+    Path(str(run.recipe.dataset.source)).write_text("other rows\n")
     assert open_run(recipe, run.folder) == run
 
 
 def test_data_that_changed_are_taken_where_they_are_prepared_again(recipe: Path, run: Run) -> None:
     prepare(run)
-    Path(run.recipe.dataset.source).write_text("other rows\n")
+    Path(str(run.recipe.dataset.source)).write_text("other rows\n")
     assert open_run(recipe, run.folder, redo=True) == run
 
 
 def test_data_that_are_gone_do_not_hinder_what_comes_after(recipe: Path, run: Run) -> None:
     prepare(run)
-    Path(run.recipe.dataset.source).unlink()
+    Path(str(run.recipe.dataset.source)).unlink()
     assert open_run(recipe, run.folder) == run
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import WriteRecipe, chats
+from conftest import WriteRecipe, chat, chats
 from torch import Tensor
 
 from strixft.data import Batch, largest_batch, training_order
@@ -42,13 +42,16 @@ def test_the_plan_is_what_training_needs(tiny_run: Run) -> None:
 
 
 def test_accumulated_micro_batches_train_as_one(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    rows = [
+        chat(f"Name number {n}.", f"It is {n}.") for n in range(10, 34)
+    ]  # 7 trained tokens each
     losses = []
-    for rows in (1, 4):
-        recipe = write_recipe(train={"micro_batch": rows, "tokens_per_update": 140})
-        run = open_run(recipe, tmp_path / f"rows-{rows}")
+    for count in (1, 4):
+        train = {"micro_batch": count, "tokens_per_update": 28}
+        run = open_run(write_recipe(rows=rows, train=train), tmp_path / f"rows-{count}")
         plan, result = trained(run)
         choice = plan.figures["choice"]
-        assert choice["micro_batch_rows"] == rows
+        assert choice["micro_batch_rows"] == count
         assert choice["micro_batch_rows"] * choice["gradient_accumulation_steps"] == 4
         losses.append(result.figures["losses"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import psutil
-from tqdm.auto import tqdm
 
 from strixft.data import Encoder, Input, PackedRows, Packing, RowWriter, TokenRows, open_inputs
 from strixft.data.account import Account
@@ -23,6 +22,7 @@ from strixft.model import load_tokenizer
 from strixft.prepare import show
 from strixft.prepare.choose import Chosen, choose, figures_of
 from strixft.prepare.work import Work
+from strixft.progress import progress_bar
 from strixft.recipe import Dataset, Recipe
 from strixft.runs import Result, Run, digest
 from strixft.sources import fingerprint, ignored_files
@@ -173,7 +173,7 @@ def _stream(run: Run | None, work: Work) -> float:
     """Run the work with a progress bar; returns the seconds it took."""
     began = told = time.monotonic()
     process = psutil.Process()
-    with tqdm(unit=" rows", desc="prepare", mininterval=0.5) as bar:
+    with progress_bar(unit=" rows", desc="prepare", mininterval=0.5) as bar:
         for count in work.run():
             now = time.monotonic()
             bar.update(count - bar.n)

@@ -1,0 +1,19 @@
+"""Progress bars: in a terminal and in a notebook, nowhere else."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def progress_bar(iterable: Any = None, **options: Any) -> Any:
+    """A progress bar of tqdm; silent where standard error is a file or a pipe.
+
+    Args:
+        iterable: What to go through, or None.
+        options: As `tqdm.tqdm` takes them.
+    """
+    shown = "ipykernel" in sys.modules or sys.stderr.isatty()
+    return tqdm(iterable, disable=not shown, **options)
