@@ -76,6 +76,13 @@ CASES = [
     Case(GEMMA_12B, "lora", 1, 2048, 0),
     Case(GEMMA_12B, "qlora", 4, 512, 48),
     Case(MISTRAL_24B, "qlora", 1, 4096, 20),
+    # a second set, predicted after what the first one taught
+    Case(LLAMA_1B, "full", 1, 4096, 8),
+    Case("Qwen/Qwen3-4B", "full", 1, 1024, 36),
+    Case("google/gemma-3-1b-it", "full", 4, 512, 26),
+    Case("Qwen/Qwen3-8B", "lora", 2, 2048, 9),
+    Case("Qwen/Qwen3-8B", "dora", 1, 2048, 36),
+    Case(MISTRAL_24B, "lora", 1, 2048, 40),
 ]
 
 
