@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import importlib
 import io
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-
-import zstandard
 
 from strixft.errors import DataError
 from strixft.formats import RowFault
@@ -52,7 +52,17 @@ FOREIGN = {
     b"\x80\x04\x95": ("a pickle, which is never opened", "save its rows as JSON lines"),
 }
 """First bytes of files that are no data here → what they are, and what to do."""
-BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+
+
+def _zstandard() -> Any:
+    """The library for zst files, which only those who have such files need."""
+    return importlib.import_module("zstandard")
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What unpacking a damaged file raises."""
+    zst = (_zstandard().ZstdError,) if "zstandard" in sys.modules else ()
+    return (EOFError, zlib.error, gzip.BadGzipFile, *zst)
 
 
 class _Unpacked(io.RawIOBase):
@@ -95,7 +105,7 @@ def _ends_whole(path: Path) -> bool:
             if start[1:4] == b"\x2a\x4d\x18" and start[0] & 0xF0 == 0x50:  # a frame to skip
                 file.seek(int.from_bytes(start[4:8], "little") + 8 - len(start), os.SEEK_CUR)
                 continue
-            file.seek(zstandard.frame_header_size(start) - len(start), os.SEEK_CUR)
+            file.seek(_zstandard().frame_header_size(start) - len(start), os.SEEK_CUR)
             last = False
             while not last:
                 block = int.from_bytes(header := file.read(3), "little")
@@ -103,7 +113,9 @@ def _ends_whole(path: Path) -> bool:
                 file.seek(1 if kind == 1 else length, os.SEEK_CUR)
                 if len(header) < 3 or file.tell() > size:
                     return False
-            file.seek(4 if zstandard.get_frame_parameters(start).has_checksum else 0, os.SEEK_CUR)
+            file.seek(
+                4 if _zstandard().get_frame_parameters(start).has_checksum else 0, os.SEEK_CUR
+            )
             if file.tell() > size:
                 return False
     return True
@@ -155,7 +167,7 @@ def _unpacked(packed: Stream, head: bytes, file: SourceFile) -> Stream:
     if head.startswith(GZIP):
         inner = _Unpacked(packed, gzip.GzipFile(fileobj=packed), file.name, lambda: True)
     elif head.startswith(ZSTD):
-        unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        unpacker = _zstandard().ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
         reader = unpacker.stream_reader(packed, read_across_frames=True)
         inner = _Unpacked(packed, reader, file.name, lambda: _ends_whole(file.path))
     else:
@@ -173,7 +185,7 @@ def broken_file(file: SourceFile, row: Any) -> Iterator[None]:
     """
     try:
         yield
-    except BROKEN as error:
+    except _broken() as error:
         raise DataError(
             f"{file.name} breaks off after row {row()}: {str(error) or type(error).__name__}",
             fix="copy or download it again; gzip -t or zstd -t   tells whether it is whole",
