@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strixft.hardware import Host
-from strixft.plan.allocator import replay
+from strixft.plan.allocator import Replay, replay
 from strixft.plan.stack import Kind, sample_layers, stack_layers
 from strixft.plan.trace import RowShape, Trace, trace_step
 from strixft.recipe import Recipe
@@ -24,7 +24,8 @@ class DryRun:
     recomputed_layers: int
     num_layers: int
     parts: dict[str, int]
-    """Bytes at the peak, by part."""
+    """Bytes at the peak, by part; `workspace` has BLAS's buffers and what the allocator's blocks
+    are larger than asked for."""
     resident_bytes: int
     """Bytes between updates."""
     reserved_bytes: int
@@ -111,14 +112,16 @@ def dry_run(
     trace = trace_run(recipe, config, host, shape, recomputed_layers, steps)
     parts, resident = _at_peak(trace)
     workspace = int(host.workspace_bytes.value)
-    parts["workspace"] += workspace
+    asked = sum(parts.values())
+    held = replay(trace) if host.device == "cuda" else Replay(asked, asked)
+    parts["workspace"] += workspace + held.allocated_bytes - asked
     return DryRun(
         shape=shape,
         recomputed_layers=recomputed_layers,
         num_layers=config.get_text_config().num_hidden_layers,
         parts=parts,
         resident_bytes=resident + workspace,
-        reserved_bytes=replay(trace).reserved_bytes + workspace,
+        reserved_bytes=held.reserved_bytes + workspace,
         steps=steps,
         seconds_per_update=trace.seconds_per_update(steps),
     )
