@@ -185,6 +185,8 @@ def find_files(source: str) -> list[SourceFile]:
         if not path.exists():
             raise _missing(path)
         _check_regular(path)
+    except DataError:
+        raise
     except PermissionError as error:
         raise DataError(
             f"{shown_path(path)} cannot be read: {error.strerror}",
