@@ -407,6 +407,16 @@ def test_a_preview_shows_the_very_tokens_in_runs(tokenizer: Any) -> None:
     assert "".join(text for text, _ in shown["runs"]).endswith("Hello.<|im_end|>\n")
 
 
+def test_a_preview_of_a_chat_of_many_turns_shows_its_start_and_its_end(tokenizer: Any) -> None:
+    row = row_of(tokenizer, chat(*(f"turn {n}" for n in range(100))))
+    columns = {"input_ids": row.input_ids.tolist(), "trained": row.trained.tolist()}
+    shown = example({**columns, "row": 1, "part": 0}, tokenizer, "a.jsonl")
+    assert len(shown["runs"]) == 40
+    assert shown["runs_left_out"] == 61
+    assert "turn 1<" in shown["runs"][1][0]
+    assert "turn 99<" in shown["runs"][-2][0]
+
+
 def test_a_preview_goes_from_the_shortest_row_to_the_longest() -> None:
     lengths = np.array([30, 10, 50, 20, 40, 60])
     assert lengths[spread(lengths, 5)].tolist() == [10, 20, 30, 50, 60]
