@@ -39,6 +39,11 @@ class SourceFile:
     kind: Kind
 
     @property
+    def is_plain(self) -> bool:
+        """Its bytes are those of its rows: not packed, and no columns."""
+        return self.kind != "parquet" and not self.path.name.lower().endswith(COMPRESSIONS)
+
+    @property
     def name(self) -> str:
         """The path as it may be shown: names that are no Unicode are escaped."""
         return shown_path(self.path)
@@ -185,6 +190,8 @@ def find_files(source: str) -> list[SourceFile]:
         if not path.exists():
             raise _missing(path)
         _check_regular(path)
+    except DataError:
+        raise
     except PermissionError as error:
         raise DataError(
             f"{shown_path(path)} cannot be read: {error.strerror}",

@@ -77,6 +77,8 @@ class Sketches:
 
 def leaks(question: Hashes, train: Indices, validation: Indices) -> list[tuple[int, int]]:
     """Validation rows whose question is trained on too: each with the first such training row."""
+    if not len(train):
+        return []
     order = np.argsort(question[train], kind="stable")
     known = question[train][order]
     places = np.searchsorted(known, question[validation])

@@ -50,10 +50,10 @@ def open_hub(source: str, split: str, *, offline: bool) -> HubSet:
 
     name, _, subset = source.removeprefix(HUB).partition(":")
     settings = datasets.DownloadConfig(local_files_only=offline)
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or offline  # then it looks into its cache alone
     try:
-        found = datasets.load_dataset(
-            name, subset or None, split=split, download_config=settings, trust_remote_code=None
-        )
+        found = datasets.load_dataset(name, subset or None, split=split, download_config=settings)
     except Exception as error:  # the library raises what its many back ends raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -61,4 +61,6 @@ def open_hub(source: str, split: str, *, offline: bool) -> HubSet:
             fix="is it a file? then correct its path, relative to the recipe's file; else: is the"
             f" network there, is it gated (hf auth login), is {split!r} one of its splits",
         ) from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
     return HubSet(f"{HUB}{name}", found)

@@ -12,6 +12,8 @@ import numpy.typing as npt
 SHOWN_ROWS = 5
 SHOWN_CHARACTERS = 1500
 """Of each run of trained or masked text; its start and its end are shown."""
+SHOWN_RUNS = 40
+"""Of a row; the first and the last of them are shown."""
 
 
 def runs(trained: Sequence[bool] | npt.NDArray[np.bool_]) -> list[tuple[int, int, bool]]:
@@ -51,13 +53,18 @@ def example(row: Any, tokenizer: Any, file: str) -> dict[str, Any]:
             )
         )
 
+    shown = runs(row["trained"])
+    if len(shown) > SHOWN_RUNS:
+        half = SHOWN_RUNS // 2
+        shown = [*shown[:half], *shown[-half:]]
     return {
         "file": file,
         "row": row["row"],
         "part": row["part"],
         "tokens": len(ids),
         "trained_tokens": int(sum(row["trained"])),
-        "runs": [[decoded(start, end), flag] for start, end, flag in runs(row["trained"])],
+        "runs_left_out": max(0, len(runs(row["trained"])) - SHOWN_RUNS),
+        "runs": [[decoded(start, end), flag] for start, end, flag in shown],
     }
 
 

@@ -23,6 +23,7 @@ _KEY = re.compile(
     r"|\bAIza[\w-]{35}"  # Google
     r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"  # JSON web tokens
 )
+_GITHUB = re.compile(r"\bgh[pousr]_")
 _ASSIGNED = re.compile(
     r"(?i)\b(?:api[_-]?key|secret[_-]?key|access[_-]?token|auth[_-]?token|passw(?:or)?d)"
     r"""["']?\s*[:=]\s*["']?(?=[^\s"']*\d)[A-Za-z0-9+/_.\-]{12,}"""
@@ -51,7 +52,8 @@ def _may_hold_key(text: str) -> bool:
         or "xox" in text
         or "k_live_" in text
         or "PRIVATE KEY" in text
-        or ("gh" in text and "_" in text)
+        or "github_pat_" in text
+        or ("gh" in text and _GITHUB.search(text) is not None)
     )
 
 

@@ -176,13 +176,17 @@ def _stream(run: Run | None, work: Work) -> float:
     with progress_bar(unit=" rows", desc="prepare", mininterval=0.5) as bar:
         for count in work.run():
             now = time.monotonic()
+            bar.total = work.rows_expected()
             bar.update(count - bar.n)
             if run is not None and now - told > 1:
                 told, rate = now, round(work.total.num_tokens / (now - began))
                 resident = process.memory_info().rss
                 bar.set_postfix(tok_per_s=rate, gib=f"{resident / 2**30:.2f}")
-                run.report_progress(done=count, tok_per_s=rate, resident_bytes=resident)
-        bar.update(work.account.rows_read - bar.n)
+                run.report_progress(
+                    done=count, total=bar.total, tok_per_s=rate, resident_bytes=resident
+                )
+        bar.total = work.account.rows_read
+        bar.refresh()
     return time.monotonic() - began
 
 

@@ -56,11 +56,13 @@ def warnings(figures: Figures) -> str:
 
 def problems(figures: Figures) -> str:
     """Each kind of problem: how many rows, what became of them, and the first."""
-    rows = [
-        [kind, found["rows"], found["action"], views.visible(found["first"])]
-        for kind, found in figures["problems"].items()
-    ]
-    return views.table(rows, ["problem", "rows", "", "first"]) if rows else ""
+    rows = ""
+    for kind, found in figures["problems"].items():
+        words = f"{kind.replace('_', ' ')}: {format_number(found['rows'])}, {found['action']}"
+        first = escape(views.visible(found["first"]))
+        rows += f'<tr><td style="white-space:nowrap">{escape(words)}</td><td>{first}</td></tr>'
+    head = "<tr><th>rows to look at</th><th>the first of them</th></tr>"
+    return f'<table class="sx">{head}{rows}</table>' if rows else ""
 
 
 def lengths(figures: Figures) -> str:
@@ -106,6 +108,8 @@ def examples(figures: Figures) -> str:
         part = f", part {row['part'] + 1}" if row["part"] else ""
         name = f"{row['file'].rpartition('/')[2]}, row {row['row']}{part}"
         count = f"{row['trained_tokens']} of {row['tokens']} tokens trained"
+        if row["runs_left_out"]:
+            count += f"; {row['runs_left_out']} stretches in the middle are not shown"
         # <pre> keeps the notebook from reading $…$ as a formula
         html += views.note(f"{views.visible(name)}: {count}")
         html += f'<pre class="sx-row" style="{BOX_STYLE}">{"".join(_runs(row["runs"]))}</pre>'

@@ -7,6 +7,7 @@ the result is the same on any number of processors.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections import deque
@@ -22,6 +23,7 @@ from strixft.data.readers import RawRow
 from strixft.errors import HostError
 from strixft.prepare.make import Made, Maker
 from strixft.recipe import Dataset
+from strixft.sources import SourceFile
 
 ROWS_AT_ONCE = 512
 BYTES_AT_ONCE = 4_000_000
@@ -75,7 +77,20 @@ class Work:
         self.sketches = Sketches() if dataset.near_duplicates != "ignore" else None
         self.total = Made()
         """Sums over all batches."""
+        self._rows_seen = self._bytes_seen = 0
+        sources = [one.source for one in inputs]
+        known = all(isinstance(source, SourceFile) and source.is_plain for source in sources)
+        self._bytes = sum(
+            s.path.stat().st_size for s in sources if isinstance(s, SourceFile) and known
+        )
         self._maker = Maker(dataset, inputs, encoder)
+
+    def rows_expected(self) -> int | None:
+        """Rows in all, judged by the bytes read so far; None where files are packed."""
+        if not self._bytes or not self._bytes_seen:
+            return None
+        share = min(1.0, self._bytes_seen / self._bytes)
+        return max(self._rows_seen, round(self._rows_seen / share))
 
     def run(self) -> Iterator[int]:
         """Do the work; yields the number of rows read after each batch.
@@ -105,6 +120,7 @@ class Work:
     def _run_in_children(self, first: Job, jobs: Iterator[Job]) -> Iterator[int]:
         global _maker
         _maker = self._maker
+        gc.freeze()  # a collection in a child would copy all that it only looks at
         waiting: deque[Future[Made]] = deque()
         context = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(num_processes(), mp_context=context, initializer=_alone)
@@ -119,6 +135,7 @@ class Work:
         finally:
             pool.shutdown(cancel_futures=True)
             _maker = None
+            gc.unfreeze()
 
     def _jobs(self) -> Iterator[Job]:
         """Rows in batches, each of one input."""
@@ -128,6 +145,8 @@ class Work:
             for raw in one.raw_rows():
                 raws.append(raw)
                 size += raw[2]
+                self._rows_seen += 1
+                self._bytes_seen += raw[2]
                 if len(raws) >= ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
                     yield file, raws
                     raws, size = [], 0
