@@ -197,8 +197,6 @@ def find_files(source: str) -> list[SourceFile]:
             f"{shown_path(path)} cannot be read: {error.strerror}",
             fix=f"ls -l {shown_path(path)}   shows whose it is",
         ) from None
-    except DataError:
-        raise
     except (OSError, ValueError) as error:  # name too long, a null byte, a loop of links
         raise DataError(
             f"{shown_path(path)[:200]} cannot be found: {error}", fix="correct dataset.source"
