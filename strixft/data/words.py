@@ -14,7 +14,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, product
+from itertools import accumulate, islice, product
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ MOST_LONG = 0.5
 """Share of a batch's characters in long words above which the texts are tokenised whole."""
 
 _SAFE = {"BPE", "WordLevel"}
-_CUT = re.compile(r"(?<=\S)(?= \S)")
+_CUT = re.compile(r"(?<=\S) (?=\S)")
 _SPACES = ("  ", "\n ", " \n", "\t", "\r")
 """Spaces beside spaces, where a text is not cut."""
 _SPLITTERS = {"ByteLevel", "Digits", "Punctuation", "Split", "Whitespace", "WhitespaceSplit"}
@@ -102,16 +102,17 @@ def _plain_specials(backend: Any) -> list[str] | None:
 
 
 def _cut(text: str) -> list[str]:
-    r"""A text in words, each with the space before it.
+    r"""A text in words; before each but the first stands one space.
 
     >>> _cut("two  words, one\n space")
-    ['two  words,', ' one\n space']
+    ['two  words,', 'one\n space']
     """
-    if not text.isascii() or any(space in text for space in _SPACES) or text[-1] == " ":
+    if not text.isascii() or any(space in text for space in _SPACES):
         return _CUT.split(text)
-    first, *rest = text.split(" ")  # the same, and twice as fast
-    words = [f" {word}" for word in rest]
-    return [first, *words] if first else words
+    words = text.split(" ")  # the same, and several times as fast
+    if not words[-1]:  # a space at the end belongs to the last word
+        words[-2:] = [f"{words[-2]} "]
+    return words
 
 
 class Encoding:
@@ -155,10 +156,12 @@ class Encoding:
             return None
         start = self._places[part - 1] if part else 0
         token = self._ends[part - 1] if part else 0
+        space = ""
         for word, tokens in zip(self._parts[part], self._tokens[part], strict=True):
+            word = space + word
             if place < start + len(word):
                 return word, start, token, len(tokens) // 4
-            start, token = start + len(word), token + len(tokens) // 4
+            start, token, space = start + len(word), token + len(tokens) // 4, " "
         raise AssertionError("a part is shorter than its words")
 
     def char_to_token(self, place: int) -> int | None:
@@ -192,7 +195,10 @@ class Words:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
-        self._known: dict[str, bytes] = {}
+        self._first: dict[str, bytes] = {}
+        """Tokens of words that open a stretch; the empty word, of one that begins with a space."""
+        self._later: dict[str, bytes] = {}
+        """Tokens of words after a space, the space included."""
         self._specials = _plain_specials(backend) if _splits_words(backend) else None
         pattern = "|".join(map(re.escape, self._specials or ())) or r"(?!)"
         self._special = re.compile(f"({pattern})")
@@ -220,27 +226,25 @@ class Words:
         """
         if len(texts) < FEWEST_TEXTS or not self.usable or not all(map(self._is_normal, texts)):
             return self._whole(texts)
-        if len(self._known) > MOST_WORDS:
-            self._known.clear()
+        if len(self._first) + len(self._later) > MOST_WORDS:
+            self._first.clear()
+            self._later.clear()
         stretches = [[part for part in self._special.split(text) if part] for text in texts]
         split = [[_cut(part) for part in parts] for parts in stretches]
         found = [self._recall(parts) for parts in split]
-        if not all(found):
-            unknown = {
-                word
-                for parts, tokens in zip(split, found, strict=True)
-                if not tokens
-                for part in parts
-                for word in part
-            }
-            new = unknown - self._known.keys()
-            long = [word for word in new if len(word) > LONGEST_WORD]
+        unknown = [parts for parts, tokens in zip(split, found, strict=True) if tokens is None]
+        if unknown:
+            new = {part[0] for parts in unknown for part in parts} - self._first.keys()
+            later = {word for parts in unknown for part in parts for word in part[1:]}
+            later -= self._later.keys()
+            long = [word for word in (*new, *later) if len(word) > LONGEST_WORD]
             if sum(map(len, long)) > MOST_LONG * sum(map(len, texts)):
                 return self._whole(texts)
-            self._learn(sorted(new))
+            self._learn(sorted(new), sorted(later))
             found = [t or self._recall(parts) for parts, t in zip(split, found, strict=True)]
             for word in long:
-                del self._known[word]
+                self._first.pop(word, None)
+                self._later.pop(word, None)
         made: list[Any] = [
             Encoding(stretch, parts, tokens or [], self._backend)
             for stretch, parts, tokens in zip(stretches, split, found, strict=True)
@@ -251,7 +255,10 @@ class Words:
     def _recall(self, parts: list[list[str]]) -> list[list[bytes]] | None:
         """The tokens of each word; None if one is unknown."""
         try:
-            return [list(map(self._known.__getitem__, part)) for part in parts]
+            return [
+                [self._first[part[0]], *map(self._later.__getitem__, islice(part, 1, None))]
+                for part in parts
+            ]
         except KeyError:
             return None
 
@@ -262,9 +269,12 @@ class Words:
     def _is_normal(self, text: str) -> bool:
         return not self._normalizes or text.isascii() or unicodedata.is_normalized("NFC", text)
 
-    def _learn(self, words: list[str]) -> None:
-        for word, encoding in zip(words, self._whole(words), strict=True):
-            self._known[word] = np.array(encoding.ids, dtype=np.int32).tobytes()
+    def _learn(self, first: list[str], later: list[str]) -> None:
+        """Remember words that open a stretch, and words after a space."""
+        encodings = self._whole([*first, *(f" {word}" for word in later)])
+        tokens = [np.array(found.ids, dtype=np.int32).tobytes() for found in encodings]
+        self._first |= dict(zip(first, tokens, strict=False))
+        self._later |= dict(zip(later, tokens[len(first) :], strict=True))
 
     def _audit(self, texts: Sequence[str], made: Sequence[Any]) -> None:
         places = [i for i in range(len(texts)) if (self._count + i) % AUDITED_EVERY == 0]
