@@ -401,7 +401,6 @@ def shipped_templates() -> list[Path]:
 
 WANT_PARTS = {"idefics3", "llava_next", "smolvlm"}
 """Templates of models that see: they take content in parts only."""
-MARK = "<|endoftext|>"
 
 
 @pytest.mark.parametrize("path", shipped_templates(), ids=lambda path: path.stem)

@@ -179,6 +179,19 @@ def test_a_row_too_long_can_be_cut_and_one_without_an_answer_left_is_not_trained
     ]
 
 
+@pytest.mark.parametrize(("policy", "rows"), [("truncate", 1), ("split", 25)])
+def test_a_text_of_megabytes_is_cut_or_split_without_being_held_as_tokens(
+    stage: Stage, policy: str, rows: int
+) -> None:
+    text = "All work and no play. " * 300_000
+    figures = stage.run(
+        [{"text": text}, {"text": "Short."}], too_long=policy, validation_fraction=0
+    )
+    assert figures["rows_too_long"] == 0
+    assert figures["longest_tokens"] == 256
+    assert figures["rows_train"] >= rows + 1
+
+
 def test_a_chat_too_long_can_be_split_and_its_parts_stay_on_one_side(stage: Stage) -> None:
     turns = [
         {"role": role, "content": f"{role} {n} " + "word " * 30}

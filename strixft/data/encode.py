@@ -83,8 +83,10 @@ class Encoder:
         self.words = Words(backend) if words is None else words
         self.loss_on = loss_on
         self._masker: Masker | None = None
+        self._start_of_text: str = tokenizer.bos_token if _adds_bos(tokenizer) else ""
         self._longest_token = 1 if max_length is None else longest_token(tokenizer)
-        self._most_characters = max_length and max_length * self._longest_token
+        self.most_characters = max_length and max_length * self._longest_token
+        """Longer texts surely have more tokens than `max_length`."""
         self.mask_checked = self.mask_equal = 0
 
     @property
@@ -101,7 +103,7 @@ class Encoder:
 
     def _text_piece(self, text: str) -> Piece:
         """Plain text, between the tokens with which the model's texts begin and end."""
-        start = self.tokenizer.bos_token or "" if _adds_bos(self.tokenizer) else ""
+        start = self._start_of_text
         whole = f"{start}{text}{self.tokenizer.eos_token or ''}"
         middle = len(start) + len(text) // 2  # evaluation continues the first half
         return Piece(
@@ -122,7 +124,7 @@ class Encoder:
             return fault
 
     def tokenize(self, found: Sequence[list[Piece] | RowFault]) -> list[Any]:
-        """What the tokenizer makes of the texts of many chats; other threads can work meanwhile."""
+        """What the tokenizer makes of the texts of many chats."""
         texts = [piece.text for piece in _flat(found) if not self._is_huge(piece)]
         return self.words.encode_batch(texts)
 
@@ -154,7 +156,7 @@ class Encoder:
         return self.rows(found, self.tokenize(found))
 
     def _is_huge(self, piece: Piece) -> bool:
-        return self._most_characters is not None and len(piece.text) > self._most_characters
+        return self.most_characters is not None and len(piece.text) > self.most_characters
 
     def _row(self, piece: Piece, encoding: Any) -> TokenRow:
         input_ids = np.array(encoding.ids, dtype=np.int32)

@@ -36,6 +36,25 @@ def windows(row: TokenRow, max_length: int) -> list[TokenRow]:
     return made
 
 
+def _stretches(encoder: Encoder, text: str) -> list[TokenRow]:
+    """A text that is too long for the tokenizer in stretches, of which each is a row."""
+    size = (encoder.most_characters or len(text)) // 2
+    parts = [text[start : start + size] for start in range(0, len(text), size)]
+    rows = []
+    for part in parts:  # one at a time: the tokens of a row of 16 MiB would take a gigabyte
+        (found,) = encoder.encode([Chat([], text=part)])
+        rows += (
+            [row for row in found if isinstance(row, TokenRow)] if isinstance(found, list) else []
+        )
+    return rows
+
+
+def start_of_text(encoder: Encoder, text: str) -> TokenRow | None:
+    """The first of the stretches of a text; None if there is none."""
+    size = (encoder.most_characters or len(text)) // 2
+    return next(iter(_stretches(encoder, text[:size])), None)
+
+
 def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
     """What opens the chat, and its exchanges, each from one turn of the user to the next."""
     opening = [m for m in messages[:1] if m["role"] in ("system", "developer")]
@@ -80,8 +99,8 @@ def divide(encoder: Encoder, chat: Chat, max_length: int) -> list[TokenRow | Too
     if all(isinstance(row, TokenRow) and len(row) <= max_length for row in found):
         return list(found)
     if chat.text is not None:
-        texts = [row for row in found if isinstance(row, TokenRow)]
-        return [part for row in texts for part in windows(row, max_length)]
+        rows = [row for row in found if isinstance(row, TokenRow)] or _stretches(encoder, chat.text)
+        return [part for row in rows for part in windows(row, max_length)]
     parts = halves(chat)
     if parts is None:
         return list(found)

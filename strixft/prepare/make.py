@@ -230,6 +230,8 @@ class _Batch:
 
     def _cut(self, item: _Item, one: TokenRow | TooLong) -> TokenRow | TooLong:
         most = self._dataset.max_length
+        if isinstance(one, TooLong) and item.chat.text is not None:
+            one = fit.start_of_text(self._encoder, item.chat.text) or one
         if isinstance(one, TooLong) or len(one) <= most:
             return one
         start = fit.cut(one, most)
