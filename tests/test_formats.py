@@ -33,11 +33,15 @@ def test_the_example_of_a_format_becomes_a_chat_with_an_answer(form: Format) -> 
     assert [m["role"] for m in chat.messages] == (["user", "assistant"] if not chat.text else [])
 
 
+FOUND_AS = {"chosen": "preference", "thumbs-up": "thumbs"}
+"""Formats that are chosen by name alone → what their columns show."""
+
+
 @pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
 def test_a_format_is_found_by_the_columns_of_its_example(form: Format) -> None:
     found = [row.name for row in fitting(form.example)]
-    assert found == ([form.name] if form.detected else ["preference" if form.name == "chosen" else
-                                                       "thumbs"])  # fmt: skip
+    assert found == [FOUND_AS.get(form.name, form.name)]
+    assert form.detected is (form.name not in FOUND_AS)
 
 
 def test_other_columns_beside_a_formats_own_do_not_matter() -> None:

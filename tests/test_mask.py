@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from strixft.data import Encoder, TokenRow
 from strixft.data.preview import runs
+from strixft.data.template import ChatTemplate
 from strixft.errors import DataError
 from strixft.families import FAMILIES
 from strixft.formats import Chat, Message, RowFault
@@ -139,6 +140,19 @@ def expected(case: Case, answers: list[str]) -> list[str]:
 def test_every_family_has_a_template() -> None:
     assert {family for case in CASES.values() for family in case.families} == set(FAMILIES)
     assert {path.stem for path in TEMPLATES.glob("*.jinja")} == {*CASES, "plain"}
+
+
+@EVERY
+@pytest.mark.parametrize("prompt", [False, True])
+def test_a_chat_is_rendered_as_the_tokenizer_renders_it(
+    name: str, prompt: bool, tokenizers: dict[str, Any]
+) -> None:
+    one = tokenizers[name]
+    messages = chat("Hi", "<think>\nwhy\n</think>\n\nHello.", "Bye", "So long.", "And now?")
+    messages = messages if prompt else messages[:-1]
+    assert ChatTemplate(one).render(messages, prompt=prompt) == one.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=prompt
+    )
 
 
 @EVERY

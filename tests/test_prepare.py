@@ -19,7 +19,7 @@ from strixft.errors import DataError, HostError
 from strixft.prepare import PROBLEMS_FILE, Prepared, prepare_data, prepare_recipe
 from strixft.prepare import work as works
 from strixft.recipe import check_recipe
-from strixft.runs import open_run, set_aside
+from strixft.runs import Run, open_run, set_aside
 
 REAL = os.environ.get("STRIXFT_TEST_DATA")
 needs_real = pytest.mark.skipif(not REAL, reason="STRIXFT_TEST_DATA names no folder of real data")
@@ -513,6 +513,13 @@ def test_the_stage_writes_its_result_and_is_not_done_again(
         "order.npz",
         "problems.jsonl",
     }
+
+
+def test_the_report_shows_the_rows_as_the_notebook_does(tiny_run: Run) -> None:
+    from strixft.report import render_report
+
+    prepared = prepare_recipe(tiny_run)
+    assert prepared._repr_html_() in render_report(tiny_run)
 
 
 def test_a_file_that_is_added_to_a_folder_is_noticed(
