@@ -13,8 +13,9 @@ class Method:
     """One way to train."""
 
     name: str
-    base: Literal["native", "nf4"]
-    """How the base is kept in memory: in the device's own dtype, or in 4-bit NF4 blocks."""
+    base: Literal["native", "nf4", "int8"]
+    """How the base is kept in memory: in the device's own dtype, in 4-bit NF4 blocks, or in 8-bit
+    integers with a scale a row."""
     adapter: Literal["none", "lora", "dora"]
     """What is trained beside the frozen base; `none` trains every weight of the base."""
     why: str
@@ -50,5 +51,12 @@ METHODS: Table[Method] = Table(
         adapter="lora",
         why="LoRA over a base of 4.13 bits per weight; a 70B fits in 128 GB",
         source="arXiv:2305.14314",
+    ),
+    Method(
+        name="int8-lora",
+        base="int8",
+        adapter="lora",
+        why="LoRA over a base of 8 bits per weight; closer to the base than 4 bits, and slower",
+        source="arXiv:2208.07339",
     ),
 )

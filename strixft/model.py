@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from strixft import attention
+from strixft import attention, int8
 from strixft.errors import HostError, RecipeError
 from strixft.methods import METHODS, Method
 from strixft.recipe import Lora, Recipe
@@ -157,7 +157,9 @@ def native_dtype(device: str, *, bfloat16: bool) -> torch.dtype:
 def _quantization(method: Method, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype) if method.base == "nf4" else None
+    if method.base == "nf4":
+        return BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(load_in_8bit=True) if method.base == "int8" else None
 
 
 def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
@@ -181,6 +183,7 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
         )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(recipe.model, error) from error
+    int8.use_own_product(model)
     return model
 
 
@@ -232,12 +235,15 @@ def _meta_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
-def _store_as_nf4(model: nn.Module, dtype: torch.dtype) -> None:
+def _store_quantised(model: nn.Module, method: Method, dtype: torch.dtype) -> None:
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not head:
-            model.set_submodule(name, _meta_nf4(module, dtype))
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks for it
+            is_nf4 = method.base == "nf4"
+            layer = _meta_nf4(module, dtype) if is_nf4 else int8.shape_layer(module)
+            model.set_submodule(name, layer)
+    bits = 4 if method.base == "nf4" else 8
+    setattr(model, f"is_loaded_in_{bits}bit", True)  # PEFT asks for it
 
 
 def shape_base(config: Any, method: Method, dtype: torch.dtype) -> nn.Module:
@@ -248,8 +254,8 @@ def shape_base(config: Any, method: Method, dtype: torch.dtype) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention.NAME
         )
-    if method.base == "nf4":
-        _store_as_nf4(model, dtype)
+    if method.base != "native":
+        _store_quantised(model, method, dtype)
     return model
 
 
@@ -338,8 +344,11 @@ def base_of(model: nn.Module) -> Any:
 
 
 def _random(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    if tensor.dtype is torch.uint8:
-        return torch.randint(0, 256, tensor.shape, dtype=torch.uint8, device=device)
+    if tensor.dtype in (torch.uint8, torch.int8):
+        limits = torch.iinfo(tensor.dtype)
+        return torch.randint(
+            limits.min, limits.max + 1, tensor.shape, dtype=tensor.dtype, device=device
+        )
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).normal_(std=0.02)
 
 

@@ -11,7 +11,7 @@ FLOORS = [
     ["hardware", "families", "methods", "formats", "sources"],
     ["recipe"],
     ["runs"],
-    ["data", "attention", "guard"],
+    ["data", "attention", "guard", "int8"],
     ["model"],
     ["prepare", "step"],
     ["plan"],

@@ -1,8 +1,10 @@
 """The plan: what the dry run says is what the tracker counts over real tensors."""
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import WriteRecipe
@@ -15,11 +17,14 @@ from strixft.hardware import HOSTS, Budget
 from strixft.methods import METHODS
 from strixft.model import build, load_config
 from strixft.plan import DataShape, RowShape, choose, dry_run, plan_figures, plan_recipe
-from strixft.plan.allocator import replay
-from strixft.plan.dry_run import trace_run
-from strixft.plan.trace import Trace, trace_step
+from strixft.plan.choose import Planner
+from strixft.plan.cost import Rates, Work
+from strixft.plan.dry_run import DryRun, Step, run_schedule, trace_run
+from strixft.plan.stack import Schedule, rounded_all
+from strixft.plan.trace import trace_step
+from strixft.plan.traces import Traces
 from strixft.prepare import prepare_recipe
-from strixft.recipe import Dataset, Recipe, load_recipe
+from strixft.recipe import Dataset, Recipe, Train, load_recipe
 from strixft.runs import open_run
 from strixft.step import MemoryTracker, TrainingStep
 from strixft.units import GIB
@@ -116,7 +121,7 @@ def test_a_run_that_does_not_fit_says_what_helps(write_recipe: WriteRecipe, tmp_
 
 LLAMA = {
     "model_type": "llama",
-    "vocab_size": 1000,
+    "vocab_size": 200_000,
     "hidden_size": 64,
     "intermediate_size": 160,
     "num_hidden_layers": 9,
@@ -129,33 +134,77 @@ GEMMA = LLAMA | {
     "head_dim": 16,
     "sliding_window": 32,
 }
+SHAPES = pytest.mark.parametrize("shape", [LLAMA, GEMMA], ids=["llama", "gemma"])
+HOST = HOSTS["strix-halo-128"]
 
 
-@pytest.mark.parametrize("shape", [LLAMA, GEMMA], ids=["llama", "gemma"])
+def a_recipe(method: str = "lora", **train: Any) -> Recipe:
+    settings = Train(**train)
+    return Recipe(model="none", method=method, dataset=Dataset(source="none"), train=settings)
+
+
+@SHAPES
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("recomputed_layers", [0, 3, 8])
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(("recomputed_layers", "steps"), [(0, 1), (3, 2), (8, 2)])
 def test_stacked_layers_are_the_whole_model(
     shape: dict[str, Any], method: str, recomputed_layers: int, steps: int
 ) -> None:
     """A few layers, put together again, give every figure of all layers traced."""
-    config, host = AutoConfig.for_model(**shape), HOSTS["strix-halo-128"]
-    recipe = Recipe(model="none", method=method, dataset=Dataset(source="none"))
+    config, recipe = AutoConfig.for_model(**shape), a_recipe(method)
     rows = RowShape(2, 64, 60)
-    stacked = trace_run(recipe, config, host, rows, recomputed_layers, steps)
-    whole = trace_step(recipe, config, host, rows, recomputed_layers, steps)
-    assert peak_of(stacked) == pytest.approx(peak_of(whole), rel=1e-3)
-    assert replay(stacked).reserved_bytes == pytest.approx(replay(whole).reserved_bytes, rel=0.02)
-    ours, theirs = stacked.seconds_per_update(steps), whole.seconds_per_update(steps)
-    assert ours == pytest.approx(theirs, rel=0.02)
+    step = Step(rows, recomputed_layers, steps)
+    stacked = trace_run(recipe, config, HOST, rows, recomputed_layers, steps)
+    whole = Schedule(trace_step(recipe, config, HOST, rows, recomputed_layers, steps))
+    ours, theirs = figures_of(stacked, step), figures_of(whole, step)
+    assert ours.parts == pytest.approx(theirs.parts, rel=1e-3, abs=2**20)
+    assert ours.peak_bytes == pytest.approx(theirs.peak_bytes, rel=1e-3)
+    assert ours.reserved_bytes == pytest.approx(theirs.reserved_bytes, rel=0.02)
+    assert ours.seconds_per_update == pytest.approx(theirs.seconds_per_update, rel=0.02)
 
 
-def peak_of(trace: Trace) -> int:
-    live = peak = 0
-    for _, index, born in trace.events:
-        live += trace.storages[index].size if born else -trace.storages[index].size
-        peak = max(peak, live)
-    return peak
+@SHAPES
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trace_answers_for_other_micro_batches(shape: dict[str, Any], method: str) -> None:
+    """What a trace is scaled to is what a trace of that very step finds."""
+    config, random = AutoConfig.for_model(**shape), Random(method)
+    traces = Traces(a_recipe(method), config, HOST)
+    for _ in range(3):
+        rows, length = random.choice([1, 2, 5]), random.choice([7, 32, 100, 257])
+        trained = random.choice([rows, rows * length // 2 + 1, rows * length])
+        layers = random.choice([0, 4, config.num_hidden_layers])
+        step = Step(RowShape(rows, length, trained), layers, random.choice([1, 2, 4]))
+        scaled, fresh = traces.dry_run(step), traces.fresh(step)
+        assert scaled.peak_bytes == pytest.approx(fresh.peak_bytes, rel=1e-3), step
+        assert scaled.reserved_bytes == pytest.approx(fresh.reserved_bytes, rel=1e-3), step
+        assert scaled.seconds_per_update == pytest.approx(fresh.seconds_per_update, rel=0.01)
+        asked = traces.estimate(step).asked_bytes
+        assert scaled.peak_bytes - scaled.unsplit_bytes == asked
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_no_other_choice_that_fits_is_faster(method: str) -> None:
+    data = DataShape(100, lengths=[100] * 60, trained=[50] * 60)
+    recipe = a_recipe(method, tokens_per_update=400)
+    wide = LLAMA | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 7}
+    planner = Planner(recipe, AutoConfig.for_model(**wide), HOST, data)
+    steps = [planner.step(rows, layers) for rows in planner.rows() for layers in planner.layers()]
+    runs = [planner.traces.dry_run(step) for step in steps]
+    needs = sorted(map(planner.need_bytes, runs))
+    assert len(set(needs)) > 20
+    for limit in needs[:: len(needs) // 8]:
+        fitting = [run for run in runs if planner.need_bytes(run) <= limit]
+        chosen = planner.choose(Budget(limit, "test"))
+        assert chosen.fits
+        assert chosen.run.seconds_per_update == pytest.approx(
+            min(run.seconds_per_update or 0 for run in fitting), rel=1e-4
+        )
+
+
+def figures_of(schedule: Schedule, step: Step) -> DryRun:
+    trace = schedule.trace
+    sizes = rounded_all(np.array([storage.num_bytes for storage in trace.storages]))
+    seconds = Work.of([cost for _, cost in trace.work]).seconds(Rates.of(HOST))
+    return run_schedule(schedule, sizes, seconds, HOST, step)
 
 
 @pytest.mark.parametrize("host", HOSTS)

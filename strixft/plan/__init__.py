@@ -1,7 +1,7 @@
 """The memory-fit plan: the training step itself, run on tensors without storage."""
 
 from strixft.plan.choose import Choice, DataShape, Planner, choose
-from strixft.plan.dry_run import DryRun, dry_run
+from strixft.plan.dry_run import DryRun, Step, dry_run
 from strixft.plan.result import Plan, plan_figures, plan_recipe, require_fit
 from strixft.plan.trace import RowShape
 
@@ -12,6 +12,7 @@ __all__ = [
     "Plan",
     "Planner",
     "RowShape",
+    "Step",
     "choose",
     "dry_run",
     "plan_figures",

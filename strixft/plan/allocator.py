@@ -1,4 +1,4 @@
-"""Reserved memory: a trace replayed through the rules of torch's caching allocator.
+"""Reserved memory: allocations replayed through the rules of torch's caching allocator.
 
 Rules and sizes are those of c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h of
 torch 2.14; the HIP build is the same source. Blocks of up to 1 MiB come from segments of 2 MiB,
@@ -9,10 +9,10 @@ blocks below 10 MiB from segments of 20 MiB, larger ones get a segment of their 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from strixft.plan.trace import Trace
 from strixft.step.tracker import BLOCK
 from strixft.units import MIB
 
@@ -136,27 +136,26 @@ class Replay:
     reserved_bytes: int
 
 
-def replay(trace: Trace, mode: Mode = "default") -> Replay:
-    """Replay a trace's events, in order.
+def replay(sizes: Sequence[int], events: Iterable[int], mode: Mode = "default") -> Replay:
+    """Replay allocations and frees, in order.
 
     Args:
-        trace: Allocations and frees.
+        sizes: Bytes of each block, rounded to the allocator's.
+        events: A block's number where it is allocated, `~number` where it is freed.
         mode: `default`, or `expandable` for `expandable_segments:True`.
     """
     expandable = mode == "expandable"
     pools = [_Pool(small=small, expandable=expandable) for small in (False, True)]
-    blocks: dict[int, tuple[_Pool, _Block]] = {}
+    blocks: dict[int, _Block] = {}
     allocated = peak = 0
-    for _, index, born in trace.events:
-        if born:
-            size = max(trace.storages[index].size, BLOCK)
-            pool = pools[size <= SMALL_SIZE]
-            block = pool.allocate(size)
-            blocks[index] = pool, block
+    for event in events:
+        if event >= 0:
+            size = max(sizes[event], BLOCK)
+            block = blocks[event] = pools[size <= SMALL_SIZE].allocate(size)
             allocated += block.size
             peak = max(peak, allocated)
         else:
-            pool, block = blocks.pop(index)
+            block = blocks.pop(~event)
             allocated -= block.size
-            pool.free(block)
+            pools[sizes[~event] <= SMALL_SIZE].free(block)
     return Replay(peak, sum(pool.reserved for pool in pools))

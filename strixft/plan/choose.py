@@ -1,22 +1,25 @@
 """Choose rows, recomputed layers and accumulation: the fastest plan that fits.
 
-Memory and time of a step grow nearly evenly with its rows and with the layers that are recomputed.
-So the corners of the choice are run dry, what lies between is drawn from them, and the plan that is
-chosen is run dry itself.
+More recomputed layers take less memory and more time. So for each number of rows the search begins
+at the fewest layers whose storages can fit at all, and goes from the fastest choice to slower ones
+until one fits by the allocator's rules as well. That one is run dry itself.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import gc
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from strixft.data import largest_batch, training_order
 from strixft.hardware import Budget, Host
-from strixft.plan.dry_run import DryRun, dry_run
+from strixft.plan.dry_run import DryRun, Step
 from strixft.plan.trace import RowShape
+from strixft.plan.traces import Traces
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe
 
@@ -75,13 +78,13 @@ class DataShape:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plan whose figures are drawn between those of dry runs."""
+    """A plan that was looked at."""
 
     rows: int
     recomputed_layers: int
     steps: int
-    need_bytes: float
-    """Reserved, and outside the allocator."""
+    need_bytes: int
+    """Asked for, and outside the allocator; what the allocator holds beyond that comes on top."""
     seconds_per_update: float | None
     tok_per_s: float | None
 
@@ -99,10 +102,23 @@ class Choice:
     run: DryRun
     fits: bool
     frontier: list[Candidate] = field(default_factory=list)
+    """For each number of rows the fewest recomputed layers that can fit; fastest first."""
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    """No trace lies in a cycle, and each collection would look at all objects of the imports."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Planner:
-    """Answers for one recipe on one host; dry runs are kept.
+    """Answers for one recipe on one host, quickly once it has traced the like.
 
     Args:
         recipe: What to run.
@@ -113,14 +129,12 @@ class Planner:
 
     def __init__(self, recipe: Recipe, config: Any, host: Host, data: DataShape) -> None:
         self.recipe, self.data = recipe, data
-        self._outside_bytes = int(host.outside_bytes.value)
+        self.outside_bytes = int(host.outside_bytes.value)
         self.num_layers: int = config.get_text_config().num_hidden_layers
+        self.traces = Traces(recipe, config, host)
         self._per_update = data.rows_per_update(recipe)
-        self.dry_run: Callable[[int, int], DryRun] = cache(
-            lambda rows, layers: dry_run(
-                recipe, config, host, data.largest(recipe, rows), layers, self.steps(rows)
-            )
-        )
+        self.step = cache(self._step)
+        self.candidate = cache(self._candidate)
 
     def steps(self, rows: int) -> int:
         """Micro-batches of an update."""
@@ -141,63 +155,58 @@ class Planner:
         named = {"none": 0, "all": most}
         return [min(named.get(str(asked), asked if isinstance(asked, int) else 0), most)]
 
+    def _step(self, rows: int, layers: int) -> Step:
+        return Step(self.data.largest(self.recipe, rows), layers, self.steps(rows))
+
+    def dry_run(self, rows: int, layers: int) -> DryRun:
+        """A choice's figures, from a trace of its own."""
+        return self.traces.fresh(self.step(rows, layers))
+
     def need_bytes(self, run: DryRun) -> int:
         """What the budget is held against: reserved, and outside the allocator."""
-        return run.reserved_bytes + self._outside_bytes
+        return run.reserved_bytes + self.outside_bytes
 
-    def _corners(self) -> tuple[list[int], list[int]]:
-        """Rows and layers that are run dry; two of each where there are two."""
-        rows, layers = self.rows(), self.layers()
-        few = rows[-1]
-        more = min((count for count in rows if count > few), default=few)
-        return [few, more], [layers[0], layers[-1]]
-
-    def _draw(self, rows: int, layers: int, value: Callable[[DryRun], float]) -> float:
-        """A figure between those of the corners."""
-        (r0, r1), (k0, k1) = self._corners()
-        t = 0.0 if k1 == k0 else (layers - k0) / (k1 - k0)
-
-        def between(count: int) -> float:
-            return (1 - t) * value(self.dry_run(count, k0)) + t * value(self.dry_run(count, k1))
-
-        low = between(r0)
-        return low if r1 == r0 else low + (between(r1) - low) * (rows - r0) / (r1 - r0)
-
-    def candidate(self, rows: int, layers: int) -> Candidate:
-        """What a choice is expected to need."""
-        steps = self.steps(rows)
-        need = self._draw(rows, layers, self.need_bytes)
-        if self.dry_run(self._corners()[0][0], self.layers()[0]).seconds_per_update is None:
-            return Candidate(rows, layers, steps, need, None, None)
-        step = self._draw(rows, layers, lambda run: (run.seconds_per_update or 0) / run.steps)
+    def _candidate(self, rows: int, layers: int) -> Candidate:
+        found = self.traces.estimate(self.step(rows, layers))
+        seconds, steps = found.seconds_per_update, self.steps(rows)
         tokens = rows * steps * self.data.mean_length()
-        return Candidate(rows, layers, steps, need, step * steps, tokens / (step * steps))
+        need = found.asked_bytes + self.outside_bytes
+        return Candidate(rows, layers, steps, need, seconds, tokens / seconds if seconds else None)
 
-    def frontier(self, limit: Budget) -> list[Candidate]:
-        """For each number of rows, the fewest layers recomputed that fit, and none at all."""
-        found = []
-        for rows in self.rows():
-            all_layers = [self.candidate(rows, layers) for layers in self.layers()]
-            fitting = [c for c in all_layers if c.need_bytes <= limit.num_bytes]
-            found += fitting[:1] or all_layers[-1:]
-        return sorted(found, key=Candidate.order)
+    def fewest_recomputed(self, rows: int, limit: Budget) -> Candidate:
+        """The fewest layers recomputed with which so many rows can fit; else the most."""
 
+        def can_fit(layers: int) -> bool:
+            return self.candidate(rows, layers).need_bytes <= limit.num_bytes
+
+        few, *more = self.layers()
+        if can_fit(few) or not more or not can_fit(more[-1]):
+            return self.candidate(rows, few if can_fit(few) or not more else more[-1])
+        return self.candidate(rows, more[bisect_left(more, True, key=can_fit)])
+
+    def _fits(self, candidate: Candidate, limit: Budget) -> DryRun | None:
+        """The candidate's own dry run, if the allocator's rules let it fit."""
+        step = self.step(candidate.rows, candidate.recomputed_layers)
+        if self.need_bytes(self.traces.dry_run(step)) > limit.num_bytes:
+            return None
+        run = self.traces.fresh(step)
+        return run if self.need_bytes(run) <= limit.num_bytes else None
+
+    @_collector_off()
     def choose(self, limit: Budget) -> Choice:
-        """The fastest plan that fits, run dry itself; the smallest one if none does."""
-        frontier = self.frontier(limit)
-        for candidate in frontier:
-            for layers in self._from(candidate.recomputed_layers):
-                run = self.dry_run(candidate.rows, layers)
-                if self.need_bytes(run) <= limit.num_bytes:
-                    return Choice(run, True, frontier)
-                if candidate.need_bytes > limit.num_bytes:
-                    break
+        """The fastest plan that fits; the smallest one if none does."""
+        frontier = [self.fewest_recomputed(rows, limit) for rows in self.rows()]
+        frontier.sort(key=Candidate.order)
+        waiting = [c for c in frontier if c.need_bytes <= limit.num_bytes]
+        while waiting:
+            fastest = min(waiting, key=Candidate.order)
+            run = self._fits(fastest, limit)
+            if run is not None:
+                return Choice(run, True, frontier)
+            waiting.remove(fastest)
+            if fastest.recomputed_layers < self.layers()[-1]:
+                waiting.append(self.candidate(fastest.rows, fastest.recomputed_layers + 1))
         return Choice(self.dry_run(self.rows()[-1], self.layers()[-1]), False, frontier)
-
-    def _from(self, layers: int) -> Iterator[int]:
-        """These recomputed layers, then a few more at a time, should the drawn figure be short."""
-        more = [choice for choice in self.layers() if choice >= layers]
-        yield from more[:: max(1, math.ceil(self.num_layers / 20))]
 
 
 def choose(recipe: Recipe, config: Any, host: Host, limit: Budget, data: DataShape) -> Choice:

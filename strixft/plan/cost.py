@@ -6,15 +6,20 @@ Each operator takes the longer of its FLOP at the matrix rate and its bytes at t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from strixft.hardware import Host
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +38,19 @@ class Rates:
         rates = {dtype: rate.value for dtype, rate in host.matmul_flop_per_s.items()}
         return cls(host.bandwidth_bytes_per_s.value, rates)
 
-    def seconds(self, flop: float, num_bytes: float, dtype: torch.dtype) -> float:
-        """Time of one operator."""
-        name = str(dtype).removeprefix("torch.")
-        rate = self.flop_per_s.get(name) or min(self.flop_per_s.values())
-        spent: float = max(flop / rate, num_bytes / self.bytes_per_s)
-        return spent
+    def of_dtype(self, dtype: str) -> float:
+        """Matrix rate of a dtype; the fastest known where it was not measured."""
+        return self.flop_per_s.get(dtype) or max(self.flop_per_s.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one operator computes and moves."""
+
+    flop: int
+    moved: tuple[int, ...]
+    """Bytes of each tensor read or written."""
+    dtype: str
 
 
 def weight_of_4bit(args: Any) -> tuple[int, int]:
@@ -47,40 +59,71 @@ def weight_of_4bit(args: Any) -> tuple[int, int]:
     return rows, columns
 
 
+@cache
 def is_4bit_product(func: Any) -> bool:
     """Whether an operator multiplies by a 4-bit matrix."""
     return str(func).startswith("bitsandbytes.gemm_4bit")
 
 
-def count_flop(func: Any, args: Any, kwargs: Any, result: Any) -> float:
+def count_flop(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Floating-point operations of an operator; those of elementwise ones do not count."""
     if is_4bit_product(func):
         rows, columns = weight_of_4bit(args)
         tokens: int = args[0].numel() // columns
-        return 2.0 * tokens * rows * columns
+        return 2 * tokens * rows * columns
+    if str(func).startswith("bitsandbytes.int8_linear_matmul"):
+        return int(2 * args[0].numel() * len(args[1]))
     counter = flop_registry.get(getattr(func, "overloadpacket", None))
-    return float(counter(*args, **kwargs, out_val=result)) if counter else 0.0
+    return int(counter(*args, **kwargs, out_val=result)) if counter else 0
 
 
-def _nbytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_iter(tensors) if isinstance(t, Tensor))
-
-
-def count_bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Bytes read and written; a view moves nothing."""
+def count_moved(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, ...]:
+    """Bytes of each tensor read and written; a view moves nothing."""
     if getattr(func, "is_view", False):
-        return 0
-    moved = _nbytes(result) + _nbytes(args) + _nbytes(list(kwargs.values()))
+        return ()
+    tensors = (t for t in tree_iter((result, args, kwargs)) if isinstance(t, Tensor))
+    moved = tuple(t.numel() * t.element_size() for t in tensors)
     if is_4bit_product(func):  # the weight is written out and read again
         rows, columns = weight_of_4bit(args)
-        moved += 2 * rows * columns * args[0].element_size()
+        moved += (2 * rows * columns * args[0].element_size(),)
     return moved
 
 
-def operator_seconds(rates: Rates, func: Any, args: Any, kwargs: Any, result: Any) -> float:
-    """Predicted time of one operator."""
+def operator_cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost:
+    """Cost of one operator."""
     first = next((t for t in tree_iter(result) if isinstance(t, Tensor)), None)
     if first is None:
-        return 0.0
+        return Cost(0, (), "none")
     flop = count_flop(func, args, kwargs, result)
-    return rates.seconds(flop, count_bytes(func, args, kwargs, result), first.dtype)
+    moved = count_moved(func, args, kwargs, result)
+    return Cost(flop, moved, str(first.dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Costs of many operators."""
+
+    flop: Floats
+    moved: Floats
+    """Bytes."""
+    dtypes: list[str]
+
+    @classmethod
+    def of(cls, costs: Sequence[Cost]) -> Work:
+        """One row for each operator."""
+        flop = np.array([cost.flop for cost in costs], dtype=np.float64)
+        moved = np.array([sum(cost.moved) for cost in costs], dtype=np.float64)
+        return cls(flop, moved, [cost.dtype for cost in costs])
+
+    def seconds(self, rates: Rates | None, repeats: Floats | float = 1.0) -> Floats | None:
+        """Predicted time of each operator; None where the host's rates are not known.
+
+        Args:
+            rates: The host's.
+            repeats: How often each operator runs.
+        """
+        if rates is None:
+            return None
+        flop_per_s = np.array([rates.of_dtype(dtype) for dtype in self.dtypes])
+        each: Floats = np.maximum(self.flop / flop_per_s, self.moved / rates.bytes_per_s)
+        return each * repeats

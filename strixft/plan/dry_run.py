@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from strixft.hardware import Host
 from strixft.plan.allocator import Replay, replay
-from strixft.plan.stack import Kind, sample_layers, stack_layers
-from strixft.plan.trace import RowShape, Trace, trace_step
+from strixft.plan.cost import Floats, Rates, Work
+from strixft.plan.memo import Memo
+from strixft.plan.stack import Ints, Kind, Schedule, rounded_all, sample_layers, stands_for
+from strixft.plan.trace import RowShape, trace_step
 from strixft.recipe import Recipe
 from strixft.step.tracker import PARTS
 
@@ -24,8 +27,9 @@ class DryRun:
     recomputed_layers: int
     num_layers: int
     parts: dict[str, int]
-    """Bytes at the peak, by part; `workspace` has BLAS's buffers and what the allocator's blocks
-    are larger than asked for."""
+    """Bytes at the peak, by part; `workspace` has BLAS's buffers and `unsplit_bytes`."""
+    unsplit_bytes: int
+    """What the allocator's blocks are larger than asked for, at the peak."""
     resident_bytes: int
     """Bytes between updates."""
     reserved_bytes: int
@@ -41,7 +45,7 @@ class DryRun:
         return sum(self.parts.values())
 
 
-def _layer_kinds(config: Any, recomputed_layers: int) -> list[Kind]:
+def layer_kinds(config: Any, recomputed_layers: int) -> list[Kind]:
     """What tells one decoder layer from another."""
     lists = [value for value in vars(config).values() if isinstance(value, list)]
     num_layers = config.num_hidden_layers
@@ -63,9 +67,15 @@ def _with_layers(config: Any, layers: Sequence[int]) -> Any:
 
 
 def trace_run(
-    recipe: Recipe, config: Any, host: Host, shape: RowShape, recomputed_layers: int, steps: int
-) -> Trace:
-    """The trace at full depth; layers of one kind are traced once.
+    recipe: Recipe,
+    config: Any,
+    host: Host,
+    shape: RowShape,
+    recomputed_layers: int,
+    steps: int,
+    memo: Memo | None = None,
+) -> Schedule:
+    """What happens at full depth; layers of one kind are traced once.
 
     Args:
         recipe: Method, adapter and optimiser.
@@ -74,30 +84,83 @@ def trace_run(
         shape: The largest micro-batch.
         recomputed_layers: Layers whose activations are not kept.
         steps: Micro-batches of an update.
+        memo: Operators that earlier traces ran.
     """
     config = config.get_text_config()
-    kinds = _layer_kinds(config, recomputed_layers)
+    kinds = layer_kinds(config, recomputed_layers)
     sampled = sample_layers(kinds)
     if len(sampled) >= len(kinds):
-        return trace_step(recipe, config, host, shape, recomputed_layers, steps)
+        return Schedule(trace_step(recipe, config, host, shape, recomputed_layers, steps, memo))
     recomputed = sum(layer < recomputed_layers for layer in sampled)
     small = _with_layers(config, sampled)
-    trace = trace_step(recipe, small, host, shape, recomputed, steps)
-    return stack_layers(trace, sampled, kinds)
+    trace = trace_step(recipe, small, host, shape, recomputed, steps, memo)
+    return Schedule(trace, stands_for(kinds))
 
 
-def _at_peak(trace: Trace) -> tuple[dict[str, int], int]:
+def parts_at_peak(schedule: Schedule, sizes: Ints) -> tuple[dict[str, int], int]:
     """Bytes by part at the peak, and bytes alive at the end."""
-    sizes = [storage.size for storage in trace.storages]
-    live = peak = peak_event = 0
-    for event, (_, index, born) in enumerate(trace.events):
-        live += sizes[index] if born else -sizes[index]
-        if live > peak:
-            peak, peak_event = live, event
-    parts: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
-    for _, index, born in trace.events[: peak_event + 1]:
-        parts[trace.storages[index].part] += sizes[index] if born else -sizes[index]
-    return dict(parts), live
+    live = schedule.live_bytes(sizes)
+    until = schedule.changes[: live.argmax() + 1]
+    of_part = np.array([PARTS.index(storage.part) for storage in schedule.trace.storages])
+    born, died = until[until >= 0], ~until[until < 0]
+    parts = np.bincount(of_part[born], sizes[born], len(PARTS))
+    parts -= np.bincount(of_part[died], sizes[died], len(PARTS))
+    return dict(zip(PARTS, map(int, parts), strict=True)), int(live[-1])
+
+
+def _held(schedule: Schedule, sizes: Ints, host: Host) -> Replay:
+    """What torch's allocator holds; a CPU has none, and holds what is asked for."""
+    if host.device == "cuda":
+        blocks = schedule.blocks
+        return replay(sizes[blocks.storages].tolist(), blocks.events)
+    asked = int(schedule.live_bytes(sizes).max())
+    return Replay(asked, asked)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A training step: which micro-batch, how often, and with what kept."""
+
+    shape: RowShape
+    recomputed_layers: int
+    steps: int
+    """Micro-batches of an update."""
+
+
+def run_schedule(
+    schedule: Schedule, sizes: Ints, seconds: Floats | None, host: Host, step: Step
+) -> DryRun:
+    """A dry run's figures.
+
+    Args:
+        schedule: What happens.
+        sizes: Of the trace's storages.
+        seconds: Of each operator of the trace.
+        host: Its allocator and its workspace.
+        step: What was traced.
+    """
+    parts, resident = parts_at_peak(schedule, sizes)
+    workspace = int(host.workspace_bytes.value)
+    asked, held = sum(parts.values()), _held(schedule, sizes, host)
+    parts["workspace"] += workspace + held.allocated_bytes - asked
+    return DryRun(
+        shape=step.shape,
+        recomputed_layers=step.recomputed_layers,
+        num_layers=schedule.num_layers,
+        parts=parts,
+        unsplit_bytes=held.allocated_bytes - asked,
+        resident_bytes=resident + workspace,
+        reserved_bytes=held.reserved_bytes + workspace,
+        steps=step.steps,
+        seconds_per_update=seconds_per_update(schedule, sizes, seconds, step.steps),
+    )
+
+
+def seconds_per_update(
+    schedule: Schedule, sizes: Ints, seconds: Floats | None, steps: int
+) -> float | None:
+    """Predicted time of an update; None where the host's rates are not known."""
+    return None if seconds is None else float(seconds @ schedule.times(sizes, steps))
 
 
 def dry_run(
@@ -107,21 +170,10 @@ def dry_run(
     shape: RowShape,
     recomputed_layers: int = 0,
     steps: int = 1,
+    memo: Memo | None = None,
 ) -> DryRun:
     """Two updates of the training step on `meta`; see `trace_run` for the arguments."""
-    trace = trace_run(recipe, config, host, shape, recomputed_layers, steps)
-    parts, resident = _at_peak(trace)
-    workspace = int(host.workspace_bytes.value)
-    asked = sum(parts.values())
-    held = replay(trace) if host.device == "cuda" else Replay(asked, asked)
-    parts["workspace"] += workspace + held.allocated_bytes - asked
-    return DryRun(
-        shape=shape,
-        recomputed_layers=recomputed_layers,
-        num_layers=config.get_text_config().num_hidden_layers,
-        parts=parts,
-        resident_bytes=resident + workspace,
-        reserved_bytes=held.reserved_bytes + workspace,
-        steps=steps,
-        seconds_per_update=trace.seconds_per_update(steps),
-    )
+    schedule = trace_run(recipe, config, host, shape, recomputed_layers, steps, memo)
+    sizes = rounded_all(np.array([s.num_bytes for s in schedule.trace.storages]))
+    seconds = Work.of([cost for _, cost in schedule.trace.work]).seconds(Rates.of(host))
+    return run_schedule(schedule, sizes, seconds, host, Step(shape, recomputed_layers, steps))

@@ -11,13 +11,26 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
-from strixft.plan.trace import Place, Storage, Trace
+import numpy as np
+import numpy.typing as npt
+
+from strixft.plan.cost import Floats
+from strixft.plan.trace import Place, Trace
+from strixft.step.tracker import BLOCK
 
 Kind = Hashable
 Key = tuple[int, int | None]
 """Storage of the small trace, and the deep model's layer it stands for."""
+Ints = npt.NDArray[np.int64]
+
+
+def rounded_all(num_bytes: Ints) -> Ints:
+    """Bytes of the allocator's blocks; see `tracker.rounded`."""
+    blocks: Ints = -(-num_bytes // BLOCK) * BLOCK
+    return blocks
 
 
 def sample_layers(kinds: Sequence[Kind]) -> list[int]:
@@ -31,6 +44,92 @@ def sample_layers(kinds: Sequence[Kind]) -> list[int]:
     return [0, *sorted(first_of.values()), len(kinds) - 1]
 
 
+def stands_for(kinds: Sequence[Kind]) -> list[int]:
+    """For each layer of the deep model, which of `sample_layers` stands for it."""
+    sampled = sample_layers(kinds)
+    of_kind = {kinds[layer]: index for index, layer in enumerate(sampled[1:-1], start=1)}
+    return [0, *(of_kind[kind] for kind in kinds[1:-1]), len(sampled) - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Allocations and frees of a deep model, one by one."""
+
+    storages: list[int]
+    """For each block, the small trace's storage whose size it has."""
+    events: list[int]
+    """A block's number where it is allocated; `~number` where it is freed."""
+
+
+class Schedule:
+    """What happens in a model of full depth, told by a trace's storages.
+
+    Args:
+        trace: Of a few layers, or of all.
+        stands_for: For each layer of the deep model, the layer of the trace that stands for it;
+            None where the trace is of all layers.
+    """
+
+    def __init__(self, trace: Trace, stands_for: Sequence[int] | None = None) -> None:
+        self.trace = trace
+        self._stands_for = stands_for
+        self.num_layers = trace.num_layers if stands_for is None else len(stands_for)
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """Each block of the deep model."""
+        if self._stands_for is not None:
+            return _Stack(self.trace, self._stands_for).build()
+        events = [index if born else ~index for _, index, born in self.trace.events]
+        return Blocks(list(range(len(self.trace.storages))), events)
+
+    @cached_property
+    def changes(self) -> Ints:
+        """Storages in the order of their births, and `~storage` where one dies."""
+        if self._stands_for is not None:
+            return _changes(self.trace, self._stands_for)
+        return np.array([index if born else ~index for _, index, born in self.trace.events])
+
+    def live_bytes(self, sizes: Ints) -> Ints:
+        """Bytes alive after each change, if the trace's storages have these sizes."""
+        signed = np.concatenate([sizes, -sizes[::-1]])  # ~storage counts from the end
+        return np.cumsum(signed[self.changes])
+
+    def times(self, sizes: Ints, steps: int) -> Floats:
+        """How often an update does each piece of the trace's work.
+
+        Args:
+            sizes: Of the trace's storages.
+            steps: Micro-batches of an update; each does what the trace's last one does.
+        """
+        counts, is_update = self._counts
+        return np.where(is_update, self._trained_growth(sizes), steps * counts)
+
+    @cached_property
+    def _counts(self) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """For each piece of work, layers that do it in the last micro-batch; and the update's."""
+        last = max((place.micro_batch for place, _ in self.trace.work), default=0)
+        counted = {place: float(self._count(place.layer)) for place, _ in self.trace.work}
+        of_last = [counted[p] if p.micro_batch == last else 0.0 for p, _ in self.trace.work]
+        updates = [p.micro_batch == last and p.phase == "update" for p, _ in self.trace.work]
+        return np.array(of_last), np.array(updates)
+
+    def _count(self, layer: int | None) -> int:
+        return 1 if layer is None or self._stands_for is None else self._stands_for.count(layer)
+
+    @cached_property
+    def _trained(self) -> tuple[Ints, Ints]:
+        """Trained storages, and how many layers have the like."""
+        trained = [i for i, s in enumerate(self.trace.storages) if s.part == "adapter"]
+        counts = [self._count(self.trace.storages[i].born.layer) for i in trained]
+        return np.array(trained, dtype=np.int64), np.array(counts, dtype=np.int64)
+
+    def _trained_growth(self, sizes: Ints) -> float:
+        """Trained bytes of the deep model ÷ those of the trace."""
+        trained, counts = self._trained
+        return float(sizes[trained] @ counts / sizes[trained].sum())
+
+
 @dataclass(frozen=True, slots=True)
 class _Segment:
     place: Place
@@ -42,32 +141,41 @@ def _segments(trace: Trace) -> list[_Segment]:
     return [_Segment(place, [(i, born) for _, i, born in events]) for place, events in groups]
 
 
-def _trained_bytes(trace: Trace) -> int:
-    return sum(storage.size for storage in trace.storages if storage.part == "adapter")
+def _passes(trace: Trace, stands_for: Sequence[int]) -> Iterator[tuple[int, _Segment, int | None]]:
+    """Segments of the trace with the deep layers they are emitted for, numbered, in order."""
+    layers = range(len(stands_for))
+    by_pass = groupby(
+        enumerate(_segments(trace)),
+        key=lambda s: (s[1].place.micro_batch, s[1].place.phase, s[1].place.layer is None),
+    )
+    for (_, phase, is_global), group in by_pass:
+        segments = list(group)
+        if is_global or phase == "update":
+            yield from ((number, segment, None) for number, segment in segments)
+            continue
+        by_layer = defaultdict(list)
+        for number, segment in segments:
+            by_layer[segment.place.layer].append((number, segment))
+        for layer in reversed(layers) if phase == "backward" else layers:
+            for number, segment in by_layer[stands_for[layer]]:
+                yield number, segment, layer
 
 
 class _Stack:
-    """Builds the deep trace."""
+    """Builds the blocks of the deep model."""
 
-    def __init__(self, trace: Trace, sampled: Sequence[int], kinds: Sequence[Kind]) -> None:
-        self.small = trace
-        self.deep = Trace(len(kinds))
-        self._stands_for = self._samples(sampled, kinds)
+    def __init__(self, trace: Trace, stands_for: Sequence[int]) -> None:
+        self._trace = trace
+        self._stands_for = stands_for
+        self._deep = Blocks([], [])
         self._alive: dict[Key, int] = {}
         self._leaving = self._find_leaving()
         self._uses: Counter[int] = Counter()
 
-    @staticmethod
-    def _samples(sampled: Sequence[int], kinds: Sequence[Kind]) -> list[int]:
-        """For each layer of the deep model, the layer of the small one that stands for it."""
-        of_kind = {kinds[layer]: index for index, layer in enumerate(sampled[1:-1], start=1)}
-        middle = [of_kind[kind] for kind in kinds[1:-1]]
-        return [0, *middle, len(sampled) - 1]
-
     def _find_leaving(self) -> dict[Place, list[int]]:
         """Storages that die in another layer than they were born in, by birth place, in order."""
         leaving: dict[Place, list[int]] = defaultdict(list)
-        for index, storage in enumerate(self.small.storages):
+        for index, storage in enumerate(self._trace.storages):
             born, died = storage.born, storage.died
             if died and None not in (born.layer, died.layer) and born.layer != died.layer:
                 leaving[born].append(index)
@@ -75,11 +183,11 @@ class _Stack:
 
     def _resolve(self, index: int, layer: int | None) -> Key:
         """The deep model's storage that a free in this layer means."""
-        born = self.small.storages[index].born
+        born = self._trace.storages[index].born
         if born.layer is None:
             return index, None
         if layer is None:  # freed outside the layers: it is the last layer's, or the first's
-            deep_layer = self.deep.num_layers - 1 if born.layer else 0
+            deep_layer = len(self._stands_for) - 1 if born.layer else 0
             return index, deep_layer
         here = self._stands_for[layer]
         deep_layer = layer + born.layer - here
@@ -90,96 +198,76 @@ class _Stack:
         twin = Place(born.micro_batch, born.phase, there)
         return self._leaving[twin][order], deep_layer
 
-    def _allocate(self, index: int, place: Place) -> None:
-        storage = self.small.storages[index]
-        self._alive[index, place.layer] = len(self.deep.storages)
-        self.deep.events.append((place, len(self.deep.storages), True))
-        self.deep.storages.append(Storage(storage.size, storage.part, place))
+    def _allocate(self, index: int, layer: int | None) -> None:
+        self._alive[index, layer] = len(self._deep.storages)
+        self._deep.events.append(len(self._deep.storages))
+        self._deep.storages.append(index)
 
-    def _free(self, key: Key, place: Place) -> None:
-        deep = self._alive.pop(key)
-        self.deep.storages[deep].died = place
-        self.deep.events.append((place, deep, False))
+    def _free(self, key: Key) -> None:
+        self._deep.events.append(~self._alive.pop(key))
 
-    def _emit(self, segment: _Segment, layer: int | None) -> None:
-        place = Place(segment.place.micro_batch, segment.place.phase, layer)
-        for index, born in segment.events:
+    def _emit(self, events: Sequence[tuple[int, bool]], layer: int | None) -> None:
+        for index, born in events:
             if born:
-                self._allocate(index, place)
+                self._allocate(index, layer)
             elif layer is None or self._is_last_use(index, layer):
-                self._free(self._resolve(index, layer), place)
+                self._free(self._resolve(index, layer))
 
     def _is_last_use(self, index: int, layer: int) -> bool:
         """Whether a free in this layer is the one that counts.
 
         What was born outside the layers, such as a mask, is freed by the last layer of its kind.
         """
-        if self.small.storages[index].born.layer is not None:
+        if self._trace.storages[index].born.layer is not None:
             return True
         self._uses[index] += 1
         return self._uses[index] == self._stands_for.count(self._stands_for[layer])
 
     def _emit_update(self, segment: _Segment) -> None:
         """The optimiser's states of every layer are born, the gradients of every layer die."""
-        place = segment.place
         for index, born in segment.events:
-            storage = self.small.storages[index]
-            of_layer = storage.born.layer
+            of_layer = self._trace.storages[index].born.layer
             if of_layer is None:
-                self._emit(_Segment(place, [(index, born)]), None)
+                self._emit([(index, born)], None)
                 continue
             for layer, sample in enumerate(self._stands_for):
                 if sample == of_layer and born:
-                    self._allocate(index, Place(place.micro_batch, place.phase, layer))
+                    self._allocate(index, layer)
                 elif sample == of_layer:
-                    self._free((index, layer), place)
+                    self._free((index, layer))
 
-    def _passes(self) -> Iterator[tuple[_Segment, int | None]]:
-        """Segments of the small trace with the deep layers they are emitted for, in order."""
-        layers = range(self.deep.num_layers)
-        by_pass = groupby(
-            _segments(self.small),
-            key=lambda s: (s.place.micro_batch, s.place.phase, s.place.layer is None),
-        )
-        for (_, phase, is_global), group in by_pass:
-            segments = list(group)
-            if is_global or phase == "update":
-                yield from ((segment, None) for segment in segments)
-                continue
-            by_layer = defaultdict(list)
-            for segment in segments:
-                by_layer[segment.place.layer].append(segment)
-            for layer in reversed(layers) if phase == "backward" else layers:
-                for segment in by_layer[self._stands_for[layer]]:
-                    yield segment, layer
-
-    def build(self) -> Trace:
-        """The deep trace."""
-        for segment, layer in self._passes():
+    def build(self) -> Blocks:
+        """The deep model's blocks."""
+        for _, segment, layer in _passes(self._trace, self._stands_for):
             if segment.place.phase == "update":
                 self._emit_update(segment)
             else:
-                self._emit(segment, layer)
-        self.deep.seconds = dict(self._seconds())
-        return self.deep
-
-    def _seconds(self) -> Iterator[tuple[Place, float]]:
-        more_trained = _trained_bytes(self.deep) / _trained_bytes(self.small)
-        for place, seconds in self.small.seconds.items():
-            if place.phase == "update":
-                yield place, seconds * more_trained
-            elif place.layer is None:
-                yield place, seconds
-            else:
-                yield place, seconds * self._stands_for.count(place.layer)
+                self._emit(segment.events, layer)
+        return self._deep
 
 
-def stack_layers(trace: Trace, sampled: Sequence[int], kinds: Sequence[Kind]) -> Trace:
-    """The trace of a deep model.
+def _change_of(
+    trace: Trace, segment: _Segment, stands_for: Sequence[int], *, is_last: bool
+) -> Ints:
+    """Storages born in a segment, and `~storage` of those that die in it."""
+    found: list[int] = []
+    for index, born in segment.events:
+        layer = trace.storages[index].born.layer
+        change = index if born else ~index
+        if segment.place.phase == "update" and layer is not None:
+            found += [change] * stands_for.count(layer)
+        elif born or is_last or layer is not None:  # see `_Stack._is_last_use`
+            found.append(change)
+    return np.array(found, dtype=np.int64)
 
-    Args:
-        trace: Of a model whose layers are those that `sample_layers` named.
-        sampled: These layers.
-        kinds: Kind of each layer of the deep model.
-    """
-    return _Stack(trace, sampled, kinds).build()
+
+def _changes(trace: Trace, stands_for: Sequence[int]) -> Ints:
+    """What `_Stack` does to the live bytes, segment by segment instead of block by block."""
+    pieces = list(_passes(trace, stands_for))
+    last_layer = {number: layer for number, _, layer in pieces}
+    made: dict[tuple[int, bool], Ints] = {}
+    for number, segment, layer in pieces:
+        is_last = last_layer[number] == layer
+        if (number, is_last) not in made:
+            made[number, is_last] = _change_of(trace, segment, stands_for, is_last=is_last)
+    return np.concatenate([made[n, last_layer[n] == layer] for n, _, layer in pieces])

@@ -19,10 +19,10 @@ from strixft.attention import planned_for
 from strixft.data import shape_batch
 from strixft.hardware import Host
 from strixft.model import build, native_dtype
-from strixft.plan.cost import Rates, is_4bit_product, operator_seconds, weight_of_4bit
+from strixft.plan.cost import Cost, is_4bit_product, operator_cost, weight_of_4bit
+from strixft.plan.memo import Memo
 from strixft.recipe import Recipe
 from strixft.step import MemoryTracker, TrainingStep
-from strixft.step.tracker import rounded
 from strixft.step.update import decoder_layers
 
 aten = torch.ops.aten
@@ -55,8 +55,8 @@ class Place:
 class Storage:
     """A block of memory."""
 
-    size: int
-    """Requested bytes, rounded to the allocator's block."""
+    num_bytes: int
+    """As requested, not rounded to the allocator's block."""
     part: str
     born: Place
     died: Place | None = None
@@ -70,30 +70,34 @@ class Trace:
     storages: list[Storage] = field(default_factory=list)
     events: list[tuple[Place, int, bool]] = field(default_factory=list)
     """Place, index of the storage, whether it is allocated."""
-    seconds: dict[Place, float] = field(default_factory=dict)
-    """Predicted time of the device, by place; empty where the host's rates are not known."""
+    work: list[tuple[Place, Cost]] = field(default_factory=list)
+    """What each operator computes and moves, in order."""
 
-    def seconds_per_update(self, steps: int) -> float | None:
-        """Predicted time of an update of so many micro-batches, the last one's time each."""
-        if not self.seconds:
-            return None
-        last = max(place.micro_batch for place in self.seconds)
-        update, step = 0.0, 0.0
-        for place, seconds in self.seconds.items():
-            if place.micro_batch == last and place.phase == "update":
-                update += seconds
-            elif place.micro_batch == last:
-                step += seconds
-        return step * steps + update
+
+def one_step(trace: Trace) -> Trace:
+    """A trace of updates of one micro-batch, from one whose second update has two."""
+    last = max(place.micro_batch for place, _, _ in trace.events)
+    update = Place(last, "update")
+
+    def is_gone(place: Place) -> bool:
+        return place.micro_batch == last and place != update
+
+    events = [event for event in trace.events if not is_gone(trace.storages[event[1]].born)]
+    moved = {update: Place(last - 1, "update")}
+    work = [
+        (Place(0, "load") if is_gone(place) else moved.get(place, place), cost)
+        for place, cost in trace.work
+    ]
+    return replace(trace, events=events, work=work)
 
 
 class _Recorder(MemoryTracker):
     """A tracker that writes a trace, and answers what `meta` tensors cannot."""
 
-    def __init__(self, num_layers: int, host: Host) -> None:
+    def __init__(self, num_layers: int, host: Host, memo: Memo) -> None:
         super().__init__()
         self.trace = Trace(num_layers)
-        self._rates = Rates.of(host)
+        self._memo = memo
         self._on_gpu = host.device == "cuda"
         self.place = Place(0, "load")
         self._index: dict[int, int] = {}
@@ -104,21 +108,18 @@ class _Recorder(MemoryTracker):
         if func is aten._local_scalar_dense.default:
             return 1  # transformers asks of position ids whether rows are packed; they are not
         if func is aten._fused_adamw_.default:  # works in place, on five lists of tensors
-            self._spend(func, args, kwargs, args[0])
+            self.trace.work.append((self.place, operator_cost(func, args, kwargs, args[0])))
             return None
         if is_4bit_product(func) and self._on_gpu:
             return self._run_4bit_product(func, args, kwargs)
-        return self._timed(func, args, kwargs)
+        if func is aten.add.Tensor and self._adds_embedding_gradient(args):
+            return super().run(func, args, kwargs)
+        return self._counted(func, args, kwargs)
 
-    def _timed(self, func: Any, args: Any, kwargs: Any) -> Any:
-        result = super().run(func, args, kwargs)
-        self._spend(func, args, kwargs, result)
+    def _counted(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result, cost = self._memo.run(func, args, kwargs, super().run)
+        self.trace.work.append((self.place, cost))
         return result
-
-    def _spend(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        if self._rates is not None:
-            spent = operator_seconds(self._rates, func, args, kwargs, result)
-            self.trace.seconds[self.place] = self.trace.seconds.get(self.place, 0.0) + spent
 
     def _run_4bit_product(self, func: Any, args: Any, kwargs: Any) -> Any:
         """It writes the whole weight out inside, where no tracker sees it.
@@ -127,7 +128,7 @@ class _Recorder(MemoryTracker):
         """
         weight = torch.empty(weight_of_4bit(args), dtype=args[0].dtype, device="meta")
         self.watch(weight, "workspace")
-        return self._timed(func, args, kwargs)
+        return self._counted(func, args, kwargs)
 
     def watch_model(self, model: nn.Module) -> None:
         for index, layer in enumerate(decoder_layers(model)):
@@ -156,7 +157,7 @@ class _Recorder(MemoryTracker):
             self._leaves_layers = False
         self._index[storage._cdata] = len(self.trace.storages)
         self.trace.events.append((self.place, len(self.trace.storages), True))
-        self.trace.storages.append(Storage(rounded(storage.nbytes()), name, self.place))
+        self.trace.storages.append(Storage(storage.nbytes(), name, self.place))
 
     def _free(self, key: int) -> None:
         super()._free(key)
@@ -223,7 +224,13 @@ class _TracedStep(TrainingStep):
 
 
 def trace_step(
-    recipe: Recipe, config: Any, host: Host, shape: RowShape, recomputed_layers: int, steps: int
+    recipe: Recipe,
+    config: Any,
+    host: Host,
+    shape: RowShape,
+    recomputed_layers: int,
+    steps: int,
+    memo: Memo | None = None,
 ) -> Trace:
     """Run two updates on `meta` and record them.
 
@@ -234,10 +241,11 @@ def trace_step(
         shape: The micro-batch.
         recomputed_layers: Layers whose activations are not kept.
         steps: Micro-batches of an update; 2 stand for any more.
+        memo: Operators that earlier traces ran.
     """
     model = build(recipe, "meta", native_dtype(host.device, bfloat16=host.bfloat16), config)
     layers = decoder_layers(model)
-    recorder = _Recorder(len(layers), host)
+    recorder = _Recorder(len(layers), host, memo or Memo())
     recorder.watch_model(model)
     recorder.follow(layers)
     batch = shape_batch(shape.rows, shape.length, shape.trained, "meta")

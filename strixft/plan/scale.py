@@ -1,0 +1,217 @@
+"""A trace's sizes at another number of rows, tokens or trained tokens.
+
+A trace is made with sides that are multiples of primes which divide no side of the model. Which of
+them divide a size, and how often, then says how it grows: with B, with B × T, with B × T², with the
+trained tokens, with a chunk of the head. Events and their order are the same within a `Regime`.
+
+Shapes: B rows, T tokens, K trained tokens, n rows of a chunk of the head, m rows of its last chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from strixft.plan.cost import Floats, Work
+from strixft.plan.stack import Ints, rounded_all
+from strixft.plan.trace import RowShape, Trace
+from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
+
+TILE = 32
+"""Some attention operators pad T to a multiple of this (aten/src/ATen/native/transformers)."""
+LARGEST = 10_000
+"""Where the search for a traced length ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The sides of a micro-batch that sizes grow with."""
+
+    rows: int
+    length: int
+    trained: int
+    chunk: int
+    last_chunk: int
+
+    @classmethod
+    def of(cls, shape: RowShape, vocabulary: int) -> Sides:
+        """Of a micro-batch."""
+        chunk = chunk_rows(shape.trained, vocabulary)
+        rest = shape.trained - chunk * (math.ceil(shape.trained / chunk) - 1)
+        return cls(shape.rows, shape.length, shape.trained, chunk, rest)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the head."""
+        return math.ceil(self.trained / self.chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """Micro-batches whose steps have the same events."""
+
+    one_row: bool
+    """A single row needs no copies to become contiguous."""
+    beyond: tuple[bool, ...]
+    """For each sliding window: rows are longer than it, so there is a mask."""
+    chunks: int
+    """1, 2, or 3 for any more: those in the middle are alike."""
+
+    @classmethod
+    def of(cls, config: Any, shape: RowShape) -> Regime:
+        """The regime of a micro-batch."""
+        sides = Sides.of(shape, config.vocab_size)
+        beyond = tuple(shape.length > window for window in _windows(config))
+        return cls(shape.rows == 1, beyond, min(sides.chunks, 3))
+
+
+def _windows(config: Any) -> list[int]:
+    window = getattr(config, "sliding_window", None)
+    return [window] if isinstance(window, int) else []
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
+
+
+def _primes(first: int = 29) -> Iterator[int]:
+    return filter(_is_prime, range(first, LARGEST))
+
+
+def _largest_prime_factor(number: int) -> int:
+    return max((d for d in range(2, number + 1) if number % d == 0 and _is_prime(d)), default=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The micro-batch that is traced for a regime."""
+
+    sides: Sides
+    primes: tuple[int, ...]
+    """One that divides each of the sides and none of the others; 1 where a side does not vary."""
+
+    @property
+    def shape(self) -> RowShape:
+        """The micro-batch."""
+        return RowShape(self.sides.rows, self.sides.length, self.sides.trained)
+
+
+def _lengths(windows: Iterable[int], beyond: Iterable[bool]) -> Iterator[tuple[int, int]]:
+    """Lengths on the right side of each window, with their prime."""
+    sides = list(zip(windows, beyond, strict=True))
+    tiled = ((TILE * prime, prime) for prime in _primes())
+    plain = ((number, number) for number in range(LARGEST // TILE, 2, -1) if _is_prime(number))
+    for length, prime in chain(tiled, plain):
+        if all((length > window) == is_beyond for window, is_beyond in sides):
+            yield length, prime
+
+
+def _told_apart(numbers: Sequence[int], primes: Sequence[int], taken: int) -> bool:
+    """Whether each prime divides its own number alone, and no side that is taken."""
+    divides = [[number % prime == 0 for prime in primes] for number in numbers]
+    own = [[i == j for j in range(len(primes))] for i in range(len(numbers))]
+    return divides == own and min(primes) > 7 and math.gcd(taken, math.prod(primes)) == 1
+
+
+def _trained(
+    regime: Regime, vocabulary: int, taken: int
+) -> Iterator[tuple[Sides, tuple[int, ...]]]:
+    """Trained tokens in as many chunks as the regime says, with primes of K, n and m."""
+    most = max(1, CHUNK_ELEMENTS // vocabulary)
+    for trained in range(regime.chunks * most, (regime.chunks - 1) * most, -1):
+        sides = Sides.of(RowShape(1, 1, trained), vocabulary)
+        numbers = [trained, sides.chunk, sides.last_chunk][: 1 if regime.chunks == 1 else 3]
+        primes = list(map(_largest_prime_factor, numbers))
+        if _told_apart(numbers, primes, taken):
+            yield sides, (*primes, 1, 1)[:3]
+
+
+def sample(config: Any, regime: Regime, taken: int) -> Sample | None:
+    """A micro-batch of a regime whose sides are told apart by their primes; None if there is none.
+
+    Args:
+        config: The model's configuration.
+        regime: What the micro-batch should be an instance of.
+        taken: A product of the model's own sides, which share no prime with the micro-batch's.
+    """
+    rows = 1 if regime.one_row else next(p for p in _primes(11) if taken % p)
+    taken *= rows
+    for length, prime in _lengths(_windows(config), regime.beyond):
+        if taken % prime:
+            for sides, primes in _trained(regime, config.vocab_size, taken * prime):
+                found = Sides(rows, length, sides.trained, sides.chunk, sides.last_chunk)
+                return Sample(found, (rows, prime, *primes))
+    return None
+
+
+class _Growth:
+    """How numbers grow with the sides of the micro-batch.
+
+    Args:
+        numbers: As they were traced.
+        traced: The micro-batch of the trace.
+    """
+
+    def __init__(self, numbers: Ints, traced: Sample) -> None:
+        self.powers = np.stack([_powers(numbers, prime) for prime in traced.primes], axis=1)
+        self._unit = numbers / self._product(traced.sides)
+
+    def _product(self, sides: Sides) -> Floats:
+        logs = np.log(np.array(astuple(sides), dtype=np.float64))
+        product: Floats = np.exp(self.powers @ logs)
+        return product
+
+    def at(self, sides: Sides) -> Floats:
+        """The numbers for other sides."""
+        return np.rint(self._unit * self._product(sides))
+
+
+def _powers(numbers: Ints, prime: int) -> Ints:
+    """How often a prime divides each number."""
+    powers, rest = np.zeros_like(numbers), numbers.copy()
+    while prime > 1 and (divides := (rest != 0) & (rest % prime == 0)).any():
+        powers += divides
+        rest = np.where(divides, rest // prime, rest)
+    return powers
+
+
+class ScaledTrace:
+    """A trace, and what its numbers are for other micro-batches of its regime.
+
+    Args:
+        trace: Of the sample.
+        traced: The sample.
+    """
+
+    def __init__(self, trace: Trace, traced: Sample) -> None:
+        costs = [cost for _, cost in trace.work]
+        self.trace = trace
+        self._chunks = traced.sides.chunks
+        self._sizes = _Growth(np.array([s.num_bytes for s in trace.storages]), traced)
+        self._flop = _Growth(np.array([cost.flop for cost in costs]), traced)
+        self._moved = _Growth(np.array([part for cost in costs for part in cost.moved]), traced)
+        self._owner = np.repeat(np.arange(len(costs)), [len(cost.moved) for cost in costs])
+        self._dtypes = [cost.dtype for cost in costs]
+
+    def sizes(self, sides: Sides) -> Ints:
+        """Bytes of each storage, rounded to the allocator's block."""
+        return rounded_all(self._sizes.at(sides).astype(np.int64))
+
+    def work(self, sides: Sides) -> Work:
+        """What each operator computes and moves."""
+        each = self._moved.at(sides)
+        moved: Floats = np.bincount(self._owner, each, len(self._dtypes)).astype(np.float64)
+        return Work(self._flop.at(sides), moved, self._dtypes)
+
+    def repeats(self, sides: Sides) -> Floats:
+        """How often each operator runs for each time it was traced: chunks in the middle do."""
+        of_chunk = 3
+        moved = np.bincount(self._owner, self._moved.powers[:, of_chunk], len(self._dtypes))
+        in_chunk = (moved > 0) | (self._flop.powers[:, of_chunk] > 0)
+        more = (sides.chunks - 1) / (self._chunks - 1) if self._chunks > 1 else 1.0
+        return np.where(in_chunk, more, 1.0)

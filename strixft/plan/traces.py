@@ -1,0 +1,136 @@
+"""Traces that are made once and answer for any micro-batch and any number of recomputed layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from strixft.hardware import Host
+from strixft.plan.cost import Floats, Rates
+from strixft.plan.dry_run import (
+    DryRun,
+    Step,
+    dry_run,
+    layer_kinds,
+    run_schedule,
+    seconds_per_update,
+    trace_run,
+)
+from strixft.plan.memo import Memo
+from strixft.plan.scale import Regime, ScaledTrace, Sides, sample
+from strixft.plan.stack import Ints, Schedule, sample_layers, stands_for
+from strixft.plan.trace import one_step
+from strixft.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a step asks for, without the allocator's rules."""
+
+    asked_bytes: int
+    """At the peak, with BLAS's workspace; blocks and segments of the allocator take more."""
+    seconds_per_update: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaled:
+    """A step's schedule with the sizes and times of its micro-batch."""
+
+    schedule: Schedule
+    sizes: Ints
+    seconds: Floats | None
+
+
+class Traces:
+    """Answers for one recipe and model on one host.
+
+    Args:
+        recipe: Method, adapter and optimiser.
+        config: The model's configuration.
+        host: Decides dtype and attention operator.
+    """
+
+    def __init__(self, recipe: Recipe, config: Any, host: Host) -> None:
+        self._recipe, self._config, self._host = recipe, config.get_text_config(), host
+        self._memo = Memo()
+        self._scaled: dict[Any, ScaledTrace | None] = {}
+        self._schedules: dict[Any, Schedule] = {}
+        self._numbers: dict[Any, tuple[Ints, Floats | None]] = {}
+
+    def _taken(self) -> int:
+        """A product of the model's own sides."""
+        sides = [v for v in self._config.to_dict().values() if isinstance(v, int) and v > 1]
+        return math.prod([*sides, self._recipe.lora.r])
+
+    def _make(self, step: Step, regime: Regime) -> ScaledTrace | None:
+        traced = sample(self._config, regime, self._taken())
+        if traced is None:
+            return None
+        schedule = trace_run(
+            self._recipe,
+            self._config,
+            self._host,
+            traced.shape,
+            step.recomputed_layers,
+            2,
+            self._memo,
+        )
+        return ScaledTrace(schedule.trace, traced)
+
+    def _scaled_trace(self, step: Step) -> tuple[Any, ScaledTrace | None]:
+        """The trace that answers for a step, and what tells it from others."""
+        kinds = layer_kinds(self._config, step.recomputed_layers)
+        regime = Regime.of(self._config, step.shape)
+        key = regime, tuple(kinds[layer] for layer in sample_layers(kinds))
+        if key not in self._scaled:
+            self._scaled[key] = self._make(step, regime)
+        return key, self._scaled[key]
+
+    def _schedule(self, key: Any, scaled: ScaledTrace, step: Step) -> Schedule:
+        key = *key, step.recomputed_layers, step.steps > 1
+        if key not in self._schedules:
+            kinds = layer_kinds(self._config, step.recomputed_layers)
+            deep = None if len(sample_layers(kinds)) >= len(kinds) else stands_for(kinds)
+            trace = scaled.trace if step.steps > 1 else one_step(scaled.trace)
+            self._schedules[key] = Schedule(trace, deep)
+        return self._schedules[key]
+
+    def _find(self, step: Step) -> _Scaled | None:
+        key, scaled = self._scaled_trace(step)
+        if scaled is None:
+            return None
+        sides = Sides.of(step.shape, self._config.vocab_size)
+        if (*key, sides) not in self._numbers:
+            seconds = scaled.work(sides).seconds(Rates.of(self._host), scaled.repeats(sides))
+            self._numbers[*key, sides] = scaled.sizes(sides), seconds
+        return _Scaled(self._schedule(key, scaled, step), *self._numbers[*key, sides])
+
+    def estimate(self, step: Step) -> Estimate:
+        """What a step asks for: milliseconds once its like was traced."""
+        found = self._find(step)
+        if found is None:
+            run = self.dry_run(step)
+            return Estimate(run.peak_bytes, run.seconds_per_update)
+        asked = int(found.schedule.live_bytes(found.sizes).max())
+        seconds = seconds_per_update(found.schedule, found.sizes, found.seconds, step.steps)
+        return Estimate(asked + int(self._host.workspace_bytes.value), seconds)
+
+    def dry_run(self, step: Step) -> DryRun:
+        """A step's figures: those of a fresh trace, from one that was scaled."""
+        found = self._find(step)
+        if found is None:
+            return self.fresh(step)
+        return run_schedule(found.schedule, found.sizes, found.seconds, self._host, step)
+
+    def fresh(self, step: Step) -> DryRun:
+        """A step's figures from a trace of its own."""
+        return dry_run(
+            self._recipe,
+            self._config,
+            self._host,
+            step.shape,
+            step.recomputed_layers,
+            step.steps,
+            self._memo,
+        )
