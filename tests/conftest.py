@@ -81,14 +81,13 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
-@pytest.fixture
-def write_recipe(tmp_path: Path, tiny_model: Path) -> WriteRecipe:
-    """Writes a recipe on the tiny model; sections are merged into it."""
+def recipe_writer(folder: Path, model: Path) -> WriteRecipe:
+    """Writes a recipe on a model into a folder; sections are merged into it."""
 
     def write(name: str = "tiny", rows: Sequence[Any] | None = None, **sections: Any) -> Path:
-        data = write_lines(tmp_path / f"{name}.jsonl", chats(24) if rows is None else rows)
+        data = write_lines(folder / f"{name}.jsonl", chats(24) if rows is None else rows)
         recipe: dict[str, Any] = {
-            "model": str(tiny_model),
+            "model": str(model),
             "method": "lora",
             "dataset": {"source": data.name, "max_length": 256, "validation_fraction": 0.2},
             "lora": {"r": 4, "alpha": 8},
@@ -98,11 +97,23 @@ def write_recipe(tmp_path: Path, tiny_model: Path) -> WriteRecipe:
         for key, value in sections.items():
             both = isinstance(value, dict) and isinstance(recipe.get(key), dict)
             recipe[key] = {**recipe[key], **value} if both else value
-        path = tmp_path / f"{name}.yaml"
+        path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         return path
 
     return write
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, tiny_model: Path) -> WriteRecipe:
+    """Writes a recipe on the tiny model for one test."""
+    return recipe_writer(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="module")
+def write_module_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> WriteRecipe:
+    """Writes a recipe on the tiny model for all tests of a module."""
+    return recipe_writer(tmp_path_factory.mktemp("recipes"), tiny_model)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from strixft.errors import (
     HostError,
     RecipeError,
     StageError,
+    Stopped,
     StrixftError,
     error_from_text,
 )
@@ -19,6 +20,7 @@ CODES: dict[type[StrixftError], int] = {
     FitError: 3,
     HostError: 1,
     StageError: 1,
+    Stopped: 0,
 }
 
 

@@ -6,15 +6,17 @@ from pathlib import Path
 import strixft
 
 FLOORS = [
-    ["errors", "units", "environment"],
-    ["tables", "views", "progress"],
+    ["text", "units", "environment"],
+    ["errors", "views", "progress"],
+    ["tables", "locks", "stopping", "disk", "weights"],
     ["hardware", "families", "methods", "formats", "sources"],
     ["recipe"],
     ["runs"],
-    ["data", "attention", "guard", "int8"],
+    ["data", "attention", "guard", "int8", "checkpoints"],
     ["model"],
     ["prepare", "step"],
     ["plan"],
+    ["loop"],
     ["train"],
     ["evaluate", "bench", "doctor", "mkl"],
     ["report"],

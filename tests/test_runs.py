@@ -17,6 +17,7 @@ import pytest
 
 from strixft import runs
 from strixft.errors import DataError, RecipeError, StageError
+from strixft.locks import read_owner, this_process
 from strixft.recipe import load_recipe
 from strixft.runs import (
     Result,
@@ -484,7 +485,7 @@ def test_a_second_process_is_refused_while_the_first_works(run: Run, start: Star
     with pytest.raises(StageError) as caught:
         run.once(Prepared, must_not_run)
     assert caught.value.problem == f"process {first.pid} is at work on {run.folder}"
-    assert caught.value.fix == f"wait for it, or: kill {first.pid}"
+    assert caught.value.fix == f"wait for it, or: strixft stop {run.folder}"
 
 
 @pytest.mark.usefixtures("_impatient")
@@ -535,4 +536,4 @@ def test_a_stage_that_another_process_finishes_meanwhile_is_not_done_again(
 def test_the_lock_is_free_again_after_a_stage(run: Run) -> None:
     prepare(run)
     with run.owned():
-        assert (run.folder / ".lock").read_text().strip() == str(os.getpid())
+        assert read_owner(run.folder / ".lock") == this_process()

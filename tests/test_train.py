@@ -5,19 +5,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from conftest import WriteRecipe, chat, chats
+import torch
+from conftest import EMBEDDED, WriteRecipe, chat, chats
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from strixft.data import Batch, largest_batch, training_order
 from strixft.errors import StageError
+from strixft.model import model_source
 from strixft.plan import Plan, plan_recipe
 from strixft.prepare import prepare_recipe
 from strixft.runs import Run, open_run
 from strixft.step import TrainingStep, batch_loss
-from strixft.train import ADAPTER, Trained, train_recipe
+from strixft.train import ADAPTER, CHECKPOINTS, Trained, train_recipe
 
 
 def trained(run: Run) -> tuple[Plan, Trained]:
@@ -85,49 +91,149 @@ def test_training_without_a_plan_names_the_command(tiny_run: Run) -> None:
     assert caught.value.fix.endswith("--to prepare")
 
 
-def test_a_loss_that_is_no_number_stops_the_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe(train={"learning_rate": 0.9, "max_grad_norm": 1e30, "epochs": 40})
-    run = open_run(recipe, tmp_path / "run")
-    prepare_recipe(run)
-    plan_recipe(run)
+def poisoned(row: str) -> Callable[[TrainingStep, Batch, int | Tensor], Tensor]:
+    """A loss that is no number where a batch holds a text's first trained token."""
+    tokenizer = AutoTokenizer.from_pretrained(model_source(EMBEDDED))
+    token = tokenizer(row)["input_ids"][0]
 
-    def broken(self: TrainingStep, batch: Batch, num_trained: int | Tensor) -> Tensor:
-        return batch_loss(self.model, batch, num_trained) * float("nan")
+    def loss(self: TrainingStep, batch: Batch, num_trained: int | Tensor) -> Tensor:
+        found = batch_loss(self.model, batch, num_trained)
+        return found * float("nan") if (batch["input_ids"] == token).any() else found
+
+    return loss
+
+
+def last_checkpoint(run: Run) -> Path:
+    folders = (run.folder / "train" / CHECKPOINTS).glob("checkpoint-*")
+    return max(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    rows = [*chats(19), chat("Say it.", "zebra")]
+    recipe = write_recipe(
+        rows=rows, dataset={"validation_fraction": 0}, train={"tokens_per_update": 60, "epochs": 2}
+    )
+    undisturbed, run = (open_run(recipe, tmp_path / name) for name in ("whole", "run"))
+    losses = trained(undisturbed)[1].figures["losses"]
+    prepare_recipe(run), plan_recipe(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingStep, "loss", poisoned("zebra"))
+        with pytest.raises(StageError, match=r"the loss of update \d+ is nan; ") as caught:
+            train_recipe(run)
+    update = int(str(caught.value).split("update ")[1].split()[0])
+    assert f"tiny.jsonl, row {len(rows)}" in caught.value.problem
+    assert run.status()["state"] == "failed"
+    assert update > 1
+    assert f"the weights of update {update - 1} are saved" in caught.value.problem
+    assert f"--set train.learning_rate={2e-4:g}" in caught.value.fix
+    assert last_checkpoint(run).name == f"checkpoint-{update - 1}"
+    again = train_recipe(run)
+    assert again.figures["first_update"] == update
+    assert again.figures["losses"] == losses
+    assert weights(run) == weights(undisturbed)
+
+
+def weights(run: Run) -> bytes:
+    """The trained weights, byte by byte."""
+    return (run.folder / "train" / ADAPTER / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_gradient_that_is_no_number_names_every_row_of_the_update(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    run = open_run(write_recipe(train={"micro_batch": 1}), tmp_path / "run")
+    prepare_recipe(run)
+    choice = plan_recipe(run).figures["choice"]
+
+    def endless(self: TrainingStep, batch: Batch, num_trained: int | Tensor) -> Tensor:
+        loss = batch_loss(self.model, batch, num_trained)
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingStep, "loss", broken)
-        with pytest.raises(StageError, match="the loss of update 1 is nan") as caught:
+        patch.setattr(TrainingStep, "loss", endless)
+        with pytest.raises(StageError, match="the gradient of update 1 is no finite") as caught:
             train_recipe(run)
-    assert "--set train.learning_rate=0.09" in caught.value.fix
-    assert run.status()["state"] == "failed"
-    assert not run.is_done("train")
+    rows = caught.value.problem.rpartition("row ")[2].split(", ")
+    assert len(rows) == choice["gradient_accumulation_steps"] > 1
+    assert "the base itself: no weight had been changed yet" in caught.value.fix
+    assert "nothing was changed yet" in caught.value.problem
 
 
-KILLED = """
+TRAIN = """
 import sys
 from strixft import open_run, prepare_recipe, plan_recipe, train_recipe
 run = open_run(sys.argv[1], sys.argv[2])
-prepare_recipe(run), plan_recipe(run), train_recipe(run)
+prepare_recipe(run), plan_recipe(run)
+print("planned", flush=True)
+train_recipe(run)
 """
+LONG = {"epochs": 6, "tokens_per_update": 100, "micro_batch": 1, "save_every_minutes": 0.001}
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(
-    write_recipe: WriteRecipe, tmp_path: Path
-) -> None:
-    train = {"epochs": 4, "tokens_per_update": 100, "save_every_minutes": 0.001}
-    recipe = write_recipe(rows=chats(40), train=train)
-    whole = trained(open_run(recipe, tmp_path / "whole"))[1].figures["losses"]
-    folder = tmp_path / "killed"
-    child = subprocess.Popen([sys.executable, "-c", KILLED, recipe, folder])
+def start(recipe: Path, folder: Path) -> subprocess.Popen[str]:
+    """Train in a process of its own; returns when it does."""
+    command = [sys.executable, "-c", TRAIN, str(recipe), str(folder)]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert child.stdout
+    assert child.stdout.readline() == "planned\n"
     deadline = time.monotonic() + 120
-    while not list(folder.glob("train/checkpoints/checkpoint-*/trainer_state.json")):
-        assert child.poll() is None, "the child ended before it could be killed"
+    while not list(folder.glob("train/checkpoints/checkpoint-*")):
+        assert child.poll() is None, "the child ended before it could be disturbed"
         assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.05)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert json.loads((folder / "status.json").read_text())["state"] == "running"
-    again = trained(open_run(recipe, folder))[1].figures
-    assert again["updates"] == len(whole)
-    assert again["losses"] == pytest.approx(whole, rel=1e-6)
+        time.sleep(0.02)
+    return child
+
+
+@pytest.fixture(scope="module")
+def long_run(
+    tmp_path_factory: pytest.TempPathFactory, write_module_recipe: WriteRecipe
+) -> tuple[Path, Run]:
+    """A recipe, and a run of it that nothing disturbed."""
+    recipe = write_module_recipe(rows=chats(40), train=LONG)
+    run = open_run(recipe, tmp_path_factory.mktemp("runs") / "whole")
+    trained(run)
+    return recipe, run
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_run_that_was_ended_goes_on_bit_for_bit(
+    long_run: tuple[Path, Run], tmp_path: Path, number: signal.Signals
+) -> None:
+    recipe, undisturbed = long_run
+    child = start(recipe, tmp_path / "run")
+    child.send_signal(number)
+    _, errors = child.communicate()
+    run = open_run(recipe, tmp_path / "run")
+    if number is signal.SIGKILL:
+        assert json.loads((run.folder / "status.json").read_text())["state"] == "running"
+        assert run.status()["state"] == "failed"
+    else:
+        assert run.status()["state"] == "stopped"
+        assert f"{number.name} came, update " in run.status()["problem"]
+        assert "Stopped" in errors
+    again = trained(run)[1].figures
+    expected = undisturbed.require(Trained).figures
     assert again["first_update"] > 1
+    for figure in ("losses", "updates", "tokens"):
+        assert again[figure] == expected[figure]
+    assert weights(run) == weights(undisturbed)
+    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        mine, whole = (last_checkpoint(one) / file for one in (run, undisturbed))
+        if mine.parent.name == whole.parent.name:
+            assert same(torch.load(mine, weights_only=False), torch.load(whole, weights_only=False))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal, down to the last bit of every tensor."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor | np.ndarray):
+        return bool((one == other).all())
+    return bool(one == other)

@@ -97,6 +97,7 @@ class PackedRows(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, rows: Any, packing: Packing) -> None:
+        self._source = rows
         self._rows = rows.select_columns(["input_ids", "trained"]).with_format("arrow")
         self.packing = packing
 
@@ -113,6 +114,20 @@ class PackedRows(Sequence[dict[str, Any]]):
             "trained": trained.flatten().to_numpy(zero_copy_only=False),
             "lengths": ids.value_lengths().to_numpy(),
         }
+
+
+def origins(rows: Any, number: int) -> list[tuple[int, int]]:
+    """Input and row that each document of a token row or packed row comes from.
+
+    Args:
+        rows: `PackedRows`, or token rows as a `datasets.Dataset`.
+        number: Which of them.
+    """
+    if not isinstance(rows, PackedRows):
+        return [(rows[number]["file"], rows[number]["row"])]
+    indices = rows.packing[number].tolist()
+    found = rows._source.select_columns(["file", "row"])[indices]
+    return list(zip(found["file"], found["row"], strict=True))
 
 
 def length_groups(

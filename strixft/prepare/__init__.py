@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ import psutil
 from strixft.data import Encoder, Input, PackedRows, Packing, RowWriter, TokenRows, open_inputs
 from strixft.data.account import Account
 from strixft.data.hub import HubSet
+from strixft.data.pack import origins
 from strixft.data.preview import example, spread
 from strixft.data.words import Words, WordsDifferError
 from strixft.errors import DataError
@@ -76,6 +77,22 @@ class Prepared(Result):
         rows = self.token_rows(dataset).train
         packing = Packing(order["packed_rows"], order["packed_starts"], int(order["max_length"]))
         return PackedRows(rows, packing)
+
+    def names_of(self, rows: Any, numbers: Iterable[int]) -> list[str]:
+        """Rows by file and number, as a person finds them.
+
+        Args:
+            rows: Token rows, packed or not.
+            numbers: Which of them.
+        """
+        files = [] if self.inputs["hub"] else self.inputs["files"]
+        by_file: dict[int, list[str]] = {}
+        for file, row in dict.fromkeys(one for number in numbers for one in origins(rows, number)):
+            by_file.setdefault(file, []).append(str(row))
+        return [
+            f"{files[file]['path'] if files else f'source {file + 1}'}, row {', '.join(listed)}"
+            for file, listed in by_file.items()
+        ]
 
     def _repr_html_(self) -> str:
         return show.page(self.figures)

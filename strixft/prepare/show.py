@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from strixft import views
+from strixft.text import visible
 from strixft.units import format_number
 
 Figures = Mapping[str, Any]
@@ -59,7 +60,7 @@ def problems(figures: Figures) -> str:
     rows = ""
     for kind, found in figures["problems"].items():
         words = f"{kind.replace('_', ' ')}: {format_number(found['rows'])}, {found['action']}"
-        first = escape(views.visible(found["first"]))
+        first = escape(visible(found["first"]))
         rows += f'<tr><td style="white-space:nowrap">{escape(words)}</td><td>{first}</td></tr>'
     head = "<tr><th>rows to look at</th><th>the first of them</th></tr>"
     return f'<table class="sx">{head}{rows}</table>' if rows else ""
@@ -95,7 +96,7 @@ def _runs(runs: list[Any]) -> Iterator[str]:
     for text, trained in runs:
         style = TRAINED_STYLE if trained else MASKED_STYLE
         kind = "sx-trained" if trained else "sx-masked"
-        yield f'<bdi class="{kind}" style="{style}">{escape(views.visible(text))}</bdi>'
+        yield f'<bdi class="{kind}" style="{style}">{escape(visible(text))}</bdi>'
 
 
 def examples(figures: Figures) -> str:
@@ -111,7 +112,7 @@ def examples(figures: Figures) -> str:
         if row["runs_left_out"]:
             count += f"; {row['runs_left_out']} stretches in the middle are not shown"
         # <pre> keeps the notebook from reading $…$ as a formula
-        html += views.note(f"{views.visible(name)}: {count}")
+        html += views.note(f"{name}: {count}")
         html += f'<pre class="sx-row" style="{BOX_STYLE}">{"".join(_runs(row["runs"]))}</pre>'
     return html
 

@@ -1,4 +1,4 @@
-"""Keeps a run inside its budget. On unified memory an over-commit freezes the host."""
+"""Which device and host a run is for, and what it may use there."""
 
 from __future__ import annotations
 
@@ -48,19 +48,3 @@ def find_host(name: str) -> Host:
 def budget_for(memory: Memory, host: Host) -> Budget:
     """What a run may use on a host."""
     return budget(host, memory.reserve_gib)
-
-
-def cap(num_bytes: int) -> str:
-    """Limit what this process may allocate on the device; returns what was done.
-
-    torch ≥ 2.10 divides by `total_memory` of the device's properties (facts: unslothai/unsloth
-    commit 7aa021736e); on unified memory that total can be below what is there, so a budget above
-    it is not capped.
-    """
-    if device_type() == "cpu":
-        return "none: torch has no limit for CPU memory"
-    total = torch.cuda.get_device_properties(0).total_memory
-    if num_bytes > total:
-        return f"none: torch sees {total} bytes, fewer than the budget"
-    torch.cuda.set_per_process_memory_fraction(num_bytes / total)
-    return f"{num_bytes} of {total} bytes"

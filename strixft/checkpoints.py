@@ -1,0 +1,191 @@
+"""Checkpoints that are whole, or are not there.
+
+<folder>/checkpoint-<update>        what the trainer wrote, and manifest.json with its hashes
+<folder>/checkpoint-<update>.torn   set aside: it is not what its manifest says
+<folder>/.writing                   the next one; flushed and hashed before it gets its name
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strixft.disk import folder_bytes, free_bytes, require_room, sync
+from strixft.errors import StageError
+from strixft.recipe import flatten
+from strixft.runs import digest, write_json
+
+MANIFEST = "manifest.json"
+KEPT = 2
+"""Whole checkpoints that stay: the newest may turn out damaged."""
+_NAME = re.compile(r"checkpoint-(\d+)")
+_WRITING, _OLD = ".writing", ".old"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint."""
+
+    folder: Path
+    update: int
+    """Updates that were finished when it was written."""
+    inputs: dict[str, Any]
+    """What the run depends on, as it was then."""
+    counters: dict[str, int]
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): digest(path) for path in files if path.name != MANIFEST}
+
+
+def _read(folder: Path, update: int) -> Checkpoint:
+    """A checkpoint whose files are what its manifest says.
+
+    Raises:
+        ValueError: With what is wrong.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed, inputs = dict(manifest["files"]), dict(manifest["inputs"])
+        counters = {str(name): int(value) for name, value in manifest["counters"].items()}
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise ValueError(f"{MANIFEST} is damaged") from None
+    found = _hashes(folder)
+    for name in sorted(listed.keys() | found.keys()):
+        if listed.get(name) != found.get(name):
+            what = "missing" if name not in found else "not what was written"
+            raise ValueError(f"{name} is {what}")
+    return Checkpoint(folder, update, inputs, counters)
+
+
+def _aside(folder: Path) -> Path:
+    number, aside = 2, folder.with_name(f"{folder.name}.torn")
+    while aside.exists():
+        number, aside = number + 1, folder.with_name(f"{folder.name}.torn-{number}")
+    return aside
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: Where they lie.
+        inputs: What the run depends on: recipe, data, plan and base model, with hashes.
+    """
+
+    def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
+        self.folder, self.inputs = folder, dict(inputs)
+        self.torn: list[str] = []
+        """Checkpoints that were set aside, each with the reason."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.remove_leftovers()
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process was writing or deleting when it was killed."""
+        for path in self.folder.glob(".*"):
+            shutil.rmtree(path)
+
+    def _by_update(self) -> list[tuple[int, Path]]:
+        """Newest first."""
+        found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
+        return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; torn ones that are newer are set aside.
+
+        Raises:
+            StageError: It was written by a run with other inputs.
+        """
+        for update, folder in self._by_update():
+            try:
+                checkpoint = _read(folder, update)
+            except ValueError as fault:
+                aside = _aside(folder)
+                folder.rename(aside)
+                self.torn.append(f"{aside.name}: {fault}")
+            else:
+                self._require_same(checkpoint)
+                return checkpoint
+        return None
+
+    def _require_same(self, checkpoint: Checkpoint) -> None:
+        before, now = flatten(checkpoint.inputs), flatten(self.inputs)
+        changed = [
+            f"\n  {key}: {before.get(key)!r} there, {now.get(key)!r} here"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            run = self.folder.parent.parent
+            raise StageError(
+                f"{checkpoint.folder} was written by another run than this one; what differs:"
+                f"{''.join(changed)}",
+                fix="make it what it was, or begin training again:"
+                f" strixft run {run / 'recipe.yaml'} --run-dir {run} --from train",
+            )
+
+    def count(self) -> int:
+        """Checkpoints that are there."""
+        return len(self._by_update())
+
+    def has(self, update: int) -> bool:
+        """A checkpoint of this update has been written."""
+        return (self.folder / f"checkpoint-{update}").is_dir()
+
+    @contextlib.contextmanager
+    def writing(self, update: int, counters: Mapping[str, int]) -> Iterator[Path]:
+        """Write a checkpoint; it gets its name when all of it is on disk.
+
+        Args:
+            update: Updates that are finished.
+            counters: What the trainer does not count itself.
+
+        Yields:
+            A folder, in which the block writes `checkpoint-<update>`.
+
+        Raises:
+            HostError: The disk has no room.
+        """
+        self._make_room()
+        parent = self.folder / _WRITING
+        parent.mkdir()
+        try:
+            yield parent
+            self._finish(parent / f"checkpoint-{update}", counters)
+        finally:
+            shutil.rmtree(parent, ignore_errors=True)
+        self._remove_old(KEPT)
+
+    def _make_room(self) -> None:
+        """Refuse a checkpoint that cannot be finished; the oldest makes room for it."""
+        kept = self._by_update()
+        if not kept:
+            return
+        needed = folder_bytes(kept[0][1])
+        if free_bytes(self.folder) < needed:
+            self._remove_old(1)
+        require_room(self.folder, needed)
+
+    def _finish(self, folder: Path, counters: Mapping[str, int]) -> None:
+        for path in folder.rglob("*"):
+            sync(path)
+        manifest = {"files": _hashes(folder), "inputs": self.inputs, "counters": dict(counters)}
+        write_json(folder / MANIFEST, manifest)
+        sync(folder)
+        folder.rename(self.folder / folder.name)
+        sync(self.folder)
+
+    def _remove_old(self, kept: int) -> None:
+        for _, folder in self._by_update()[kept:]:
+            old = self.folder / _OLD
+            folder.rename(old)
+            shutil.rmtree(old)

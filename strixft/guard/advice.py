@@ -1,0 +1,68 @@
+"""What to type after a run ended for memory, or for a number that is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from strixft.methods import METHODS
+from strixft.recipe import Recipe
+
+_ATTENTION_SWITCH = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
+
+
+def _less_memory(recipe: Recipe, plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Part of the peak that a setting lessens, and the setting."""
+    choice, method = plan["choice"], METHODS[recipe.method]
+    if choice["micro_batch_rows"] > 1:
+        yield "activations", "--set train.micro_batch=1"
+    if choice["recomputed_layers"] < choice["num_layers"]:
+        yield "activations", "--set train.recompute=all"
+    if method.base != "nf4":
+        yield "weights", "--set method=qlora"
+    if method.adapter == "none":
+        yield "optimizer", "--set method=lora"
+    yield "activations", f"--set dataset.max_length={max(8, choice['max_length'] // 2)}"
+    if method.adapter != "none" and recipe.lora.r > 4:
+        yield "adapter", f"--set lora.r={recipe.lora.r // 4}"
+
+
+def less_memory(recipe: Recipe, plan: Mapping[str, Any]) -> str:
+    """The two settings that help most, judged by the parts of the plan's peak.
+
+    Args:
+        recipe: What ran.
+        plan: The plan's figures.
+    """
+    found = list(_less_memory(recipe, plan))
+    found.sort(key=lambda row: -plan["parts"].get(row[0], 0))
+    settings = " or ".join(setting for _, setting in found[:2])
+    return f"close other programs, or {settings}, with a new --run-dir"
+
+
+def finite_again(
+    recipe: Recipe, update: int, *, device: str, is_float16: bool, model_type: str
+) -> str:
+    """What to try when a loss or a gradient is no finite number, by known causes.
+
+    Args:
+        recipe: What ran.
+        update: Which update; before the first one the weights are the base's own.
+        device: `cpu` or `cuda`.
+        is_float16: The base computes in float16.
+        model_type: As in the model's `config.json`.
+    """
+    tries = ["look at the rows above"]
+    if device == "cuda":
+        known = "ROCm/aotriton#179: head size 72"
+        if model_type.startswith("gemma"):
+            known += "; unslothai/unsloth#3385: Gemma"
+        tries.append(f"another attention path: {_ATTENTION_SWITCH}=0 before the command ({known})")
+    if is_float16:
+        tries.append("float16 overflows above 65504: a host with bfloat16")
+    if update == 1:
+        tries.append("the base itself: no weight had been changed yet")
+    else:
+        rate = recipe.train.learning_rate / 10
+        tries.append(f"a lower rate: --set train.learning_rate={rate:g} with a new --run-dir")
+    return "\n     or ".join(tries)

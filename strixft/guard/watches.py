@@ -1,0 +1,88 @@
+"""Everything that watches over a stage that trains, started and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from strixft.errors import StrixftError
+from strixft.guard.hang import HangWatch
+from strixft.guard.host import device_type, find_host
+from strixft.guard.sleep import awake
+from strixft.guard.watch import MemoryWatch
+from strixft.runs import Run
+from strixft.stopping import Signals, on_signals
+from strixft.units import GIB
+
+STACKS = "stacks.txt"
+
+
+class Watches:
+    """What asks a training to stop, and what was seen meanwhile."""
+
+    def __init__(self, run: Run, root: Path = Path("/")) -> None:
+        self.run = run
+        self.warnings: list[str] = []
+        self.asked: StrixftError | None = None
+        """Why the host needs the training to stop."""
+        self.signals: Signals | None = None
+        stacks = run.stage_folder("train") / STACKS
+        self.hang = HangWatch(stacks, run.leave)
+        self.memory = MemoryWatch(
+            _reserve_bytes(run), warn=self.warn, ask=self._ask, leave=run.leave, root=root
+        )
+
+    def warn(self, text: str) -> None:
+        """Tell the user of something that does not end the training."""
+        self.warnings.append(text)
+        self.run.tell(warnings=self.warnings)
+
+    def _ask(self, error: StrixftError) -> None:
+        self.asked = error
+
+    def is_asked(self) -> bool:
+        """Somebody wants the training to stop."""
+        return self.asked is not None or bool(self.signals and self.signals.asked)
+
+    def stop_error(self, update: int, updates: int) -> StrixftError:
+        """Why the training stopped, and what is on disk.
+
+        Args:
+            update: The last one that is finished.
+            updates: Of the whole training.
+        """
+        saved = f"update {update} of {updates} is saved" if update else "no update was finished"
+        if self.asked is not None:
+            fix = f"{self.asked.fix}\n     or with more memory free: {self.run.resume_command}"
+            return type(self.asked)(f"{self.asked.problem}; {saved}", fix=fix)
+        asked = self.signals.asked if self.signals else None
+        return self.run.stopped(f"{asked} came, {saved}")
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[dict[str, Any]]:
+        """Watch while a block runs.
+
+        Yields:
+            What was seen, complete after the block.
+
+        Raises:
+            FitError: The host has too little memory left to begin.
+        """
+        self.memory.require_reserve()
+        seen: dict[str, Any] = {}
+        with awake() as kept, self.memory, self.hang, on_signals(lambda _: None) as signals:
+            self.signals = signals
+            yield seen
+        seen |= {
+            "kept_awake": kept,
+            "least_left_bytes": self.memory.least_left_bytes,
+            "warnings": self.warnings,
+        }
+
+
+def _reserve_bytes(run: Run) -> int:
+    """The recipe's reserve where device and host share memory, else none."""
+    here = find_host("auto" if device_type() == "cuda" else "cpu")
+    return round(run.recipe.memory.reserve_gib * GIB) if here.unified else 0
