@@ -11,6 +11,7 @@ FLOORS = [
     ["hardware", "families", "methods", "formats", "sources"],
     ["recipe"],
     ["runs"],
+    ["rates"],
     ["data", "attention", "guard"],
     ["model"],
     ["prepare", "step"],
