@@ -19,6 +19,8 @@ from strixft.units import GIB, MIB, format_gib
 
 Mark = Literal["measured", "vendor", "derived", "read here"]
 AMD_VENDOR = "0x1002"
+STRIX_HALO = "gfx1151"
+"""Architecture of its GPU, in the terms of ROCm."""
 STRIX_HALO_DEVICE = "0x1586"
 """PCI device of Radeon 8060S, 8050S and 8040S (Niko1221/Strata: docs/STRIX_HALO.md)."""
 
@@ -62,6 +64,8 @@ class Host:
     """What a process may use before the host's reserve is taken off."""
     bfloat16: bool
     """Matrix products in bf16 run at full rate."""
+    architecture: str = ""
+    """Of the GPU, such as `gfx1151`; empty where nothing depends on it."""
     workspace_bytes: Sourced = NO_WORKSPACE
     """What BLAS keeps inside torch's allocator once it has run."""
     driver_bytes: Sourced | None = None
@@ -107,6 +111,7 @@ HOSTS: Table[Host] = Table(
             source="MemTotal of a 128 GB board with a 0.5 GiB carve-out and GTT raised",
         ),
         bfloat16=True,
+        architecture=STRIX_HALO,
         workspace_bytes=HIP_WORKSPACE,
         outside_bytes=HIP_CONTEXT,
         bandwidth_bytes_per_s=Sourced(
@@ -130,6 +135,7 @@ HOSTS: Table[Host] = Table(
             source="as strix-halo-128, for a 64 GB board",
         ),
         bfloat16=True,
+        architecture=STRIX_HALO,
         workspace_bytes=HIP_WORKSPACE,
         outside_bytes=HIP_CONTEXT,
         bandwidth_bytes_per_s=Sourced(

@@ -182,8 +182,13 @@ class Train(_Section):
     """Trained tokens in one update; `auto` aims at 200 updates in all."""
     micro_batch: int | Literal["auto"] = "auto"
     """Rows in one forward pass; `auto` is the largest power of two that fits."""
-    recompute: int | Literal["auto", "none", "all"] = "auto"
-    """Layers whose activations are computed again in backward; `auto` only where memory asks."""
+    recompute: int | Literal["auto", "none", "elementwise", "all"] = "auto"
+    """Layers whose activations are computed again in backward; `auto` only where memory asks;
+    `elementwise` norms and activations of all, and no product."""
+    attention: str = "auto"
+    """How attention is computed; `auto` is the fastest that is right on the device."""
+    compile: bool | Literal["auto"] = "auto"
+    """Run decoder layers as generated kernels; `auto` on a GPU."""
     optimizer: Literal["adamw"] = "adamw"
     """AdamW with float32 state."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, K trained tokens of a batch.
 """
 
-from strixft.data.batches import Batch, collate, document_mask, shape_batch
+from strixft.data.batches import Batch, PackedShape, collate, shape_batch
 from strixft.data.encode import Encoder, TokenRow
 from strixft.data.load import Input, Problem, open_inputs, read_rows
 from strixft.data.order import largest_batch, training_order
@@ -15,6 +15,7 @@ __all__ = [
     "Encoder",
     "Input",
     "PackedRows",
+    "PackedShape",
     "Packing",
     "Problem",
     "Record",
@@ -22,7 +23,6 @@ __all__ = [
     "TokenRow",
     "TokenRows",
     "collate",
-    "document_mask",
     "largest_batch",
     "length_groups",
     "open_inputs",

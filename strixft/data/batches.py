@@ -1,50 +1,78 @@
-"""Batches: padded token rows, and where in them the trained tokens are.
+"""Batches: token rows of one length, and where in them the trained tokens are.
 
-Rows are padded on the right. Attention is causal, so a real token never sees the padding, and no
-mask is needed; the loss is taken only at the positions listed. Packed rows hold several documents,
-which `document_mask` keeps from seeing each other.
+Rows of one chat each are padded on the right. Attention is causal, so a real token never sees the
+padding, and no mask is needed; the loss is taken only at the positions listed. Packed rows hold
+several documents, whose beginnings are listed, so that attention can be closed off between them;
+padding counts as a document.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 """`input_ids` (B, T); `positions` (K,): flat places in (B, T) whose next token is trained;
 `labels` (K,): that next token; `shift_labels`: the same tensor, under the name by which
 transformers' Trainer counts the tokens of an update; `num_tokens` (1,): tokens without padding.
-Packed rows have besides `position_ids` (B, T), which restart at each document, and `documents`
-(B, T): the document's number, -1 for padding."""
+Packed rows have besides `position_ids` (B, T), which restart at each document; `cu_seq_lens`
+(N + 1,), int32: where the documents begin in the rows laid end to end, and the end, repeated where
+there are fewer than N; and `longest`, a number that no document exceeds."""
 
 PAD = 0
 """Any token id: padding is never attended by a real token and never trained."""
-NO_DOCUMENT = -1
+Ints = npt.NDArray[np.int64]
 
 
-def _documents(lengths: npt.NDArray[Any], width: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Positions and document numbers of one packed row, (T,) each; padding is like a document."""
-    rest = width - int(lengths.sum())
-    whole = np.append(lengths, rest)
-    starts = np.repeat(np.cumsum(whole) - whole, whole)
-    numbers = np.repeat([*range(len(lengths)), NO_DOCUMENT], whole)
-    return np.arange(width) - starts, numbers
+@dataclass(frozen=True, slots=True)
+class PackedShape:
+    """What all packed micro-batches of a run share, so that they can have one shape."""
+
+    length: int
+    """T."""
+    documents: int
+    """N: the most documents of a micro-batch, padding counted as one for each row."""
+    longest: int
+    """Tokens of the longest document, or of the longest padding."""
 
 
-def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
+def _pieces(lengths: Any, width: int) -> Ints:
+    """Lengths of a packed row's documents and its padding, which add up to its width."""
+    rest = width - int(np.sum(lengths))
+    return np.array([*lengths, rest] if rest else lengths, dtype=np.int64)
+
+
+def _packed(rows: Sequence[Mapping[str, Any]], shape: PackedShape | None, width: int) -> Batch:
+    pieces = np.concatenate([_pieces(row["lengths"], width) for row in rows])
+    ends = np.cumsum(pieces)
+    positions = np.arange(ends[-1]) - np.repeat(ends - pieces, pieces)
+    longest, documents = int(pieces.max()), len(pieces)
+    if shape is not None:
+        longest, documents = shape.longest, shape.documents
+    bounds = np.full(documents + 1, ends[-1], dtype=np.int32)
+    bounds[: len(pieces) + 1] = [0, *ends]
+    return {
+        "position_ids": torch.from_numpy(positions.reshape(len(rows), width)),
+        "cu_seq_lens": torch.from_numpy(bounds),
+        "longest": longest,
+    }
+
+
+def collate(rows: Sequence[Mapping[str, Any]], shape: PackedShape | None = None) -> Batch:
     """One batch of token rows, or of packed rows.
 
     Args:
         rows: Each with `input_ids` and `trained` of one length; packed ones also with `lengths` of
             their documents.
+        shape: What to fill packed rows up to; they are just as large as they must be if not given.
     """
     ids = [np.asarray(row["input_ids"]) for row in rows]
-    width = max(map(len, ids))
+    width = shape.length if shape is not None else max(map(len, ids))
     padded = np.full((len(rows), width), PAD, dtype=np.int64)  # (B, T)
     places = []
     for number, row in enumerate(rows):
@@ -59,33 +87,16 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
         "shift_labels": labels,
         "num_tokens": torch.tensor([sum(map(len, ids))]),
     }
-    if "lengths" in rows[0]:
-        packed = [_documents(np.asarray(row["lengths"]), width) for row in rows]
-        batch["position_ids"] = torch.from_numpy(np.stack([places for places, _ in packed]))
-        batch["documents"] = torch.from_numpy(np.stack([numbers for _, numbers in packed]))
-    return batch
+    return batch | (_packed(rows, shape, width) if "lengths" in rows[0] else {})
 
 
-def document_mask(documents: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Which token sees which: those before it in its own document, and itself.
-
-    Args:
-        documents: Document numbers, (B, T).
-        dtype: None for true and false, as `scaled_dot_product_attention` takes it; a float type for
-            numbers to add to the scores, as eager attention takes it.
-
-    Returns:
-        The mask, (B, 1, T, T). It takes B × T² bytes, or four times that in float32.
-    """
-    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)  # (B, T, T)
-    seen = same.tril().unsqueeze(1)  # (B, 1, T, T)
-    if dtype is None:
-        return seen
-    hidden = torch.finfo(dtype).min
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, hidden)
-
-
-def shape_batch(num_rows: int, num_tokens: int, num_trained: int, device: str) -> Batch:
+def shape_batch(
+    num_rows: int,
+    num_tokens: int,
+    num_trained: int,
+    device: str,
+    packed: PackedShape | None = None,
+) -> Batch:
     """A batch of these shapes whose values do not matter.
 
     Args:
@@ -93,12 +104,21 @@ def shape_batch(num_rows: int, num_tokens: int, num_trained: int, device: str) -
         num_tokens: T.
         num_trained: K.
         device: Usually `meta`.
+        packed: Of packed rows.
     """
     labels = torch.zeros(num_trained, dtype=torch.int64, device=device)
-    return {
+    batch = {
         "input_ids": torch.zeros(num_rows, num_tokens, dtype=torch.int64, device=device),
         "positions": torch.zeros(num_trained, dtype=torch.int64, device=device),
         "labels": labels,
         "shift_labels": labels,
         "num_tokens": torch.zeros(1, dtype=torch.int64, device=device),
+    }
+    if packed is None:
+        return batch
+    bounds = torch.zeros(packed.documents + 1, dtype=torch.int32, device=device)
+    return batch | {
+        "position_ids": torch.zeros_like(batch["input_ids"]),
+        "cu_seq_lens": bounds,
+        "longest": packed.longest,
     }

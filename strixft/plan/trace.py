@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from strixft.attention import planned_for
-from strixft.data import shape_batch
+from strixft.data import PackedShape, shape_batch
 from strixft.hardware import Host
 from strixft.model import build, native_dtype
 from strixft.plan.cost import Cost, is_4bit_product, operator_cost, weight_of_4bit
+from strixft.plan.compiled import planned_kernels
 from strixft.plan.memo import Memo
+from strixft.plan.ways import ways_for
 from strixft.recipe import Recipe
-from strixft.step import MemoryTracker, TrainingStep
-from strixft.step.update import decoder_layers
+from strixft.step import MemoryTracker, TrainingStep, decoder_layers
 
 aten = torch.ops.aten
 
@@ -38,6 +39,8 @@ class RowShape:
     """T."""
     trained: int
     """K: trained tokens."""
+    packed: PackedShape | None = None
+    """Of packed rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,30 +173,27 @@ class _Recorder(MemoryTracker):
     def follow(self, layers: nn.ModuleList) -> None:
         """Note when each layer begins and ends, forward and backward."""
         for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._forward_begins(index))
-            layer.register_forward_hook(self._forward_ends(index, last=index == len(layers) - 1))
+            self._follow(index, layer, last=index == len(layers) - 1)
+
+    def _follow(self, index: int, layer: Any, *, last: bool) -> None:
+        """Hooks would be compiled with the layer, so its call is wrapped."""
+        call = layer._compiled_call_impl or layer._call_impl
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            again = self.place.phase == "backward"
+            if not again:
+                self._goto("forward", index)
+            output = call(*args, **kwargs)
+            if not again:
+                self._leaves_layers = last
+                hidden = output[0] if isinstance(output, tuple) else output
+                hidden.register_hook(lambda _: self._goto("backward", index))
+            return output
+
+        layer._compiled_call_impl = followed
 
     def _goto(self, phase: Any, layer: int | None = None) -> None:
         self.place = Place(self.place.micro_batch, phase, layer)
-
-    def _forward_begins(self, index: int) -> Any:
-        def hook(*_: Any) -> None:
-            if self.place.phase != "backward":  # else it is computed again
-                self._goto("forward", index)
-
-        return hook
-
-    def _forward_ends(self, index: int, *, last: bool) -> Any:
-        def backward_begins(_: Tensor) -> None:
-            self._goto("backward", index)
-
-        def hook(layer: nn.Module, args: Any, output: Any) -> None:
-            if self.place.phase != "backward":
-                self._leaves_layers = last
-                hidden = output[0] if isinstance(output, tuple) else output
-                hidden.register_hook(backward_begins)
-
-        return hook
 
 
 @contextlib.contextmanager
@@ -243,15 +243,21 @@ def trace_step(
         steps: Micro-batches of an update; 2 stand for any more.
         memo: Operators that earlier traces ran.
     """
+    ways = replace(ways_for(recipe, config, host), recomputed_layers=recomputed_layers)
     model = build(recipe, "meta", native_dtype(host.device, bfloat16=host.bfloat16), config)
     layers = decoder_layers(model)
     recorder = _Recorder(len(layers), host, memo or Memo())
-    recorder.watch_model(model)
-    recorder.follow(layers)
-    batch = shape_batch(shape.rows, shape.length, shape.trained, "meta")
-    with _fused_on_meta(), planned_for(host.device):
-        step = _TracedStep(model, recipe.train, recomputed_layers=recomputed_layers)
+    batch = shape_batch(shape.rows, shape.length, shape.trained, "meta", shape.packed)
+    kernels = planned_kernels() if ways.compiled else contextlib.nullcontext()
+    with _fused_on_meta(), planned_for(host.device), kernels:
+        step = _TracedStep(model, recipe.train, ways)
         step.recorder = recorder
+        if ways.compiled:  # before anybody counts: compiling makes tensors of its own
+            step.loss(batch, 1).backward()
+            step.optimizer.zero_grad()
+        recorder.place = Place(0, "load")
+        recorder.watch_model(model)
+        recorder.follow(layers)
         with recorder:
             step.update([batch])
             step.update([batch] * min(steps, 2))  # now the optimiser has its state

@@ -3,8 +3,17 @@
 Shapes: B rows, T tokens, C channels, K trained tokens, V vocabulary.
 """
 
+from strixft.step.layers import decoder_layers
 from strixft.step.loss import chunked_cross_entropy
 from strixft.step.tracker import MemoryTracker, part
-from strixft.step.update import TrainingStep, batch_loss
+from strixft.step.update import TrainingStep, Ways, batch_loss
 
-__all__ = ["MemoryTracker", "TrainingStep", "batch_loss", "chunked_cross_entropy", "part"]
+__all__ = [
+    "MemoryTracker",
+    "TrainingStep",
+    "Ways",
+    "batch_loss",
+    "chunked_cross_entropy",
+    "decoder_layers",
+    "part",
+]

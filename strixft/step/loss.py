@@ -46,10 +46,58 @@ def _loss_and_gradient_(
     return loss, probabilities if slope is None else probabilities.mul_(slope)
 
 
+@torch.compile(dynamic=True)
+def _in_one_pass(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    scores = logits.float()
+    capped = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    top = capped.amax(-1, keepdim=True)
+    weights = (capped - top).exp()
+    sums = weights.sum(-1, keepdim=True)
+    picked = capped.gather(-1, labels.unsqueeze(-1))
+    is_label = torch.arange(logits.shape[-1], device=logits.device) == labels.unsqueeze(-1)
+    gradient = weights / sums - is_label.float()
+    slope = 1.0 if softcap is None else 1 - (capped / softcap).square()
+    return (sums.log() + top - picked).sum(), (gradient * slope).to(logits.dtype)
+
+
+@torch.library.custom_op("strixft::logits_gradient", mutates_args=())
+def logits_gradient(
+    logits: Tensor, labels: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of raw logits (n, V), and its gradient in their dtype: compiled.
+
+    An operator of its own, so that a plan sees what it returns and nothing of what it fuses.
+    """
+    return _in_one_pass(logits, labels, softcap)
+
+
+@logits_gradient.register_fake
+def _(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    return logits.new_empty((), dtype=torch.float32), torch.empty_like(logits)
+
+
+def _gradient_of_chunk(
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, compiled: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses, and the gradient of the logits in the dtype of the hidden states."""
+    logits = hidden @ weight.T  # (n, V)
+    if compiled:
+        found: tuple[Tensor, Tensor] = logits_gradient(logits, labels, softcap)
+        return found
+    logits = logits.float()
+    loss, gradient = _loss_and_gradient_(logits, labels, softcap)
+    return loss, gradient.to(hidden.dtype)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        softcap: float | None,
+        compiled: bool,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -58,11 +106,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(len(labels), len(weight))
         for start in range(0, len(labels), rows):
             chunk = slice(start, start + rows)
-            logits = (hidden[chunk] @ weight.T).float()  # (n, V)
-            loss, gradient = _loss_and_gradient_(logits, labels[chunk], softcap)
+            loss, gradient = _gradient_of_chunk(
+                hidden[chunk], weight, labels[chunk], softcap, compiled
+            )
             total += loss
-            gradient = gradient.to(hidden.dtype)
-            del logits
             if grad_hidden is not None:
                 torch.mm(gradient, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -72,18 +119,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
             None,
             None,
+            None,
         )
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    softcap: float | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """Sum of the losses of tokens, in float32.
 
@@ -92,6 +145,9 @@ def chunked_cross_entropy(
         weight: The head's matrix, (V, C).
         labels: The tokens, (K,).
         softcap: Logits are softcap × tanh(logits / softcap), as Gemma 2 does.
+        compiled: Turn logits into their gradient in one generated kernel.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, softcap)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, labels, softcap, compiled
+    )
     return loss

@@ -26,6 +26,19 @@ PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "head", 
 _part: ContextVar[str] = ContextVar("part", default="activations")
 
 
+_counted: ContextVar[bool] = ContextVar("counted", default=True)
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """What is allocated in this block never leaves a kernel's registers."""
+    token = _counted.set(False)
+    try:
+        yield
+    finally:
+        _counted.reset(token)
+
+
 @contextlib.contextmanager
 def part(name: str) -> Iterator[None]:
     """What is allocated in this block belongs to one of `PARTS`."""
@@ -114,6 +127,8 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count what it returns."""
         result = self.run(func, args, kwargs or {})
+        if not _counted.get():
+            return result
         for value in tree_iter(result):
             if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._storages:
                 self.watch(value, _part.get())

@@ -3,64 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from strixft.attention import RUNGS, Rung, attention_inputs
 from strixft.data import Batch
 from strixft.families import family_of
 from strixft.model import base_of
 from strixft.recipe import Train
+from strixft.step.layers import compile_layers, keep_products, set_recompute
 from strixft.step.loss import chunked_cross_entropy
 from strixft.step.tracker import part
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers, in order."""
-    layers: nn.ModuleList = base_of(model).get_decoder().layers
-    return layers
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How a step is computed; none of it changes what is computed."""
+
+    attention: str = "sdpa"
+    """A row of `RUNGS`."""
+    compiled: bool = False
+    """Decoder layers and the loss run as generated kernels."""
+    recomputed_layers: int = 0
+    """The first so many layers are computed again in backward."""
+    elementwise: bool = False
+    """In the other layers norms and activations are computed again, and no product."""
+
+    @property
+    def rung(self) -> Rung:
+        """The row that `attention` names."""
+        return RUNGS[self.attention]
 
 
-def set_recompute(model: nn.Module, num_layers: int) -> None:
-    """Compute the activations of the first layers again in backward instead of keeping them."""
-    layer: Any
-    for index, layer in enumerate(decoder_layers(model)):
-        layer.gradient_checkpointing = index < num_layers
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
-
-def _linear_head_loss(base: Any, batch: Batch) -> Tensor:
-    hidden = base.get_decoder()(input_ids=batch["input_ids"], use_cache=False)[0]  # (B, T, C)
+def _linear_head_loss(base: Any, batch: Batch, ways: Ways) -> Tensor:
+    inputs = attention_inputs(ways.rung, batch, base.config)
+    decoder = base.get_decoder()
+    hidden = decoder(input_ids=batch["input_ids"], use_cache=False, **inputs)[0]  # (B, T, C)
     with part("head"):
         chosen = hidden.flatten(0, 1).index_select(0, batch["positions"])  # (K, C)
         del hidden
         softcap = getattr(base.config, "final_logit_softcapping", None)
         head = base.get_output_embeddings()
-        return chunked_cross_entropy(chosen, head.weight, batch["labels"], softcap)
+        return chunked_cross_entropy(
+            chosen, head.weight, batch["labels"], softcap, compiled=ways.compiled
+        )
 
 
-def _own_head_loss(base: Any, batch: Batch) -> Tensor:
-    logits = base(input_ids=batch["input_ids"], use_cache=False).logits  # (B, T, V)
+def _own_head_loss(base: Any, batch: Batch, ways: Ways) -> Tensor:
+    inputs = attention_inputs(ways.rung, batch, base.config)
+    logits = base(input_ids=batch["input_ids"], use_cache=False, **inputs).logits  # (B, T, V)
     with part("head"):
         chosen = logits.flatten(0, 1).index_select(0, batch["positions"])  # (K, V)
         del logits
         return nn.functional.cross_entropy(chosen.float(), batch["labels"], reduction="sum")
 
 
-def batch_loss(model: nn.Module, batch: Batch, num_trained: int | Tensor) -> Tensor:
+def batch_loss(
+    model: nn.Module, batch: Batch, num_trained: int | Tensor, ways: Ways = Ways()
+) -> Tensor:
     """Loss of a batch: its sum over trained tokens, divided by those of the whole update.
 
     Args:
         model: What `model.build` gave.
         batch: See `strixft.data.Batch`.
         num_trained: Trained tokens of all batches of the update.
+        ways: How it is computed.
     """
     base = base_of(model)
     linear = family_of(base.config.model_type).head == "linear"
-    return (_linear_head_loss if linear else _own_head_loss)(base, batch) / num_trained
+    return (_linear_head_loss if linear else _own_head_loss)(base, batch, ways) / num_trained
 
 
 class TrainingStep:
@@ -69,13 +83,17 @@ class TrainingStep:
     Args:
         model: What `model.build` gave.
         settings: Optimiser and clipping.
-        recomputed_layers: Layers whose activations are not kept.
+        ways: How it is computed.
     """
 
-    def __init__(self, model: nn.Module, settings: Train, *, recomputed_layers: int = 0) -> None:
-        self.model = model
-        self.settings = settings
-        set_recompute(model, recomputed_layers)
+    def __init__(self, model: nn.Module, settings: Train, ways: Ways = Ways()) -> None:
+        self.model, self.settings, self.ways = model, settings, ways
+        base_of(model).set_attn_implementation(ways.rung.implementation)
+        set_recompute(model, ways.recomputed_layers)
+        if ways.compiled:
+            compile_layers(model, elementwise=ways.elementwise)
+        elif ways.elementwise:
+            keep_products(model, ways.recomputed_layers)
         model.train()
         self.optimizer = self._build_optimizer()
 
@@ -93,7 +111,7 @@ class TrainingStep:
 
     def loss(self, batch: Batch, num_trained: int | Tensor) -> Tensor:
         """Loss of a batch; see `batch_loss`."""
-        return batch_loss(self.model, batch, num_trained)
+        return batch_loss(self.model, batch, num_trained, self.ways)
 
     def update(self, batches: Iterable[Batch]) -> Tensor:
         """One update: every batch forward and backward, clip, step. Returns the loss."""

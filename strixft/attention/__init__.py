@@ -1,0 +1,22 @@
+"""Attention: the ways to compute it, what each needs to know of packed rows, and which one to take.
+
+Shapes: B rows, T tokens, H heads, D head size, N documents.
+"""
+
+from strixft.attention.core import NAME, attend, planned_for
+from strixft.attention.masks import attention_inputs, documents_of, window_sizes
+from strixft.attention.rungs import LADDER, RUNGS, Heads, Rung, ladder
+
+__all__ = [
+    "LADDER",
+    "NAME",
+    "RUNGS",
+    "Heads",
+    "Rung",
+    "attend",
+    "attention_inputs",
+    "documents_of",
+    "ladder",
+    "planned_for",
+    "window_sizes",
+]

@@ -1,0 +1,178 @@
+"""Attention as our models call it, through transformers' attention interface.
+
+What the mask is decides the way: cumulative lengths, a block mask, T × T truths, or none. On `meta`,
+where torch would fall back to the mathematical path that keeps T × T scores, it is the operator of
+the device planned for.
+
+Shapes: B rows, H heads, T tokens, D head size, N documents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "strixft"
+"""What `attn_implementation` is called."""
+EAGER_NAME = "strixft-eager"
+"""The same with plain products and softmax."""
+
+aten = torch.ops.aten
+_planned_device = "cpu"
+
+
+@contextlib.contextmanager
+def planned_for(device: str) -> Iterator[None]:
+    """Within this block, attention on `meta` is what it would be on a device.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
+    global _planned_device
+    before, _planned_device = _planned_device, device  # the compiler cannot read a ContextVar
+    try:
+        yield
+    finally:
+        _planned_device = before
+
+
+def _on_meta(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    if _planned_device == "cpu":
+        operator, options = aten._scaled_dot_product_flash_attention_for_cpu, {}
+    else:
+        operator, options = aten._scaled_dot_product_flash_attention, {"return_debug_mask": False}
+    output: Tensor = operator(query, key, value, 0.0, True, **options, scale=scale)[0]
+    return output  # (B, H, T, D)
+
+
+def _masked_on_meta(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None
+) -> Tensor:
+    """With a mask, transformers repeats K and V, and torch turns the mask into a bias per call."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    bias = torch.zeros_like(mask, dtype=query.dtype)  # (B, 1, T, T)
+    if _planned_device == "cpu":
+        operator = aten._scaled_dot_product_flash_attention_for_cpu
+        output: Tensor = operator(query, key, value, 0.0, False, attn_mask=bias, scale=scale)[0]
+    else:
+        bias = bias.expand(-1, query.shape[1], -1, -1)
+        operator = aten._scaled_dot_product_efficient_attention
+        output = operator(query, key, value, bias, True, 0.0, False, scale=scale)[0]
+    return output  # (B, H, T, D)
+
+
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    longest: int,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Flash attention over documents laid end to end.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, fewer H, T, D).
+        value: As `key`.
+        cu_seq_lens: Where documents begin, and the end, (N + 1,).
+        longest: Tokens of the longest document, or more.
+        scale: Factor of the scores.
+        window: Tokens that a token looks back, itself included; None for all.
+
+    Returns:
+        (B, T, H, D).
+    """
+    rows, _, length, _ = query.shape
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # (B·T, H, D)
+    sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    output: Tensor = aten._flash_attention_forward(
+        *flat, cu_seq_lens, cu_seq_lens, longest, longest, 0.0, True, False, scale=scale, **sides
+    )[0]
+    return output.unflatten(0, (rows, length))
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention.
+
+    Args:
+        module: The attention layer.
+        query: (B, H, T, D).
+        key: (B, fewer H, T, D).
+        value: As `key`.
+        attention_mask: Lengths (1, 1, 1, N + 1) in int32, a block mask, truths (B, 1, T, T), or
+            None for plain causal attention.
+        scaling: Factor of the scores; 1/√D if not given.
+        options: What else transformers passes on.
+
+    Returns:
+        (B, T, H, D), and no weights.
+    """
+    if isinstance(attention_mask, BlockMask):
+        return flex_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )[0], None
+    if attention_mask is not None and attention_mask.dtype is torch.int32:
+        longest = options.get("max_length_q") or query.shape[2]
+        window = options.get("sliding_window")
+        lengths = attention_mask.flatten()
+        return varlen(query, key, value, lengths, longest, scaling, window), None
+    if query.is_meta:
+        output = (
+            _on_meta(query, key, value, scaling)
+            if attention_mask is None
+            else _masked_on_meta(query, key, value, attention_mask, scaling)
+        )
+        return output.transpose(1, 2).contiguous(), None
+    attended: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **options
+    )
+    return attended
+
+
+def attend_eagerly(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As `attend`, by plain products and a softmax in float32; knows tanh-capped scores."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)  # (B, H, T, T)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = attention_mask
+    if seen is None:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+for name, function in ((NAME, attend), (EAGER_NAME, attend_eagerly)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
