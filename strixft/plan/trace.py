@@ -22,7 +22,7 @@ from strixft.model import build, native_dtype
 from strixft.plan.cost import Cost, is_4bit_product, operator_cost, weight_of_4bit
 from strixft.plan.memo import Memo
 from strixft.recipe import Recipe
-from strixft.step import MemoryTracker, TrainingStep
+from strixft.step import MemoryTracker, TrainingStep, batch_loss
 from strixft.step.update import decoder_layers
 
 aten = torch.ops.aten
@@ -258,3 +258,24 @@ def trace_step(
     recorder.assign_optimizer_state(model, step.optimizer)
     recorder.ended = True
     return recorder.trace
+
+
+def forward_bytes(recipe: Recipe, config: Any, host: Host, shape: RowShape, memo: Memo) -> int:
+    """What a forward pass without gradients takes beside the weights, at its peak.
+
+    Args:
+        recipe: Method and adapter.
+        config: The model's configuration; a few layers say as much as many.
+        host: Decides dtype and attention operator.
+        shape: The batch.
+        memo: Operators that earlier traces ran.
+    """
+    model = build(recipe, "meta", native_dtype(host.device, bfloat16=host.bfloat16), config)
+    recorder = _Recorder(len(decoder_layers(model)), host, memo)
+    recorder.watch_model(model)
+    before = recorder.live_bytes
+    batch = shape_batch(shape.rows, shape.length, shape.trained, "meta")
+    with planned_for(host.device), torch.no_grad(), recorder:
+        batch_loss(model, batch, 1)
+    recorder.ended = True
+    return recorder.peak_bytes - before
