@@ -56,7 +56,7 @@ def layer_kinds(config: Any, recomputed_layers: int) -> list[Kind]:
     ]
 
 
-def _with_layers(config: Any, layers: Sequence[int]) -> Any:
+def with_layers(config: Any, layers: Sequence[int]) -> Any:
     """A configuration that has only these layers."""
     small = copy.deepcopy(config)
     for name, value in vars(config).items():
@@ -92,7 +92,7 @@ def trace_run(
     if len(sampled) >= len(kinds):
         return Schedule(trace_step(recipe, config, host, shape, recomputed_layers, steps, memo))
     recomputed = sum(layer < recomputed_layers for layer in sampled)
-    small = _with_layers(config, sampled)
+    small = with_layers(config, sampled)
     trace = trace_step(recipe, small, host, shape, recomputed, steps, memo)
     return Schedule(trace, stands_for(kinds))
 

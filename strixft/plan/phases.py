@@ -1,46 +1,158 @@
-"""Peaks of the phases of a run other than training."""
+"""Peaks of the phases of a run: loading, training, evaluation, answers, merging, export.
+
+Each phase is a process of its own or begins when the one before has given its memory back. The page
+cache is left out: the kernel takes it back where it is needed.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from strixft.plan.dry_run import DryRun
+from strixft.hardware import Host, Sourced
+from strixft.methods import METHODS, Method
+from strixft.model import native_dtype, shape_base
+from strixft.plan.dry_run import DryRun, layer_kinds, with_layers
+from strixft.plan.memo import Memo
+from strixft.plan.stack import sample_layers
+from strixft.plan.trace import RowShape, forward_bytes
+from strixft.recipe import Recipe
+from strixft.units import MIB
 
-Phase = dict[str, int | None]
+Phase = dict[str, int]
+
+ANSWERED_AT_ONCE = 16
+"""Rows of a batch of generation that the plan reckons with."""
+PROCESS = Sourced(
+    value=500 * MIB,
+    mark="measured",
+    source="resident once torch (CPU build), transformers, PEFT and TRL are imported, 2026-11-25;"
+    " ROCm's libraries come on top",
+)
+MERGED_BYTES = 10
+"""A merged weight in flight: as it was read (2), its change (4) and the sum in float32 (4)."""
+CONVERTED_BYTES = 6
+"""An exported weight in flight: as it was read (2) and in float32 (4)."""
 
 
-def kv_cache_bytes(config: Any, rows: int, tokens: int, element_bytes: int = 2) -> int:
-    """Keys and values of every layer, as if each attended to all tokens."""
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """Weights of the largest tensors of a model."""
+
+    largest: int
+    """Of any: usually the embedding."""
+    largest_linear: int
+    """Of the layers' matrices."""
+
+    @classmethod
+    def of(cls, config: Any, host: Host) -> Tensors:
+        """Of a configuration; one layer of each kind is looked at."""
+        dtype = native_dtype(host.device, bfloat16=host.bfloat16)
+        base = shape_base(_one_of_each(config), METHODS["full"], dtype)
+        inside = [p.numel() for name, p in base.named_parameters() if ".layers." in name]
+        return cls(max(p.numel() for p in base.parameters()), max(inside))
+
+
+def _one_of_each(config: Any) -> Any:
     text = config.get_text_config()
-    heads = text.num_key_value_heads
+    return with_layers(text, sample_layers(layer_kinds(text, 0)))
+
+
+def cached_tokens(config: Any, tokens: int) -> int:
+    """Tokens whose keys and values are kept, added up over the layers: a window keeps no more."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) or tokens
+    kinds = getattr(text, "layer_types", None)
+    if not kinds:
+        return int(text.num_hidden_layers * min(tokens, window))
+    return sum(min(tokens, window) if "sliding" in kind else tokens for kind in kinds)
+
+
+def kv_cache_bytes(config: Any, rows: int, tokens: int, element_bytes: int) -> int:
+    """Keys and values of a batch of answers, sliding windows counted as such."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * size * rows * tokens * element_bytes)
+    return int(2 * heads * size * rows * cached_tokens(config, tokens) * element_bytes)
 
 
-def largest_tensor_bytes(config: Any, element_bytes: int = 2) -> int:
-    """The largest matrix of the model before quantisation: it is in flight while loading."""
-    text = config.get_text_config()
-    widest = max(text.vocab_size, text.intermediate_size)
-    return int(widest * text.hidden_size * element_bytes)
-
-
-def phases(run: DryRun, config: Any, max_length: int, answered_at_once: int) -> dict[str, Phase]:
-    """Device and host peak of each phase; None where it is not known.
+class Life:
+    """The phases of one run.
 
     Args:
-        run: The dry run of the training step.
+        recipe: Method and adapter.
         config: The model's configuration.
-        max_length: Longest row in tokens.
-        answered_at_once: Rows of a batch of generation.
+        host: Its dtype and workspace.
+        run: The dry run of the training step.
+        memo: Operators that earlier traces ran.
     """
-    fixed = run.parts["weights"] + run.parts["adapter"] + run.parts["workspace"]
-    in_flight = largest_tensor_bytes(config)
-    cache = kv_cache_bytes(config, answered_at_once, max_length)
+
+    def __init__(
+        self, recipe: Recipe, config: Any, host: Host, run: DryRun, memo: Memo | None = None
+    ) -> None:
+        self._recipe, self._config, self._host, self._run = recipe, config, host, run
+        self._method: Method = METHODS[recipe.method]
+        self._element = native_dtype(host.device, bfloat16=host.bfloat16).itemsize
+        self._tensors = Tensors.of(config, host)
+        self._fixed = run.parts["weights"] + run.parts["adapter"]
+        self._memo = memo or Memo()
+
+    def load(self) -> Phase:
+        """Weights come tensor by tensor, and are quantised on the device one by one.
+
+        So the device holds what is loaded and, where it is quantised, one tensor as it was read;
+        the host holds one tensor.
+        """
+        in_flight = self._tensors.largest * self._element
+        extra = in_flight if self._method.base != "native" else 0
+        return self._phase(self._fixed + extra, in_flight)
+
+    def train(self) -> Phase:
+        """What the allocator holds; the host has the process, and rows that do not count."""
+        return self._phase(self._run.reserved_bytes, 0)
+
+    def evaluate(self) -> Phase:
+        """Weights, and a forward pass without gradients over a micro-batch, run dry."""
+        shape = self._run.shape
+        return self._phase(self._fixed + self._forward(shape), 0)
+
+    def generate(self) -> Phase:
+        """Weights, the prompts' forward pass, run dry, and keys and values up to `max_length`."""
+        length = self._run.shape.length
+        cache = kv_cache_bytes(self._config, ANSWERED_AT_ONCE, length, self._element)
+        prompts = RowShape(ANSWERED_AT_ONCE, length, ANSWERED_AT_ONCE)
+        return self._phase(self._fixed + self._forward(prompts) + cache, 0)
+
+    def merge(self) -> Phase:
+        """Tensor by tensor on the host: the largest merged one, or the largest that is copied."""
+        adapter = self._run.parts["adapter"] if self._method.adapter != "none" else 0
+        merged = self._tensors.largest_linear * MERGED_BYTES if adapter else 0
+        return self._phase(0, max(merged, self._tensors.largest * self._element) + adapter)
+
+    def export(self) -> Phase:
+        """Tensor by tensor on the host, through float32."""
+        return self._phase(0, self._tensors.largest * CONVERTED_BYTES)
+
+    def _forward(self, shape: RowShape) -> int:
+        workspace = int(self._host.workspace_bytes.value)
+        few = _one_of_each(self._config)
+        return workspace + forward_bytes(self._recipe, few, self._host, shape, self._memo)
+
+    @staticmethod
+    def _phase(device_bytes: int, host_bytes: int) -> Phase:
+        return {"device_bytes": device_bytes, "host_bytes": int(PROCESS.value) + host_bytes}
+
+
+def phases(
+    recipe: Recipe, config: Any, host: Host, run: DryRun, memo: Memo | None = None
+) -> dict[str, Phase]:
+    """Device and host peak of each phase; see `Life` for each one's rule."""
+    life = Life(recipe, config, host, run, memo)
     return {
-        "load": {"device_bytes": fixed + in_flight, "host_bytes": 2 * in_flight},
-        "train": {"device_bytes": run.reserved_bytes, "host_bytes": None},
-        "evaluate": {"device_bytes": fixed + in_flight, "host_bytes": None},
-        "generate": {"device_bytes": fixed + cache, "host_bytes": None},
-        "merge": {"device_bytes": None, "host_bytes": None},
-        "export": {"device_bytes": None, "host_bytes": None},
+        "load": life.load(),
+        "train": life.train(),
+        "evaluate": life.evaluate(),
+        "generate": life.generate(),
+        "merge": life.merge(),
+        "export": life.export(),
     }

@@ -14,14 +14,11 @@ from strixft.model import load_config
 from strixft.plan import show
 from strixft.plan.advice import advise
 from strixft.plan.choose import Choice, DataShape, choose
-from strixft.plan.phases import phases
+from strixft.plan.phases import PROCESS, phases
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run
 from strixft.units import format_gib
-
-ANSWERED_AT_ONCE = 16
-"""Rows of a batch of generation that the plan reckons with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,7 @@ def require_fit(figures: dict[str, Any]) -> None:
     )
 
 
-def _config(recipe: Recipe) -> Any:
+def read_config(recipe: Recipe) -> Any:
     """The model's configuration: known shapes need no network and no token."""
     if recipe.model not in MODELS:
         return load_config(recipe)
@@ -97,6 +94,8 @@ def _assumptions(host: Host, limit: Budget) -> list[dict[str, Any]]:
     return [
         {"what": "budget_bytes", "value": limit.num_bytes, "mark": None, "source": limit.source},
         _assumption("workspace_bytes", host.workspace_bytes),
+        _assumption("outside_bytes", host.outside_bytes),
+        _assumption("host_bytes of a process", PROCESS),
         _assumption("bandwidth_bytes_per_s", host.bandwidth_bytes_per_s),
         *(_assumption(f"matmul_flop_per_s, {dtype}", rate) for dtype, rate in rates),
         {
@@ -131,7 +130,7 @@ def plan_figures(
     host = find_host(host_name or recipe.memory.host)
     limit = budget_for(recipe.memory, host)
     data = DataShape.of(recipe, prepared)
-    config = _config(recipe)
+    config = read_config(recipe)
     chosen = choose(recipe, config, host, limit, data)
     run = chosen.run
     updates = _updates(recipe, data, run.shape.rows * run.steps)
@@ -143,7 +142,7 @@ def plan_figures(
         "reserved_bytes": run.reserved_bytes,
         "outside_bytes": int(host.outside_bytes.value),
         "parts": run.parts,
-        "phases": phases(run, config, run.shape.length, ANSWERED_AT_ONCE),
+        "phases": phases(recipe, config, host, run),
         "choice": _choice(chosen),
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,

@@ -24,7 +24,7 @@ from strixft.plan.compiled import planned_kernels
 from strixft.plan.memo import Memo
 from strixft.plan.ways import ways_for
 from strixft.recipe import Recipe
-from strixft.step import MemoryTracker, TrainingStep, decoder_layers
+from strixft.step import MemoryTracker, TrainingStep, batch_loss, decoder_layers
 
 aten = torch.ops.aten
 
@@ -264,3 +264,24 @@ def trace_step(
     recorder.assign_optimizer_state(model, step.optimizer)
     recorder.ended = True
     return recorder.trace
+
+
+def forward_bytes(recipe: Recipe, config: Any, host: Host, shape: RowShape, memo: Memo) -> int:
+    """What a forward pass without gradients takes beside the weights, at its peak.
+
+    Args:
+        recipe: Method and adapter.
+        config: The model's configuration; a few layers say as much as many.
+        host: Decides dtype and attention operator.
+        shape: The batch.
+        memo: Operators that earlier traces ran.
+    """
+    model = build(recipe, "meta", native_dtype(host.device, bfloat16=host.bfloat16), config)
+    recorder = _Recorder(len(decoder_layers(model)), host, memo)
+    recorder.watch_model(model)
+    before = recorder.live_bytes
+    batch = shape_batch(shape.rows, shape.length, shape.trained, "meta")
+    with planned_for(host.device), torch.no_grad(), recorder:
+        batch_loss(model, batch, 1)
+    recorder.ended = True
+    return recorder.peak_bytes - before

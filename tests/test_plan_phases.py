@@ -1,0 +1,99 @@
+"""Phases other than training: what the plan says is what the real parts hold."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import WriteRecipe
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from strixft.data import shape_batch
+from strixft.guard import find_host
+from strixft.hardware import HOSTS
+from strixft.model import build, load_config
+from strixft.plan import RowShape, dry_run, plan_figures
+from strixft.plan.memo import Memo
+from strixft.plan.phases import MERGED_BYTES, PROCESS, Life, Tensors, kv_cache_bytes
+from strixft.plan.result import read_config
+from strixft.plan.trace import forward_bytes
+from strixft.recipe import load_recipe
+from strixft.step import MemoryTracker, batch_loss
+from strixft.units import GIB
+
+GEMMA = {
+    "model_type": "gemma3_text",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 32,
+}
+LLAMA = {key: value for key, value in GEMMA.items() if key != "sliding_window"} | {
+    "model_type": "llama"
+}
+
+
+@pytest.mark.parametrize("shape", [GEMMA, LLAMA], ids=["gemma", "llama"])
+@pytest.mark.parametrize("tokens", [20, 100])
+def test_the_cache_is_the_one_of_transformers(shape: dict[str, Any], tokens: int) -> None:
+    config = AutoConfig.for_model(**shape)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        model(torch.ones(3, tokens - 1, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    window_rest = 2 * 2 * 16 * 3 * 4 * 7  # a window's layer keeps one token less
+    found = kv_cache_bytes(config, 3, tokens, 4)
+    assert held <= found <= held + window_rest
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "int8-lora"])
+def test_the_forward_pass_is_the_real_one(method: str, write_recipe: WriteRecipe) -> None:
+    recipe = load_recipe(write_recipe(method=method))
+    shape = RowShape(3, 120, 200)
+    planned = forward_bytes(recipe, load_config(recipe), find_host("cpu"), shape, Memo())
+    assert planned == pytest.approx(real_forward(build(recipe, "cpu", torch.float32)), rel=0.01)
+
+
+def real_forward(model: nn.Module) -> int:
+    tracker = MemoryTracker()
+    tracker.watch_model(model)
+    before = tracker.live_bytes
+    with torch.no_grad(), tracker:
+        batch_loss(model, shape_batch(3, 120, 200, "cpu"), 1)
+    return tracker.peak_bytes - before
+
+
+def test_every_phase_is_known(write_recipe: WriteRecipe) -> None:
+    figures = plan_figures(load_recipe(write_recipe()), "strix-halo-128")
+    assert list(figures["phases"]) == ["load", "train", "evaluate", "generate", "merge", "export"]
+    for phase in figures["phases"].values():
+        assert phase["device_bytes"] >= 0
+        assert phase["host_bytes"] >= PROCESS.value
+    assert figures["phases"]["train"]["device_bytes"] == figures["reserved_bytes"]
+
+
+def test_a_70b_is_merged_within_16_gib() -> None:
+    recipe = load_recipe("llama-3.3-70b-qlora")
+    config, host = read_config(recipe), HOSTS["strix-halo-128"]
+    run = dry_run(recipe, config, host, RowShape(1, 64, 63), 80)
+    life = Life(recipe, config, host, run)
+    assert Tensors.of(config, host).largest_linear == 8192 * 28672
+    assert life.merge()["host_bytes"] > 8192 * 28672 * MERGED_BYTES
+    assert life.merge()["host_bytes"] < 16 * GIB
+    in_flight = 128256 * 8192 * 2
+    loaded = run.parts["weights"] + run.parts["adapter"]
+    assert life.load()["device_bytes"] == loaded + in_flight
+
+
+def test_a_native_base_needs_no_second_copy_on_the_device(write_recipe: WriteRecipe) -> None:
+    recipe = load_recipe(write_recipe())
+    config, host = load_config(recipe), HOSTS["strix-halo-128"]
+    run = dry_run(recipe, config, host, RowShape(1, 64, 63))
+    loaded = run.parts["weights"] + run.parts["adapter"]
+    assert Life(recipe, config, host, run).load()["device_bytes"] == loaded
