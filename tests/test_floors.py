@@ -12,7 +12,7 @@ FLOORS = [
     ["hardware", "families", "methods", "formats", "sources"],
     ["recipe"],
     ["runs"],
-    ["data", "attention", "guard", "int8", "checkpoints"],
+    ["data", "attention", "guard", "int8", "checkpoints", "stop"],
     ["model"],
     ["prepare", "step"],
     ["plan"],
