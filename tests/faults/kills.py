@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 from faults.smoke import Outcome, do_stages, ended, fork, kill_after, outcome, write_smoke_recipe
-
 from strixft.runs import find_run
 
 
