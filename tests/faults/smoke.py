@@ -22,7 +22,7 @@ ADAPTER_FILE = "train/adapter/adapter_model.safetensors"
 _NUMBER = re.compile(r"checkpoint-\d+")
 
 
-def write_smoke_recipe(folder: Path, **train: Any) -> Path:
+def write_smoke_recipe(folder: Path, memory_reserve_gib: float = 0, **train: Any) -> Path:
     """A recipe on a random model of two layers that saves after nearly every update."""
     folder.mkdir(parents=True, exist_ok=True)
     write = recipe_writer(folder, write_tiny_model(folder / "model"))
@@ -32,6 +32,7 @@ def write_smoke_recipe(folder: Path, **train: Any) -> Path:
         rows=chats(30),
         train={"save_every_minutes": 0.002, **settings},
         evaluate={"max_rows": 2},
+        memory={"reserve_gib": memory_reserve_gib},
     )
 
 
