@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from strixft.errors import StrixftError
+from strixft.errors import Stopped, StrixftError
+from strixft.text import visible
 
 if TYPE_CHECKING:
     from strixft.doctor import Diagnosis
@@ -79,7 +80,7 @@ def _table(rows: list[list[str]], header: list[str]) -> None:
 
     table = Table(*header, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     width = None if sys.stdout.isatty() else 10_000  # lines are not folded in a pipe
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     with console.capture() as text:
@@ -93,6 +94,17 @@ def _show_figures(result: Result) -> None:
     flat = flatten(result.figures)
     rows = [[key, str(value)] for key, value in flat.items() if not isinstance(value, list)]
     _table(rows, [result.name, ""])
+
+
+@contextlib.contextmanager
+def _stop_told(run: Run, as_json: bool) -> Iterator[None]:
+    """A clean stop has its JSON document too."""
+    try:
+        yield
+    except Stopped as stop:
+        if as_json:
+            _print_json({"run_dir": str(run.folder), "state": "stopped", "why": stop.problem})
+        raise
 
 
 @contextlib.contextmanager
@@ -241,8 +253,9 @@ def _in_process(
     from strixft.runs import chosen_stages
 
     run = _open(recipe, run_dir, settings, redo=False)
-    for stage in chosen_stages(None, last):
-        result = getattr(strixft, f"{stage}_recipe")(run)
+    with _stop_told(run, as_json):
+        for stage in chosen_stages(None, last):
+            result = getattr(strixft, f"{stage}_recipe")(run)
     _print_json(result.to_dict()) if as_json else _show_figures(result)
 
 
@@ -264,7 +277,7 @@ def run_command(
 
     chosen_stages(first, last)
     run = _open(recipe, run_dir, settings, redo=first == "prepare")
-    with _followed(run) as bar:
+    with _stop_told(run, as_json), _followed(run) as bar:
         from strixft.pipeline import run_stages
         from strixft.report import write_report
 
@@ -305,6 +318,20 @@ def runs(as_json: AsJson = False, debug: Debug = False) -> None:
     else:
         keys = ["run", "stage", "state", "updated"]
         _table([[str(row.get(key, "–")) for key in keys] for row in found], keys)
+
+
+@app.command()
+def stop(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Stop a run cleanly: its last finished update is saved, the same command goes on."""
+    from strixft.runs import find_run
+    from strixft.stop import stop_run
+
+    found = find_run(run)
+    status = stop_run(found, lambda pid: _note(f"process {pid} ends; training after its batch"))
+    if as_json:
+        _print_json({"run": found.name, **status})
+    else:
+        print(f"{found.name}: {status['state']}")
 
 
 class _Benches(TyperGroup):

@@ -23,6 +23,8 @@ from strixft.runs import open_run
 
 ADDRESS = "127.0.0.1"
 START = "notebooks/start-here.ipynb"
+KERNEL_ENDS_S = 120
+"""What a kernel that trains has to save its last update; Jupyter's own 5 s are too few."""
 KERNEL = "python3"
 """What the notebooks ask for; this name, found first, decides where they run."""
 
@@ -63,7 +65,7 @@ def lab_environment(kernels: Path) -> dict[str, str]:
     """This environment, with the kernel first and a token if there is none."""
     paths = filter(None, (str(kernels), os.environ.get("JUPYTER_PATH")))
     environment = {**os.environ, "JUPYTER_PATH": os.pathsep.join(paths)}
-    environment.setdefault("JUPYTER_TOKEN", secrets.token_urlsafe(24))
+    environment["JUPYTER_TOKEN"] = environment.get("JUPYTER_TOKEN") or secrets.token_urlsafe(24)
     return environment
 
 
@@ -77,6 +79,7 @@ def lab_command(folder: Path, *, port: int, browser: bool) -> list[str]:
         f"--ServerApp.port={port}",
         f"--ServerApp.root_dir={folder}",
         f"--LabApp.default_url=/lab/tree/{START}",
+        f"--KernelManager.shutdown_wait_time={KERNEL_ENDS_S}",
     ]
     words += [] if browser else ["--no-browser"]
     return words + (["--allow-root"] if os.geteuid() == 0 else [])

@@ -61,6 +61,8 @@ class GuardedTrainer(SFTTrainer):  # type: ignore[misc]
         options: As TRL's trainer takes them.
     """
 
+    processing_class: Any
+
     def __init__(self, *, checkpoints: Checkpoints, guard: Guard, **options: Any) -> None:
         super().__init__(**options)
         self.add_callback(guard)
@@ -81,12 +83,13 @@ class GuardedTrainer(SFTTrainer):  # type: ignore[misc]
         if update == 0 or self.checkpoints.has(update):
             return
         self.guard.hang.pause()
+        tokenizer, self.processing_class = self.processing_class, None  # the base has it
         try:
             with self.checkpoints.writing(update, {"tokens": self.num_tokens}) as parent:
                 self.args.output_dir = str(parent)
                 Trainer._save_checkpoint(self, model, trial)  # TRL's writes a model card each time
         finally:
-            self.args.output_dir = own_folder
+            self.args.output_dir, self.processing_class = own_folder, tokenizer
 
     def save_finished(self) -> None:
         """Save the last finished update, after the loop was left in the middle of the next one."""

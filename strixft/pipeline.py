@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import shlex
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +16,14 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from strixft.errors import FitError, StageError, StrixftError, error_from_text
+from strixft.errors import FitError, StageError, Stopped, StrixftError, error_from_text
 from strixft.plan import Plan
 from strixft.recipe import shipped
-from strixft.runs import STAGES, Run, chosen_stages, set_aside
+from strixft.runs import STAGES, Run, chosen_stages, remove_leftovers, set_aside, write_text
+from strixft.stopping import Signals, on_signals
 from strixft.tables import did_you_mean
-from strixft.units import format_gib
+from strixft.text import redact_all
+from strixft.train import out_of_memory
 
 Notify = Callable[[str, bool], None]
 """Told of each stage before it runs: its name, and whether it was done before."""
@@ -47,16 +54,19 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
 def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None:
     """Execute a notebook with parameters; the executed copy stays, also when it fails.
 
+    It gets its name at the end, whole and without keys that were printed.
+
     Raises:
         StageError: A parameter does not exist, or a cell failed.
         StrixftError: What a cell raised, if it is one of ours.
     """
     check_parameters(notebook, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
     try:
         papermill.execute_notebook(
             str(notebook),
-            str(output),
+            str(temporary),
             parameters=dict(parameters),
             kernel_name="python3",
             progress_bar=False,
@@ -64,6 +74,15 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
         )
     except PapermillExecutionError as error:
         raise _own_error(error, output) from error
+    finally:
+        _keep(temporary, output)
+
+
+def _keep(temporary: Path, output: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):  # it never began, or the disk is full
+        page = redact_all(json.loads(temporary.read_text(encoding="utf-8")))
+        write_text(output, json.dumps(page, indent=1, ensure_ascii=False) + "\n")
+    temporary.unlink(missing_ok=True)
 
 
 def _own_error(error: PapermillExecutionError, output: Path) -> StrixftError:
@@ -74,16 +93,21 @@ def _own_error(error: PapermillExecutionError, output: Path) -> StrixftError:
     )
 
 
-def _dead_kernel(run: Run, stage: str) -> FitError:
+def _dead_kernel(run: Run, stage: str) -> StrixftError:
+    """What the kernel said before it ended; mostly it had no time to say anything."""
+    left = run.last_error(stage)
+    if left is not None:
+        return left
+    what = f"the kernel of stage {stage} died, nearly always for memory"
     plan = Plan.load(run.stage_folder(Plan.name))
-    peak = format_gib(plan.figures["peak_bytes"] if plan else None)
-    return FitError(
-        f"the kernel of stage {stage} died, nearly always for memory; the plan's peak is {peak}",
-        fix="close other programs, or --set train.micro_batch=1 with a new --run-dir",
-    )
+    if plan is None:
+        return FitError(what, fix="close other programs")
+    return out_of_memory(run.recipe, plan, what, None)
 
 
 def _with_resume(error: StrixftError, command: str) -> StrixftError:
+    if isinstance(error, Stopped):
+        return error
     return type(error)(error.problem, fix=f"{error.fix}\n     then: {command}")
 
 
@@ -110,18 +134,57 @@ def run_stages(
         StrixftError: A stage failed; the fix ends with the command that resumes.
     """
     chosen_stages(first, last)
-    if first:
-        set_aside(run, STAGES[STAGES.index(first) :])
     parameters = {
         "recipe": str(recipe),
         "run_dir": str(run.folder),
         "overrides": dict(overrides),
     }
-    for stage in chosen_stages(None, last):
-        done = run.is_done(stage)
-        notify(stage, done)
-        if not done:
-            _run_stage(run, stage, parameters)
+    with run.driven(), _passing_signals_on(run) as signals:
+        if first:
+            set_aside(run, STAGES[STAGES.index(first) :])
+        interrupted = _interrupted(run)
+        remove_leftovers(run.folder)
+        for stage in chosen_stages(None, last):
+            if signals.asked:
+                raise run.stopped(f"{signals.asked} came before stage {stage}")
+            done = run.is_done(stage) and stage not in interrupted
+            notify(stage, done)
+            if not done:
+                with run.owned():  # nothing else may be at work when the notebook is written
+                    pass
+                _run_stage(run, stage, parameters)
+
+
+def _interrupted(run: Run) -> list[str]:
+    """Stages whose notebook was being executed by a process that was killed."""
+    return [
+        stage
+        for stage in STAGES
+        if list(run.stage_folder(stage).glob(f".{notebook_of(stage).stem}.*.ipynb"))
+    ]
+
+
+@contextlib.contextmanager
+def _passing_signals_on(run: Run) -> Iterator[Signals]:
+    """Within this block, a signal stops the kernel that does a stage, as soon as there is one."""
+    ended = threading.Event()
+
+    def tell_worker(_: str) -> None:
+        threading.Thread(target=_stop_worker, args=(run, ended), daemon=True).start()
+
+    try:
+        with on_signals(tell_worker) as signals:
+            yield signals
+    finally:
+        ended.set()
+
+
+def _stop_worker(run: Run, ended: threading.Event) -> None:
+    while not ended.wait(0.1):
+        others = [owner for owner in run.workers() if owner.pid != os.getpid() and owner.is_here]
+        if others:
+            os.kill(others[0].pid, signal.SIGTERM)
+            return
 
 
 def _run_stage(run: Run, stage: str, parameters: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ LAST_WORDS_S = 1.0
 LOCK, DRIVER = ".lock", ".driver"
 """Locks of a run: of the process that does a stage, and of the one that goes through the stages."""
 ENDED_SILENTLY = "its process ended without a word: it was killed, or the machine went down"
-_TEMPORARY = re.compile(r"\..+\.(\d+)")
+_TEMPORARY = re.compile(r"\..+\.(\d+)(\.ipynb)?")
 
 
 def now() -> str:
@@ -308,7 +308,7 @@ class Run:
         if status.get("state") == "running":
             owner = read_owner(self.folder / LOCK)
             if owner is None or not owner.is_alive:
-                return {**status, "state": "failed", "problem": ENDED_SILENTLY}
+                return {**status, "state": "failed", "problem": ENDED_SILENTLY, "fix": None}
         return status
 
     def report_progress(self, **progress: Any) -> None:
@@ -338,7 +338,7 @@ class Run:
     def last_error(self, stage: str) -> StrixftError | None:
         """The error that a stage's process left in `status.json` before it ended."""
         status = self.status()
-        if status.get("stage") != stage or status.get("state") != "failed":
+        if (status.get("stage"), status.get("state")) != (stage, "failed"):
             return None
         return error_from_text(status.get("error", ""), f"{status['problem']}{FIX}{status['fix']}")
 

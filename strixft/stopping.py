@@ -7,6 +7,7 @@ once. Two different ones are one wish: Jupyter and systemd send one after the ot
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_DIE_WITH_PARENT = 1
+"""`PR_SET_PDEATHSIG` of linux/prctl.h."""
 SAME_S = 1.0
 """Within this time the same signal again is the same wish: a terminal sends it to several."""
 
@@ -75,3 +78,12 @@ def _stop_now(name: str) -> None:
 def raised() -> contextlib.AbstractContextManager[Signals]:
     """In this block the first signal raises `StopNow`."""
     return on_signals(_stop_now)
+
+
+def follow_parent() -> None:
+    """In a forked child: its parent alone hears signals, and takes it along when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to children too
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)

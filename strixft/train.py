@@ -6,20 +6,21 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
 from strixft import views
 from strixft.checkpoints import KEPT, Checkpoints
-from strixft.data import Batch, collate, training_order
+from strixft.data import Batch, PackedShape, collate, training_order
 from strixft.disk import require_room
 from strixft.errors import FitError, StageError
 from strixft.guard import (
@@ -38,13 +39,14 @@ from strixft.prepare import Prepared
 from strixft.progress import progress_bar
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run
-from strixft.step import MemoryTracker, TrainingStep
+from strixft.step import MemoryTracker, TrainingStep, Ways
 from strixft.units import format_gib, format_number, format_seconds
 from strixft.weights import fingerprint_base
 
 ADAPTER = "adapter"
 """Folder of the trained weights: a PEFT adapter, or a whole model for `method: full`."""
 CHECKPOINTS = "checkpoints"
+Collator = Callable[[Sequence[Any]], Batch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,12 +225,33 @@ def _measured(model: nn.Module) -> Iterator[dict[str, int | None]]:
     found["resident_bytes"] = psutil.Process().memory_info().rss
 
 
-def _training_rows(recipe: Recipe, prepared: Prepared, plan: Plan) -> Any:
-    rows = prepared.token_rows(recipe.dataset).train
+def _ways(choice: dict[str, Any]) -> Ways:
+    return Ways(**{field.name: choice[field.name] for field in fields(Ways)})
+
+
+def _order(lengths: Sequence[int], recipe: Recipe, plan: Plan) -> list[int]:
     choice = plan.figures["choice"]
     per_update = choice["micro_batch_rows"] * choice["gradient_accumulation_steps"]
     num_rows = plan.figures["updates"] * per_update
-    return rows.select(training_order(rows["length"], num_rows, recipe.train.seed))
+    return training_order(lengths, num_rows, recipe.train.seed)
+
+
+def _training_rows(recipe: Recipe, prepared: Prepared, plan: Plan) -> tuple[Dataset, Collator]:
+    """Rows in the order of training, and what makes a batch of some of them.
+
+    The loop asks for a `datasets.Dataset`; packed rows are put together from their numbers.
+    """
+    shape = plan.figures["choice"]["packed"]
+    if shape is None:
+        rows = prepared.token_rows(recipe.dataset).train
+        return rows.select(_order(rows["length"], recipe, plan)), collate
+    packed, filled = prepared.packed_rows(recipe.dataset), PackedShape(**shape)
+    order = _order(packed.sums("length").tolist(), recipe, plan)
+
+    def collate_packed(numbers: Sequence[dict[str, int]]) -> Batch:
+        return collate([packed[row["packed_row"]] for row in numbers], filled)
+
+    return Dataset.from_dict({"packed_row": order}), collate_packed
 
 
 def _checkpoints(run: Run, prepared: Prepared, plan: Plan) -> Checkpoints:
@@ -256,12 +279,12 @@ def _build_trainer(
     dtype = native_dtype(device, bfloat16=find_host(recipe.memory.host).bfloat16)
     torch.manual_seed(recipe.train.seed)
     model = build(recipe, device, dtype)
-    layers = plan.figures["choice"]["recomputed_layers"]
+    rows, collator = _training_rows(recipe, prepared, plan)
     watch.trainer = _Trainer(
-        TrainingStep(model, recipe.train, recomputed_layers=layers),
+        TrainingStep(model, recipe.train, _ways(plan.figures["choice"])),
         args=_settings(recipe, plan, run.stage_folder(Trained.name)),
-        train_dataset=_training_rows(recipe, prepared, plan),
-        data_collator=collate,
+        train_dataset=rows,
+        data_collator=collator,
         processing_class=load_tokenizer(recipe),
         callbacks=[watch],
         checkpoints=_checkpoints(run, prepared, plan),

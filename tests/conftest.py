@@ -29,15 +29,13 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random Llama of two layers with the embedded model's tokenizer."""
+def write_tiny_model(folder: Path) -> Path:
+    """A random Llama of two layers with the embedded model's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from strixft.model import model_source
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = AutoTokenizer.from_pretrained(model_source(EMBEDDED))
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -56,6 +54,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of two layers with the embedded model's tokenizer."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:

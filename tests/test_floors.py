@@ -13,7 +13,7 @@ FLOORS = [
     ["recipe"],
     ["runs"],
     ["rates"],
-    ["data", "attention", "guard", "int8", "checkpoints"],
+    ["data", "attention", "guard", "int8", "checkpoints", "stop"],
     ["model"],
     ["prepare", "step"],
     ["plan"],

@@ -170,7 +170,7 @@ prepare_recipe(run), plan_recipe(run)
 print("planned", flush=True)
 train_recipe(run)
 """
-LONG = {"epochs": 6, "tokens_per_update": 100, "micro_batch": 1, "save_every_minutes": 0.001}
+LONG = {"epochs": 2, "tokens_per_update": 100, "micro_batch": 1, "save_every_minutes": 0.001}
 
 
 def start(recipe: Path, folder: Path) -> subprocess.Popen[str]:

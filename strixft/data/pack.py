@@ -1,7 +1,8 @@
 """Several documents in one row, so that no memory and no time go to padding.
 
 Best fit, longest first: each document goes where it leaves the least room. Documents of one row do
-not see each other: `collate` restarts the positions at each, and `document_mask` closes them off.
+not see each other: `collate` restarts the
+positions at each and lists where they begin, and attention is closed off between them.
 """
 
 from __future__ import annotations
@@ -103,6 +104,20 @@ class PackedRows(Sequence[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.packing)
+
+    def sums(self, column: str) -> Indices:
+        """Sum of a column of the rows in each packed row."""
+        values = np.asarray(self._source[column], dtype=np.int64)[self.packing.rows]
+        found: Indices = np.add.reduceat(values, self.packing.starts[:-1])
+        return found
+
+    def counts(self) -> Indices:
+        """Documents in each packed row."""
+        return np.diff(self.packing.starts)
+
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(np.asarray(self._source["length"])[self.packing.rows].max())
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):

@@ -17,12 +17,14 @@ from strixft.stopping import Signals, on_signals
 from strixft.units import GIB
 
 STACKS = "stacks.txt"
+ROOT = Path("/")
+"""Where `/proc` and `/sys` are found."""
 
 
 class Watches:
     """What asks a training to stop, and what was seen meanwhile."""
 
-    def __init__(self, run: Run, root: Path = Path("/")) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
         self.warnings: list[str] = []
         self.asked: StrixftError | None = None
@@ -31,7 +33,7 @@ class Watches:
         stacks = run.stage_folder("train") / STACKS
         self.hang = HangWatch(stacks, run.leave)
         self.memory = MemoryWatch(
-            _reserve_bytes(run), warn=self.warn, ask=self._ask, leave=run.leave, root=root
+            _reserve_bytes(run), warn=self.warn, ask=self._ask, leave=run.leave, root=ROOT
         )
 
     def warn(self, text: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from strixft.hardware import Host
 from strixft.methods import METHODS
-from strixft.plan.choose import DataShape, Planner
+from strixft.plan.choose import Planner
+from strixft.plan.data_shape import DataShape
 from strixft.recipe import Recipe
 
 Change = tuple[str, Recipe]
@@ -49,7 +50,8 @@ def advise(
     """Changes that help, those that fit first, the fastest of them first."""
     found = []
     for change, changed in _changes(recipe):
-        shape = DataShape(min(data.max_length, changed.dataset.max_length))
+        length = min(data.max_length, changed.dataset.max_length)
+        shape = DataShape(length, longest=min(data.longest, length))
         planner = Planner(changed, config, host, shape)
         run = planner.dry_run(1, planner.num_layers)
         need = planner.need_bytes(run)

@@ -15,65 +15,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from strixft.data import largest_batch, training_order
 from strixft.hardware import Budget, Host
+from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun, Step
-from strixft.plan.trace import RowShape
 from strixft.plan.traces import Traces
-from strixft.prepare import Prepared
 from strixft.recipe import Recipe
-
-MAX_TOKENS_PER_UPDATE = 65_536
-UPDATES_AIMED_AT = 200
-
-
-@dataclass(frozen=True, slots=True)
-class DataShape:
-    """What the plan needs to know of the data: tokens and trained tokens of each training row."""
-
-    max_length: int
-    """Longest row that the recipe allows."""
-    lengths: Sequence[int] = ()
-    """Empty as long as the data are not prepared: every row is taken as `max_length` long."""
-    trained: Sequence[int] = ()
-
-    @classmethod
-    def of(cls, recipe: Recipe, prepared: Prepared | None) -> DataShape:
-        """Of prepared data, or the worst that `max_length` allows."""
-        if prepared is None:
-            return cls(recipe.dataset.max_length)
-        rows = prepared.token_rows(recipe.dataset).train
-        return cls(recipe.dataset.max_length, list(rows["length"]), list(rows["num_trained"]))
-
-    def tokens_per_update(self, recipe: Recipe) -> int:
-        """Trained tokens of one update: the recipe's, or what makes about 200 updates."""
-        asked = recipe.train.tokens_per_update
-        if isinstance(asked, int):
-            return asked
-        if not self.lengths:
-            return MAX_TOKENS_PER_UPDATE
-        aim = round(sum(self.trained) * recipe.train.epochs / UPDATES_AIMED_AT)
-        return min(max(aim, 1), MAX_TOKENS_PER_UPDATE)
-
-    def rows_per_update(self, recipe: Recipe) -> int:
-        """Rows of one update: as many as bring its trained tokens, and never none."""
-        tokens = self.tokens_per_update(recipe)
-        if not self.lengths:
-            return max(1, tokens // self.max_length)
-        mean = sum(self.trained) / len(self.trained)
-        return max(1, min(len(self.trained), round(tokens / mean)))
-
-    def mean_length(self) -> float:
-        """Real tokens of a row, on average."""
-        return sum(self.lengths) / len(self.lengths) if self.lengths else self.max_length
-
-    def largest(self, recipe: Recipe, rows: int) -> RowShape:
-        """The largest micro-batch of so many rows that the run will meet."""
-        if not self.lengths:
-            return RowShape(rows, self.max_length, rows * (self.max_length - 1))
-        num_rows = max(rows, round(len(self.lengths) * recipe.train.epochs))
-        order = training_order(self.lengths, num_rows, recipe.train.seed)
-        return RowShape(rows, *largest_batch(self.lengths, self.trained, order, rows))
 
 
 @dataclass(frozen=True, slots=True)

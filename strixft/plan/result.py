@@ -13,11 +13,14 @@ from strixft.hardware import Budget, Host, Sourced
 from strixft.model import load_config
 from strixft.plan import show
 from strixft.plan.advice import advise
-from strixft.plan.choose import Choice, DataShape, choose
+from strixft.plan.choose import Choice, choose
+from strixft.plan.data_shape import DataShape
+from strixft.plan.ways import ways_for
 from strixft.plan.phases import PROCESS, phases
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run
+from strixft.step import Ways
 from strixft.units import format_gib
 
 
@@ -66,7 +69,7 @@ def read_config(recipe: Recipe) -> Any:
     return AutoConfig.for_model(**MODELS[recipe.model].config)
 
 
-def _choice(chosen: Choice) -> dict[str, Any]:
+def _choice(chosen: Choice, ways: Ways) -> dict[str, Any]:
     run = chosen.run
     return {
         "micro_batch_rows": run.shape.rows,
@@ -74,6 +77,10 @@ def _choice(chosen: Choice) -> dict[str, Any]:
         "recomputed_layers": run.recomputed_layers,
         "num_layers": run.num_layers,
         "gradient_accumulation_steps": run.steps,
+        "attention": ways.attention,
+        "compiled": ways.compiled,
+        "elementwise": ways.elementwise,
+        "packed": asdict(run.shape.packed) if run.shape.packed else None,
     }
 
 
@@ -89,7 +96,7 @@ def _assumption(what: str, number: Sourced | None) -> dict[str, Any]:
     return {"what": what, **asdict(number)}
 
 
-def _assumptions(host: Host, limit: Budget) -> list[dict[str, Any]]:
+def _assumptions(host: Host, limit: Budget, ways: Ways) -> list[dict[str, Any]]:
     rates = host.matmul_flop_per_s.items()
     return [
         {"what": "budget_bytes", "value": limit.num_bytes, "mark": None, "source": limit.source},
@@ -100,9 +107,9 @@ def _assumptions(host: Host, limit: Budget) -> list[dict[str, Any]]:
         *(_assumption(f"matmul_flop_per_s, {dtype}", rate) for dtype, rate in rates),
         {
             "what": "attention",
-            "value": "fused: no T × T scores are kept",
+            "value": ways.attention,
             "mark": None,
-            "source": f"what torch chooses where its kernels run; not probed on {host.name}",
+            "source": f"{ways.rung.why}; not probed on {host.name}",
         },
     ]
 
@@ -129,8 +136,9 @@ def plan_figures(
     """
     host = find_host(host_name or recipe.memory.host)
     limit = budget_for(recipe.memory, host)
-    data = DataShape.of(recipe, prepared)
     config = read_config(recipe)
+    ways = ways_for(recipe, config, host)
+    data = DataShape.of(recipe, prepared, packed=ways.rung.packed)
     chosen = choose(recipe, config, host, limit, data)
     run = chosen.run
     updates = _updates(recipe, data, run.shape.rows * run.steps)
@@ -143,12 +151,12 @@ def plan_figures(
         "outside_bytes": int(host.outside_bytes.value),
         "parts": run.parts,
         "phases": phases(recipe, config, host, run),
-        "choice": _choice(chosen),
+        "choice": _choice(chosen, ways),
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,
         **_times(chosen, data, updates),
         "frontier": [asdict(candidate) for candidate in chosen.frontier],
-        "assumptions": _assumptions(host, limit),
+        "assumptions": _assumptions(host, limit, ways),
         "advice": [asdict(row) for row in advice],
     }
 

@@ -65,10 +65,7 @@ class Prepared(Result):
         return TokenRows.load(self.folder / ROWS_FILE, order["train"], order["validation"])
 
     def packed_rows(self, dataset: Dataset) -> PackedRows:
-        """The training rows packed: what a training step takes that knows packed rows.
-
-        `strixft.data.collate` makes batches of them, with the positions of each document, and
-        `strixft.data.document_mask` keeps documents of a row from seeing each other.
+        """The training rows packed; `strixft.data.collate` makes batches of them.
 
         Raises:
             DataError: They are preference data.

@@ -24,6 +24,7 @@ from strixft.errors import HostError
 from strixft.prepare.make import Made, Maker
 from strixft.recipe import Dataset
 from strixft.sources import SourceFile
+from strixft.stopping import follow_parent
 
 ROWS_AT_ONCE = 512
 BYTES_AT_ONCE = 4_000_000
@@ -47,6 +48,7 @@ def _make(job: Job) -> Made:
 def _alone() -> None:
     """In a child: the tokenizer's own threads did not come along."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    follow_parent()
 
 
 def num_processes() -> int:

@@ -1,0 +1,56 @@
+"""Room on disk, and every way in which libraries say that there is none."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from strixft.disk import folder_bytes, is_full, require_room
+from strixft.errors import HostError
+from strixft.runs import Run
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+    ],
+)
+def test_a_full_disk_is_known_by_its_error(error: Exception) -> None:
+    assert is_full(error)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), ValueError("28"), OSError("?")])
+def test_other_errors_are_no_full_disk(error: Exception) -> None:
+    assert not is_full(error)
+
+
+def test_room_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    require_room(tmp_path, 1)
+    with pytest.raises(HostError, match=r"GiB left, and 4294967296\.00 GiB are needed"):
+        require_room(tmp_path, 2**62)
+
+
+def test_a_folder_is_as_large_as_its_files(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_bytes(b"12345")
+    (tmp_path / "d").write_bytes(b"1")
+    assert folder_bytes(tmp_path) == 6
+
+
+def test_a_stage_on_a_full_disk_ends_with_an_error_of_ours(tiny_run: Run) -> None:
+    from strixft.prepare import Prepared
+
+    def full(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    with pytest.raises(HostError) as caught:
+        tiny_run.once(Prepared, full)
+    assert caught.value.problem.startswith(f"the disk of {tiny_run.folder} is full: ")
+    assert caught.value.fix.startswith(f"df -h {tiny_run.folder}; make room")
+    assert tiny_run.status()["state"] == "failed"
