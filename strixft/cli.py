@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from strixft.errors import StrixftError
 
@@ -306,23 +307,54 @@ def runs(as_json: AsJson = False, debug: Debug = False) -> None:
         _table([[str(row.get(key, "–")) for key in keys] for row in found], keys)
 
 
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="What to measure: data.")],
-    rows: Annotated[int, typer.Option(min=1, help="Chats of each set.")] = 6000,
-    repeat: Annotated[int, typer.Option(min=1, help="Turns; the fastest counts.")] = 3,
-    peer: Annotated[bool, typer.Option(help="Time the peer beside it.")] = True,
-    as_json: AsJson = False,
-    debug: Debug = False,
+class _Benches(TyperGroup):
+    """`strixft bench`: a command per row of `BENCHES`, made when it is typed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        from strixft.bench import BENCHES
+
+        return [*BENCHES, *self.commands]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in self.commands:
+            return self.commands[cmd_name]
+        from strixft.bench.command import bench_command
+
+        return bench_command(cmd_name, _run_bench, debug=Debug)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        from strixft.bench import BENCHES
+
+        own = [(name, command.get_short_help_str()) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl([(bench.name, bench.says) for bench in BENCHES.values()] + own)
+
+
+bench_app = typer.Typer(
+    cls=_Benches,
+    help="Measure this machine, or a server; show what others published, against the roofline.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(bench_app, name="bench")
+
+
+def _run_bench(
+    name: str, settings: dict[str, Any], *, save: bool, as_json: bool, host_row: bool = False
 ) -> None:
-    """Measure this machine; each figure beside what it is compared with."""
     from strixft.bench import run_bench
 
-    found = run_bench(what, rows=rows, repeat=repeat, peer=peer)
+    result = run_bench(name, save=save, **settings)
+    if host_row:
+        from strixft.bench.device import write_host_row
+
+        _note(f"rates for planning: {write_host_row(result)}")
     if as_json:
-        _print_json(found)
-    else:
-        _table([[str(value) for value in row.values()] for row in found], list(found[0]))
+        _print_json(result.to_dict())
+        return
+    _table(*result.table())
+    for text in result.details():
+        print(f"\n{text}")
 
 
 @app.command()

@@ -71,6 +71,10 @@ class Host:
     bandwidth_bytes_per_s: Sourced | None = None
     matmul_flop_per_s: Mapping[str, Sourced] = field(default_factory=dict)
     """Rate of large square products by dtype."""
+    bus_bytes_per_s: Sourced | None = None
+    """What the memory bus can move at most, by its width and clock."""
+    peak_flop_per_s: Sourced | None = None
+    """What the matrix units can do at most, dense, in 16 bit."""
     quirks: tuple[str, ...] = ()
 
 
@@ -84,6 +88,12 @@ class Budget:
 
 _GUIDE = "ROCm/TheRock#5314 (4096³, forward layout, hipBLASLt)"
 _SPARK = "huggingface/kernels PR #283"
+_STRIX_BUS = Sourced(value=256e9, mark="derived", source="256 bit × 8000 MT/s")
+_STRIX_PEAK = Sourced(
+    value=59.4e12,
+    mark="derived",
+    source="512 FLOP × 40 CU × 2.9 GHz, lhl/strix-halo-testing: llm-bench/README.md",
+)
 
 HOSTS: Table[Host] = Table(
     "host",
@@ -106,6 +116,8 @@ HOSTS: Table[Host] = Table(
             "bfloat16": Sourced(value=32.4e12, mark="measured", source=_GUIDE),
             "float32": Sourced(value=3.1e12, mark="measured", source="ROCm/ROCm#5807"),
         },
+        bus_bytes_per_s=_STRIX_BUS,
+        peak_flop_per_s=_STRIX_PEAK,
         quirks=("over-commit can freeze the host instead of raising an error",),
     ),
     Host(
@@ -126,6 +138,8 @@ HOSTS: Table[Host] = Table(
         matmul_flop_per_s={
             "bfloat16": Sourced(value=32.4e12, mark="derived", source="same chip"),
         },
+        bus_bytes_per_s=_STRIX_BUS,
+        peak_flop_per_s=_STRIX_PEAK,
         quirks=("over-commit can freeze the host instead of raising an error",),
     ),
     Host(
@@ -137,6 +151,7 @@ HOSTS: Table[Host] = Table(
         workspace_bytes=CUDA_WORKSPACE,
         bandwidth_bytes_per_s=Sourced(value=218e9, mark="measured", source=_SPARK),
         matmul_flop_per_s={"bfloat16": Sourced(value=92e12, mark="measured", source=_SPARK)},
+        bus_bytes_per_s=Sourced(value=273e9, mark="vendor", source="DGX Spark datasheet"),
     ),
     Host(
         name="v100-32",
@@ -150,6 +165,8 @@ HOSTS: Table[Host] = Table(
             "float16": Sourced(value=95e12, mark="measured", source="lablup/mlxcel#1654"),
             "float32": Sourced(value=14e12, mark="measured", source="lablup/mlxcel#1654"),
         },
+        bus_bytes_per_s=Sourced(value=900e9, mark="vendor", source="V100 datasheet"),
+        peak_flop_per_s=Sourced(value=125e12, mark="vendor", source="V100 datasheet"),
         quirks=("no bf16 in hardware: fp16 with loss scaling",),
     ),
     Host(
@@ -165,6 +182,8 @@ HOSTS: Table[Host] = Table(
         matmul_flop_per_s={
             "bfloat16": Sourced(value=778e12, mark="measured", source="8192³ torch.mm, torch 2.11")
         },
+        bus_bytes_per_s=Sourced(value=3.35e12, mark="vendor", source="H100 SXM datasheet"),
+        peak_flop_per_s=Sourced(value=989e12, mark="vendor", source="H100 SXM datasheet"),
     ),
     Host(
         name="h200-141",
@@ -177,6 +196,8 @@ HOSTS: Table[Host] = Table(
         matmul_flop_per_s={
             "bfloat16": Sourced(value=780e12, mark="measured", source="8192³ torch.mm, torch 2.11")
         },
+        bus_bytes_per_s=Sourced(value=4.8e12, mark="vendor", source="H200 datasheet"),
+        peak_flop_per_s=Sourced(value=989e12, mark="vendor", source="H200 datasheet"),
     ),
 )
 

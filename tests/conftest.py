@@ -24,6 +24,7 @@ WriteRecipe = Callable[..., Path]
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each test works in its own folder, without a network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("STRIXFT_DATA", str(tmp_path / "data-folder"))
     monkeypatch.delenv("STRIXFT_DEVICE", raising=False)
     monkeypatch.chdir(tmp_path)
 

@@ -19,7 +19,7 @@ def test_an_unknown_bench_is_told_with_the_known_ones() -> None:
 
 
 def test_both_preparations_train_the_same_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = run_bench("data", rows=40, repeat=1)
+    rows = run_bench("data", rows=40, repeat=1).rows
     assert capsys.readouterr().out == ""
     assert [(row["set"], row["preparation"].split(",")[0]) for row in rows] == [
         ("english", "strixft"),

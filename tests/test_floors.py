@@ -12,6 +12,7 @@ FLOORS = [
     ["hardware", "families", "methods", "formats", "sources"],
     ["recipe"],
     ["runs"],
+    ["rates"],
     ["data", "attention", "guard", "int8", "checkpoints"],
     ["model"],
     ["prepare", "step"],

@@ -7,6 +7,7 @@ import os
 import torch
 
 from strixft.hardware import HOSTS, Budget, Host, Sourced, budget, this_host
+from strixft.rates import with_rates
 from strixft.recipe import Memory
 
 
@@ -40,9 +41,9 @@ def find_host(name: str) -> Host:
     if name not in ("auto", "cpu"):
         return HOSTS[name]
     if name == "cpu" or device_type() == "cpu":
-        return this_host(device="cpu")
+        return with_rates(this_host(device="cpu"))
     host = this_host(device="cuda")
-    return host if host.device == "cuda" else _discrete_gpu()
+    return with_rates(host if host.device == "cuda" else _discrete_gpu())
 
 
 def budget_for(memory: Memory, host: Host) -> Budget:

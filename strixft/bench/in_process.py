@@ -1,0 +1,204 @@
+"""A model in this process as a backend: base, with its adapter, merged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strixft.bench.generation import Generation
+from strixft.bench.roofline import FLOP_PER_TOKEN, Ceiling, compute_ceiling, decode_ceiling
+from strixft.bench.timing import synchronize
+from strixft.bench.weights import CACHE_BYTES
+from strixft.errors import StageError
+from strixft.guard import device_type, find_host
+from strixft.hardware import Host
+from strixft.methods import METHODS
+from strixft.model import base_of, load_adapter, load_base, native_dtype
+from strixft.recipe import Recipe, check_recipe
+from strixft.runs import find_run
+from strixft.train import ADAPTER, Trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model on this device."""
+
+    model: Any
+    name: str
+    variant: str
+    """`base`, `adapter` or `merged`."""
+    host: Host
+    load_s: float
+
+    @property
+    def label(self) -> dict[str, Any]:
+        """Columns that name it."""
+        return {
+            "backend": "transformers",
+            "model": self.name,
+            "variant": self.variant,
+            "server": None,
+        }
+
+    @property
+    def _config(self) -> Any:
+        return self.model.config.get_text_config()
+
+    def decode_ceiling(self, depth: int) -> Ceiling | None:
+        """By this host's memory: what the parameters and the cache take."""
+        config = self._config
+        head_dim = getattr(config, "head_dim", None)
+        heads = config.num_key_value_heads
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        size = CACHE_BYTES if self.host.device == "cuda" else 4
+        cache = 2 * size * config.num_hidden_layers * heads * head_dim * depth
+        return decode_ceiling(self.host, read_bytes(self.model) + cache)
+
+    def prefill_ceiling(self) -> Ceiling | None:
+        """By this host's matrix units."""
+        count = sum(p.numel() for p in read_parameters(self.model))
+        return compute_ceiling(self.host, count, FLOP_PER_TOKEN["forward"])
+
+    def prompt(self, tokens: int, seed: int) -> Tensor:
+        """Random tokens, (1, T), as llama-bench takes them."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, self._config.vocab_size, (1, max(1, tokens)), generator=generator)
+        return ids.to(self.model.device)
+
+    @torch.no_grad()
+    def generate(self, prompt_tokens: int, new_tokens: int, seed: int) -> Generation:
+        """Read random tokens, then choose the likeliest token again and again."""
+        ids, device = self.prompt(prompt_tokens, seed), self.host.device
+        synchronize(device)
+        start = time.perf_counter()
+        token, cache = read_prompt(self.model, ids)
+        synchronize(device)
+        first = time.perf_counter()
+        decode(self.model, token, cache, new_tokens - 1)
+        synchronize(device)
+        last = time.perf_counter()
+        return Generation(
+            load_s=self.load_s,
+            prompt_tokens=ids.shape[1],
+            prompt_s=first - start,
+            tokens=new_tokens,
+            decoded=new_tokens - 1,
+            decode_s=last - first,
+            total_s=last - start,
+            first_token_s=first - start,
+            clock="client",
+        )
+
+
+def read_prompt(model: Any, ids: Tensor) -> tuple[Tensor, Any]:
+    """The first token, (1, 1), and the cache.
+
+    Args:
+        model: A causal language model.
+        ids: Tokens, (1, T).
+    """
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1:].argmax(-1), out.past_key_values
+
+
+def decode(model: Any, token: Tensor, cache: Any, count: int) -> Tensor:
+    """The token after so many more, (1, 1)."""
+    for _ in range(count):
+        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    return token
+
+
+def read_parameters(model: Any) -> Iterator[nn.Parameter]:
+    """Parameters that each token reads: not a table in which words are only looked up."""
+    base = base_of(model)
+    table, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    return (p for p in model.parameters() if p is not table or p is head)
+
+
+def _active_fraction(config: Any, name: str) -> float:
+    """Share of a parameter that a token reads: experts take turns."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not experts or ".experts." not in name:
+        return 1.0
+    return float(config.num_experts_per_tok / experts)
+
+
+def read_bytes(model: Any) -> float:
+    """Bytes of weights that each token reads."""
+    config, read = base_of(model).config.get_text_config(), {id(p) for p in read_parameters(model)}
+    sizes = (
+        p.numel() * p.element_size() * _active_fraction(config, name)
+        for name, p in model.named_parameters()
+        if id(p) in read
+    )
+    return float(sum(sizes))
+
+
+def _load(recipe: Recipe, host: Host) -> tuple[nn.Module, float]:
+    device = device_type()
+    start = time.perf_counter()
+    model = load_base(recipe, device, native_dtype(device, bfloat16=host.bfloat16)).eval()
+    synchronize(device)
+    return model, time.perf_counter() - start
+
+
+def load_model(name: str, method: str) -> Iterator[Loaded]:
+    """One model without an adapter.
+
+    Args:
+        name: Hub id, folder or embedded model.
+        method: How its weights are stored: as this method trains on them.
+    """
+    settings = {"model": name, "method": method, "dataset": {"source": "-"}}
+    recipe, host = check_recipe(settings, name="bench"), find_host("auto")
+    model, load_s = _load(recipe, host)
+    yield Loaded(model=model, name=name, variant="base", host=host, load_s=load_s)
+
+
+def load_run(run_name: str) -> Iterator[Loaded]:
+    """The model of a run: its base, then with the adapter, then merged; one after the other.
+
+    Raises:
+        StageError: The run has no adapter.
+    """
+    run = find_run(run_name)
+    folder = run.stage_folder(Trained.name) / ADAPTER
+    if METHODS[run.recipe.method].adapter == "none" or not folder.is_dir():
+        raise StageError(
+            f"run {run.name} has no adapter in {folder}",
+            fix=f"strixft train {run.recipe.model}, or --model with a folder",
+        )
+    yield from _variants(run.recipe, folder)
+
+
+def _variants(recipe: Recipe, adapter: Path) -> Iterator[Loaded]:
+    host = find_host("auto")
+    model, load_s = _load(recipe, host)
+    base = Loaded(model=model, name=recipe.model, variant="base", host=host, load_s=load_s)
+    yield base
+    adapted: Any = load_adapter(model, adapter).eval()
+    yield replace(base, model=adapted, variant="adapter")
+    yield replace(base, model=adapted.merge_and_unload().eval(), variant="merged")
+
+
+@torch.no_grad()
+def bare_seconds(model: Any, ids: Tensor, new_tokens: int) -> float:
+    """The same answer by transformers alone, with one clock around it: for `--check`."""
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    for _ in range(new_tokens - 1):
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

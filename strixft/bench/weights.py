@@ -1,0 +1,181 @@
+"""What a model reads to make one token: its weights by quantisation, and the attention's cache.
+
+Everything here is arithmetic on a `config.json`, or on counts that a model's makers publish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from strixft.errors import RecipeError
+from strixft.families import MODELS
+from strixft.tables import Table, did_you_mean
+
+CACHE_BYTES = 2
+"""A number in the cache, in 16 bit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """One model. Parameters, and bytes of cache that a position adds."""
+
+    name: str
+    parameters: float
+    read_parameters: float
+    """For one token: without experts that rest, without a table that only looks words up."""
+    cache_bytes_per_position: float | None
+    source: str
+
+    @property
+    def sparse(self) -> bool:
+        """A mixture of experts: far fewer weights are read than there are."""
+        return self.read_parameters < self.parameters / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantisation:
+    """Bits of a weight, scales included."""
+
+    name: str
+    bits: float
+    source: str
+
+
+_BLOCKS = "block of llama.cpp, ggml-common.h"
+_MIX = "smallest published file: 70B, 42.5 GB"
+
+QUANTISATIONS: Table[Quantisation] = Table(
+    "quantisation",
+    Quantisation(name="BF16", bits=16, source="its name"),
+    Quantisation(name="FP8", bits=8, source="its name"),
+    Quantisation(name="INT8", bits=8, source="its name"),
+    Quantisation(name="Q8_0", bits=8.5, source=_BLOCKS),
+    Quantisation(name="Q6_K", bits=6.5625, source=_BLOCKS),
+    Quantisation(name="Q5_0", bits=5.5, source=_BLOCKS),
+    Quantisation(name="Q4_1", bits=5.0, source=_BLOCKS),
+    Quantisation(name="Q4_K_M", bits=4.82, source=_MIX),
+    Quantisation(name="Q4_K_XL", bits=4.82, source="as Q4_K_M"),
+    Quantisation(name="Q4_0", bits=4.5, source=_BLOCKS),
+    Quantisation(name="NVFP4", bits=4.5, source="16 of 4 bit and a scale of 8"),
+    Quantisation(name="MXFP4", bits=4.25, source="32 of 4 bit and a scale of 8"),
+    Quantisation(name="NF4", bits=4.127, source="arXiv:2305.14314, section 3"),
+    Quantisation(name="2.4 bit", bits=2.4, source="its name"),
+)
+
+
+def _attention_parameters(config: Mapping[str, Any], head_dim: int) -> int:
+    heads = 2 * (config["num_attention_heads"] + config["num_key_value_heads"])
+    parameters: int = config["hidden_size"] * head_dim * heads
+    return parameters
+
+
+def weights_of(name: str, config: Mapping[str, Any], source: str) -> Weights:
+    """Count a dense or a sparse decoder's parameters; norms and biases do not count.
+
+    Args:
+        name: What people call the model.
+        config: The numbers of its `config.json`.
+        source: Where they stand.
+    """
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    attention = _attention_parameters(config, head_dim)
+    expert = 3 * hidden * config["intermediate_size"]
+    experts, active = config.get("num_local_experts", 1), config.get("num_experts_per_tok", 1)
+    head = config["vocab_size"] * hidden
+    tied = config.get("tie_word_embeddings", config["model_type"].startswith("gemma"))
+    return Weights(
+        name=name,
+        parameters=layers * (attention + experts * expert) + head * (1 if tied else 2),
+        read_parameters=layers * (attention + active * expert) + head,
+        cache_bytes_per_position=2
+        * CACHE_BYTES
+        * layers
+        * config["num_key_value_heads"]
+        * head_dim,
+        source=source,
+    )
+
+
+def _known(name: str, row: str) -> Weights:
+    return weights_of(name, MODELS[row].config, MODELS[row].source)
+
+
+def _gpt_oss(name: str, layers: int, experts: int) -> Weights:
+    config = {
+        "model_type": "gpt_oss",
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 4,
+    }
+    return weights_of(name, config, f"https://huggingface.co/openai/{name}/blob/main/config.json")
+
+
+def _counted(name: str, parameters: float, read: float, source: str) -> Weights:
+    return Weights(
+        name=name,
+        parameters=parameters,
+        read_parameters=read,
+        cache_bytes_per_position=None,
+        source=source,
+    )
+
+
+WEIGHTS: Table[Weights] = Table(
+    "model with known weights",
+    _known("Gemma 2 27B", "google/gemma-2-27b-it"),
+    _known("Gemma 3 1B", "google/gemma-3-1b-it"),
+    _known("Gemma 3 4B", "google/gemma-3-4b-it"),
+    _known("Gemma 3 12B", "google/gemma-3-12b-it"),
+    _known("Gemma 3 27B", "google/gemma-3-27b-it"),
+    _known("Qwen3 4B", "Qwen/Qwen3-4B"),
+    _known("Qwen3 8B", "Qwen/Qwen3-8B"),
+    _known("Qwen3 14B", "Qwen/Qwen3-14B"),
+    _known("Qwen3 32B", "Qwen/Qwen3-32B"),
+    _known("Llama 3 8B", "meta-llama/Llama-3.1-8B-Instruct"),
+    _known("Llama 3.1 8B", "meta-llama/Llama-3.1-8B-Instruct"),
+    _known("Llama 3.1 70B", "meta-llama/Llama-3.3-70B-Instruct"),
+    _known("Llama 3.3 70B", "meta-llama/Llama-3.3-70B-Instruct"),
+    _known("DeepSeek R1 70B", "deepseek-ai/DeepSeek-R1-Distill-Llama-70B"),
+    _known("DeepSeek R1 Distill Llama 8B", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"),
+    _known("DeepSeek R1 0528 Qwen3 8B", "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B"),
+    _known("Mistral Small 24B", "mistralai/Mistral-Small-24B-Instruct-2501"),
+    _known("Devstral Small 2 24B", "mistralai/Mistral-Small-24B-Instruct-2501"),
+    _gpt_oss("gpt-oss-20b", 24, 32),
+    _gpt_oss("gpt-oss-120b", 36, 128),
+    _counted("Llama 2 7B", 6.74e9, 6.61e9, "its paper; a table of 32000 × 4096 looked up"),
+    _counted("DeepSeek R1 14B", 14.77e9, 13.99e9, "Qwen2.5 14B; a table of 152064 × 5120"),
+    _counted("Gemma 4 31B", 30.7e9, 30.7e9, "its BF16 file, 57.2 GiB ÷ 2 bytes"),
+    _counted("Qwen3.5 27B", 27e9, 27e9, "its name"),
+    _counted("Qwen3.6 27B", 27e9, 27e9, "its name"),
+    _counted("Qwen3.6 35B-A3B", 35e9, 3e9, "its name"),
+    _counted("Llama 3.2 3B", 3.21e9, 3.21e9, "its model card; tied head"),
+    _counted("GPT 50.9M", 50.9e6, 50.9e6, "bkpaine1/amdsense: profile_report.md"),
+)
+
+
+def file_bytes(weights: Weights, quantisation: str, file_gb: float | None) -> float:
+    """All weights: the published file's size, else parameters × bits."""
+    if file_gb is not None:
+        return file_gb * 1e9
+    name = quantisation.removeprefix("UD-")
+    if name not in QUANTISATIONS:
+        raise RecipeError(
+            f"no size is known for {weights.name} in {quantisation!r}",
+            fix=f"give the file's size, or {did_you_mean(name, QUANTISATIONS)}",
+        )
+    return weights.parameters * QUANTISATIONS[name].bits / 8
+
+
+def read_bytes(weights: Weights, quantisation: str, file_gb: float | None = None) -> float:
+    """Weights read for one token, at least: a share of the file."""
+    whole = file_bytes(weights, quantisation, file_gb)
+    return whole * weights.read_parameters / weights.parameters
