@@ -46,6 +46,8 @@ from strixft.weights import fingerprint_base
 ADAPTER = "adapter"
 """Folder of the trained weights: a PEFT adapter, or a whole model for `method: full`."""
 CHECKPOINTS = "checkpoints"
+PACKED_ROW = "packed_row"
+"""Column of the numbers of packed rows, in the order of training."""
 Collator = Callable[[Sequence[Any]], Batch]
 
 
@@ -249,9 +251,9 @@ def _training_rows(recipe: Recipe, prepared: Prepared, plan: Plan) -> tuple[Data
     order = _order(packed.sums("length").tolist(), recipe, plan)
 
     def collate_packed(numbers: Sequence[dict[str, int]]) -> Batch:
-        return collate([packed[row["packed_row"]] for row in numbers], filled)
+        return collate([packed[row[PACKED_ROW]] for row in numbers], filled)
 
-    return Dataset.from_dict({"packed_row": order}), collate_packed
+    return Dataset.from_dict({PACKED_ROW: order}), collate_packed
 
 
 def _checkpoints(run: Run, prepared: Prepared, plan: Plan) -> Checkpoints:
@@ -310,6 +312,13 @@ def out_of_memory(recipe: Recipe, plan: Plan, what: str, peak_bytes: int | None)
     )
 
 
+def _names_of(recipe: Recipe, prepared: Prepared, rows: Dataset, numbers: list[int]) -> list[str]:
+    if PACKED_ROW not in rows.column_names:
+        return prepared.names_of(rows, numbers)
+    packed = prepared.packed_rows(recipe.dataset)
+    return prepared.names_of(packed, rows[numbers][PACKED_ROW])
+
+
 def _not_finite(
     run: Run, prepared: Prepared, plan: Plan, trainer: _Trainer, error: NotFiniteError
 ) -> StageError:
@@ -317,7 +326,7 @@ def _not_finite(
     size, steps = choice["micro_batch_rows"], choice["gradient_accumulation_steps"]
     first = [((error.update - 1) * steps + index) * size for index in error.micro_batches]
     numbers = [start + offset for start in first for offset in range(size)]
-    rows = prepared.names_of(trainer.train_dataset, numbers)
+    rows = _names_of(run.recipe, prepared, trainer.train_dataset, numbers)
     kept = f"the weights of update {error.update - 1} are saved"
     return StageError(
         f"{error}; {kept if error.update > 1 else 'nothing was changed yet'}"

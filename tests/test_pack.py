@@ -11,10 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from strixft.attention import RUNGS, Heads, attention_inputs, documents_of
+from strixft.attention.masks import dense_mask
+from strixft.attention.rungs import why_not
 from strixft.bench import sets
-from strixft.data import PackedRows, collate, document_mask, length_groups, pack
-from strixft.data.batches import NO_DOCUMENT
+from strixft.data import Batch, PackedRows, PackedShape, collate, length_groups, pack
+from strixft.families import FAMILIES
 
 
 @given(st.lists(st.integers(1, 64), max_size=300), st.integers(0, 5))
@@ -83,11 +87,23 @@ def packed(*rows: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_positions_restart_and_documents_are_numbered() -> None:
+def test_positions_restart_and_beginnings_are_listed() -> None:
     batch = collate([packed(row(5, 6, 7), row(8, 9)), packed(row(3, 4))])
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
-    assert batch["documents"].tolist() == [[0, 0, 0, 1, 1], [0, 0] + [NO_DOCUMENT] * 3]
+    assert batch["cu_seq_lens"].tolist() == [0, 3, 5, 7, 10]
+    assert batch["longest"] == 3
     assert batch["num_tokens"].tolist() == [7]
+
+
+def test_all_batches_of_a_run_have_one_shape() -> None:
+    batch = collate([packed(row(5, 6, 7), row(8, 9))], PackedShape(8, documents=5, longest=6))
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]]
+    assert batch["cu_seq_lens"].tolist() == [0, 3, 5, 8, 8, 8]
+    assert batch["longest"] == 6
+
+
+def documents_in(batch: Batch) -> Tensor:
+    return documents_of(batch["cu_seq_lens"], *batch["input_ids"].shape)
 
 
 def test_no_document_is_trained_to_begin_another() -> None:
@@ -96,47 +112,68 @@ def test_no_document_is_trained_to_begin_another() -> None:
     assert together["labels"].tolist() == alone["labels"].tolist() == [6, 7, 9, 4]
     # each label follows its position in the same document
     places = together["positions"]
-    documents = together["documents"].flatten()
+    documents = documents_in(together).flatten()
     assert (documents[places] == documents[places + 1]).all()
 
 
 def test_unpacked_rows_have_neither_positions_nor_documents() -> None:
-    assert {"position_ids", "documents"}.isdisjoint(collate([row(1, 2)]))
+    assert {"position_ids", "cu_seq_lens"}.isdisjoint(collate([row(1, 2)]))
 
 
 def test_the_mask_shows_a_token_what_is_before_it_in_its_document() -> None:
-    mask = document_mask(torch.tensor([[0, 0, 1, NO_DOCUMENT]]))
-    assert mask.shape == (1, 1, 4, 4)
+    mask = dense_mask(torch.tensor([[0, 0, 0, 1, 2]]))
+    assert mask.shape == (1, 1, 5, 5)
     assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0],
-        [1, 1, 0, 0],
-        [0, 0, 1, 0],
-        [0, 0, 0, 1],
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1],
     ]
-    added = document_mask(torch.tensor([[0, 1]]), torch.float32)[0, 0]
-    least = torch.finfo(torch.float32).min
-    assert added.tolist() == [[0.0, least], [least, 0.0]]
+    assert dense_mask(torch.tensor([[0, 0, 0]]), 2)[0, 0].int().tolist() == [
+        [1, 0, 0],
+        [1, 1, 0],
+        [0, 1, 1],
+    ]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_logits_are_those_of_the_rows_alone(tiny_model: Path, attention: str) -> None:
-    from transformers import AutoModelForCausalLM
+SIDES = {
+    "vocab_size": 500,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+SLIDING = {"sliding_window": 8}
 
-    model = AutoModelForCausalLM.from_pretrained(
-        tiny_model, dtype=torch.float32, attn_implementation=attention
-    ).eval()
+
+def random_family(name: str) -> Any:
+    """A small random model of a family, with sliding windows where the family has them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    more = SLIDING if name in ("gemma2", "gemma3_text", "mistral") else {}
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIDES, **more)).eval()
+
+
+@pytest.mark.parametrize("rung", ["sdpa-packed", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_states_are_those_of_the_rows_alone(family: str, rung: str) -> None:
+    model, way = random_family(family), RUNGS[rung]
+    if model.config.model_type == "gemma2" and rung != "eager":
+        assert why_not(way, Heads.of(model.config), "cpu", "") is not None
+        return
+    model.set_attn_implementation(way.implementation)
     rng = random.Random(3)
-    rows = [row(*(rng.randrange(5, 40_000) for _ in range(n))) for n in (17, 40, 3, 25, 31, 60)]
+    rows = [row(*(rng.randrange(5, 400) for _ in range(n))) for n in (17, 40, 3, 25, 31, 60)]
     batch = collate([packed(*rows[:4]), packed(*rows[4:])])
-    kind = None if attention == "sdpa" else torch.float32
+    places = [(0, 0), (0, 17), (0, 57), (0, 60), (1, 0), (1, 31)]
     with torch.no_grad():
-        together = model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            attention_mask=document_mask(batch["documents"], kind),
-            use_cache=False,
-        ).logits
-        places = [(0, 0), (0, 17), (0, 57), (0, 60), (1, 0), (1, 31)]
+        inputs = attention_inputs(way, batch, model.config)
+        together = model(input_ids=batch["input_ids"], use_cache=False, **inputs).logits
         for one, (line, start) in zip(rows, places, strict=True):
             alone = model(input_ids=torch.tensor([one["input_ids"]]), use_cache=False).logits[0]
             same = together[line, start : start + len(alone)]
@@ -151,12 +188,10 @@ def test_another_neighbour_changes_nothing(tiny_model: Path) -> None:
 
     def logits(*rows: dict[str, Any]) -> torch.Tensor:
         batch = collate([packed(*rows)])
+        inputs = attention_inputs(RUNGS["sdpa-packed"], batch, model.config)
         with torch.no_grad():
             found: torch.Tensor = model(
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
-                attention_mask=document_mask(batch["documents"]),
-                use_cache=False,
+                input_ids=batch["input_ids"], use_cache=False, **inputs
             ).logits
         return found[0, 4:]
 

@@ -1,5 +1,6 @@
 """The plan: what the dry run says is what the tracker counts over real tensors."""
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from conftest import WriteRecipe
 from transformers import AutoConfig
 
-from strixft.data import Batch, shape_batch
+from strixft.data import Batch, PackedShape, shape_batch
 from strixft.errors import FitError, StageError
 from strixft.guard import find_host
 from strixft.hardware import HOSTS, Budget
@@ -23,24 +24,32 @@ from strixft.plan.dry_run import DryRun, Step, run_schedule, trace_run
 from strixft.plan.stack import Schedule, rounded_all
 from strixft.plan.trace import trace_step
 from strixft.plan.traces import Traces
+from strixft.plan.ways import ways_for
 from strixft.prepare import prepare_recipe
 from strixft.recipe import Dataset, Recipe, Train, load_recipe
 from strixft.runs import open_run
 from strixft.step import MemoryTracker, TrainingStep
 from strixft.units import GIB
 
+PACKED = RowShape(2, 128, 200, PackedShape(128, 5, 60))
+
 
 def real_batch(shape: RowShape) -> Batch:
-    batch = shape_batch(shape.rows, shape.length, shape.trained, "cpu")
+    batch = shape_batch(shape.rows, shape.length, shape.trained, "cpu", shape.packed)
     batch["input_ids"].random_(0, 1000)
     batch["positions"].random_(0, shape.rows * (shape.length - 1))
+    if shape.packed is not None:
+        ends = torch.linspace(0, shape.rows * shape.length, shape.packed.documents + 1)
+        batch["cu_seq_lens"] = ends.int()
     return batch
 
 
 def measured(recipe: Recipe, shape: RowShape, recomputed_layers: int) -> tuple[int, int]:
     """Peak and resident bytes of two real updates on this CPU."""
     model = build(recipe, "cpu", torch.float32)
-    step = TrainingStep(model, recipe.train, recomputed_layers=recomputed_layers)
+    ways = ways_for(recipe, load_config(recipe), find_host("cpu"))
+    ways = replace(ways, recomputed_layers=recomputed_layers)
+    step = TrainingStep(model, recipe.train, ways)
     tracker = MemoryTracker()
     tracker.watch_model(model)
     batch = real_batch(shape)
@@ -52,7 +61,9 @@ def measured(recipe: Recipe, shape: RowShape, recomputed_layers: int) -> tuple[i
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("recomputed_layers", [0, 2])
-@pytest.mark.parametrize("shape", [RowShape(1, 16, 7), RowShape(3, 65, 192), RowShape(2, 257, 200)])
+@pytest.mark.parametrize(
+    "shape", [RowShape(1, 16, 7), RowShape(3, 65, 192), RowShape(2, 257, 200), PACKED]
+)
 def test_the_dry_run_is_the_real_step(
     method: str, recomputed_layers: int, shape: RowShape, write_recipe: WriteRecipe
 ) -> None:

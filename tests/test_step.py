@@ -10,7 +10,7 @@ from strixft.data import Batch, collate
 from strixft.methods import METHODS
 from strixft.model import attach_adapter, base_of
 from strixft.recipe import Lora, Train
-from strixft.step import MemoryTracker, TrainingStep, chunked_cross_entropy, part
+from strixft.step import MemoryTracker, TrainingStep, Ways, chunked_cross_entropy, part
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
 
 ROWS = [
@@ -119,7 +119,7 @@ def test_accumulation_is_one_large_batch(tiny_model: Path) -> None:
 
 def test_recomputed_layers_give_the_same_losses(tiny_model: Path) -> None:
     keep = TrainingStep(adapted(tiny_model), TRAIN)
-    again = TrainingStep(adapted(tiny_model), TRAIN, recomputed_layers=1)
+    again = TrainingStep(adapted(tiny_model), TRAIN, Ways(recomputed_layers=1))
     for _ in range(3):
         assert float(keep.update([collate(ROWS)])) == float(again.update([collate(ROWS)]))
 

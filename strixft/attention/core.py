@@ -1,8 +1,8 @@
 """Attention as our models call it, through transformers' attention interface.
 
-What the mask is decides the way: cumulative lengths, a block mask, T × T truths, or none. On `meta`,
-where torch would fall back to the mathematical path that keeps T × T scores, it is the operator of
-the device planned for.
+What the mask is decides the way: cumulative lengths, a block mask, T × T truths, or none. On
+`meta`, where torch would fall back to the mathematical path that keeps T × T scores, it is the
+operator of the device planned for.
 
 Shapes: B rows, H heads, T tokens, D head size, N documents.
 """
@@ -100,7 +100,7 @@ def varlen(
     output: Tensor = aten._flash_attention_forward(
         *flat, cu_seq_lens, cu_seq_lens, longest, longest, 0.0, True, False, scale=scale, **sides
     )[0]
-    return output.unflatten(0, (rows, length))
+    return output.view(rows, length, *output.shape[1:])
 
 
 def attend(

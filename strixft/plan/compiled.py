@@ -1,8 +1,9 @@
 """Compiled layers on `meta`: the compiler's own choice of what is kept, and what its kernels hold.
 
-The partitioner that torch.compile uses splits forward and backward. Then the graphs are run operator
-by operator, and of the elementwise ones only those results are counted that a kernel writes out:
-what leaves the graph, and what a product or another operator with a kernel of its own reads.
+The partitioner that torch.compile uses splits forward and backward. Then the graphs are run
+operator by operator, and of the elementwise ones only those results are counted that a kernel
+writes out: what leaves the graph, and what a product or another operator with a kernel of its own
+reads.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from strixft.plan import show
 from strixft.plan.advice import advise
 from strixft.plan.choose import Choice, choose
 from strixft.plan.data_shape import DataShape
-from strixft.plan.ways import ways_for
 from strixft.plan.phases import PROCESS, phases
+from strixft.plan.ways import ways_for
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run

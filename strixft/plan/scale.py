@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from strixft.data import PackedShape
 from strixft.plan.cost import Floats, Work
 from strixft.plan.stack import Ints, rounded_all
 from strixft.plan.trace import RowShape, Trace
@@ -61,13 +62,16 @@ class Regime:
     """For each sliding window: rows are longer than it, so there is a mask."""
     chunks: int
     """1, 2, or 3 for any more: those in the middle are alike."""
+    packed: bool
+    """Several documents share a row."""
 
     @classmethod
     def of(cls, config: Any, shape: RowShape) -> Regime:
         """The regime of a micro-batch."""
         sides = Sides.of(shape, config.vocab_size)
         beyond = tuple(shape.length > window for window in _windows(config))
-        return cls(shape.rows == 1, beyond, min(sides.chunks, 3))
+        chunks = min(sides.chunks, 3)
+        return cls(shape.rows == 1, beyond, chunks, shape.packed is not None)
 
 
 def _windows(config: Any) -> list[int]:
@@ -94,11 +98,14 @@ class Sample:
     sides: Sides
     primes: tuple[int, ...]
     """One that divides each of the sides and none of the others; 1 where a side does not vary."""
+    packed: bool = False
 
     @property
     def shape(self) -> RowShape:
-        """The micro-batch."""
-        return RowShape(self.sides.rows, self.sides.length, self.sides.trained)
+        """The micro-batch; documents of a row change no size that matters."""
+        rows, length, trained = self.sides.rows, self.sides.length, self.sides.trained
+        packed = PackedShape(length, rows, length) if self.packed else None
+        return RowShape(rows, length, trained, packed)
 
 
 def _lengths(windows: Iterable[int], beyond: Iterable[bool]) -> Iterator[tuple[int, int]]:
@@ -145,7 +152,7 @@ def sample(config: Any, regime: Regime, taken: int) -> Sample | None:
         if taken % prime:
             for sides, primes in _trained(regime, config.vocab_size, taken * prime):
                 found = Sides(rows, length, sides.trained, sides.chunk, sides.last_chunk)
-                return Sample(found, (rows, prime, *primes))
+                return Sample(found, (rows, prime, *primes), regime.packed)
     return None
 
 

@@ -19,8 +19,8 @@ from strixft.attention import planned_for
 from strixft.data import PackedShape, shape_batch
 from strixft.hardware import Host
 from strixft.model import build, native_dtype
-from strixft.plan.cost import Cost, is_4bit_product, operator_cost, weight_of_4bit
 from strixft.plan.compiled import planned_kernels
+from strixft.plan.cost import Cost, is_4bit_product, operator_cost, weight_of_4bit
 from strixft.plan.memo import Memo
 from strixft.plan.ways import ways_for
 from strixft.recipe import Recipe
@@ -218,6 +218,14 @@ class _TracedStep(TrainingStep):
         self.recorder.place = Place(before, "before")
         return super().loss(batch, num_trained)
 
+    def compile_first(self, batch: Any, host: Host) -> None:
+        """Compile before anybody counts: the compiler makes tensors of its own."""
+        self.recorder = _Recorder(0, host, Memo())
+        with self.recorder:
+            self.loss(batch, 1).backward()
+        self.recorder.ended = True
+        self.optimizer.zero_grad()
+
     def finish(self) -> None:
         self.recorder._goto("update")
         super().finish()
@@ -251,11 +259,9 @@ def trace_step(
     kernels = planned_kernels() if ways.compiled else contextlib.nullcontext()
     with _fused_on_meta(), planned_for(host.device), kernels:
         step = _TracedStep(model, recipe.train, ways)
+        if ways.compiled:
+            step.compile_first(batch, host)
         step.recorder = recorder
-        if ways.compiled:  # before anybody counts: compiling makes tensors of its own
-            step.loss(batch, 1).backward()
-            step.optimizer.zero_grad()
-        recorder.place = Place(0, "load")
         recorder.watch_model(model)
         recorder.follow(layers)
         with recorder:

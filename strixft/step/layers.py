@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from strixft.model import base_of
 
-BACKEND = "inductor"
+BACKEND: Any = "inductor"
 """What compiles the layers; a plan names another one, which decides alike what is kept."""
 
 
@@ -52,7 +52,7 @@ def keep_products(model: nn.Module, first: int) -> None:
         )
 
 
-def compile_layers(model: nn.Module, *, elementwise: bool) -> None:
+def compile_layers(model: nn.Module, recomputed_layers: int, *, elementwise: bool) -> None:
     """Run each decoder layer as generated kernels, compiled when it is first called.
 
     Layers of one kind share their code. What is kept for backward is the partitioner's choice: the
@@ -61,9 +61,15 @@ def compile_layers(model: nn.Module, *, elementwise: bool) -> None:
 
     Args:
         model: What `model.build` gave.
-        elementwise: Whether it may.
+        recomputed_layers: The first so many layers keep nothing, and are run again in backward.
+        elementwise: Whether the others may compute norms and activations again.
     """
     partitioner.ban_recompute_materialized_backward = not elementwise
-    for layer in decoder_layers(model):
+    layer: Any
+    for index, layer in enumerate(decoder_layers(model)):
         layer.compile(dynamic=False, backend=BACKEND)
+        if index < recomputed_layers:  # around the compiled code, which would take it apart
+            layer._compiled_call_impl = partial(
+                checkpoint, layer._compiled_call_impl, use_reentrant=False
+            )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)

@@ -89,13 +89,18 @@ class TrainingStep:
     def __init__(self, model: nn.Module, settings: Train, ways: Ways = Ways()) -> None:
         self.model, self.settings, self.ways = model, settings, ways
         base_of(model).set_attn_implementation(ways.rung.implementation)
-        set_recompute(model, ways.recomputed_layers)
-        if ways.compiled:
-            compile_layers(model, elementwise=ways.elementwise)
-        elif ways.elementwise:
-            keep_products(model, ways.recomputed_layers)
+        self._prepare_layers()
         model.train()
         self.optimizer = self._build_optimizer()
+
+    def _prepare_layers(self) -> None:
+        model, ways = self.model, self.ways
+        if ways.compiled:
+            compile_layers(model, ways.recomputed_layers, elementwise=ways.elementwise)
+            return
+        set_recompute(model, ways.recomputed_layers)
+        if ways.elementwise:
+            keep_products(model, ways.recomputed_layers)
 
     def trainable(self) -> list[nn.Parameter]:
         """Weights that are trained."""
