@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from strixft.errors import FitError
+from strixft.config import first_lines, warnings_of
+from strixft.errors import FitError, RecipeError, StrixftError
 from strixft.families import MODELS
 from strixft.guard import budget_for, find_host
 from strixft.hardware import Budget, Host, Sourced
@@ -15,8 +18,8 @@ from strixft.plan import show
 from strixft.plan.advice import advise
 from strixft.plan.choose import Choice, choose
 from strixft.plan.data_shape import DataShape
+from strixft.plan.phases import PROCESS, Phase, phases
 from strixft.plan.ways import ways_for
-from strixft.plan.phases import PROCESS, phases
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run
@@ -69,6 +72,22 @@ def read_config(recipe: Recipe) -> Any:
     return AutoConfig.for_model(**MODELS[recipe.model].config)
 
 
+@contextlib.contextmanager
+def _named(recipe: Recipe) -> Iterator[None]:
+    """A step of a model that is not in our table may fail in its own ways."""
+    try:
+        yield
+    except StrixftError:
+        raise
+    except Exception as error:
+        if recipe.model in MODELS:
+            raise
+        raise RecipeError(
+            f"the training step of {recipe.model} cannot be run dry: {first_lines(error)}",
+            fix="another model, or report it with what --debug shows",
+        ) from error
+
+
 def _choice(chosen: Choice, ways: Ways) -> dict[str, Any]:
     run = chosen.run
     return {
@@ -114,6 +133,13 @@ def _assumptions(host: Host, limit: Budget, ways: Ways) -> list[dict[str, Any]]:
     ]
 
 
+def _warnings(life: dict[str, Phase], limit: Budget) -> Iterator[str]:
+    """Phases other than training that need more than there is."""
+    for name, phase in life.items():
+        if name != "train" and phase["device_bytes"] > limit.num_bytes:
+            yield f"{name} may need {format_gib(phase['device_bytes'])}, more than the budget"
+
+
 def _times(chosen: Choice, data: DataShape, updates: int | None) -> dict[str, float | None]:
     run, per_update = chosen.run, chosen.run.seconds_per_update
     tokens = run.shape.rows * run.steps * data.mean_length()
@@ -139,9 +165,11 @@ def plan_figures(
     config = read_config(recipe)
     ways = ways_for(recipe, config, host)
     data = DataShape.of(recipe, prepared, packed=ways.rung.packed)
-    chosen = choose(recipe, config, host, limit, data)
+    with _named(recipe):
+        chosen = choose(recipe, config, host, limit, data)
     run = chosen.run
     updates = _updates(recipe, data, run.shape.rows * run.steps)
+    life = phases(recipe, config, host, run)
     advice = [] if chosen.fits else advise(recipe, config, host, limit.num_bytes, data)
     return {
         "fits": chosen.fits,
@@ -150,7 +178,7 @@ def plan_figures(
         "reserved_bytes": run.reserved_bytes,
         "outside_bytes": int(host.outside_bytes.value),
         "parts": run.parts,
-        "phases": phases(recipe, config, host, run),
+        "phases": life,
         "choice": _choice(chosen, ways),
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,
@@ -158,6 +186,7 @@ def plan_figures(
         "frontier": [asdict(candidate) for candidate in chosen.frontier],
         "assumptions": _assumptions(host, limit, ways),
         "advice": [asdict(row) for row in advice],
+        "warnings": [*warnings_of(config, data.max_length), *_warnings(life, limit)],
     }
 
 

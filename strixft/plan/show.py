@@ -84,6 +84,10 @@ Table = tuple[list[list[str]], list[str]]
 """Rows and header."""
 
 
+def _warnings(figures: Figures) -> Table:
+    return [[text] for text in figures["warnings"]], ["to know"]
+
+
 def _parts(figures: Figures) -> Table:
     rows = [[name, format_gib(size)] for name, size in figures["parts"].items() if size]
     return rows, ["part at the peak", "memory"]
@@ -120,7 +124,7 @@ def _advice(figures: Figures) -> Table:
 def tables(figures: Figures) -> list[Table]:
     """The plan as tables for a terminal."""
     first: Table = [list(row) for row in summary(figures).items()], ["plan", ""]
-    rest = [_parts(figures), _frontier(figures), _advice(figures)]
+    rest = [_warnings(figures), _parts(figures), _frontier(figures), _advice(figures)]
     return [first, *(table for table in rest if table[0])]
 
 
@@ -145,6 +149,7 @@ def plan_html(figures: Figures) -> str:
     return "".join(
         (
             views.mapping(summary(figures)),
+            *map(views.warning, figures["warnings"]),
             breakdown(figures),
             views.table(*_advice(figures)) if figures["advice"] else "",
             frontier(figures),

@@ -61,9 +61,7 @@ def _in_one_pass(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple
 
 
 @torch.library.custom_op("strixft::logits_gradient", mutates_args=())
-def logits_gradient(
-    logits: Tensor, labels: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def logits_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Sum of the losses of raw logits (n, V), and its gradient in their dtype: compiled.
 
     An operator of its own, so that a plan sees what it returns and nothing of what it fuses.
