@@ -16,6 +16,7 @@ from strixft.hardware import Budget, Host, Sourced
 from strixft.model import load_config
 from strixft.plan import show
 from strixft.plan.advice import advise
+from strixft.plan.boxes import share_figures
 from strixft.plan.choose import Choice, choose
 from strixft.plan.data_shape import DataShape
 from strixft.plan.phases import PROCESS, Phase, phases
@@ -53,6 +54,8 @@ def require_fit(figures: dict[str, Any]) -> None:
     """Raise `FitError` if a plan's figures do not fit."""
     if figures["fits"]:
         return
+    if figures["boxes"]:
+        raise _no_share_fits(figures)
     host, part = figures["host"], max(figures["parts"].items(), key=lambda row: row[1])
     helps = [row["change"] for row in figures["advice"] if row["fits"]]
     raise FitError(
@@ -70,6 +73,18 @@ def read_config(recipe: Recipe) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.for_model(**MODELS[recipe.model].config)
+
+
+def _no_share_fits(figures: dict[str, Any]) -> FitError:
+    host, boxes = figures["host"], figures["boxes"]
+    needs = " and ".join(
+        f"{format_gib(share['device_bytes'])} by {share['way']}" for share in boxes["shares"]
+    )
+    return FitError(
+        f"each of {boxes['count']} machines needs {needs}, and {host['name']} has"
+        f" {format_gib(host['budget_bytes'])} for it",
+        fix=f"--boxes {2 * boxes['count']}, or a smaller model",
+    )
 
 
 @contextlib.contextmanager
@@ -151,7 +166,10 @@ def _times(chosen: Choice, data: DataShape, updates: int | None) -> dict[str, fl
 
 
 def plan_figures(
-    recipe: Recipe, host_name: str | None = None, prepared: Prepared | None = None
+    recipe: Recipe,
+    host_name: str | None = None,
+    prepared: Prepared | None = None,
+    boxes: int = 1,
 ) -> dict[str, Any]:
     """The plan's figures.
 
@@ -159,6 +177,7 @@ def plan_figures(
         recipe: What to run.
         host_name: Another host than the recipe's.
         prepared: The prepared data; without them rows are as long as `max_length`.
+        boxes: Machines that share the run.
     """
     host = find_host(host_name or recipe.memory.host)
     limit = budget_for(recipe.memory, host)
@@ -170,15 +189,17 @@ def plan_figures(
     run = chosen.run
     updates = _updates(recipe, data, run.shape.rows * run.steps)
     life = phases(recipe, config, host, run)
-    advice = [] if chosen.fits else advise(recipe, config, host, limit.num_bytes, data)
+    shared = boxes != 1 and share_figures(recipe, config, host, limit, data, boxes)
+    advice = [] if chosen.fits or shared else advise(recipe, config, host, limit.num_bytes, data)
     return {
-        "fits": chosen.fits,
+        "fits": any(share["fits"] for share in shared["shares"]) if shared else chosen.fits,
         "host": {"name": host.name, "budget_bytes": limit.num_bytes, "source": limit.source},
         "peak_bytes": run.peak_bytes,
         "reserved_bytes": run.reserved_bytes,
         "outside_bytes": int(host.outside_bytes.value),
         "parts": run.parts,
         "phases": life,
+        "boxes": shared or None,
         "choice": _choice(chosen, ways),
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,

@@ -19,8 +19,8 @@ from strixft.attention import planned_for
 from strixft.data import PackedShape, shape_batch
 from strixft.hardware import Host
 from strixft.model import build, native_dtype
-from strixft.plan.cost import Cost, is_4bit_product, operator_cost, weight_of_4bit
 from strixft.plan.compiled import planned_kernels
+from strixft.plan.cost import Cost, is_4bit_product, operator_cost, weight_of_4bit
 from strixft.plan.memo import Memo
 from strixft.plan.ways import ways_for
 from strixft.recipe import Recipe

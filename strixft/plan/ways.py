@@ -36,5 +36,5 @@ def ways_for(recipe: Recipe, config: Any, host: Host) -> Ways:
     return Ways(
         attention=found[0].name,
         compiled=compiled,
-        elementwise=compiled and train.recompute != "none" or train.recompute == "elementwise",
+        elementwise=(compiled and train.recompute != "none") or train.recompute == "elementwise",
     )
