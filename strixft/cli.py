@@ -197,6 +197,7 @@ def prepare(
 def plan(
     recipe: RecipeArgument,
     host: Annotated[str | None, typer.Option("--host", help="Another machine's name.")] = None,
+    boxes: Annotated[int, typer.Option(help="Such machines that share the run.")] = 1,
     run_dir: RunDir = None,
     settings: Set = None,
     as_json: AsJson = False,
@@ -212,7 +213,8 @@ def plan(
     loaded = load_recipe(recipe, _overrides(settings))
     folder = run_dir.absolute() if run_dir else run_folder(find_recipe(recipe), None)
     same = (folder / "recipe.yaml").is_file() and read_recipe(folder) == loaded
-    figures = plan_figures(loaded, host, Prepared.load(folder / "prepare") if same else None)
+    prepared = Prepared.load(folder / "prepare") if same else None
+    figures = plan_figures(loaded, host, prepared, boxes)
     if as_json:
         _print_json(figures)
     else:

@@ -154,6 +154,7 @@ MODELS: Table[ModelShape] = Table(
     ),
     _llama("meta-llama/Llama-3.1-8B-Instruct", 4096, 14336, 32, 32),
     _llama("meta-llama/Llama-3.3-70B-Instruct", 8192, 28672, 80, 64),
+    _llama("meta-llama/Llama-3.1-405B-Instruct", 16384, 53248, 126, 128),
     _llama("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", 4096, 14336, 32, 32),
     _llama("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", 8192, 28672, 80, 64),
     _qwen3(

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from strixft import attention, int8
+from strixft.config import first_lines, read_config
 from strixft.errors import HostError, RecipeError
 from strixft.methods import METHODS, Method
 from strixft.recipe import Lora, Recipe
@@ -109,26 +110,24 @@ def _cannot_load(name: str, error: Exception) -> RecipeError:
             f"model {name!r} runs Python code of its own when it is loaded",
             fix="read its *.py files; then, if you trust them: trust_remote_code: true",
         )
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return RecipeError(
-        f"model {name!r} cannot be loaded: {first}",
+        f"model {name!r} cannot be loaded: {first_lines(error)}",
         fix="model: a folder with config.json, a hub id (is the network there? is it gated:"
         " hf auth login), or embedded:smollm2-135m",
     )
 
 
 def load_config(recipe: Recipe) -> Any:
-    """The model's configuration.
+    """The model's configuration, checked.
 
     Raises:
-        RecipeError: There is no such model, or it needs code of its own.
+        RecipeError: There is no such model, its configuration is damaged, or it needs code of its
+            own.
     """
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(
+        return read_config(
             model_source(recipe.model),
-            local_files_only=recipe.offline,
+            offline=recipe.offline,
             trust_remote_code=recipe.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -261,10 +260,16 @@ def shape_base(config: Any, method: Method, dtype: torch.dtype) -> nn.Module:
     """The base model as shapes on `meta`: nothing is loaded, nothing is allocated."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention.NAME
-        )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention.NAME
+            )
+    except Exception as error:  # whatever a model's class raises at sides that do not go together
+        raise RecipeError(
+            f"no {config.model_type} can be built from its config.json: {first_lines(error)}",
+            fix="correct config.json, or download the model again",
+        ) from error
     if method.base != "native":
         _store_quantised(model, method, dtype)
     return model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from strixft import views
 from strixft.evaluate import Evaluated
-from strixft.plan import Plan
+from strixft.plan import Plan, compare
 from strixft.prepare import Prepared
 from strixft.recipe import dump_recipe
 from strixft.runs import Result, Run, write_text
@@ -19,8 +19,6 @@ SECTIONS: dict[str, type[Result]] = {
     "Plan": Plan,
     "Training": Trained,
 }
-GAP_FLAGGED = 0.03
-"""Share by which the measured peak may differ from the plan before the report says so."""
 
 
 def _headline(evaluated: Evaluated | None) -> str:
@@ -33,17 +31,9 @@ def _headline(evaluated: Evaluated | None) -> str:
     return views.table(rows, ["held-out rows", "base", "tuned"])
 
 
-def memory_gap(trained: Trained) -> float | None:
-    """Measured peak ÷ planned peak − 1; None where it was not measured."""
-    peak, planned = trained.figures["peak_bytes"], trained.figures["planned_peak_bytes"]
-    return None if peak is None else peak / planned - 1
-
-
 def _flag(trained: Trained | None) -> str:
-    gap = memory_gap(trained) if trained else None
-    if gap is None or abs(gap) <= GAP_FLAGGED:
-        return ""
-    return views.warning(f"The measured peak is {gap:+.1%} off the plan.")
+    text = compare.warning(trained.figures) if trained else None
+    return views.warning(text) if text else ""
 
 
 def _sections(run: Run) -> str:

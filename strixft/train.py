@@ -35,6 +35,7 @@ from strixft.guard import (
 from strixft.loop import Guard, GuardedTrainer, NotFiniteError
 from strixft.model import base_of, build, load_tokenizer, model_source, native_dtype
 from strixft.plan import Plan
+from strixft.plan.compare import compare_html, device_parts, planned_figures
 from strixft.prepare import Prepared
 from strixft.progress import progress_bar
 from strixft.recipe import Recipe
@@ -63,13 +64,11 @@ class Trained(Result):
             "updates": format_number(figures["updates"]),
             "loss, first update": format_number(figures["losses"][0]),
             "loss, last update": format_number(figures["losses"][-1]),
-            "tokens per second": format_number(figures["tok_per_s"], 1),
             "time": format_seconds(figures["train_seconds"]),
-            "peak, planned": format_gib(figures["planned_peak_bytes"]),
-            "peak, measured": format_gib(figures["peak_bytes"]),
             "process, resident": format_gib(figures["resident_bytes"]),
         }
-        return "".join(map(views.warning, self._told())) + views.mapping(shown) + self.loss_curve()
+        told = "".join(map(views.warning, self._told()))
+        return told + views.mapping(shown) + compare_html(figures) + self.loss_curve()
 
     def _told(self) -> list[str]:
         figures, told = self.figures, list(self.figures["warnings"])
@@ -210,20 +209,21 @@ def _settings(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
 
 
 @contextlib.contextmanager
-def _measured(model: nn.Module) -> Iterator[dict[str, int | None]]:
+def _measured(step: TrainingStep) -> Iterator[dict[str, Any]]:
     """Peak memory of a block: torch's own count on a GPU, our tracker's on a CPU."""
-    found: dict[str, int | None] = {"peak_bytes": None, "reserved_bytes": None}
+    found: dict[str, Any] = {"peak_bytes": None, "reserved_bytes": None}
     if device_type() == "cuda":
         torch.cuda.reset_peak_memory_stats()
         yield found
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
         found["reserved_bytes"] = torch.cuda.max_memory_reserved()
+        found["peak_parts"] = device_parts(step.model, step.optimizer, found["peak_bytes"])
     else:
         tracker = MemoryTracker()
-        tracker.watch_model(model)
+        tracker.watch_model(step.model)
         with tracker:
             yield found
-        found["peak_bytes"] = tracker.peak_bytes
+        found["peak_bytes"], found["peak_parts"] = tracker.peak_bytes, tracker.peak
     found["resident_bytes"] = psutil.Process().memory_info().rss
 
 
@@ -378,7 +378,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         trainer = _build_trainer(run, prepared, plan, watch, watches)
         _require_room(trainer)
         began = time.monotonic()
-        with _measured(trainer.step.model) as memory:
+        with _measured(trainer.step) as memory:
             _run_loop(run, prepared, plan, trainer, watches)
         seconds, rate = time.monotonic() - began, watch.tok_per_s()
         _save(trainer.step.model, folder)
@@ -391,7 +391,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "tokens": trainer.num_tokens,
         "tok_per_s": rate,
         "train_seconds": round(seconds, 3),
-        "planned_peak_bytes": plan.figures["peak_bytes"],
+        **planned_figures(plan.figures),
         **memory,
         **seen,
         "cap": capped.says,

@@ -96,7 +96,12 @@ def recipe_writer(folder: Path, model: Path) -> WriteRecipe:
             "method": "lora",
             "dataset": {"source": data.name, "max_length": 256, "validation_fraction": 0.2},
             "lora": {"r": 4, "alpha": 8},
-            "train": {"epochs": 1, "learning_rate": 2e-3, "tokens_per_update": 100},
+            "train": {
+                "epochs": 1,
+                "learning_rate": 2e-3,
+                "tokens_per_update": 100,
+                "compile": False,  # a plan for a GPU would compile for seconds
+            },
             "memory": {"reserve_gib": 0.5},
         }
         for key, value in sections.items():

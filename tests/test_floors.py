@@ -13,7 +13,7 @@ FLOORS = [
     ["recipe"],
     ["runs"],
     ["rates"],
-    ["data", "attention", "guard", "int8", "checkpoints", "stop"],
+    ["data", "attention", "guard", "int8", "config", "checkpoints", "stop"],
     ["model"],
     ["prepare", "step"],
     ["plan"],

@@ -53,6 +53,13 @@ class Tensors:
         return cls(max(p.numel() for p in base.parameters()), max(inside))
 
 
+def outside_layers_bytes(config: Any, host: Host) -> int:
+    """Embedding, last norm and head: kept in the host's own dtype by every method."""
+    dtype = native_dtype(host.device, bfloat16=host.bfloat16)
+    base = shape_base(_one_of_each(config), METHODS["full"], dtype)
+    return sum(p.nbytes for name, p in base.named_parameters() if ".layers." not in name)
+
+
 def _one_of_each(config: Any) -> Any:
     text = config.get_text_config()
     return with_layers(text, sample_layers(layer_kinds(text, 0)))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from strixft.errors import FitError
+from strixft.config import first_lines, warnings_of
+from strixft.errors import FitError, RecipeError, StrixftError
 from strixft.families import MODELS
 from strixft.guard import budget_for, find_host
 from strixft.hardware import Budget, Host, Sourced
 from strixft.model import load_config
 from strixft.plan import show
 from strixft.plan.advice import advise
+from strixft.plan.boxes import share_figures
 from strixft.plan.choose import Choice, choose
 from strixft.plan.data_shape import DataShape
-from strixft.plan.phases import PROCESS, phases
+from strixft.plan.phases import PROCESS, Phase, phases
 from strixft.plan.ways import ways_for
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe
@@ -50,6 +54,8 @@ def require_fit(figures: dict[str, Any]) -> None:
     """Raise `FitError` if a plan's figures do not fit."""
     if figures["fits"]:
         return
+    if figures["boxes"]:
+        raise _no_share_fits(figures)
     host, part = figures["host"], max(figures["parts"].items(), key=lambda row: row[1])
     helps = [row["change"] for row in figures["advice"] if row["fits"]]
     raise FitError(
@@ -67,6 +73,34 @@ def read_config(recipe: Recipe) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.for_model(**MODELS[recipe.model].config)
+
+
+def _no_share_fits(figures: dict[str, Any]) -> FitError:
+    host, boxes = figures["host"], figures["boxes"]
+    needs = " and ".join(
+        f"{format_gib(share['device_bytes'])} by {share['way']}" for share in boxes["shares"]
+    )
+    return FitError(
+        f"each of {boxes['count']} machines needs {needs}, and {host['name']} has"
+        f" {format_gib(host['budget_bytes'])} for it",
+        fix=f"--boxes {2 * boxes['count']}, or a smaller model",
+    )
+
+
+@contextlib.contextmanager
+def _named(recipe: Recipe) -> Iterator[None]:
+    """A step of a model that is not in our table may fail in its own ways."""
+    try:
+        yield
+    except StrixftError:
+        raise
+    except Exception as error:
+        if recipe.model in MODELS:
+            raise
+        raise RecipeError(
+            f"the training step of {recipe.model} cannot be run dry: {first_lines(error)}",
+            fix="another model, or report it with what --debug shows",
+        ) from error
 
 
 def _choice(chosen: Choice, ways: Ways) -> dict[str, Any]:
@@ -114,6 +148,13 @@ def _assumptions(host: Host, limit: Budget, ways: Ways) -> list[dict[str, Any]]:
     ]
 
 
+def _warnings(life: dict[str, Phase], limit: Budget) -> Iterator[str]:
+    """Phases other than training that need more than there is."""
+    for name, phase in life.items():
+        if name != "train" and phase["device_bytes"] > limit.num_bytes:
+            yield f"{name} may need {format_gib(phase['device_bytes'])}, more than the budget"
+
+
 def _times(chosen: Choice, data: DataShape, updates: int | None) -> dict[str, float | None]:
     run, per_update = chosen.run, chosen.run.seconds_per_update
     tokens = run.shape.rows * run.steps * data.mean_length()
@@ -125,7 +166,10 @@ def _times(chosen: Choice, data: DataShape, updates: int | None) -> dict[str, fl
 
 
 def plan_figures(
-    recipe: Recipe, host_name: str | None = None, prepared: Prepared | None = None
+    recipe: Recipe,
+    host_name: str | None = None,
+    prepared: Prepared | None = None,
+    boxes: int = 1,
 ) -> dict[str, Any]:
     """The plan's figures.
 
@@ -133,24 +177,29 @@ def plan_figures(
         recipe: What to run.
         host_name: Another host than the recipe's.
         prepared: The prepared data; without them rows are as long as `max_length`.
+        boxes: Machines that share the run.
     """
     host = find_host(host_name or recipe.memory.host)
     limit = budget_for(recipe.memory, host)
     config = read_config(recipe)
     ways = ways_for(recipe, config, host)
     data = DataShape.of(recipe, prepared, packed=ways.rung.packed)
-    chosen = choose(recipe, config, host, limit, data)
+    with _named(recipe):
+        chosen = choose(recipe, config, host, limit, data)
     run = chosen.run
     updates = _updates(recipe, data, run.shape.rows * run.steps)
-    advice = [] if chosen.fits else advise(recipe, config, host, limit.num_bytes, data)
+    life = phases(recipe, config, host, run)
+    shared = boxes != 1 and share_figures(recipe, config, host, limit, data, boxes)
+    advice = [] if chosen.fits or shared else advise(recipe, config, host, limit.num_bytes, data)
     return {
-        "fits": chosen.fits,
+        "fits": any(share["fits"] for share in shared["shares"]) if shared else chosen.fits,
         "host": {"name": host.name, "budget_bytes": limit.num_bytes, "source": limit.source},
         "peak_bytes": run.peak_bytes,
         "reserved_bytes": run.reserved_bytes,
         "outside_bytes": int(host.outside_bytes.value),
         "parts": run.parts,
-        "phases": phases(recipe, config, host, run),
+        "phases": life,
+        "boxes": shared or None,
         "choice": _choice(chosen, ways),
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,
@@ -158,6 +207,7 @@ def plan_figures(
         "frontier": [asdict(candidate) for candidate in chosen.frontier],
         "assumptions": _assumptions(host, limit, ways),
         "advice": [asdict(row) for row in advice],
+        "warnings": [*warnings_of(config, data.max_length), *_warnings(life, limit)],
     }
 
 

@@ -19,11 +19,18 @@ PART_COLOURS = {
 }
 
 
+def _fits(figures: Figures) -> str:
+    answer = "yes" if figures["fits"] else "NO"
+    if not figures["boxes"]:
+        return answer
+    return f"{answer}, on {figures['boxes']['count']} machines; the figures below are of one alone"
+
+
 def summary(figures: Figures) -> dict[str, str]:
     """The plan in a few lines."""
     host, choice = figures["host"], figures["choice"]
     return {
-        "fits": "yes" if figures["fits"] else "NO",
+        "fits": _fits(figures),
         "host": host["name"],
         "budget": f"{format_gib(host['budget_bytes'])} ({host['source']})",
         "peak, allocated": format_gib(figures["peak_bytes"]),
@@ -84,6 +91,29 @@ Table = tuple[list[list[str]], list[str]]
 """Rows and header."""
 
 
+def _warnings(figures: Figures) -> Table:
+    return [[text] for text in figures["warnings"]], ["to know"]
+
+
+def _boxes(figures: Figures) -> Table:
+    if not figures["boxes"]:
+        return [], []
+    rows = [
+        [
+            f"each of {figures['boxes']['count']}, {share['way']}",
+            format_gib(share["device_bytes"]),
+            "yes" if share["fits"] else "NO",
+            f"{share['micro_batch_rows']} × {share['gradient_accumulation_steps']}",
+            str(share["recomputed_layers"]),
+            format_seconds(share["compute_seconds_per_update"]),
+            format_gib(share["sent_bytes_per_update"]),
+        ]
+        for share in figures["boxes"]["shares"]
+    ]
+    header = ["machine", "needs", "fits", "rows × micro-batches", "layers recomputed"]
+    return rows, [*header, "an update, without the link", "sent for an update"]
+
+
 def _parts(figures: Figures) -> Table:
     rows = [[name, format_gib(size)] for name, size in figures["parts"].items() if size]
     return rows, ["part at the peak", "memory"]
@@ -120,7 +150,13 @@ def _advice(figures: Figures) -> Table:
 def tables(figures: Figures) -> list[Table]:
     """The plan as tables for a terminal."""
     first: Table = [list(row) for row in summary(figures).items()], ["plan", ""]
-    rest = [_parts(figures), _frontier(figures), _advice(figures)]
+    rest = [
+        _warnings(figures),
+        _boxes(figures),
+        _parts(figures),
+        _frontier(figures),
+        _advice(figures),
+    ]
     return [first, *(table for table in rest if table[0])]
 
 
@@ -145,7 +181,9 @@ def plan_html(figures: Figures) -> str:
     return "".join(
         (
             views.mapping(summary(figures)),
+            *map(views.warning, figures["warnings"]),
             breakdown(figures),
+            views.table(*_boxes(figures)) if figures["boxes"] else "",
             views.table(*_advice(figures)) if figures["advice"] else "",
             frontier(figures),
             views.table(*_frontier(figures)),

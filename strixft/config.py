@@ -1,0 +1,180 @@
+"""A model's `config.json`: read, checked, and refused with the place of each fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from strixft.errors import RecipeError
+from strixft.families import FAMILIES
+from strixft.tables import did_you_mean
+
+MOST = {
+    "vocab_size": 2**23,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**10,
+    "num_key_value_heads": 2**10,
+    "head_dim": 2**12,
+    "sliding_window": 2**30,
+    "max_position_embeddings": 2**30,
+}
+"""Largest sensible value of each side; the least is 1."""
+OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
+"""May be null: transformers derives them, or does without."""
+NEEDED = ("hidden_size", "num_hidden_layers")
+"""No default of transformers would be right."""
+STORED_AS = ("bitsandbytes",)
+"""Quantised checkpoints that can be trained."""
+
+Raw = Mapping[str, Any]
+
+
+def _sides(raw: Raw) -> Raw:
+    """The text model's part of a configuration."""
+    inner = raw.get("text_config")
+    return inner if isinstance(inner, Mapping) else raw
+
+
+def _number_faults(sides: Raw) -> Iterator[str]:
+    for name, most in MOST.items():
+        value = sides.get(name, 1)
+        if value is None and name in OPTIONAL:
+            continue
+        if type(value) is not int or not 1 <= value <= most:
+            yield f"{name} should be a whole number from 1 to {most:,}, it is {value!r:.60}"
+
+
+def _relation_faults(sides: Raw) -> Iterator[str]:
+    heads, groups = sides.get("num_attention_heads"), sides.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        yield f"num_attention_heads, {heads}, is no multiple of num_key_value_heads, {groups}"
+    kinds, layers = sides.get("layer_types"), sides.get("num_hidden_layers")
+    if isinstance(kinds, list) and layers and len(kinds) != layers:
+        yield f"layer_types has {len(kinds)} entries and num_hidden_layers is {layers}"
+    size = sides.get("head_dim") or (sides.get("hidden_size", 0) / heads if heads else 2)
+    if size % 2:
+        yield f"the size of a head, {size:g}, is not even, as rotary positions need it"
+
+
+def _faults(raw: Raw) -> list[str]:
+    """What is wrong with a configuration."""
+    sides = _sides(raw)
+    missing = [f"{name} is missing" for name in NEEDED if name not in sides and not _renamed(raw)]
+    numbers = list(_number_faults(sides))
+    stored = raw.get("quantization_config")
+    kind = stored.get("quant_method") if isinstance(stored, Mapping) else None
+    quantised = (
+        [f"the weights are stored as {kind}, which is not trained"]
+        if (kind is not None and kind not in STORED_AS)
+        else []
+    )
+    return [*missing, *(numbers or _relation_faults(sides)), *quantised]
+
+
+def _renamed(raw: Raw) -> bool:
+    """Whether this type of model calls its sides otherwise, as GPT-2 does (`n_embd`)."""
+    return bool(_config_class(raw["model_type"]).attribute_map)
+
+
+def _config_class(model_type: str) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]
+
+
+def _check_type(raw: Raw, place: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        fix = f'"model_type": "llama" in {place}, or whatever the model is'
+        raise RecipeError(f"{place}: model_type is missing", fix=fix)
+    if model_type not in CONFIG_MAPPING:
+        raise RecipeError(
+            f"{place}: transformers knows no model type {model_type!r}",
+            fix=f"{did_you_mean(model_type, FAMILIES)}; or a model that transformers knows",
+        )
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RecipeError(
+            f"{place}: a {model_type} is no model that writes text on from text",
+            fix=f"a causal language model, such as one of: {', '.join(FAMILIES)}",
+        )
+
+
+def check_raw(raw: Any, place: str) -> None:
+    """Refuse a configuration that no training step can be built from.
+
+    Args:
+        raw: The JSON document.
+        place: The file, or the hub id.
+
+    Raises:
+        RecipeError: With every fault found.
+    """
+    if not isinstance(raw, Mapping):
+        raise RecipeError(f"{place} holds no settings", fix=f"write {place} anew")
+    if "auto_map" in raw:
+        return  # its own code says what it is
+    _check_type(raw, place)
+    faults = _faults(raw)
+    if faults:
+        raise RecipeError(
+            f"{place} describes no model: {'; '.join(faults)}",
+            fix=f"correct {place}, or download the model again",
+        )
+
+
+def place_of(source: str) -> str:
+    """What to call a model's configuration in errors."""
+    return str(Path(source) / "config.json") if Path(source).is_dir() else source
+
+
+def first_lines(error: Exception) -> str:
+    """An error's text in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def read_config(source: str, *, offline: bool, trust_remote_code: bool = False) -> Any:
+    """The configuration of a folder or hub id, checked.
+
+    Args:
+        source: What transformers loads.
+        offline: Never ask the network.
+        trust_remote_code: Run the code that came with the model.
+
+    Raises:
+        RecipeError: It is no model that can be trained.
+        OSError: It cannot be read.
+        ValueError: It needs code of its own.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    place = place_of(source)
+    raw, _ = PreTrainedConfig.get_config_dict(source, local_files_only=offline)
+    check_raw(raw, place)
+    try:
+        return AutoConfig.from_pretrained(
+            source, local_files_only=offline, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError):
+        raise
+    except Exception as error:  # whatever the class of a configuration raises
+        raise RecipeError(
+            f"{place} describes no model: {first_lines(error)}", fix=f"correct {place}"
+        ) from error
+
+
+def warnings_of(config: Any, max_length: int) -> list[str]:
+    """What a configuration says against rows of this length, in sentences."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not positions or max_length <= positions:
+        return []
+    return [
+        f"rows of {max_length:,} tokens are longer than the {positions:,} positions that the model"
+        " was trained for: it runs, and does not know what lies beyond them"
+        f" (--set dataset.max_length={positions})"
+    ]

@@ -1,0 +1,138 @@
+"""A damaged `config.json` is refused with its place and what to do, never with a traceback."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import WriteRecipe
+
+from strixft.config import MOST, warnings_of
+from strixft.errors import RecipeError
+from strixft.model import load_config
+from strixft.plan import plan_figures
+from strixft.recipe import Recipe, load_recipe
+
+GOOD: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+ABSURD = [-1, 0, "many", 1.5, [3], True, 10**12]
+GEMMA = GOOD | {"model_type": "gemma3_text"}
+
+
+@pytest.fixture
+def recipe_of(tmp_path: Path, write_recipe: WriteRecipe) -> Any:
+    """A recipe on a folder with this configuration."""
+
+    def make(config: Any) -> Recipe:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        text = config if isinstance(config, str) else json.dumps(config)
+        (folder / "config.json").write_text(text)
+        train = {"micro_batch": 1, "recompute": 0}
+        return load_recipe(write_recipe(model=str(folder), train=train))
+
+    return make
+
+
+@pytest.mark.parametrize("name", [n for n in MOST if n in GOOD])
+@pytest.mark.parametrize("value", ABSURD)
+def test_an_absurd_number_is_named(name: str, value: Any, recipe_of: Any) -> None:
+    if (name, value) == ("max_position_embeddings", 10**12):
+        value = -(10**12)
+    fault = rf"model/config\.json describes no model: .*{name} should be a whole number from 1 to"
+    with pytest.raises(RecipeError, match=fault) as caught:
+        load_config(recipe_of(GOOD | {name: value}))
+    assert "correct" in caught.value.fix
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in GOOD.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (without("model_type"), "model_type is missing"),
+        (without("hidden_size"), "hidden_size is missing"),
+        (without("num_hidden_layers"), "num_hidden_layers is missing"),
+        ({}, "model_type is missing"),
+        ([GOOD], "holds no settings"),
+        ("{", "not a valid JSON file"),
+        ("", "not a valid JSON file"),
+        ("\x00\x01", "not a valid JSON file"),
+        (GOOD | {"model_type": "lama"}, "transformers knows no model type 'lama'"),
+        (GOOD | {"model_type": 7}, "model_type is missing"),
+        (
+            GOOD | {"model_type": "own", "auto_map": {"AutoConfig": "x.C"}},
+            "runs Python code of its own",
+        ),
+        ({"model_type": "t5"}, "a t5 is no model that writes"),
+        (GOOD | {"num_key_value_heads": 3}, "is no multiple of num_key_value_heads, 3"),
+        (GOOD | {"head_dim": 7}, "the size of a head, 7, is not even"),
+        (GOOD | {"hidden_size": 65}, "the size of a head, 16.25, is not even"),
+        (GEMMA | {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        (GEMMA | {"layer_types": ["x", "y"]}, "describes no model: .*layer_types"),
+        (GEMMA | {"sliding_window": -5}, "sliding_window should be"),
+        (GOOD | {"quantization_config": {"quant_method": "gptq"}}, "stored as gptq"),
+        (GOOD | {"dtype": "float99"}, "describes no model: .*float99"),
+    ],
+    ids=str,
+)
+def test_a_damaged_configuration_is_refused(config: Any, problem: str, recipe_of: Any) -> None:
+    with pytest.raises(RecipeError, match=problem) as caught:
+        load_config(recipe_of(config))
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_act": "nope"}, "no llama can be built from its config.json"),
+        ({"rope_parameters": {"rope_type": "nope"}}, "no llama can be built from its config.json"),
+    ],
+)
+def test_what_only_building_shows_is_refused_too(
+    change: dict[str, Any], problem: str, recipe_of: Any
+) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        plan_figures(recipe_of(GOOD | change), "strix-halo-128")
+
+
+def test_all_faults_are_named_at_once(recipe_of: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_config(recipe_of(GOOD | {"vocab_size": 0, "hidden_size": -4}))
+    assert "vocab_size" in caught.value.problem
+    assert "hidden_size" in caught.value.problem
+
+
+def test_a_near_model_type_is_named(recipe_of: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_config(recipe_of(GOOD | {"model_type": "lama"}))
+    assert "did you mean 'llama'?" in caught.value.fix
+
+
+def test_rows_beyond_the_positions_are_warned_about(recipe_of: Any) -> None:
+    config = load_config(recipe_of(GOOD))
+    assert warnings_of(config, 512) == []
+    (warning,) = warnings_of(config, 513)
+    assert "513 tokens are longer than the 512 positions" in warning
+    assert "--set dataset.max_length=512" in warning
+
+
+def test_the_plan_shows_the_warning(recipe_of: Any) -> None:
+    figures = plan_figures(recipe_of(GOOD | {"max_position_embeddings": 100}), "strix-halo-128")
+    assert "longer than the 100 positions" in figures["warnings"][0]
+
+
+def test_an_unknown_host_names_the_near_one(recipe_of: Any) -> None:
+    with pytest.raises(RecipeError, match="there is no host 'strix-halo-12'") as caught:
+        plan_figures(recipe_of(GOOD), "strix-halo-12")
+    assert "did you mean 'strix-halo-128'?" in caught.value.fix
