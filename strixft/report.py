@@ -22,18 +22,6 @@ SECTIONS: dict[str, type[Result]] = {
 GAP_FLAGGED = 0.03
 """Share by which the measured peak may differ from the plan before the report says so."""
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem;
-  margin: 2rem auto; padding: 0 1rem }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #cbd5e1 }
-table.sx { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
-table.sx td, table.sx th { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0;
-  border-bottom: 1px solid #e2e8f0; overflow-wrap: break-word }
-table.sx td:first-child, table.sx th { white-space: nowrap }
-img.sx { max-width: 100% } pre { background: #f1f5f9; padding: 1rem; overflow-x: auto }
-.sx-warning { color: #b45309; font-weight: 600 } .lead { color: #64748b }
-"""
-
 
 def _headline(evaluated: Evaluated | None) -> str:
     if evaluated is None:
@@ -81,13 +69,12 @@ def render_report(run: Run) -> str:
     seconds = sum(result.seconds for result in results if result)
     lead = f"{run.recipe.method} on {run.recipe.model}, {format_seconds(seconds)} in all"
     answers = evaluated._repr_html_() if evaluated else views.note("Not done yet.")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(run.name)}</title><style>{STYLE}</style></head><body>"
-        f'<h1>{escape(run.name)}</h1><p class="lead">{escape(lead)}</p>'
+    return views.page(
+        run.name,
+        lead,
         f"{_headline(evaluated)}{_flag(trained)}{_sections(run)}"
         f"<h2>Base against tuned</h2>{answers}"
-        f"{_versions(run, next((r for r in reversed(results) if r), None))}</body></html>\n"
+        f"{_versions(run, next((r for r in reversed(results) if r), None))}",
     )
 
 

@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 INK, TUNED, BASE, FAINT = "#1f2933", "#c2410c", "#64748b", "#cbd5e1"
 """One colour a role: text, the tuned model, the base model, helper lines."""
 
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem;
+  margin: 2rem auto; padding: 0 1rem }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #cbd5e1 }
+table.sx { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+table.sx td, table.sx th { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0;
+  border-bottom: 1px solid #e2e8f0; overflow-wrap: break-word }
+table.sx td:first-child, table.sx th { white-space: nowrap }
+img.sx { max-width: 100% } pre { background: #f1f5f9; padding: 1rem; overflow-x: auto }
+.sx-warning { color: #b45309; font-weight: 600 } .lead { color: #64748b }
+"""
+
 
 def _shown(value: object) -> str:
     return escape(visible(str(value)))
@@ -66,3 +78,18 @@ def new_figure(width: float = 6.4, height: float = 2.8) -> tuple[Figure, Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9)
     return figure, axes
+
+
+def page(title: str, lead: str, body: str) -> str:
+    """A page that stands alone.
+
+    Args:
+        title: Plain text.
+        lead: Plain text below it.
+        body: HTML.
+    """
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
+        f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{body}</body></html>\n'
+    )

@@ -7,9 +7,9 @@ from typing import Any
 from strixft.bench.generation import (
     Backend,
     Generation,
+    decode_roof,
     rate_columns,
     repeat_generation,
-    roof_columns,
     sample,
 )
 from strixft.bench.result import Row
@@ -46,7 +46,6 @@ def _beside(found: list[Generation], rate: Sample) -> Row:
 def _row(backend: Backend, depth: int, new_tokens: int, repeat: int) -> Row:
     found = repeat_generation(backend, depth or SHORTEST, new_tokens, repeat)
     rate = sample(found, lambda one: one.tok_per_s)
-    ceiling = backend.decode_ceiling(found[0].prompt_tokens + new_tokens // 2)
     return {
         **backend.label,
         "test": f"tg{new_tokens}" + (f"@d{depth}" if depth else ""),
@@ -56,7 +55,7 @@ def _row(backend: Backend, depth: int, new_tokens: int, repeat: int) -> Row:
         "tokens": found[0].tokens,
         "load_s": found[0].load_s,
         **_counters(found),
-        **roof_columns(rate.median, ceiling),
+        **decode_roof(backend, found[0].prompt_tokens + new_tokens // 2, rate.median),
         "clock": found[0].clock,
         **_beside(found, rate),
     }

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from strixft.bench.result import Row
-from strixft.bench.roofline import Ceiling
+from strixft.bench.roofline import (
+    FLOP_PER_TOKEN,
+    Ceiling,
+    compute_ceiling,
+    decode_ceiling,
+    judge,
+)
 from strixft.bench.timing import Sample
 from strixft.errors import HostError
+from strixft.hardware import Host
 
 TOLERANCE = 0.02
 """By how much a server's rate may differ from its own count ÷ duration."""
@@ -77,9 +84,9 @@ def check_counters(who: str, what: str, count: int, seconds: float, rate: float 
         )
     if rate is None:
         return count
-    for counted in (count, count - 1):
-        if abs(rate * seconds - counted) <= TOLERANCE * counted:
-            return counted
+    counted = min((count, count - 1), key=lambda tokens: abs(rate * seconds - tokens))
+    if abs(rate * seconds - counted) <= TOLERANCE * counted:
+        return counted
     raise HostError(
         f"{who} contradicts itself on {what}: {count} tokens in {seconds:.4g} s are"
         f" {count / seconds:.4g} tokens/s, and it says {rate:.4g}",
@@ -101,30 +108,31 @@ def require_tokens(who: str, generation: Generation, asked: int) -> Generation:
     return generation
 
 
-def prompt_text(tokens: int, seed: int) -> str:
-    """About so many tokens of text; another seed begins with other words.
-
-    So no part of it is in a server's cache from the request before.
-    """
-    drawn = random.Random(seed)
-    return " ".join(drawn.choice(WORDS) for _ in range(max(1, tokens)))
+def prompt_text(tokens: int) -> str:
+    """About so many tokens of text, never the same: no part of it is in a server's cache."""
+    return " ".join(random.choices(WORDS, k=max(1, tokens)))
 
 
 class Backend(Protocol):
     """Something that generates."""
 
     @property
+    def host(self) -> Host | None:
+        """Where it runs, if that is known."""
+
+    @property
     def label(self) -> dict[str, Any]:
         """The first columns of its rows: `backend`, `model`, `variant`, `server`."""
 
+    @property
+    def read_parameters(self) -> float | None:
+        """Parameters that take part in a token, if that is known."""
+
+    def bytes_per_token(self, depth: int) -> float | None:
+        """Bytes read for a token with so many in the cache, if that is known."""
+
     def generate(self, prompt_tokens: int, new_tokens: int, seed: int) -> Generation:
         """Read a prompt of about so many tokens, and make an answer of so many."""
-
-    def decode_ceiling(self, depth: int) -> Ceiling | None:
-        """With so many tokens in the cache; None where model or host are not known enough."""
-
-    def prefill_ceiling(self) -> Ceiling | None:
-        """By the matrix units; None where model or host are not known enough."""
 
 
 def repeat_generation(
@@ -145,12 +153,24 @@ def rate_columns(found: Sample) -> Row:
     return {"tok_per_s": found.median, "spread": found.spread, "repeats": len(found.values)}
 
 
-def roof_columns(tok_per_s: float, ceiling: Ceiling | None) -> Row:
-    """Ceiling and share; unknowns are None."""
-    from strixft.bench.roofline import judge
+def decode_roof(backend: Backend, depth: int, tok_per_s: float) -> Row:
+    """Columns of generating against the memory; unknowns are None."""
+    read = backend.bytes_per_token(depth)
+    ceiling = decode_ceiling(backend.host, read) if backend.host and read else None
+    return {"gb_per_token": read and read / 1e9, **_columns(ceiling, tok_per_s)}
 
+
+def prefill_roof(backend: Backend, tok_per_s: float) -> Row:
+    """Columns of reading prompts against the matrix units; unknowns are None."""
+    host, read = backend.host, backend.read_parameters
+    flop = FLOP_PER_TOKEN["forward"]
+    ceiling = compute_ceiling(host, read, flop) if host and read else None
+    return _columns(ceiling, tok_per_s)
+
+
+def _columns(ceiling: Ceiling | None, tok_per_s: float) -> Row:
     if ceiling is None:
-        return {"ceiling_tok_per_s": None, "share": None, "verdict": None}
+        return dict.fromkeys(("ceiling_tok_per_s", "share", "verdict"))
     return {
         "ceiling_tok_per_s": ceiling.tok_per_s,
         "share": ceiling.share(tok_per_s),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from strixft.bench.generation import Generation
-from strixft.bench.roofline import FLOP_PER_TOKEN, Ceiling, compute_ceiling, decode_ceiling
 from strixft.bench.timing import synchronize
 from strixft.bench.weights import CACHE_BYTES
 from strixft.errors import StageError
@@ -50,20 +50,20 @@ class Loaded:
     def _config(self) -> Any:
         return self.model.config.get_text_config()
 
-    def decode_ceiling(self, depth: int) -> Ceiling | None:
-        """By this host's memory: what the parameters and the cache take."""
+    @property
+    def read_parameters(self) -> float:
+        """Parameters that take part in a token."""
+        return sum(count for count, _ in _read(self.model))
+
+    def bytes_per_token(self, depth: int) -> float:
+        """What those parameters take, and the cache."""
         config = self._config
         head_dim = getattr(config, "head_dim", None)
-        heads = config.num_key_value_heads
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
         size = CACHE_BYTES if self.host.device == "cuda" else 4
-        cache = 2 * size * config.num_hidden_layers * heads * head_dim * depth
-        return decode_ceiling(self.host, read_bytes(self.model) + cache)
-
-    def prefill_ceiling(self) -> Ceiling | None:
-        """By this host's matrix units."""
-        count = sum(p.numel() for p in read_parameters(self.model))
-        return compute_ceiling(self.host, count, FLOP_PER_TOKEN["forward"])
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        weights = sum(num_bytes for _, num_bytes in _read(self.model))
+        return float(weights + depth * size * numbers)
 
     def prompt(self, tokens: int, seed: int) -> Tensor:
         """Random tokens, (1, T), as llama-bench takes them."""
@@ -115,13 +115,6 @@ def decode(model: Any, token: Tensor, cache: Any, count: int) -> Tensor:
     return token
 
 
-def read_parameters(model: Any) -> Iterator[nn.Parameter]:
-    """Parameters that each token reads: not a table in which words are only looked up."""
-    base = base_of(model)
-    table, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-    return (p for p in model.parameters() if p is not table or p is head)
-
-
 def _active_fraction(config: Any, name: str) -> float:
     """Share of a parameter that a token reads: experts take turns."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -130,15 +123,18 @@ def _active_fraction(config: Any, name: str) -> float:
     return float(config.num_experts_per_tok / experts)
 
 
-def read_bytes(model: Any) -> float:
-    """Bytes of weights that each token reads."""
-    config, read = base_of(model).config.get_text_config(), {id(p) for p in read_parameters(model)}
-    sizes = (
-        p.numel() * p.element_size() * _active_fraction(config, name)
-        for name, p in model.named_parameters()
-        if id(p) in read
-    )
-    return float(sum(sizes))
+def _read(model: Any) -> Iterator[tuple[float, float]]:
+    """Count and bytes of each parameter that a token reads: no table that looks words up."""
+    base = base_of(model)
+    config, head = base.config.get_text_config(), base.get_output_embeddings().weight
+    table = base.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        if parameter is table and parameter is not head:
+            continue
+        active = _active_fraction(config, name)
+        state = getattr(parameter, "quant_state", None)
+        count = math.prod(state.shape) if state else parameter.numel()
+        yield count * active, parameter.numel() * parameter.element_size() * active
 
 
 def _load(recipe: Recipe, host: Host) -> tuple[nn.Module, float]:

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from strixft.bench.generation import (
     SHORT_PROMPT,
     Backend,
+    prefill_roof,
     rate_columns,
     repeat_generation,
-    roof_columns,
     sample,
 )
 from strixft.bench.result import Row
 from strixft.bench.subject import Subject
-from strixft.errors import RecipeError
+from strixft.errors import HostError, RecipeError
 
 ANSWER = 4
 """Tokens generated after each prompt: some servers count none for a single one."""
@@ -23,13 +23,19 @@ ANSWER = 4
 def _row(backend: Backend, prompt_tokens: int, repeat: int) -> Row:
     found = repeat_generation(backend, prompt_tokens, ANSWER, repeat)
     rate = sample(found, lambda one: one.prompt_tok_per_s)
+    read = min(one.prompt_tokens for one in found)
+    if read < prompt_tokens / 2:
+        raise HostError(
+            f"{backend.label['server']} read {read} of {prompt_tokens} tokens: it kept the rest",
+            fix="turn its prompt cache off",
+        )
     return {
         **backend.label,
         "test": f"pp{prompt_tokens}",
-        "prompt_tokens": round(sample(found, lambda one: one.prompt_tokens).median),
+        "prompt_tokens": read,
         **rate_columns(rate),
         "first_token_s": sample(found, lambda one: one.first_token_s).median,
-        **roof_columns(rate.median, backend.prefill_ceiling()),
+        **prefill_roof(backend, rate.median),
         "clock": found[0].clock,
     }
 

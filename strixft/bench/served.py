@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from strixft.bench.generation import Generation, check_counters, prompt_text, require_tokens
-from strixft.bench.roofline import FLOP_PER_TOKEN, Ceiling, compute_ceiling, decode_ceiling
 from strixft.bench.weights import Weights
 from strixft.errors import HostError, RecipeError
 from strixft.hardware import Host
@@ -117,23 +116,20 @@ class Served:
             "server": self.url,
         }
 
-    def decode_ceiling(self, depth: int) -> Ceiling | None:
-        """By the host's memory, if both are known."""
-        if self.host is None or self.read_gb is None:
-            return None
-        cache = (self.weights.cache_bytes_per_position or 0) if self.weights else 0
-        return decode_ceiling(self.host, self.read_gb * 1e9 + depth * cache)
+    @property
+    def read_parameters(self) -> float | None:
+        """Of the weights that it is said to have."""
+        return self.weights.read_parameters if self.weights else None
 
-    def prefill_ceiling(self) -> Ceiling | None:
-        """By the host's matrix units, if both are known."""
-        if self.host is None or self.weights is None:
+    def bytes_per_token(self, depth: int) -> float | None:
+        """Of the weights that it is said to have, and their cache."""
+        if self.weights is None or self.read_gb is None:
             return None
-        flop = FLOP_PER_TOKEN["forward"]
-        return compute_ceiling(self.host, self.weights.read_parameters, flop)
+        return self.read_gb * 1e9 + depth * (self.weights.cache_bytes_per_position or 0)
 
     def generate(self, prompt_tokens: int, new_tokens: int, seed: int) -> Generation:
         """One request; the prompt's tokens are those that the server counts."""
-        generation = self._request(prompt_text(prompt_tokens, seed), new_tokens)
+        generation = self._request(prompt_text(prompt_tokens), new_tokens)
         return require_tokens(self.url, generation, new_tokens)
 
     def _request(self, prompt: str, new_tokens: int) -> Generation:
