@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 from strixft import environment
 
 if TYPE_CHECKING:
+    from strixft.bench import run_bench as run_bench
+    from strixft.bench.page import open_benchmarks as open_benchmarks
+    from strixft.bench.predicted import predict_training as predict_training
     from strixft.doctor import check_host as check_host
     from strixft.errors import StrixftError as StrixftError
     from strixft.evaluate import evaluate_recipe as evaluate_recipe
@@ -26,9 +29,12 @@ _HOME = {
     "find_runs": "runs",
     "list_recipes": "lab",
     "load_recipe": "recipe",
+    "open_benchmarks": "bench.page",
     "open_run": "runs",
     "plan_recipe": "plan",
+    "predict_training": "bench.predicted",
     "prepare_recipe": "prepare",
+    "run_bench": "bench",
     "run_recipe": "lab",
     "train_recipe": "train",
     "write_report": "report",

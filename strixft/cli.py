@@ -384,6 +384,35 @@ def _run_bench(
         print(f"\n{text}")
 
 
+@bench_app.command()
+def published(
+    host: Annotated[str, typer.Option(help="Of this host only: strix-halo-128, …")] = "",
+    model: Annotated[str, typer.Option(help="Of models with this in their name.")] = "",
+    page: Annotated[Path | None, typer.Option(help="Write all as one HTML page.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Figures of others: source, mark, ceiling, verdict."""
+    from strixft.bench.published import choose, to_json
+    from strixft.units import format_figure
+
+    chosen = to_json(choose(host, model))
+    if page is not None:
+        from strixft.bench.page import open_benchmarks
+
+        _note(f"page: {open_benchmarks().write(page)}")
+    if as_json:
+        _print_json(chosen)
+        return
+    keys = ["model", "quantisation", "host", "tok_per_s", "ceiling_tok_per_s", "share", "verdict"]
+    for rows in (chosen["rows"], chosen["prefill"]):
+        _table(
+            [[format_figure(row[key]) for key in [*keys, "mark"]] for row in rows], [*keys, "mark"]
+        )
+        print()
+    print("arithmetic and sources: --json, or --page FILE")
+
+
 @app.command()
 def report(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
     """Write one HTML page from a run folder."""

@@ -20,7 +20,9 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem;
   margin: 2rem auto; padding: 0 1rem }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #cbd5e1 }
-table.sx { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+table.sx { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums;
+  display: block; overflow-x: auto }
+tr.here { background: #dbeafe }
 table.sx td, table.sx th { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0;
   border-bottom: 1px solid #e2e8f0; overflow-wrap: break-word }
 table.sx td:first-child, table.sx th { white-space: nowrap }

@@ -8,7 +8,7 @@ import strixft
 FLOORS = [
     ["text", "units", "environment"],
     ["errors", "views", "progress"],
-    ["tables", "locks", "stopping", "disk", "weights"],
+    ["tables", "servers", "locks", "stopping", "disk", "weights"],
     ["hardware", "families", "methods", "formats", "sources"],
     ["recipe"],
     ["runs"],

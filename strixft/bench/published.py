@@ -19,8 +19,9 @@ from strixft.bench.roofline import (
     judge,
 )
 from strixft.bench.weights import WEIGHTS, file_bytes, read_bytes
-from strixft.errors import DataError
+from strixft.errors import DataError, RecipeError
 from strixft.hardware import HOSTS
+from strixft.tables import did_you_mean
 
 FILE = Path(__file__).with_suffix(".csv")
 FIRST_GUIDE = "first guide, table"
@@ -199,3 +200,30 @@ def expect_decode(
     low, middle, high = shares[0], statistics.median(shares), shares[-1]
     top = ceiling.tok_per_s
     return Expected(top * middle, top * low, top * high)
+
+
+def to_json(chosen: Iterable[Figure]) -> dict[str, Any]:
+    """Figures by what they are of: `rows` are those of decoding."""
+    kinds, listed = {"rows": "decode", "prefill": "prefill", "training": "train"}, list(chosen)
+    return {
+        name: [row.to_dict() for row in listed if row.figure.startswith(kind)]
+        for name, kind in kinds.items()
+    }
+
+
+def choose(host: str = "", model: str = "") -> list[Figure]:
+    """Figures of one host, or of models with a part in their name; all without.
+
+    Raises:
+        RecipeError: There is no such host or model.
+    """
+    if host:
+        HOSTS[host]
+    words = model.lower()
+    found = [row for row in figures() if words in row.model.lower() and host in ("", row.host)]
+    if not found:
+        names = {row.model for row in figures()}
+        raise RecipeError(
+            f"nothing is published here of {model or host!r}", fix=did_you_mean(model, names)
+        )
+    return found

@@ -22,6 +22,7 @@ class Subject:
 
     Args:
         model: Hub id, folder, embedded model; or as the server calls it.
+        recipe: A recipe: its model, stored as its method does.
         run: A run: its base, with the adapter, and merged.
         server: Address of a server, such as localhost:8080 (Lemonade 13305, Ollama 11434).
         api: Of that server: openai or ollama; auto asks it.
@@ -33,6 +34,7 @@ class Subject:
     """
 
     model: str = ""
+    recipe: str = ""
     run: str = ""
     server: str = ""
     api: str = "auto"
@@ -46,18 +48,27 @@ class Subject:
         """One after the other; those in process share memory, so each ends with the next.
 
         Raises:
-            RecipeError: A server and a run.
+            RecipeError: More than one is named.
         """
-        if self.server and self.run:
-            raise RecipeError("a run is measured in process, not behind a server", fix="drop one")
+        named = [key for key in ("server", "run", "recipe") if getattr(self, key)]
+        if len(named) > 1:
+            fix = f"keep one of --{' --'.join(named)}"
+            raise RecipeError(f"{' and '.join(named)} cannot be measured at once", fix=fix)
         if self.server:
             yield self._served()
             return
-        from strixft.bench.in_process import load_model, load_run
+        yield from self._in_process()
 
-        yield from (
-            load_run(self.run) if self.run else load_model(self.model or DEFAULT_MODEL, self.method)
-        )
+    def _in_process(self) -> Iterator[Backend]:
+        from strixft.bench.in_process import load_model, load_run
+        from strixft.recipe import load_recipe
+
+        if self.run:
+            return load_run(self.run)
+        if self.recipe:
+            recipe = load_recipe(self.recipe)
+            return load_model(recipe.model, recipe.method)
+        return load_model(self.model or DEFAULT_MODEL, self.method)
 
     def _served(self) -> Backend:
         from strixft.bench.served import find_server

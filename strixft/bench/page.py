@@ -1,0 +1,282 @@
+"""`Benchmarks`: published figures and this machine's, as tables, pictures and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from strixft import views
+from strixft.bench.image import NOT_PUBLISHED
+from strixft.bench.pictures import Point, draw_against_ceiling, draw_roofline
+from strixft.bench.published import (
+    REFERENCE,
+    Figure,
+    expect_decode,
+    figures,
+    first_guide,
+)
+from strixft.bench.store import Stored, read_store
+from strixft.bench.weights import WEIGHTS, file_bytes
+from strixft.hardware import HOSTS
+from strixft.runs import write_text
+from strixft.units import format_figure, format_number, format_seconds
+
+COMPARED = (REFERENCE, "strix-halo-128", "dgx-spark")
+LETTERS = {"measured": "M", "vendor": "V", "claimed": "C", "derived": "D"}
+KEY = (
+    "Tokens per second of decoding. [M] measured by its source, [V] vendor's, [C] claimed, [D]"
+    " derived here: the ceiling times the shares that measured models reach on that host, median"
+    " and range. In brackets: share of the ceiling."
+)
+SPARK_FORMATS = ("NVFP4", "FP4", "FP8")
+"""Formats that only the Spark of these hosts multiplies in: no figure is drawn to another."""
+Model = tuple[str, str, float | None]
+"""Name, quantisation, size of the file in GB."""
+
+
+@dataclass(frozen=True)
+class Html:
+    """Something that shows itself in a notebook."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def _best(rows: Sequence[Figure], host: str) -> Figure | None:
+    """The highest of the figures that are not mere claims."""
+    found = [row for row in rows if row.host == host and row.mark != "claimed"]
+    return max(found, key=lambda row: row.value or 0, default=None)
+
+
+def _same_weights(model: Model) -> list[Figure]:
+    name, quantisation, _ = model
+    return [
+        row
+        for row in figures()
+        if (row.figure, row.model, row.quantisation) == ("decode", name, quantisation)
+    ]
+
+
+def compare_cell(model: Model, host: str) -> str:
+    """A model on a host: what was measured, else what the roofline lets expect."""
+    best, size = _best(_same_weights(model), host), file_bytes(WEIGHTS[model[0]], *model[1:])
+    if best is not None and best.value is not None and best.ceiling is not None:
+        share = best.ceiling.share(best.value)
+        return f"{best.value:g} [{LETTERS[best.mark]}] ({share:.2f})"
+    if size > HOSTS[host].memory_bytes.value:
+        return f"does not fit: {size / 1e9:.3g} GB"
+    if model[1].startswith(SPARK_FORMATS):
+        return "–"
+    expected = expect_decode(model[0], model[1], host, model[2])
+    if expected is None:
+        return "–"
+    return f"≈ {expected.tok_per_s:.3g} ({expected.low:.3g} to {expected.high:.3g}) [D]"
+
+
+def compared_models() -> list[Model]:
+    """Models with a measured figure on one host at least, or in the first guide; V100's first."""
+    rows = [row for row in figures() if row.figure == "decode"]
+    rows.sort(key=lambda row: COMPARED.index(row.host))
+    named = [row for row in rows if row.mark != "claimed" or row in first_guide()]
+    found: dict[tuple[str, str], float | None] = {}
+    for row in named:
+        found.setdefault((row.model, row.quantisation), row.file_gb)
+    return [(name, quantisation, size) for (name, quantisation), size in found.items()]
+
+
+def _link(url: str) -> str:
+    short = url.removeprefix("https://").removeprefix("github.com/")
+    return f'<a href="{escape(url, quote=True)}">{escape(short[:48])}</a>'
+
+
+def _linked(rows: list[list[str]], header: list[str], here: int = 0) -> str:
+    """A table whose last column is an address.
+
+    Args:
+        rows: Cells.
+        header: Names of the columns.
+        here: So many of the first rows are this machine's: they stand out, without an address.
+    """
+    cells = [[*row[:-1], f"@{number}@"] for number, row in enumerate(rows)]
+    html = views.table(cells, header).replace("<tr><td>", '<tr class="here"><td>', here)
+    for number, row in enumerate(rows):
+        html = html.replace(f"@{number}@", escape(row[-1]) if number < here else _link(row[-1]))
+    return html
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """The tables that ship, and what was measured here.
+
+    Args:
+        stored: This machine's results.
+    """
+
+    stored: Stored
+
+    def _repr_html_(self) -> str:
+        return self.compared().html
+
+    def compared(self) -> Html:
+        """Models by host, the V100 first."""
+        rows = [
+            [
+                f"{name}, {quantisation}",
+                *(compare_cell((name, quantisation, size), host) for host in COMPARED),
+            ]
+            for name, quantisation, size in compared_models()
+        ]
+        return Html(views.note(KEY) + views.table(rows, ["model", *COMPARED]))
+
+    def roofline(self) -> Html:
+        """Every decode figure under its host's line, or above it."""
+        return Html(draw_roofline(figures(), self.points()))
+
+    def against_ceiling(self) -> Html:
+        """Every decode figure against its ceiling."""
+        return Html(draw_against_ceiling(figures(), self.points()))
+
+    def claims(self) -> Html:
+        """The first guide's table, cell by cell, with the arithmetic."""
+        rows = [
+            [
+                row.model,
+                row.host,
+                format_figure(row.value),
+                row.verdict or "",
+                row.ceiling.arithmetic(row.value) if row.ceiling else "",
+                compare_cell((row.model, row.quantisation, row.file_gb), row.host),
+            ]
+            for row in first_guide()
+        ]
+        header = ["model", "host", "first guide", "verdict", "arithmetic", "instead"]
+        return Html(views.table(rows, header))
+
+    def decode(self) -> Html:
+        """Every published decode figure with its source."""
+        return self._rates("decode")
+
+    def prefill(self) -> Html:
+        """Every published prompt rate with its source."""
+        return self._rates("prefill")
+
+    def _rates(self, kind: str) -> Html:
+        here = list(self._rates_here(kind))
+        rows = [
+            [
+                row.model,
+                row.quantisation,
+                row.host,
+                format_figure(row.value),
+                format_figure(row.ceiling and row.ceiling.tok_per_s),
+                format_figure(row.ceiling and row.value and row.ceiling.share(row.value)),
+                row.verdict or "",
+                LETTERS[row.mark],
+                row.settings,
+                row.source,
+            ]
+            for row in figures()
+            if row.figure == kind
+        ]
+        return Html(_linked(here + rows, RATES, len(here)))
+
+    def _rates_here(self, kind: str) -> Iterator[list[str]]:
+        """This machine's rows in the columns of the published ones."""
+        for result in self.stored.results:
+            for row in result.rows if result.bench == kind else []:
+                names = ("tok_per_s", "ceiling_tok_per_s", "share", "verdict")
+                figures_of = [format_figure(row.get(name)) for name in names]
+                name = f"{row['model']}, {row['variant']}"
+                shown = [name, row["backend"], result.host["device"], *figures_of, "M", row["test"]]
+                yield [*shown, f"strixft bench {kind}, {result.started[:10]}"]
+
+    def training(self) -> Html:
+        """Published time and memory of training, and rates against the matrix units."""
+        return Html(_linked(list(_training_rows()), [*TRAINING, "settings", "source"]))
+
+    def here(self) -> Html:
+        """What was measured on this machine."""
+        html = "".join(views.warning(text) for text in self.stored.left_out)
+        if not self.stored.results:
+            return Html(html + views.note("Nothing was measured here yet: strixft bench decode"))
+        latest = {(result.bench, result.host["device"]): result for result in self.stored.results}
+        return Html(html + "".join(result._repr_html_() for result in latest.values()))
+
+    def points(self) -> list[Point]:
+        """This machine's decode figures, for the pictures."""
+        rows = [row for result in self.stored.results for row in result.rows]
+        return [
+            Point(row["model"], row["gb_per_token"], row["tok_per_s"], row["ceiling_tok_per_s"])
+            for row in rows
+            if row.get("gb_per_token")
+        ]
+
+    def page(self) -> str:
+        """All of it as one page of HTML."""
+        parts = {
+            "Compared with a V100": self.compared(),
+            "The roofline": self.roofline(),
+            "Claims against ceilings": self.against_ceiling(),
+            "The first guide's table": self.claims(),
+            "Decoding": self.decode(),
+            "Prompts": self.prefill(),
+            "Training": self.training(),
+            "This machine": self.here(),
+            "Images": Html(views.note(NOT_PUBLISHED)),
+        }
+        body = "".join(f"<h2>{title}</h2>{part.html}" for title, part in parts.items())
+        lead = "Published figures with source and mark, each beside what memory allows at most."
+        return views.page("Benchmarks", lead, body)
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page."""
+        target = Path(path).expanduser()
+        write_text(target, self.page())
+        return target
+
+
+RATES = ["model", "quantisation", "host", "tokens/s", "ceiling", "share", "verdict", "mark"]
+RATES += ["settings", "source"]
+TRAINING = ["model", "method", "host", "GB", "time", "tokens/s", "share", "verdict", "mark"]
+
+
+def _training_rows() -> Iterator[list[str]]:
+    """Figures of one run beside each other."""
+    runs: dict[tuple[str, ...], dict[str, Figure]] = {}
+    for row in figures():
+        if row.figure.startswith("train_"):
+            key = (row.model, row.method, row.host, row.source)
+            runs.setdefault(key, {})[row.figure] = row
+    for (model, method, host, source), found in runs.items():
+        first, rate = next(iter(found.values())), found.get("train_tok_per_s")
+        yield [
+            model,
+            method,
+            host,
+            *_run_cells(found, rate),
+            LETTERS[first.mark],
+            first.settings,
+            source,
+        ]
+
+
+def _run_cells(found: dict[str, Figure], rate: Figure | None) -> list[str]:
+    peak, seconds = found.get("train_peak_gb"), found.get("train_seconds")
+    memory = "–" if peak is None else "out of memory" if peak.value is None else f"{peak.value:g}"
+    share = rate.ceiling.share(rate.value) if rate and rate.ceiling and rate.value else None
+    return [
+        memory,
+        format_seconds(seconds.value if seconds else None),
+        format_number(rate.value if rate else None, 0),
+        format_figure(share),
+        (rate and rate.verdict) or "",
+    ]
+
+
+def open_benchmarks() -> Benchmarks:
+    """The tables that ship, and this machine's own results."""
+    return Benchmarks(read_store())
