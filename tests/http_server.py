@@ -26,7 +26,7 @@ def _handler(routes: Mapping[str, Answer], seen: list[tuple[str, Body]]) -> type
             """Silent."""
 
         def do_GET(self) -> None:
-            self._answer({})
+            self._answer({"authorization": self.headers["Authorization"]})
 
         def do_POST(self) -> None:
             length = int(self.headers["Content-Length"])

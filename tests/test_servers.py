@@ -7,11 +7,11 @@ from strixft.errors import HostError
 from strixft.servers import ask, base_url, stream
 
 
-@pytest.mark.parametrize("address", ["ftp://box", "http://", "://"])
+@pytest.mark.parametrize("address", ["ftp://box", "http://", "://", "http://me:word@box"])
 def test_an_address_that_names_no_server_is_refused(address: str) -> None:
     with pytest.raises(HostError, match="is no server's address") as caught:
         base_url(address)
-    assert caught.value.fix == "--server http://localhost:8080"
+    assert caught.value.fix.startswith("--server http://localhost:8080")
 
 
 def test_a_server_that_is_down_is_told_with_how_to_start_one() -> None:
@@ -51,3 +51,10 @@ def test_half_a_line_at_the_end_is_no_answer() -> None:
     lines = ['{"n": 1}', '{"n":', Cut()]
     with serving({"/a": lambda _: lines}) as (url, _), pytest.raises(HostError, match="no JSON"):
         list(stream(f"{url}/a", {}))
+
+
+def test_a_key_is_sent_where_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving({"/a": lambda body: body}) as (url, _):
+        assert ask(f"{url}/a") == {"authorization": None}
+        monkeypatch.setenv("STRIXFT_API_KEY", "sesame")
+        assert ask(f"{url}/a") == {"authorization": "Bearer sesame"}
