@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,8 @@ START_S = 10.0
 ANSWER_S = 1800.0
 """How long to wait for the next bytes of an answer: a 70B may be loaded first."""
 SHOWN = 300
+KEY = "STRIXFT_API_KEY"
+"""Variable with the key of a server that wants one."""
 START_ONE = (
     "start it (llama-server -m FILE.gguf, ollama serve, lemonade-server serve), or give its address"
 )
@@ -35,8 +38,11 @@ def base_url(address: str) -> str:
     """
     url = address if "://" in address else f"http://{address}"
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise HostError(f"{address!r} is no server's address", fix="--server http://localhost:8080")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise HostError(
+            f"{address!r} is no server's address",
+            fix=f"--server http://localhost:8080; a key goes into {KEY}",
+        )
     path = parts.path.rstrip("/").removesuffix("/v1").removesuffix("/api")
     return f"{parts.scheme}://{parts.netloc}{path}"
 
@@ -54,7 +60,9 @@ def _said(error: urllib.error.HTTPError) -> str:
 
 def _open(url: str, body: Data | None, timeout: float) -> http.client.HTTPResponse:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    headers, key = {"Content-Type": "application/json"}, os.environ.get(KEY)
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(url, data, headers)
     try:
         answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import WriteRecipe
+from test_cli import Type
+from test_cli import enter as enter
 
-from strixft.bench import run_bench, sets
-from strixft.errors import StrixftError
+from strixft.bench import BENCHES, conditions, gemm, run_bench, sets, timing
+from strixft.bench.device import write_host_row
+from strixft.bench.options import settings_of
+from strixft.bench.result import Measured
+from strixft.bench.store import append, read_store, store_file
+from strixft.bench.timing import Sample
+from strixft.errors import FitError, RecipeError, StageError, StrixftError
+from strixft.families import MODELS
 from strixft.formats import FORMATS
+from strixft.guard import find_host
 
 
 def test_an_unknown_bench_is_told_with_the_known_ones() -> None:
@@ -58,3 +71,296 @@ def test_english_chats_have_about_300_tokens(tmp_path: Path) -> None:
     ]
     tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"]) / 200
     assert 280 < tokens < 360
+
+
+# Timing.
+
+
+def test_a_sample_has_a_median_a_spread_and_a_difference_turn_by_turn() -> None:
+    sample = Sample((1.0, 4.0, 2.0))
+    assert (sample.median, sample.spread) == (2.0, 1.5)
+    assert sample.per(8).values == (8.0, 2.0, 4.0)
+    assert sample.beside(Sample((1.0, 2.0, 1.0))) == 1.0
+
+
+def test_ways_take_turns_and_short_work_is_repeated() -> None:
+    order: list[str] = []
+
+    def measure(name: str) -> float:
+        order.append(name)
+        return 1.0
+
+    timing.take_turns({"a": lambda: measure("a"), "b": lambda: measure("b")}, 2)
+    assert order == ["a", "b", "a", "b"]
+    calls: list[int] = []
+    timing.time_work(lambda: calls.append(1), "cpu", 2, check=True)
+    assert len(calls) == 3 + 2 * 2 * timing.MOST_CALLS
+
+
+def test_sensors_that_are_not_there_are_left_out(tmp_path: Path) -> None:
+    device = tmp_path / "sys/class/drm/card0/device"
+    (device / "hwmon/hwmon3").mkdir(parents=True)
+    (device / "vendor").write_text("0x1002")
+    (device / "hwmon/hwmon3/freq1_input").write_text("2900000000")
+    (device / "hwmon/hwmon3/power1_average").write_text("85000000")
+    read = conditions.reader("cuda", tmp_path)
+    assert read() == {"clock_mhz": 2900, "power_w": 85}
+    with conditions.watched(read) as seen:
+        pass
+    assert seen == {"clock_mhz": 2900, "power_w": 85}
+
+
+# Matrix products and bandwidth.
+
+
+@pytest.fixture
+def small_layers(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model of small layers, and short turns."""
+    config = dict(MODELS["Qwen/Qwen3-4B"].config) | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "vocab_size": 128,
+        "head_dim": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    small = replace(MODELS["Qwen/Qwen3-4B"], name="small", config=config)
+    monkeypatch.setitem(MODELS._rows, "small", small)
+    monkeypatch.setitem(gemm.SQUARES, "cpu", (64,))
+    monkeypatch.setattr(timing, "LEAST_TURN_S", 0.001)
+    return "small"
+
+
+def test_layers_of_a_model_stand_once_each() -> None:
+    assert gemm.layer_shapes("meta-llama/Llama-3.1-8B-Instruct", 512) == {
+        "q_proj": (512, 4096, 4096),
+        "k_proj": (512, 4096, 1024),
+        "up_proj": (512, 4096, 14336),
+        "down_proj": (512, 14336, 4096),
+        "lm_head": (512, 4096, 128256),
+    }
+
+
+@pytest.mark.parametrize("layout", gemm.LAYOUTS)
+def test_a_layout_multiplies_as_autograd_does(layout: str) -> None:
+    import torch
+
+    shape = (3, 4, 5)
+    left, right = gemm._operands(shape, layout, "cpu", torch.float64)
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    y = torch.nn.functional.linear(x, weight)
+    y.sum().backward()
+    result = {"forward": y, "input gradient": x.grad, "weight gradient": weight.grad}[layout]
+    assert result is not None
+    assert (left @ right).shape == result.shape
+    contiguous = {"forward": (True, False), "input gradient": (True, True)}
+    expected = contiguous.get(layout, (False, True))
+    assert (left.is_contiguous(), right.is_contiguous()) == expected
+
+
+def test_products_are_measured_in_every_layout_beside_torch_alone(small_layers: str) -> None:
+    result = run_bench("gemm", model=small_layers, tokens=16, repeat=2, check=True)
+    assert len(result.rows) == 3 * 6
+    for row in result.rows:
+        assert row["tflop_per_s"] > 0
+        assert row["direct_tflop_per_s"] > 0
+        assert row["share_of_peak"] is None
+    assert {row["layout"] for row in result.rows} == set(gemm.LAYOUTS)
+
+
+def test_a_dtype_that_is_not_measured_is_refused() -> None:
+    with pytest.raises(RecipeError, match="not measured in 'int8'") as caught:
+        run_bench("gemm", dtypes="float32,int8")
+    assert caught.value.fix == "--dtypes bfloat16,float16,float32"
+
+
+def test_bandwidth_counts_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "LEAST_TURN_S", 0.01)
+    result = run_bench("bandwidth", size_gib=0.01, repeat=2)
+    by_work = {row["work"]: row["gb_per_s"] for row in result.rows}
+    assert list(by_work) == ["copy", "read", "write", "matrix × vector"]
+    assert all(0.1 < rate < 10_000 for rate in by_work.values())
+
+
+def test_buffers_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(FitError, match="do not fit"):
+        run_bench("bandwidth", size_gib=1e6)
+
+
+def test_measured_rates_become_the_hosts(small_layers: str) -> None:
+    bandwidth = run_bench("bandwidth", size_gib=0.01, repeat=1)
+    products = run_bench("gemm", model=small_layers, tokens=16, repeat=1)
+    write_host_row(bandwidth)
+    write_host_row(products)
+    host = find_host("auto")
+    assert host.bandwidth_bytes_per_s is not None
+    assert host.bandwidth_bytes_per_s.value == pytest.approx(bandwidth.rows[0]["gb_per_s"] * 1e9)
+    assert host.bandwidth_bytes_per_s.source.startswith("strixft bench bandwidth, 20")
+    rate = host.matmul_flop_per_s["float32"]
+    assert rate.value == pytest.approx(products.rows[0]["tflop_per_s"] * 1e12)
+    assert rate.mark == "measured"
+
+
+# A model in this process.
+
+
+def test_a_model_is_decoded_from_an_empty_cache_and_behind_a_prompt(tiny_model: Path) -> None:
+    write_host_row(run_bench("bandwidth", size_gib=0.01, repeat=1))
+    result = run_bench("decode", model=str(tiny_model), new_tokens=16, depth=64, repeat=2)
+    first, behind = result.rows
+    assert [row["test"] for row in result.rows] == ["tg16", "tg16@d64"]
+    assert (first["prompt_tokens"], behind["prompt_tokens"]) == (4, 64)
+    assert (first["variant"], first["clock"], first["tokens"]) == ("base", "client", 16)
+    assert first["total_s"] == pytest.approx(first["first_token_s"] + first["decode_s"], rel=0.5)
+    assert behind["gb_per_token"] > first["gb_per_token"]
+    assert first["share"] == pytest.approx(first["tok_per_s"] / first["ceiling_tok_per_s"])
+    assert len(result.details()) == 3
+
+
+def test_prompts_of_several_lengths_are_read(tiny_model: Path) -> None:
+    rows = run_bench("prefill", model=str(tiny_model), prompt_tokens="64,128", repeat=2).rows
+    assert [(row["test"], row["prompt_tokens"]) for row in rows] == [("pp64", 64), ("pp128", 128)]
+    for row in rows:
+        spent = row["prompt_tokens"] / row["tok_per_s"]
+        assert row["first_token_s"] == pytest.approx(spent, rel=0.5)
+
+
+def test_the_harness_and_a_bare_loop_make_the_same_tokens(tiny_model: Path) -> None:
+    import torch
+
+    from strixft.bench.in_process import decode, load_model, read_prompt
+
+    (loaded,) = load_model(str(tiny_model), "lora")
+    ids = loaded.prompt(12, 1)
+    with torch.no_grad():
+        token, cache = read_prompt(loaded.model, ids)
+        last = decode(loaded.model, token, cache, 7)
+    made = loaded.model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert made[0, 12].item() == token.item()
+    assert made[0, -1].item() == last.item()
+
+
+def test_the_check_times_both_loops(tiny_model: Path) -> None:
+    (row,) = run_bench("decode", model=str(tiny_model), new_tokens=16, repeat=2, check=True).rows
+    assert row["direct_tok_per_s"] > 0
+    assert -0.9 < row["off"] < 9
+
+
+def test_a_run_is_measured_as_base_with_its_adapter_and_merged(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    from strixft import open_run, plan_recipe, prepare_recipe, train_recipe
+
+    run = open_run(write_recipe(), tmp_path / "runs/tiny")
+    with pytest.raises(StageError, match="has no adapter") as caught:
+        run_bench("decode", run=str(run.folder))
+    assert caught.value.fix == f"{run.resume_command} --to train, or --model with a folder"
+    prepare_recipe(run)
+    plan_recipe(run)
+    train_recipe(run)
+    rows = run_bench("decode", run=str(run.folder), new_tokens=16, depth=0, repeat=1).rows
+    assert [row["variant"] for row in rows] == ["base", "adapter", "merged"]
+    base, adapter, merged = (row["gb_per_token"] for row in rows)
+    assert base == merged < adapter
+
+
+def test_only_one_thing_is_measured_at_once() -> None:
+    with pytest.raises(RecipeError, match="server and run cannot be measured at once"):
+        run_bench("decode", server="localhost:1", run="x")
+
+
+# The store.
+
+
+def measured(**changes: Any) -> Measured:
+    """A result."""
+    data: dict[str, Any] = {
+        "bench": "bandwidth",
+        "started": "2026-11-25T00:00:00+00:00",
+        "seconds": 1.0,
+        "host": {"device": "x"},
+        "versions": {},
+        "settings": {},
+        "conditions": {"power_w": 85.0},
+        "rows": [{"work": "copy", "gb_per_s": 200.0}],
+    }
+    return Measured(**(data | changes))
+
+
+def test_results_are_appended_and_read_again() -> None:
+    first = run_bench("bandwidth", size_gib=0.001, repeat=1)
+    run_bench("bandwidth", size_gib=0.001, repeat=1, save=False)
+    append(measured())
+    stored = read_store()
+    assert stored.left_out == []
+    assert stored.results == [first, measured()]
+    assert set(first.settings) == {"size_gib", "repeat", "check"}
+    assert "torch" in first.versions
+
+
+def test_lines_of_another_version_are_kept_and_named() -> None:
+    append(measured())
+    with store_file().open("a") as file:
+        file.write(json.dumps(measured(format=9).to_dict()) + "\n[1]\n")
+    append(measured(seconds=2.0))
+    stored = read_store()
+    assert [result.seconds for result in stored.results] == [1.0, 2.0]
+    assert [text.partition(", ")[2].partition(":")[0] for text in stored.left_out] == [
+        "line 2",
+        "line 3",
+    ]
+    assert "format 9, not 1" in stored.left_out[0]
+    assert len(store_file().read_text().splitlines()) == 4
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_next() -> None:
+    append(measured())
+    text = store_file().read_text()
+    store_file().write_text(text + text[:40])
+    append(measured(seconds=3.0))
+    stored = read_store()
+    assert [result.seconds for result in stored.results] == [1.0, 3.0]
+    assert len(stored.left_out) == 1
+
+
+# The command line.
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_setting_of_a_bench_has_a_default_and_a_help(name: str) -> None:
+    settings = settings_of(BENCHES[name].measure)
+    assert settings
+    for setting in settings:
+        assert setting.help
+        assert isinstance(setting.default, setting.kind)
+
+
+def test_a_setting_that_is_misspelt_names_the_near_one() -> None:
+    with pytest.raises(RecipeError, match="no setting 'repaet'") as caught:
+        run_bench("bandwidth", repaet=1)
+    assert caught.value.fix == "did you mean 'repeat'?"
+
+
+def test_the_command_prints_one_document_and_keeps_the_rates(enter: Type) -> None:
+    words = ("bench", "bandwidth", "--size-gib", "0.01", "--repeat", "1", "--host-row", "--json")
+    answer = enter(*words)
+    assert answer.code == 0
+    data = json.loads(answer.out)
+    assert data["bench"] == "bandwidth"
+    assert data["settings"]["size_gib"] == 0.01
+    assert "rates for planning: " in answer.err
+    assert find_host("auto").bandwidth_bytes_per_s is not None
+
+
+def test_the_help_names_every_bench_without_torch(enter: Type) -> None:
+    shown = enter("bench", "--help").out
+    for name in (*BENCHES, "published"):
+        assert f"  {name} " in shown
+    assert "--host-row" in enter("bench", "gemm", "--help").out
+    assert "--host-row" not in enter("bench", "decode", "--help").out
+
+
+def test_a_bench_that_is_misspelt_exits_with_2(enter: Type) -> None:
+    answer = enter("bench", "gem")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == "there is no bench 'gem'\nfix: did you mean 'gemm'?\n"

@@ -169,7 +169,7 @@ def load_run(run_name: str) -> Iterator[Loaded]:
     if METHODS[run.recipe.method].adapter == "none" or not folder.is_dir():
         raise StageError(
             f"run {run.name} has no adapter in {folder}",
-            fix=f"strixft train {run.recipe.model}, or --model with a folder",
+            fix=f"{run.resume_command} --to train, or --model with a folder",
         )
     yield from _variants(run.recipe, folder)
 

@@ -104,8 +104,13 @@ class Figure:
         }
 
 
-def _number(text: str) -> float | None:
-    return float(text) if text else None
+def _number(where: str, row: Mapping[str, str], key: str) -> float | None:
+    try:
+        return float(row[key]) if row[key] else None
+    except ValueError as error:
+        raise DataError(
+            f"{where}: {key} is no number: {row[key]!r}", fix="a number, or nothing"
+        ) from error
 
 
 def read_figures(lines: Iterable[str], name: str = FILE.name) -> Iterator[Figure]:
@@ -129,9 +134,9 @@ def read_figures(lines: Iterable[str], name: str = FILE.name) -> Iterator[Figure
             model=row["model"],
             quantisation=row["quantisation"],
             method=row["method"],
-            file_gb=_number(row["file_gb"]),
+            file_gb=_number(where, row, "file_gb"),
             host=row["host"],
-            value=_number(row["value"]),
+            value=_number(where, row, "value"),
             settings=row["settings"],
             date=row["date"],
             source=row["source"],
