@@ -187,8 +187,8 @@ class Train(_Section):
     `elementwise` norms and activations of all, and no product."""
     attention: str = "auto"
     """How attention is computed; `auto` is the fastest that is right on the device."""
-    compile: bool | Literal["auto"] = "auto"
-    """Run decoder layers as generated kernels; `auto` on a GPU."""
+    compile: Literal["auto", "layers", "none"] = "auto"
+    """Run decoder layers as generated kernels; `auto` does on a GPU."""
     optimizer: Literal["adamw"] = "adamw"
     """AdamW with float32 state."""
     weight_decay: float = Field(default=0.0, ge=0)

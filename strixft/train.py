@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -40,7 +38,7 @@ from strixft.prepare import Prepared
 from strixft.progress import progress_bar
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run
-from strixft.step import MemoryTracker, TrainingStep, Ways
+from strixft.step import TrainingStep, Ways, peak_memory
 from strixft.units import format_gib, format_number, format_seconds
 from strixft.weights import fingerprint_base
 
@@ -208,25 +206,6 @@ def _settings(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
     )
 
 
-@contextlib.contextmanager
-def _measured(step: TrainingStep) -> Iterator[dict[str, Any]]:
-    """Peak memory of a block: torch's own count on a GPU, our tracker's on a CPU."""
-    found: dict[str, Any] = {"peak_bytes": None, "reserved_bytes": None}
-    if device_type() == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        yield found
-        found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        found["reserved_bytes"] = torch.cuda.max_memory_reserved()
-        found["peak_parts"] = device_parts(step.model, step.optimizer, found["peak_bytes"])
-    else:
-        tracker = MemoryTracker()
-        tracker.watch_model(step.model)
-        with tracker:
-            yield found
-        found["peak_bytes"], found["peak_parts"] = tracker.peak_bytes, tracker.peak
-    found["resident_bytes"] = psutil.Process().memory_info().rss
-
-
 def _ways(choice: dict[str, Any]) -> Ways:
     return Ways(**{field.name: choice[field.name] for field in fields(Ways)})
 
@@ -378,9 +357,12 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         trainer = _build_trainer(run, prepared, plan, watch, watches)
         _require_room(trainer)
         began = time.monotonic()
-        with _measured(trainer.step) as memory:
+        with peak_memory(trainer.step.model) as memory:
             _run_loop(run, prepared, plan, trainer, watches)
         seconds, rate = time.monotonic() - began, watch.tok_per_s()
+        memory["peak_parts"] = memory["peak_parts"] or device_parts(
+            trainer.step.model, trainer.step.optimizer, memory["peak_bytes"]
+        )
         _save(trainer.step.model, folder)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     figures = {

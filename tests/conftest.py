@@ -100,7 +100,7 @@ def recipe_writer(folder: Path, model: Path) -> WriteRecipe:
                 "epochs": 1,
                 "learning_rate": 2e-3,
                 "tokens_per_update": 100,
-                "compile": False,  # a plan for a GPU would compile for seconds
+                "compile": "none",  # a plan for a GPU would compile for seconds
             },
             "memory": {"reserve_gib": 0.5},
         }

@@ -43,12 +43,13 @@ class DataShape:
         if prepared is None:
             return cls(most, longest=most if packed else 0)
         if packed:
-            return cls._of_packed(most, prepared.packed_rows(recipe.dataset))
+            return cls.of_packed(most, prepared.packed_rows(recipe.dataset))
         rows = prepared.token_rows(recipe.dataset).train
         return cls(most, list(rows["length"]), list(rows["num_trained"]))
 
     @classmethod
-    def _of_packed(cls, most: int, rows: PackedRows) -> DataShape:
+    def of_packed(cls, most: int, rows: PackedRows) -> DataShape:
+        """Of packed rows that are filled up to `most` tokens."""
         lengths, trained, documents = rows.sums("length"), rows.sums("num_trained"), rows.counts()
         rooms = most - lengths
         longest = max(int(rooms.max()), rows.longest())

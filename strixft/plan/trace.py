@@ -251,7 +251,7 @@ def trace_step(
         steps: Micro-batches of an update; 2 stand for any more.
         memo: Operators that earlier traces ran.
     """
-    ways = replace(ways_for(recipe, config, host), recomputed_layers=recomputed_layers)
+    ways = ways_for(recipe, config, host, recomputed_layers=recomputed_layers)
     model = build(recipe, "meta", native_dtype(host.device, bfloat16=host.bfloat16), config)
     layers = decoder_layers(model)
     recorder = _Recorder(len(layers), host, memo or Memo())

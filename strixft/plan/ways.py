@@ -11,13 +11,14 @@ from strixft.recipe import Recipe
 from strixft.step import Ways
 
 
-def ways_for(recipe: Recipe, config: Any, host: Host) -> Ways:
+def ways_for(recipe: Recipe, config: Any, host: Host, *, recomputed_layers: int = 0) -> Ways:
     """The fastest way that nothing speaks against, or the one the recipe names.
 
     Args:
         recipe: May name the attention, and whether to compile.
         config: The model's configuration.
         host: Where it runs.
+        recomputed_layers: Layers whose activations are not kept.
 
     Raises:
         RecipeError: The attention that it names is no choice there.
@@ -32,9 +33,10 @@ def ways_for(recipe: Recipe, config: Any, host: Host) -> Ways:
             f"attention {train.attention!r} cannot train {heads.model_type} on {host.name}",
             fix="--set train.attention=auto",
         )
-    compiled = on_gpu if train.compile == "auto" else train.compile
+    compiled = on_gpu if train.compile == "auto" else train.compile == "layers"
     return Ways(
         attention=found[0].name,
         compiled=compiled,
+        recomputed_layers=recomputed_layers,
         elementwise=(compiled and train.recompute != "none") or train.recompute == "elementwise",
     )

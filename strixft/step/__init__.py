@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, C channels, K trained tokens, V vocabulary.
 
 from strixft.step.layers import decoder_layers
 from strixft.step.loss import chunked_cross_entropy
+from strixft.step.peak import peak_memory
 from strixft.step.tracker import MemoryTracker, part
 from strixft.step.update import TrainingStep, Ways, batch_loss
 
@@ -16,4 +17,5 @@ __all__ = [
     "chunked_cross_entropy",
     "decoder_layers",
     "part",
+    "peak_memory",
 ]

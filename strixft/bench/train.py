@@ -1,0 +1,244 @@
+"""The training step on this device: real tokens a second, memory, and both beside the plan.
+
+Weights are random and made on the device: speed and memory do not depend on their values.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from strixft.bench import sets
+from strixft.bench.gemm import product
+from strixft.bench.result import Row
+from strixft.bench.timing import Sample, seconds_of, time_work
+from strixft.data import Batch, PackedRows, PackedShape, collate, pack, training_order
+from strixft.families import MODELS
+from strixft.guard import budget_for, cap, find_host
+from strixft.hardware import Budget, Host
+from strixft.model import native_dtype, random_model
+from strixft.plan import Choice, DataShape, Planner
+from strixft.plan.ways import ways_for
+from strixft.recipe import Dataset, Recipe, Train
+from strixft.step import TrainingStep, peak_memory
+
+MODEL = {"cuda": "meta-llama/Llama-3.1-8B-Instruct", "cpu": "meta-llama/Llama-3.2-1B-Instruct"}
+LAYERS = {"cuda": 0, "cpu": 2}
+LENGTH = {"cuda": 2048, "cpu": 128}
+SQUARE = {"cuda": 8192, "cpu": 1024}
+WARM = 3
+"""Updates that are not counted: they compile, and make the optimiser's state."""
+GB = 1e9
+
+
+def _config(model: str, layers: int) -> Any:
+    from transformers import AutoConfig
+
+    config = dict(MODELS[model].config)
+    return AutoConfig.for_model(**config | ({"num_hidden_layers": layers} if layers else {}))
+
+
+def _chats(num_tokens: int, length: int, vocabulary: int) -> PackedRows:
+    """Packed chats whose lengths are as those of chats, and whose words are drawn alike."""
+    from datasets import Dataset as Rows
+
+    rng, drawn = random.Random(0), np.random.default_rng(0)
+    lengths: list[int] = []
+    while sum(lengths) < num_tokens:
+        lengths.append(sets.lengths_of_chats(rng, length))
+    rows = Rows.from_dict(
+        {
+            "input_ids": [drawn.integers(0, vocabulary, size) for size in lengths],
+            "trained": [[False] + [True] * (size - 1) for size in lengths],
+            "length": lengths,
+            "num_trained": [size - 1 for size in lengths],
+        }
+    )
+    return PackedRows(rows, pack(lengths, length))
+
+
+def _recipe(model: str, method: str, length: int, **train: Any) -> Recipe:
+    return Recipe(
+        model=model,
+        method=method,
+        dataset=Dataset(source="none", max_length=length),
+        train=Train.model_validate(train),
+    )
+
+
+def _updates(
+    rows: PackedRows, choice: Choice, order: list[int], shape: PackedShape, device: str
+) -> Iterator[list[Batch]]:
+    """Batches of one update after the other, on the device."""
+    size, steps = choice.run.shape.rows, choice.run.steps
+    batches = (order[start : start + size] for start in range(0, len(order), size))
+    made = (collate([rows[number] for number in numbers], shape) for numbers in batches)
+    placed = (_on(batch, device) for batch in made)
+    while True:
+        yield [next(placed) for _ in range(steps)]
+
+
+def _on(batch: Batch, device: str) -> Batch:
+    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+
+
+def _linear_weights(model: Any) -> int:
+    """Weights of the linear layers of the base and of the head: 2 FLOP a token each."""
+    from strixft.model import base_of
+
+    config = base_of(model).config
+    hidden, head_size = config.hidden_size, getattr(config, "head_dim", None)
+    head_size = head_size or hidden // config.num_attention_heads
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    layer = hidden * (heads * head_size + 3 * config.intermediate_size)
+    return int(config.num_hidden_layers * layer + config.vocab_size * hidden)
+
+
+def _product_flop_per_s(device: str, dtype: str) -> float:
+    size = SQUARE[device]
+    times = time_work(product((size,) * 3, "forward", device, dtype), device, repeat=5)
+    return float(2.0 * size**3 / times["ours"].median)
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """Updates one after the other."""
+
+    seconds: list[float]
+    tokens: list[int]
+    last_loss: float
+
+    def figures(self) -> dict[str, Any]:
+        """Speed, and how much it varies."""
+        rates = [count / spent for count, spent in zip(self.tokens, self.seconds, strict=True)]
+        return {
+            "tok_per_s": sum(self.tokens) / sum(self.seconds),
+            "spread": Sample(tuple(rates)).spread,
+            "s_per_update": statistics.median(self.seconds),
+            "last_loss": self.last_loss,
+        }
+
+
+def _timed(step: TrainingStep, updates: Iterator[list[Batch]], count: int, device: str) -> _Timed:
+    seconds, tokens, losses = list[float](), list[int](), list[Any]()
+    for _ in range(count):
+        batches = next(updates)
+        seconds.append(seconds_of(lambda: losses.append(step.update(batches)), 1, device))  # noqa: B023
+        tokens.append(sum(int(batch["num_tokens"]) for batch in batches))
+    return _Timed(seconds, tokens, float(losses[-1]))
+
+
+def _row(
+    step: TrainingStep, choice: Choice, figures: dict[str, Any], flop_per_s: float
+) -> dict[str, Any]:
+    run, ways = choice.run, step.ways
+    rate = figures["tok_per_s"]
+    per_token = (4 if not _trains_all(step) else 6) * _linear_weights(step.model)
+    return {
+        "rows×tokens": f"{run.shape.rows}×{run.shape.length}",
+        "micro_batches": run.steps,
+        "attention": ways.attention,
+        "compiled": ways.compiled,
+        "recomputed_layers": ways.recomputed_layers,
+        **figures,
+        "planned_peak_gb": run.peak_bytes / GB,
+        "planned_reserved_gb": run.reserved_bytes / GB,
+        "planned_s_per_update": run.seconds_per_update,
+        "product_tflop_per_s": flop_per_s / 1e12,
+        "share_of_product_rate": rate * per_token / flop_per_s,
+    }
+
+
+def _trains_all(step: TrainingStep) -> bool:
+    return all(parameter.requires_grad for parameter in step.model.parameters())
+
+
+def _choose(recipe: Recipe, config: Any, host: Host, limit: Budget, data: DataShape) -> Choice:
+    return Planner(recipe, config, host, data).choose(limit)
+
+
+def bench_train(
+    model: str = "auto",
+    method: str = "qlora",
+    budget_gb: float = 0.0,
+    rows: int = 0,
+    length: int = 0,
+    recompute: str = "auto",
+    attention: str = "auto",
+    compile: str = "auto",  # noqa: A002
+    tokens: int = 0,
+    updates: int = 15,
+    layers: int = 0,
+) -> list[Row]:
+    """Time the training step as the plan would run it, on random weights and packed chats.
+
+    Args:
+        model: One that planning knows; auto is Llama 3.1 8B, on a CPU two layers of 3.2 1B.
+        method: qlora, lora, full, …
+        budget_gb: What the process may use, in 10⁹ bytes; 0 is what the host has.
+        rows: Packed rows of a micro-batch; 0 is the plan's choice.
+        length: Tokens of a packed row; 0 is 2048, on a CPU 128.
+        recompute: Layers computed again: a number, none, elementwise, all, or auto.
+        attention: A way to compute attention, or auto.
+        compile: layers, none or auto.
+        tokens: Trained tokens of an update; 0 is 65,536, on a CPU 512.
+        updates: Timed updates; three more come before them.
+        layers: Layers of the model; 0 is all of them, on a CPU two.
+    """
+    host = find_host("auto")
+    device = host.device
+    name, length = MODEL[device] if model == "auto" else model, length or LENGTH[device]
+    tokens = tokens or (65_536 if device == "cuda" else 512)
+    recipe = _recipe(
+        name,
+        method,
+        length,
+        tokens_per_update=tokens,
+        micro_batch=rows or "auto",
+        recompute=int(recompute) if recompute.isdecimal() else recompute,
+        attention=attention,
+        compile=compile,
+    )
+    limit = Budget(int(budget_gb * GB), "--budget-gb")
+    limit = limit if budget_gb else budget_for(recipe.memory, host)
+    return [_measure(recipe, _config(name, layers or LAYERS[device]), host, limit, updates)]
+
+
+def _measure(recipe: Recipe, config: Any, host: Host, limit: Budget, updates: int) -> Row:
+    device, length = host.device, recipe.dataset.max_length
+    tokens = int(recipe.train.tokens_per_update)
+    chats = _chats((updates + WARM + 2) * (tokens + length), length, config.vocab_size)
+    data = DataShape.of_packed(length, chats)
+    choice = _choose(recipe, config, host, limit, data)
+    cap(limit.num_bytes, choice.run.reserved_bytes)
+    dtype = native_dtype(device, bfloat16=host.bfloat16)
+    flop_per_s = _product_flop_per_s(device, str(dtype).removeprefix("torch."))
+    ways = ways_for(recipe, config, host, recomputed_layers=choice.run.recomputed_layers)
+    step = TrainingStep(random_model(recipe, config, device, dtype), recipe.train, ways)
+    shape = choice.run.shape.packed
+    assert shape is not None
+    batches = _updates(chats, choice, training_order(data.lengths, len(chats), 0), shape, device)
+    with peak_memory(step.model) as memory:
+        first = _timed(step, batches, 1, device)
+        _timed(step, batches, WARM - 1, device)
+        timed = _timed(step, batches, updates, device)
+    places = updates * choice.run.steps * choice.run.shape.rows * length
+    figures = {
+        **timed.figures(),
+        "first_update_s": first.seconds[0],
+        "fill": sum(timed.tokens) / places,
+        "peak_gb": _gb(memory["peak_bytes"]),
+        "reserved_gb": _gb(memory["reserved_bytes"]),
+    }
+    return {"model": recipe.model, "method": recipe.method} | _row(
+        step, choice, figures, flop_per_s
+    )
+
+
+def _gb(num_bytes: int | None) -> float | None:
+    return None if num_bytes is None else num_bytes / GB
