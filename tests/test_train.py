@@ -26,6 +26,10 @@ from strixft.step import TrainingStep, batch_loss
 from strixft.train import ADAPTER, CHECKPOINTS, Trained, train_recipe
 
 
+ALONE = {"packing": False}
+"""One chat a row, so that a test knows which."""
+
+
 def trained(run: Run) -> tuple[Plan, Trained]:
     prepare_recipe(run)
     return plan_recipe(run), train_recipe(run)
@@ -54,7 +58,9 @@ def test_accumulated_micro_batches_train_as_one(write_recipe: WriteRecipe, tmp_p
     losses = []
     for count in (1, 4):
         train = {"micro_batch": count, "tokens_per_update": 28}
-        run = open_run(write_recipe(rows=rows, train=train), tmp_path / f"rows-{count}")
+        run = open_run(
+            write_recipe(rows=rows, train=train, dataset=ALONE), tmp_path / f"rows-{count}"
+        )
         plan, result = trained(run)
         choice = plan.figures["choice"]
         assert choice["micro_batch_rows"] == count
@@ -113,7 +119,9 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(
 ) -> None:
     rows = [*chats(19), chat("Say it.", "zebra")]
     recipe = write_recipe(
-        rows=rows, dataset={"validation_fraction": 0}, train={"tokens_per_update": 60, "epochs": 2}
+        rows=rows,
+        dataset={"validation_fraction": 0, **ALONE},
+        train={"tokens_per_update": 60, "epochs": 2},
     )
     undisturbed, run = (open_run(recipe, tmp_path / name) for name in ("whole", "run"))
     losses = trained(undisturbed)[1].figures["losses"]
@@ -143,7 +151,7 @@ def weights(run: Run) -> bytes:
 def test_a_gradient_that_is_no_number_names_every_row_of_the_update(
     write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    run = open_run(write_recipe(train={"micro_batch": 1}), tmp_path / "run")
+    run = open_run(write_recipe(train={"micro_batch": 1}, dataset=ALONE), tmp_path / "run")
     prepare_recipe(run)
     choice = plan_recipe(run).figures["choice"]
 
