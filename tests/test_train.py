@@ -25,7 +25,6 @@ from strixft.runs import Run, open_run
 from strixft.step import TrainingStep, batch_loss
 from strixft.train import ADAPTER, CHECKPOINTS, Trained, train_recipe
 
-
 ALONE = {"packing": False}
 """One chat a row, so that a test knows which."""
 

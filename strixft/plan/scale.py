@@ -62,8 +62,8 @@ class Regime:
     """For each sliding window: rows are longer than it, so there is a mask."""
     chunks: int
     """1, 2, or 3 for any more: those in the middle are alike."""
-    packed: bool
-    """Several documents share a row."""
+    longest: int
+    """Of the documents that share a row; 0 where each has a row of its own."""
 
     @classmethod
     def of(cls, config: Any, shape: RowShape) -> Regime:
@@ -71,7 +71,8 @@ class Regime:
         sides = Sides.of(shape, config.vocab_size)
         beyond = tuple(shape.length > window for window in _windows(config))
         chunks = min(sides.chunks, 3)
-        return cls(shape.rows == 1, beyond, chunks, shape.packed is not None)
+        longest = shape.packed.longest if shape.packed else 0
+        return cls(shape.rows == 1, beyond, chunks, longest)
 
 
 def _windows(config: Any) -> list[int]:
@@ -98,13 +99,13 @@ class Sample:
     sides: Sides
     primes: tuple[int, ...]
     """One that divides each of the sides and none of the others; 1 where a side does not vary."""
-    packed: bool = False
+    longest: int = 0
 
     @property
     def shape(self) -> RowShape:
         """The micro-batch; documents of a row change no size that matters."""
         rows, length, trained = self.sides.rows, self.sides.length, self.sides.trained
-        packed = PackedShape(length, rows, length) if self.packed else None
+        packed = PackedShape(length, rows, self.longest) if self.longest else None
         return RowShape(rows, length, trained, packed)
 
 
@@ -147,12 +148,12 @@ def sample(config: Any, regime: Regime, taken: int) -> Sample | None:
         taken: A product of the model's own sides, which share no prime with the micro-batch's.
     """
     rows = 1 if regime.one_row else next(p for p in _primes(11) if taken % p)
-    taken *= rows
+    taken *= rows * max(1, regime.longest)
     for length, prime in _lengths(_windows(config), regime.beyond):
         if taken % prime:
             for sides, primes in _trained(regime, config.vocab_size, taken * prime):
                 found = Sides(rows, length, sides.trained, sides.chunk, sides.last_chunk)
-                return Sample(found, (rows, prime, *primes), regime.packed)
+                return Sample(found, (rows, prime, *primes), regime.longest)
     return None
 
 

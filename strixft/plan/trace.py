@@ -25,6 +25,7 @@ from strixft.plan.memo import Memo
 from strixft.plan.ways import ways_for
 from strixft.recipe import Recipe
 from strixft.step import MemoryTracker, TrainingStep, batch_loss, decoder_layers
+from strixft.step.tracker import is_counted
 
 aten = torch.ops.aten
 
@@ -121,7 +122,8 @@ class _Recorder(MemoryTracker):
 
     def _counted(self, func: Any, args: Any, kwargs: Any) -> Any:
         result, cost = self._memo.run(func, args, kwargs, super().run)
-        self.trace.work.append((self.place, cost))
+        if is_counted():  # what stays inside a kernel costs nothing beside what the kernel moves
+            self.trace.work.append((self.place, cost))
         return result
 
     def _run_4bit_product(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -29,6 +29,11 @@ _part: ContextVar[str] = ContextVar("part", default="activations")
 _counted: ContextVar[bool] = ContextVar("counted", default=True)
 
 
+def is_counted() -> bool:
+    """False inside a kernel."""
+    return _counted.get()
+
+
 @contextlib.contextmanager
 def uncounted() -> Iterator[None]:
     """What is allocated in this block never leaves a kernel's registers."""
@@ -127,7 +132,7 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count what it returns."""
         result = self.run(func, args, kwargs or {})
-        if not _counted.get():
+        if not is_counted():
             return result
         for value in tree_iter(result):
             if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._storages:
