@@ -280,7 +280,7 @@ def shape_base(config: Any, method: Method, dtype: torch.dtype) -> nn.Module:
 class _MasterLinear(nn.Linear):
     """Keeps float32 weights and multiplies in the dtype of its input."""
 
-    factor: float
+    factor: float = 1.0
     """Of the weights, where they are used."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, C)
@@ -296,7 +296,7 @@ def _use_master_weights(model: nn.Module) -> None:
             for module in layer.modules():
                 if type(module) is nn.Linear:  # A and B; the base layer's is frozen
                     module.to(torch.float32)
-                    module.__class__, module.factor = _MasterLinear, 1.0
+                    module.__class__ = _MasterLinear
 
 
 def _scale_inside(model: nn.Module) -> None:

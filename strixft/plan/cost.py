@@ -71,7 +71,7 @@ def is_4bit_product(func: Any) -> bool:
 VARLEN_PRODUCTS = {aten._flash_attention_forward: 2, aten._flash_attention_backward: 5}
 """Products of queries and keys, or the like, in attention over documents laid end to end."""
 SEEN = 4
-"""A token sees about a quarter of the longest document: short ones fill blocks of a kernel badly."""
+"""A token sees about a quarter of the longest document: short ones fill a kernel's blocks badly."""
 
 
 def _varlen_flop(packet: Any, args: Any) -> int:
