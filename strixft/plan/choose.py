@@ -2,7 +2,7 @@
 
 More recomputed layers take less memory and more time. So for each number of rows the search begins
 at the fewest layers whose storages can fit at all, and goes from the fastest choice to slower ones
-until one fits by the allocator's rules as well. That one is run dry itself.
+until one fits by the allocator's rules as well.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Planner:
         return Step(self.data.largest(self.recipe, rows), layers, self.steps(rows))
 
     def dry_run(self, rows: int, layers: int) -> DryRun:
-        """A choice's figures, from a trace of its own."""
-        return self.traces.fresh(self.step(rows, layers))
+        """A choice's figures."""
+        return self.traces.dry_run(self.step(rows, layers))
 
     def need_bytes(self, run: DryRun) -> int:
         """What the budget is held against: reserved, and outside the allocator."""
@@ -131,11 +131,8 @@ class Planner:
         return self.candidate(rows, more[bisect_left(more, True, key=can_fit)])
 
     def _fits(self, candidate: Candidate, limit: Budget) -> DryRun | None:
-        """The candidate's own dry run, if the allocator's rules let it fit."""
-        step = self.step(candidate.rows, candidate.recomputed_layers)
-        if self.need_bytes(self.traces.dry_run(step)) > limit.num_bytes:
-            return None
-        run = self.traces.fresh(step)
+        """The candidate's dry run, if the allocator's rules let it fit."""
+        run = self.dry_run(candidate.rows, candidate.recomputed_layers)
         return run if self.need_bytes(run) <= limit.num_bytes else None
 
     @_collector_off()

@@ -206,6 +206,11 @@ class ScaledTrace:
         self._owner = np.repeat(np.arange(len(costs)), [len(cost.moved) for cost in costs])
         self._dtypes = [cost.dtype for cost in costs]
 
+    def keeps_weights(self) -> bool:
+        """Whether no weight seems to grow with the micro-batch: its sides would share a prime."""
+        loaded = [s.born.phase == "load" for s in self.trace.storages]
+        return not self._sizes.powers[loaded].any()
+
     def sizes(self, sides: Sides) -> Ints:
         """Bytes of each storage, rounded to the allocator's block."""
         return rounded_all(self._sizes.at(sides).astype(np.int64))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strixft.hardware import Host
+from strixft.plan import stored
 from strixft.plan.cost import Floats, Rates
 from strixft.plan.dry_run import (
     DryRun,
@@ -19,8 +20,8 @@ from strixft.plan.dry_run import (
 )
 from strixft.plan.memo import Memo
 from strixft.plan.scale import Regime, ScaledTrace, Sides, sample
-from strixft.plan.stack import Ints, Schedule, sample_layers, stands_for
-from strixft.plan.trace import one_step
+from strixft.plan.stack import Ints, Kind, Schedule, sample_layers, stands_for
+from strixft.plan.trace import RowShape, Trace, one_step
 from strixft.recipe import Recipe
 
 
@@ -63,28 +64,33 @@ class Traces:
         sides = [v for v in self._config.to_dict().values() if isinstance(v, int) and v > 1]
         return math.prod([*sides, self._recipe.lora.r])
 
-    def _make(self, step: Step, regime: Regime) -> ScaledTrace | None:
+    def _trace(self, step: Step, regime: Regime, shape: RowShape, kinds: list[Kind]) -> Trace:
+        """A trace of a micro-batch, from disk where it was made before."""
+        name = stored.name_of(self._recipe, self._config, self._host, regime, kinds)
+        found = stored.load(name)
+        if found is None:
+            layers = step.recomputed_layers
+            found = trace_run(
+                self._recipe, self._config, self._host, shape, layers, 2, self._memo
+            ).trace
+            stored.save(name, found)
+        return found
+
+    def _make(self, step: Step, regime: Regime, kinds: list[Kind]) -> ScaledTrace | None:
         traced = sample(self._config, regime, self._taken())
         if traced is None:
             return None
-        schedule = trace_run(
-            self._recipe,
-            self._config,
-            self._host,
-            traced.shape,
-            step.recomputed_layers,
-            2,
-            self._memo,
-        )
-        return ScaledTrace(schedule.trace, traced)
+        scaled = ScaledTrace(self._trace(step, regime, traced.shape, kinds), traced)
+        return scaled if scaled.keeps_weights() else None
 
     def _scaled_trace(self, step: Step) -> tuple[Any, ScaledTrace | None]:
         """The trace that answers for a step, and what tells it from others."""
         kinds = layer_kinds(self._config, step.recomputed_layers)
         regime = Regime.of(self._config, step.shape)
-        key = regime, tuple(kinds[layer] for layer in sample_layers(kinds))
+        sampled = [kinds[layer] for layer in sample_layers(kinds)]
+        key = regime, tuple(sampled)
         if key not in self._scaled:
-            self._scaled[key] = self._make(step, regime)
+            self._scaled[key] = self._make(step, regime, sampled)
         return key, self._scaled[key]
 
     def _schedule(self, key: Any, scaled: ScaledTrace, step: Step) -> Schedule:

@@ -1,0 +1,96 @@
+"""Traces on disk: the same again, made anew where they are damaged or anything changed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from strixft.hardware import HOSTS
+from strixft.plan import RowShape, Step, stored, traces
+from strixft.plan.scale import Regime
+from strixft.plan.traces import Traces
+from strixft.recipe import Dataset, Lora, Recipe, Train
+
+HOST = HOSTS["strix-halo-128"]
+CONFIG = AutoConfig.for_model(
+    "llama",
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+STEP = Step(RowShape(2, 64, 60), 0, 2)
+
+
+EAGER = Train(compile=False)
+
+
+def a_recipe(method: str = "lora", lora: Lora | None = None, train: Train = EAGER) -> Recipe:
+    data = Dataset(source="none", packing=False)
+    return Recipe(model="none", method=method, dataset=data, lora=lora or Lora(), train=train)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / stored.FOLDER
+
+
+def test_a_second_planner_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Traces(a_recipe(), CONFIG, HOST).dry_run(STEP)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(traces, "trace_run", refuse)
+    again = Traces(a_recipe(), CONFIG, HOST)
+    assert again.dry_run(STEP) == first
+    other = again.dry_run(Step(RowShape(4, 100, 90), 0, 1))
+    assert other.peak_bytes > first.peak_bytes
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"places": []}', '{"places": [[1]]}'])
+def test_a_damaged_file_is_made_anew(damage: str, cache: Path) -> None:
+    first = Traces(a_recipe(), CONFIG, HOST).dry_run(STEP)
+    (file,) = cache.glob("*.json")
+    whole = file.read_text()
+    file.write_text(damage)
+    assert Traces(a_recipe(), CONFIG, HOST).dry_run(STEP) == first
+    assert file.read_text() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_none(cache: Path) -> None:
+    cache.parent.parent.mkdir(exist_ok=True)
+    cache.parent.write_text("a file where the folder should be")
+    assert Traces(a_recipe(), CONFIG, HOST).dry_run(STEP).peak_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        (a_recipe(method="dora"), HOST),
+        (a_recipe(lora=Lora(r=4, alpha=8)), HOST),
+        (a_recipe(), HOSTS["v100-32"]),
+    ],
+    ids=["method", "rank", "host"],
+)
+def test_whatever_changes_a_trace_changes_its_name(changed: tuple[Recipe, Any]) -> None:
+    regime = Regime.of(CONFIG, STEP.shape)
+    recipe, host = changed
+    names = {
+        stored.name_of(a_recipe(), CONFIG, HOST, regime, ["kept"]),
+        stored.name_of(recipe, CONFIG, host, regime, ["kept"]),
+    }
+    assert len(names) == 2
+
+
+def test_what_does_not_change_a_trace_keeps_its_name() -> None:
+    regime = Regime.of(CONFIG, STEP.shape)
+    other = a_recipe(train=Train(compile=False, learning_rate=3e-4, epochs=7))
+    assert stored.name_of(a_recipe(), CONFIG, HOST, regime, ["kept"]) == stored.name_of(
+        other, CONFIG, HOST, regime, ["kept"]
+    )
