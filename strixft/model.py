@@ -294,7 +294,7 @@ def _use_master_weights(model: nn.Module) -> None:
         if isinstance(layer, BaseTunerLayer):
             layer.cast_input_dtype_enabled = False  # PEFT would copy every input to float32
             for module in layer.modules():
-                if type(module) is nn.Linear:  # A and B; the base layer's is frozen
+                if type(module) is nn.Linear and module is not layer.get_base_layer():  # A and B
                     module.to(torch.float32)
                     module.__class__ = _MasterLinear
 

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -49,8 +49,7 @@ class _Section(BaseModel):
     @classmethod
     def _no_truth_as_number(cls, value: object, info: ValidationInfo) -> object:
         kind = cls.model_fields[str(info.field_name)].annotation
-        may_be = kind is bool or bool in get_args(kind)
-        if isinstance(value, bool) and not may_be:  # to Python, true is the number 1
+        if isinstance(value, bool) and kind is not bool:  # to Python, true is the number 1
             raise ValueError("should not be true or false")
         return value
 

@@ -61,6 +61,16 @@ def test_only_the_adapter_is_trained(write_recipe: WriteRecipe) -> None:
     assert all("lora_" in name for name in trained)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_frozen_base_keeps_its_dtype(method: str, write_recipe: WriteRecipe) -> None:
+    model = build(load_recipe(write_recipe(method=method)), "meta", torch.bfloat16)
+    base = [(n, p) for n, p in model.named_parameters() if ".layers." in n and "lora_" not in n]
+    assert len(base) > 2 * 7
+    assert {parameter.dtype for _, parameter in base} == {torch.bfloat16}
+    adapter = [p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
+    assert {parameter.dtype for parameter in adapter} == {torch.float32}
+
+
 def test_the_head_stays_as_it_is_under_nf4(write_recipe: WriteRecipe) -> None:
     config = load_config(load_recipe(write_recipe()))
     model = shape_base(config, METHODS["qlora"], torch.bfloat16)

@@ -25,7 +25,7 @@ CONFIG = AutoConfig.for_model(
 STEP = Step(RowShape(2, 64, 60), 0, 2)
 
 
-EAGER = Train(compile=False)
+EAGER = Train(compile="none")
 
 
 def a_recipe(method: str = "lora", lora: Lora | None = None, train: Train = EAGER) -> Recipe:
@@ -90,7 +90,7 @@ def test_whatever_changes_a_trace_changes_its_name(changed: tuple[Recipe, Any]) 
 
 def test_what_does_not_change_a_trace_keeps_its_name() -> None:
     regime = Regime.of(CONFIG, STEP.shape)
-    other = a_recipe(train=Train(compile=False, learning_rate=3e-4, epochs=7))
+    other = a_recipe(train=Train(compile="none", learning_rate=3e-4, epochs=7))
     assert stored.name_of(a_recipe(), CONFIG, HOST, regime, ["kept"]) == stored.name_of(
         other, CONFIG, HOST, regime, ["kept"]
     )

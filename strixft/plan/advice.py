@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from strixft.methods import METHODS
 from strixft.plan.choose import Planner
 from strixft.plan.data_shape import DataShape
 from strixft.recipe import Recipe
+from strixft.units import format_gib
 
 Change = tuple[str, Recipe]
 
@@ -36,12 +37,22 @@ def _changes(recipe: Recipe) -> Iterator[Change]:
     length = recipe.dataset.max_length // 2
     shorter = _with(smallest, "dataset", max_length=length)
     yield f"--set dataset.max_length={length}, with the smallest micro-batch", shorter
-    if METHODS[recipe.method].base != "nf4":
-        quantised = smallest.model_copy(update={"method": "qlora"})
-        yield "--set method=qlora, with the smallest micro-batch", quantised
-    if METHODS[recipe.method].adapter != "none" and recipe.lora.r > 4:
+    method = METHODS[recipe.method]
+    lighter = {"native": ("qlora", "int8-lora"), "int8": ("qlora",), "nf4": ()}[method.base]
+    for name in (*(("lora",) if method.adapter == "none" else ()), *lighter):
+        changed = smallest.model_copy(update={"method": name})
+        yield f"--set method={name}, with the smallest micro-batch", changed
+    if method.adapter != "none" and recipe.lora.r > 4:
         rank = recipe.lora.r // 4
         yield f"--set lora.r={rank}, with the smallest micro-batch", _with(smallest, "lora", r=rank)
+
+
+def cause(parts: Mapping[str, int], budget_bytes: int) -> str:
+    """Which part of the peak is too much, in a sentence."""
+    name, size = max(parts.items(), key=lambda row: row[1])
+    if size > budget_bytes:
+        return f"{name} alone take {format_gib(size)}, more than there is"
+    return f"most of it is {name}, {format_gib(size)}"
 
 
 def advise(

@@ -15,7 +15,7 @@ from strixft.guard import budget_for, find_host
 from strixft.hardware import Budget, Host, Sourced
 from strixft.model import load_config
 from strixft.plan import show
-from strixft.plan.advice import advise
+from strixft.plan.advice import advise, cause
 from strixft.plan.boxes import share_figures
 from strixft.plan.choose import Choice, choose
 from strixft.plan.data_shape import DataShape
@@ -56,12 +56,12 @@ def require_fit(figures: dict[str, Any]) -> None:
         return
     if figures["boxes"]:
         raise _no_share_fits(figures)
-    host, part = figures["host"], max(figures["parts"].items(), key=lambda row: row[1])
+    host = figures["host"]
+    because = cause(figures["parts"], host["budget_bytes"])
     helps = [row["change"] for row in figures["advice"] if row["fits"]]
     raise FitError(
         f"the run needs {format_gib(figures['reserved_bytes'])} and {host['name']} has"
-        f" {format_gib(host['budget_bytes'])} for it; most of it is {part[0]},"
-        f" {format_gib(part[1])}",
+        f" {format_gib(host['budget_bytes'])} for it; {because}",
         fix="; or ".join(helps) or "a smaller model, or a host with more memory",
     )
 

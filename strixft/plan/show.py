@@ -5,18 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from strixft import views
-from strixft.units import GIB, format_gib, format_number, format_seconds
+from strixft.plan import pictures
+from strixft.plan.advice import cause
+from strixft.units import format_gib, format_number, format_seconds
 
 Figures = dict[str, Any]
-PART_COLOURS = {
-    "weights": "#1e3a5f",
-    "adapter": "#3b6ea5",
-    "gradients": "#7fa8d1",
-    "optimizer": "#b9cfe6",
-    "activations": "#c2410c",
-    "head": "#f59e0b",
-    "workspace": "#94a3b8",
-}
 
 
 def _fits(figures: Figures) -> str:
@@ -31,6 +24,7 @@ def summary(figures: Figures) -> dict[str, str]:
     host, choice = figures["host"], figures["choice"]
     return {
         "fits": _fits(figures),
+        **({} if figures["fits"] else {"because": cause(figures["parts"], host["budget_bytes"])}),
         "host": host["name"],
         "budget": f"{format_gib(host['budget_bytes'])} ({host['source']})",
         "peak, allocated": format_gib(figures["peak_bytes"]),
@@ -44,47 +38,6 @@ def summary(figures: Figures) -> dict[str, str]:
         "time in all, predicted": format_seconds(figures["seconds_total"]),
         "tokens per second, predicted": format_number(figures["tok_per_s"], 1),
     }
-
-
-def breakdown(figures: Figures) -> str:
-    """A picture of the peak by part, against the budget."""
-    figure, axes = views.new_figure(6.8, 1.6)
-    left, budget = 0.0, figures["host"]["budget_bytes"] / GIB
-    for name, size in figures["parts"].items():
-        width = size / GIB
-        if width:
-            label = f"{name}, {width:.2f} GiB"
-            axes.barh(0, width, left=left, color=PART_COLOURS[name], label=label)
-        left += width
-    axes.axvline(budget, color=views.INK, linestyle="--", linewidth=1.2)
-    axes.set_xlim(0, 1.05 * max(left, budget) if left > budget / 20 else left * 1.3)
-    axes.set_yticks([])
-    axes.set_xlabel("GiB at the peak; dashed: the budget")
-    above = (0.5, 1.75)
-    axes.legend(fontsize=7.5, ncols=3, loc="upper center", bbox_to_anchor=above, frameon=False)
-    return views.picture(figure, "memory at the peak by part, against the budget")
-
-
-def frontier(figures: Figures) -> str:
-    """A picture of memory against tokens per second; empty where no time is known."""
-    points = [point for point in figures["frontier"] if point["tok_per_s"]]
-    if not points:
-        return ""
-    figure, axes = views.new_figure(6.4, 3.0)
-    for point in points:
-        x, y = point["need_bytes"] / GIB, point["tok_per_s"]
-        axes.scatter(x, y, color=views.BASE, s=28, zorder=2)
-        label = f"{point['rows']} rows, {point['recomputed_layers']} recomputed"
-        axes.annotate(label, (x, y), fontsize=7.5, xytext=(5, 4), textcoords="offset points")
-    x, y = figures["reserved_bytes"] / GIB, figures["tok_per_s"]
-    axes.scatter(x, y, color=views.TUNED, s=70, zorder=3, label="chosen")
-    budget = figures["host"]["budget_bytes"] / GIB
-    axes.axvline(budget, color=views.INK, linestyle="--", linewidth=1.2, label="budget")
-    axes.margins(x=0.25, y=0.2)
-    axes.set_xlabel("GiB reserved")
-    axes.set_ylabel("tokens/s, predicted")
-    axes.legend(fontsize=8, frameon=False)
-    return views.picture(figure, "plans: memory against predicted tokens per second")
 
 
 Table = tuple[list[list[str]], list[str]]
@@ -182,10 +135,11 @@ def plan_html(figures: Figures) -> str:
         (
             views.mapping(summary(figures)),
             *map(views.warning, figures["warnings"]),
-            breakdown(figures),
+            pictures.breakdown(figures),
+            pictures.advice(figures),
             views.table(*_boxes(figures)) if figures["boxes"] else "",
             views.table(*_advice(figures)) if figures["advice"] else "",
-            frontier(figures),
+            pictures.frontier(figures),
             views.table(*_frontier(figures)),
             _phases(figures),
             _assumptions(figures),
