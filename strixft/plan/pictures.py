@@ -101,14 +101,14 @@ def frontier(figures: Figures) -> str:
             f"chosen: {_name(chosen)}",
             (x, figures["tok_per_s"]),
             fontsize=8,
-            xytext=(-8, 6),
+            xytext=(0, 9),
             textcoords="offset points",
-            ha="right",
+            ha="center",
             color=views.TUNED,
             fontweight="bold",
         )
     _budget_line(axes, figures)
-    axes.margins(x=0.45, y=0.2)
+    axes.margins(x=0.45, y=0.25)
     axes.set_xlabel("GiB needed")
     axes.set_ylabel("tokens/s, predicted")
     return views.picture(figure, "plans: memory against predicted tokens per second")
