@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,18 @@ def test_a_gradient_that_is_no_number_names_every_row_of_the_update(
     assert "nothing was changed yet" in caught.value.problem
 
 
+def test_jumps_of_the_loss_and_warnings_are_shown(tiny_run: Run) -> None:
+    figures = trained(tiny_run)[1].figures | {
+        "spikes": [2],
+        "warnings": ["the host has <2 GiB> left"],
+        "checkpoints_set_aside": ["checkpoint-2.torn: manifest.json is missing"],
+    }
+    html = replace(tiny_run.require(Trained), figures=figures)._repr_html_()
+    assert "The loss jumped at these updates, marked below: 2." in html
+    assert "the host has &lt;2 GiB&gt; left" in html
+    assert "Torn, so set aside: checkpoint-2.torn: manifest.json is missing." in html
+
+
 TRAIN = """
 import sys
 from strixft import open_run, prepare_recipe, plan_recipe, train_recipe
@@ -201,7 +214,7 @@ def long_run(
     tmp_path_factory: pytest.TempPathFactory, write_module_recipe: WriteRecipe
 ) -> tuple[Path, Run]:
     """A recipe, and a run of it that nothing disturbed."""
-    recipe = write_module_recipe(rows=chats(40), train=LONG)
+    recipe = write_module_recipe(rows=chats(40), train=LONG, dataset=ALONE)
     run = open_run(recipe, tmp_path_factory.mktemp("runs") / "whole")
     trained(run)
     return recipe, run
