@@ -1,6 +1,5 @@
 """Training: TRL's loop around our step, measured, resumed, and stopped before harm."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -220,32 +219,54 @@ def long_run(
     return recipe, run
 
 
+def end_and_finish(recipe: Path, folder: Path, number: signal.Signals) -> tuple[Run, str]:
+    """A run that a signal ends, and that goes on; and what was written to standard error."""
+    child = start(recipe, folder)
+    child.send_signal(number)
+    _, errors = child.communicate()
+    run = open_run(recipe, folder)
+    status = run.status()
+    assert status["state"] == ("failed" if number is signal.SIGKILL else "stopped")
+    if number is not signal.SIGKILL:
+        assert f"{number.name} came, update " in status["problem"]
+    trained(run)
+    return run, errors
+
+
+def assert_equal_bit_for_bit(run: Run, undisturbed: Run) -> None:
+    """A run that went on is what it would have been."""
+    found, expected = (one.require(Trained).figures for one in (run, undisturbed))
+    assert found["first_update"] > 1
+    for figure in ("losses", "updates", "tokens"):
+        assert found[figure] == expected[figure]
+    assert weights(run) == weights(undisturbed)
+    mine, whole = last_checkpoint(run), last_checkpoint(undisturbed)
+    for file in STATES if mine.name == whole.name else ():
+        states = (torch.load(folder / file, weights_only=False) for folder in (mine, whole))
+        assert same(*states)
+
+
+STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_was_ended_goes_on_bit_for_bit(
     long_run: tuple[Path, Run], tmp_path: Path, number: signal.Signals
 ) -> None:
     recipe, undisturbed = long_run
-    child = start(recipe, tmp_path / "run")
-    child.send_signal(number)
-    _, errors = child.communicate()
-    run = open_run(recipe, tmp_path / "run")
-    if number is signal.SIGKILL:
-        assert json.loads((run.folder / "status.json").read_text())["state"] == "running"
-        assert run.status()["state"] == "failed"
-    else:
-        assert run.status()["state"] == "stopped"
-        assert f"{number.name} came, update " in run.status()["problem"]
-        assert "Stopped" in errors
-    again = trained(run)[1].figures
-    expected = undisturbed.require(Trained).figures
-    assert again["first_update"] > 1
-    for figure in ("losses", "updates", "tokens"):
-        assert again[figure] == expected[figure]
-    assert weights(run) == weights(undisturbed)
-    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        mine, whole = (last_checkpoint(one) / file for one in (run, undisturbed))
-        if mine.parent.name == whole.parent.name:
-            assert same(torch.load(mine, weights_only=False), torch.load(whole, weights_only=False))
+    run, errors = end_and_finish(recipe, tmp_path / "run", number)
+    assert ("Stopped" in errors) == (number is not signal.SIGKILL)
+    assert_equal_bit_for_bit(run, undisturbed)
+
+
+def test_packed_rows_go_on_bit_for_bit(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    train = {**LONG, "epochs": 6, "tokens_per_update": 200}
+    recipe = write_recipe(rows=chats(40), train=train, dataset={"max_length": 128})
+    undisturbed = open_run(recipe, tmp_path / "whole")
+    plan, _ = trained(undisturbed)
+    assert plan.figures["choice"]["packed"]
+    run, _ = end_and_finish(recipe, tmp_path / "run", signal.SIGKILL)
+    assert_equal_bit_for_bit(run, undisturbed)
 
 
 def same(one: Any, other: Any) -> bool:
