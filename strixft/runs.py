@@ -29,6 +29,7 @@ from strixft.disk import disk_full, is_full
 from strixft.errors import (
     FIX,
     DataError,
+    FitError,
     RecipeError,
     StageError,
     Stopped,
@@ -36,6 +37,7 @@ from strixft.errors import (
     error_from_text,
 )
 from strixft.locks import Owner, hold, read_owner
+from strixft.memory import is_out_of_memory
 from strixft.recipe import (
     Recipe,
     check_recipe,
@@ -209,7 +211,7 @@ class Run:
 
     @contextlib.contextmanager
     def _ends_told(self, stage: str) -> Iterator[None]:
-        """A signal and a full disk end a stage with an error of ours."""
+        """A signal, a full disk and missing memory end a stage with an error of ours."""
         try:
             with raised():
                 yield
@@ -218,8 +220,13 @@ class Run:
                 f"stage {stage} ended by {stop}, and begins again next time"
             ) from None
         except Exception as error:
-            if is_full(error):
+            if is_full(error, self.folder):
                 raise disk_full(self.folder) from error
+            if is_out_of_memory(error):
+                raise FitError(
+                    f"stage {stage} of {self.folder} has no memory left: {error}",
+                    fix="close other programs, then type the same command again",
+                ) from error
             raise
 
     @property

@@ -143,7 +143,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"train.recompute": -1}, "train.recompute: should be 0 or more, it is -1"),
     (
         {"train.recompute": "some"},
-        "train.recompute: should be a whole number or 'auto', 'none', 'elementwise' or 'all', it is 'some'",
+        "train.recompute: should be a whole number or 'auto', 'none', 'elementwise' or 'all',"
+        " it is 'some'",
     ),
     (
         {"train.schedule": "cosin"},

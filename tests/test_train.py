@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from strixft.data import Batch, largest_batch, training_order
-from strixft.errors import StageError
+from strixft.errors import FitError, StageError
 from strixft.model import model_source
 from strixft.plan import Plan, plan_recipe
 from strixft.prepare import prepare_recipe
@@ -133,7 +133,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(
     assert f"tiny.jsonl, row {len(rows)}" in caught.value.problem
     assert run.status()["state"] == "failed"
     assert update > 1
-    assert f"the weights of update {update - 1} are saved" in caught.value.problem
+    assert f"is nan; update {update - 1} is saved" in caught.value.problem
     assert f"--set train.learning_rate={2e-4:g}" in caught.value.fix
     assert last_checkpoint(run).name == f"checkpoint-{update - 1}"
     again = train_recipe(run)
@@ -166,7 +166,35 @@ def test_a_gradient_that_is_no_number_names_every_row_of_the_update(
     rows = caught.value.problem.rpartition("row ")[2].split(", ")
     assert len(rows) == choice["gradient_accumulation_steps"] > 1
     assert "the base itself: no weight had been changed yet" in caught.value.fix
-    assert "nothing was changed yet" in caught.value.problem
+    assert "; none was finished before" in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("HIP out of memory"), RuntimeError("HIP error: out of memory")]
+)
+def test_memory_that_is_used_up_loses_no_finished_update(
+    write_recipe: WriteRecipe, tmp_path: Path, error: Exception
+) -> None:
+    recipe = write_recipe(train={"micro_batch": 2}, dataset=ALONE)
+    undisturbed, run = (open_run(recipe, tmp_path / name) for name in ("whole", "run"))
+    trained(undisturbed)
+    prepare_recipe(run)
+    steps = plan_recipe(run).figures["choice"]["gradient_accumulation_steps"]
+    calls = iter(range(1000))
+
+    def full(self: TrainingStep, batch: Batch, num_trained: int | Tensor) -> Tensor:
+        if next(calls) == 2 * steps:
+            raise error
+        return batch_loss(self.model, batch, num_trained)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingStep, "loss", full)
+        with pytest.raises(FitError, match="no memory is left; update 2 is saved; the plan"):
+            train_recipe(run)
+    assert last_checkpoint(run).name == "checkpoint-2"
+    assert run.status()["fix"].count("--set ") == 2
+    train_recipe(run)
+    assert_equal_bit_for_bit(run, undisturbed)
 
 
 def test_jumps_of_the_loss_and_warnings_are_shown(tiny_run: Run) -> None:
