@@ -175,7 +175,8 @@ def test_a_gradient_that_is_no_number_names_every_row_of_the_update(
 def test_memory_that_is_used_up_loses_no_finished_update(
     write_recipe: WriteRecipe, tmp_path: Path, error: Exception
 ) -> None:
-    recipe = write_recipe(train={"micro_batch": 2}, dataset=ALONE)
+    train = {"micro_batch": 2, "save_every_minutes": 0.001}
+    recipe = write_recipe(train=train, dataset=ALONE)
     undisturbed, run = (open_run(recipe, tmp_path / name) for name in ("whole", "run"))
     trained(undisturbed)
     prepare_recipe(run)
