@@ -78,8 +78,11 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes what gets its name when it is whole."""
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    """Where this thread writes what gets its name when it is whole.
+
+    The number is the thread's, of the main thread the process's own; `/proc` knows both.
+    """
+    return path.with_name(f".{path.name}.{threading.get_native_id()}")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -133,6 +134,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         write_text(tmp_path / "a", "new \ud800")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_threads_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+
+    def write(number: int) -> None:
+        for _ in range(40):
+            write_json(path, {"values": [number] * 2000})
+            values = json.loads(path.read_text())["values"]
+            assert len(values) == 2000
+            assert len(set(values)) == 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
 
 
 WRITE_FOREVER = """
