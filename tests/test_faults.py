@@ -40,7 +40,7 @@ def test_killed_runs_finish_as_if_nothing_had_happened(tmp_path: Path) -> None:
 
 
 def test_torn_checkpoints_are_set_aside_and_the_run_goes_on(tmp_path: Path) -> None:
-    assert play("torn", tmp_path, 4) == {}
+    assert play("torn", tmp_path, 2) == {}
 
 
 def test_memory_that_runs_out_stops_a_training_in_time(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_soak_counts_what_grows(tmp_path: Path) -> None:
-    found = play("soak", tmp_path, 300)
+    found = play("soak", tmp_path, 150)
     assert set(found) == {"resident_bytes", "threads", "os_threads", "open_files"}
     assert abs(found["threads"]) < 1
     assert abs(found["open_files"]) < 1
