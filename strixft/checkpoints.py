@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from strixft.disk import folder_bytes, free_bytes, require_room, sync
 from strixft.errors import StageError
 from strixft.recipe import flatten
 from strixft.runs import digest, write_json
+from strixft.text import redact_all
 
 MANIFEST = "manifest.json"
 KEPT = 2
@@ -45,6 +47,10 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): digest(path) for path in files if path.name != MANIFEST}
 
 
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _read(folder: Path, update: int) -> Checkpoint:
     """A checkpoint whose files are what its manifest says.
 
@@ -53,6 +59,8 @@ def _read(folder: Path, update: int) -> Checkpoint:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.pop("sha256") != _own_hash(manifest):
+            raise ValueError
         listed, inputs = dict(manifest["files"]), dict(manifest["inputs"])
         counters = {str(name): int(value) for name, value in manifest["counters"].items()}
     except FileNotFoundError:
@@ -83,7 +91,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
-        self.folder, self.inputs = folder, dict(inputs)
+        self.folder, self.inputs = folder, redact_all(dict(inputs))  # as it is written and read
         self.torn: list[str] = []
         """Checkpoints that were set aside, each with the reason."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +187,7 @@ class Checkpoints:
         for path in folder.rglob("*"):
             sync(path)
         manifest = {"files": _hashes(folder), "inputs": self.inputs, "counters": dict(counters)}
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, {"sha256": _own_hash(manifest), **manifest})
         sync(folder)
         folder.rename(self.folder / folder.name)
         sync(self.folder)

@@ -7,12 +7,14 @@ import os
 import shutil
 from pathlib import Path
 
-from strixft.errors import HostError
+from strixft.errors import HostError, StrixftError
 from strixft.units import format_gib
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _WORDS = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
 """How libraries that are not written in Python say it (safetensors 0.7, torch 2.13)."""
+NOTHING_BYTES = 2**20
+"""With less than this left, an error that nobody expected is taken to come of it."""
 
 
 def free_bytes(folder: Path) -> int:
@@ -25,8 +27,17 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def is_full(error: BaseException) -> bool:
-    """An error that says the disk has no room left."""
+def is_full(error: BaseException, folder: Path) -> bool:
+    """An error that says, or must come of it, that the disk has no room left.
+
+    Args:
+        error: Any.
+        folder: What was being written to.
+    """
+    if isinstance(error, StrixftError):
+        return False
+    if free_bytes(folder) < NOTHING_BYTES:  # torch then also says "unexpected pos 64 vs 0"
+        return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return any(words in str(error) for words in _WORDS)

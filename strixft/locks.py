@@ -69,7 +69,7 @@ def this_process() -> Owner:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """Who holds a lock, or held it last; None where no one is named."""
+    """Who holds a lock, or held it when it was killed; None where no one is named."""
     try:
         return Owner(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -119,7 +119,7 @@ def hold(path: Path, what: Path, patience_s: float) -> Iterator[None]:
     """Hold a lock.
 
     Args:
-        path: The lock's file; it stays, and names the last owner.
+        path: The lock's file; it stays, and names its owner.
         what: The folder that is locked, for the error.
         patience_s: How long to wait for an owner that may be about to end.
 
@@ -129,17 +129,21 @@ def hold(path: Path, what: Path, patience_s: float) -> Iterator[None]:
     """
     descriptor = _open(path)
     _held.add(descriptor)
+    holds = False
     try:
         deadline = time.monotonic() + patience_s
         while not _try_lock(descriptor, path):
             if time.monotonic() > deadline:
                 raise _busy(path, str(what))
             time.sleep(0.2)
+        holds = True
         with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(asdict(this_process())).encode(), 0)
         yield
     finally:
         if descriptor in _held:  # not so in a forked child that ends here
+            if holds:
+                os.ftruncate(descriptor, 0)  # this process may live on and do something else
             _held.remove(descriptor)
             os.close(descriptor)

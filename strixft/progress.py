@@ -8,6 +8,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 
+def _in_notebook() -> bool:
+    """This process is a kernel; that something has imported its package is not enough."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
+
+
 def progress_bar(iterable: Any = None, **options: Any) -> Any:
     """A progress bar of tqdm; silent where standard error is a file or a pipe.
 
@@ -15,5 +21,5 @@ def progress_bar(iterable: Any = None, **options: Any) -> Any:
         iterable: What to go through, or None.
         options: As `tqdm.tqdm` takes them.
     """
-    shown = "ipykernel" in sys.modules or sys.stderr.isatty()
+    shown = _in_notebook() or sys.stderr.isatty()
     return tqdm(iterable, disable=not shown, **options)

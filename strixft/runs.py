@@ -29,6 +29,7 @@ from strixft.disk import disk_full, is_full
 from strixft.errors import (
     FIX,
     DataError,
+    FitError,
     RecipeError,
     StageError,
     Stopped,
@@ -36,6 +37,7 @@ from strixft.errors import (
     error_from_text,
 )
 from strixft.locks import Owner, hold, read_owner
+from strixft.memory import is_out_of_memory
 from strixft.recipe import (
     Recipe,
     check_recipe,
@@ -76,8 +78,11 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes what gets its name when it is whole."""
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    """Where this thread writes what gets its name when it is whole.
+
+    The number is the thread's, of the main thread the process's own; `/proc` knows both.
+    """
+    return path.with_name(f".{path.name}.{threading.get_native_id()}")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -209,7 +214,7 @@ class Run:
 
     @contextlib.contextmanager
     def _ends_told(self, stage: str) -> Iterator[None]:
-        """A signal and a full disk end a stage with an error of ours."""
+        """A signal, a full disk and missing memory end a stage with an error of ours."""
         try:
             with raised():
                 yield
@@ -218,8 +223,13 @@ class Run:
                 f"stage {stage} ended by {stop}, and begins again next time"
             ) from None
         except Exception as error:
-            if is_full(error):
+            if is_full(error, self.folder):
                 raise disk_full(self.folder) from error
+            if is_out_of_memory(error):
+                raise FitError(
+                    f"stage {stage} of {self.folder} has no memory left: {error}",
+                    fix="close other programs, then type the same command again",
+                ) from error
             raise
 
     @property

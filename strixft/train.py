@@ -31,6 +31,7 @@ from strixft.guard import (
     loss_spikes,
 )
 from strixft.loop import Guard, GuardedTrainer, NotFiniteError
+from strixft.memory import is_out_of_memory
 from strixft.model import base_of, build, load_tokenizer, model_source, native_dtype
 from strixft.plan import Plan
 from strixft.plan.compare import compare_html, device_parts, planned_figures
@@ -298,6 +299,15 @@ def _names_of(recipe: Recipe, prepared: Prepared, rows: Dataset, numbers: list[i
     return prepared.names_of(packed, rows[numbers][PACKED_ROW])
 
 
+def _kept(trainer: _Trainer) -> str:
+    update = trainer.state.global_step
+    if trainer.checkpoints.has(update):
+        return f"update {update} is saved"
+    return (
+        "the last checkpoint stays" if trainer.checkpoints.count() else "none was finished before"
+    )
+
+
 def _not_finite(
     run: Run, prepared: Prepared, plan: Plan, trainer: _Trainer, error: NotFiniteError
 ) -> StageError:
@@ -306,10 +316,8 @@ def _not_finite(
     first = [((error.update - 1) * steps + index) * size for index in error.micro_batches]
     numbers = [start + offset for start in first for offset in range(size)]
     rows = _names_of(run.recipe, prepared, trainer.train_dataset, numbers)
-    kept = f"the weights of update {error.update - 1} are saved"
     return StageError(
-        f"{error}; {kept if error.update > 1 else 'nothing was changed yet'}"
-        f"\n  its rows: {'; '.join(rows)}",
+        f"{error}; {_kept(trainer)}\n  its rows: {'; '.join(rows)}",
         fix=finite_again(
             run.recipe,
             error.update,
@@ -326,13 +334,16 @@ def _run_loop(
     """Train to the end, or save the last finished update and say why it ended before."""
     try:
         trainer.continue_training()
-    except torch.OutOfMemoryError as error:
-        trainer.save_finished()
-        peak = torch.cuda.max_memory_allocated() if device_type() == "cuda" else None
-        raise out_of_memory(run.recipe, plan, "the device has no memory left", peak) from error
     except NotFiniteError as error:
         trainer.save_finished()
         raise _not_finite(run, prepared, plan, trainer, error) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        trainer.save_finished()
+        peak = torch.cuda.max_memory_allocated() if device_type() == "cuda" else None
+        what = f"no memory is left; {_kept(trainer)}"
+        raise out_of_memory(run.recipe, plan, what, peak) from error
     if trainer.state.global_step < trainer.state.max_steps:
         raise watches.stop_error(trainer.state.global_step, trainer.state.max_steps)
 

@@ -129,13 +129,37 @@ def test_torn_ones_are_all_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["checkpoint-2.torn", "checkpoint-2.torn-2"]
 
 
+def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
+    checkpoints = opened(tmp_path)
+    write(checkpoints, 2)
+    folder = folder_of(tmp_path)
+    whole = (folder / "checkpoint-2" / MANIFEST).read_bytes()
+    for at in range(len(whole)):
+        data = bytearray(whole)
+        data[at] ^= 4
+        (folder / "checkpoint-2" / MANIFEST).write_bytes(data)
+        assert checkpoints.newest() is None, at
+        (folder / "checkpoint-2.torn").rename(folder / "checkpoint-2")
+    (folder / "checkpoint-2" / MANIFEST).write_bytes(whole)
+    assert checkpoints.newest() is not None
+
+
+def test_a_key_in_a_recipe_is_not_written_and_changes_nothing(tmp_path: Path) -> None:
+    inputs = {"recipe": {"model": "hf_" + "a1" * 20}}
+    checkpoints = Checkpoints(folder_of(tmp_path), inputs)
+    write(checkpoints, 2)
+    assert "hf_" not in (folder_of(tmp_path) / "checkpoint-2" / MANIFEST).read_text()
+    assert Checkpoints(folder_of(tmp_path), inputs).newest() is not None
+
+
 def test_a_manifest_cannot_name_a_file_outside(tmp_path: Path) -> None:
     checkpoints = opened(tmp_path)
     write(checkpoints, 2)
     path = folder_of(tmp_path) / "checkpoint-2" / MANIFEST
     manifest = json.loads(path.read_text())
+    del manifest["sha256"]
     manifest["files"]["../../../../etc/passwd"] = "0"
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps({"sha256": module._own_hash(manifest), **manifest}))
     assert checkpoints.newest() is None
     assert checkpoints.torn == ["checkpoint-2.torn: ../../../../etc/passwd is missing"]
 

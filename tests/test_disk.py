@@ -21,13 +21,18 @@ from strixft.runs import Run
         RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
     ],
 )
-def test_a_full_disk_is_known_by_its_error(error: Exception) -> None:
-    assert is_full(error)
+def test_a_full_disk_is_known_by_its_error(error: Exception, tmp_path: Path) -> None:
+    assert is_full(error, tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), ValueError("28"), OSError("?")])
-def test_other_errors_are_no_full_disk(error: Exception) -> None:
-    assert not is_full(error)
+def test_other_errors_are_no_full_disk(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not is_full(error, tmp_path)
+    monkeypatch.setattr("strixft.disk.free_bytes", lambda folder: 4096)
+    assert is_full(error, tmp_path)
+    assert not is_full(HostError("told already", fix="none"), tmp_path)
 
 
 def test_room_that_is_not_there_is_refused(tmp_path: Path) -> None:

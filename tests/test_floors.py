@@ -8,7 +8,7 @@ import strixft
 FLOORS = [
     ["text", "units", "environment"],
     ["errors", "views", "progress"],
-    ["tables", "servers", "locks", "stopping", "disk", "weights"],
+    ["tables", "servers", "locks", "stopping", "disk", "memory", "weights"],
     ["hardware", "families", "methods", "formats", "sources"],
     ["recipe"],
     ["runs"],

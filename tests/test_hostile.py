@@ -78,7 +78,13 @@ def test_a_notebooks_parameters_stay_data(tmp_path: Path) -> None:
         nbformat.v4.new_code_cell('text: str = ""', metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell("print(len(text))"),
     ]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "in.ipynb")
+    page = nbformat.v4.new_notebook(cells=cells)
+    page.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python",
+        "language": "python",
+    }
+    nbformat.write(page, tmp_path / "in.ipynb")
     text = "\"\"\"\nimport os; os.system('touch ran')\n'''\\"
     run_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {"text": text})
     assert not Path("ran").exists()

@@ -130,6 +130,13 @@ def test_a_token_is_made_and_a_given_one_is_kept(
     assert len(made[0]) >= 32
     monkeypatch.setenv("JUPYTER_TOKEN", "given")
     assert lab_environment(tmp_path)["JUPYTER_TOKEN"] == "given"
+    monkeypatch.setenv("JUPYTER_TOKEN", "")  # would let anybody in
+    assert len(lab_environment(tmp_path)["JUPYTER_TOKEN"]) >= 32
+
+
+def test_a_kernel_that_trains_has_time_to_save() -> None:
+    command = lab.lab_command(Path("/w"), port=1, browser=False)
+    assert "--KernelManager.shutdown_wait_time=120" in command
 
 
 def test_start_lab_becomes_jupyterlab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def test_the_owner_is_named_with_its_start(tmp_path: Path) -> None:
     assert owner == this_process()
     assert owner is not None
     assert owner.is_alive
+    assert read_owner(tmp_path / ".lock") is None  # its process lives on, and is not to be stopped
 
 
 def test_a_number_that_is_used_again_is_another_process() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import pytest
 
 from strixft import runs
-from strixft.errors import DataError, RecipeError, StageError
+from strixft.errors import DataError, FitError, RecipeError, StageError, Stopped
 from strixft.locks import read_owner, this_process
 from strixft.recipe import load_recipe
 from strixft.runs import (
@@ -135,6 +136,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "old"
 
 
+def test_threads_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+
+    def write(number: int) -> None:
+        for _ in range(40):
+            write_json(path, {"values": [number] * 2000})
+            values = json.loads(path.read_text())["values"]
+            assert len(values) == 2000
+            assert len(set(values)) == 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
+
+
 WRITE_FOREVER = """
 import sys
 from pathlib import Path
@@ -230,6 +246,79 @@ def test_the_status_tells_why_a_stage_failed(run: Run) -> None:
     with pytest.raises(ZeroDivisionError):
         run.once(Prepared, lambda _: ({}, {"x": 1 / 0}))
     assert (run.status()["state"], run.status()["problem"]) == ("failed", "division by zero")
+
+
+LEAVE = """
+import sys
+from strixft.errors import FitError
+from strixft.runs import find_run
+run = find_run(sys.argv[1])
+with run.owned(), run._status("train"):
+    run.leave(FitError("no memory \\x1b[2J", fix="buy some"))
+"""
+
+
+def test_a_process_that_must_leave_at_once_says_why(run: Run) -> None:
+    command = [sys.executable, "-c", LEAVE, str(run.folder)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == FitError.exit_code
+    assert found.stderr == "no memory ⟦U+001B⟧[2J\nfix: buy some\n"
+    assert (run.status()["stage"], run.status()["state"]) == ("train", "failed")
+    error = run.last_error("train")
+    assert isinstance(error, FitError)
+    assert (error.problem, error.fix) == ("no memory ⟦U+001B⟧[2J", "buy some")
+    assert run.last_error("plan") is None
+
+
+def test_a_process_that_ended_without_a_word_has_failed(run: Run, start: Start) -> None:
+    process = start(WORK, run.folder)
+    assert reads_line(process) == "at work"
+    assert run.status()["state"] == "running"
+    kill(process)
+    assert run.status()["state"] == "failed"
+    assert run.status()["problem"].startswith("its process ended without a word")
+    assert run.last_error("prepare") is None
+
+
+def test_a_stage_that_a_signal_ended_is_stopped(run: Run) -> None:
+    def work(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return must_not_run(folder)
+
+    with pytest.raises(Stopped, match="stage prepare ended by SIGTERM") as caught:
+        run.once(Prepared, work)
+    assert caught.value.fix == f"{run.resume_command}   goes on"
+    assert run.status()["state"] == "stopped"
+    assert not run.is_done("prepare")
+
+
+def test_files_of_killed_processes_are_removed_and_others_stay(run: Run) -> None:
+    names = [".status.json.4194303", "train/.30-train.4194303.ipynb"]
+    kept = [f".status.json.{os.getpid()}", ".hidden", "train/.notes.txt"]
+    (run.folder / "train").mkdir()
+    for name in (*names, *kept):
+        (run.folder / name).touch()
+    with run.owned():
+        pass
+    assert not [name for name in names if (run.folder / name).exists()]
+    assert all((run.folder / name).exists() for name in kept)
+
+
+def test_a_start_that_was_killed_at_once_is_no_obstacle(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".recipe.yaml.4194303").write_text("mod")
+    assert open_run(recipe, folder).status()["state"] == "new"
+
+
+def test_of_two_that_start_at_once_the_second_keeps_the_firsts_recipe(
+    recipe: Path, tmp_path: Path
+) -> None:
+    first = open_run(recipe, tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"train\.epochs: 3\.0 there, 4\.0 here"):
+        runs._create(first.folder, load_recipe(recipe, {"train.epochs": 4}))
+    assert load_recipe(first.folder / "recipe.yaml").train.epochs == 3
 
 
 def test_a_status_that_is_damaged_is_not_the_end(run: Run) -> None:

@@ -49,7 +49,7 @@ def wait_until_it_trains(process: Process, folder: Path) -> None:
 def recipe(write_recipe: WriteRecipe) -> Path:
     """A recipe that takes its time."""
     train = {"epochs": 60, "tokens_per_update": 100, "micro_batch": 1}
-    return write_recipe(rows=chats(40), train=train)
+    return write_recipe(rows=chats(40), train=train, dataset={"packing": False})
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """Training: TRL's loop around our step, measured, resumed, and stopped before harm."""
 
-import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from strixft.data import Batch, largest_batch, training_order
-from strixft.errors import StageError
+from strixft.errors import FitError, StageError
 from strixft.model import model_source
 from strixft.plan import Plan, plan_recipe
 from strixft.prepare import prepare_recipe
@@ -133,7 +133,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(
     assert f"tiny.jsonl, row {len(rows)}" in caught.value.problem
     assert run.status()["state"] == "failed"
     assert update > 1
-    assert f"the weights of update {update - 1} are saved" in caught.value.problem
+    assert f"is nan; update {update - 1} is saved" in caught.value.problem
     assert f"--set train.learning_rate={2e-4:g}" in caught.value.fix
     assert last_checkpoint(run).name == f"checkpoint-{update - 1}"
     again = train_recipe(run)
@@ -166,7 +166,48 @@ def test_a_gradient_that_is_no_number_names_every_row_of_the_update(
     rows = caught.value.problem.rpartition("row ")[2].split(", ")
     assert len(rows) == choice["gradient_accumulation_steps"] > 1
     assert "the base itself: no weight had been changed yet" in caught.value.fix
-    assert "nothing was changed yet" in caught.value.problem
+    assert "; none was finished before" in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("HIP out of memory"), RuntimeError("HIP error: out of memory")]
+)
+def test_memory_that_is_used_up_loses_no_finished_update(
+    write_recipe: WriteRecipe, tmp_path: Path, error: Exception
+) -> None:
+    train = {"micro_batch": 2, "save_every_minutes": 0.001}
+    recipe = write_recipe(train=train, dataset=ALONE)
+    undisturbed, run = (open_run(recipe, tmp_path / name) for name in ("whole", "run"))
+    trained(undisturbed)
+    prepare_recipe(run)
+    steps = plan_recipe(run).figures["choice"]["gradient_accumulation_steps"]
+    calls = iter(range(1000))
+
+    def full(self: TrainingStep, batch: Batch, num_trained: int | Tensor) -> Tensor:
+        if next(calls) == 2 * steps:
+            raise error
+        return batch_loss(self.model, batch, num_trained)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingStep, "loss", full)
+        with pytest.raises(FitError, match="no memory is left; update 2 is saved; the plan"):
+            train_recipe(run)
+    assert last_checkpoint(run).name == "checkpoint-2"
+    assert run.status()["fix"].count("--set ") == 2
+    train_recipe(run)
+    assert_equal_bit_for_bit(run, undisturbed)
+
+
+def test_jumps_of_the_loss_and_warnings_are_shown(tiny_run: Run) -> None:
+    figures = trained(tiny_run)[1].figures | {
+        "spikes": [2],
+        "warnings": ["the host has <2 GiB> left"],
+        "checkpoints_set_aside": ["checkpoint-2.torn: manifest.json is missing"],
+    }
+    html = replace(tiny_run.require(Trained), figures=figures)._repr_html_()
+    assert "The loss jumped at these updates, marked below: 2." in html
+    assert "the host has &lt;2 GiB&gt; left" in html
+    assert "Torn, so set aside: checkpoint-2.torn: manifest.json is missing." in html
 
 
 TRAIN = """
@@ -201,10 +242,40 @@ def long_run(
     tmp_path_factory: pytest.TempPathFactory, write_module_recipe: WriteRecipe
 ) -> tuple[Path, Run]:
     """A recipe, and a run of it that nothing disturbed."""
-    recipe = write_module_recipe(rows=chats(40), train=LONG)
+    recipe = write_module_recipe(rows=chats(40), train=LONG, dataset=ALONE)
     run = open_run(recipe, tmp_path_factory.mktemp("runs") / "whole")
     trained(run)
     return recipe, run
+
+
+def end_and_finish(recipe: Path, folder: Path, number: signal.Signals) -> tuple[Run, str]:
+    """A run that a signal ends, and that goes on; and what was written to standard error."""
+    child = start(recipe, folder)
+    child.send_signal(number)
+    _, errors = child.communicate()
+    run = open_run(recipe, folder)
+    status = run.status()
+    assert status["state"] == ("failed" if number is signal.SIGKILL else "stopped")
+    if number is not signal.SIGKILL:
+        assert f"{number.name} came, update " in status["problem"]
+    trained(run)
+    return run, errors
+
+
+def assert_equal_bit_for_bit(run: Run, undisturbed: Run) -> None:
+    """A run that went on is what it would have been."""
+    found, expected = (one.require(Trained).figures for one in (run, undisturbed))
+    assert found["first_update"] > 1
+    for figure in ("losses", "updates", "tokens"):
+        assert found[figure] == expected[figure]
+    assert weights(run) == weights(undisturbed)
+    mine, whole = last_checkpoint(run), last_checkpoint(undisturbed)
+    for file in STATES if mine.name == whole.name else ():
+        states = (torch.load(folder / file, weights_only=False) for folder in (mine, whole))
+        assert same(*states)
+
+
+STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -212,27 +283,19 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(
     long_run: tuple[Path, Run], tmp_path: Path, number: signal.Signals
 ) -> None:
     recipe, undisturbed = long_run
-    child = start(recipe, tmp_path / "run")
-    child.send_signal(number)
-    _, errors = child.communicate()
-    run = open_run(recipe, tmp_path / "run")
-    if number is signal.SIGKILL:
-        assert json.loads((run.folder / "status.json").read_text())["state"] == "running"
-        assert run.status()["state"] == "failed"
-    else:
-        assert run.status()["state"] == "stopped"
-        assert f"{number.name} came, update " in run.status()["problem"]
-        assert "Stopped" in errors
-    again = trained(run)[1].figures
-    expected = undisturbed.require(Trained).figures
-    assert again["first_update"] > 1
-    for figure in ("losses", "updates", "tokens"):
-        assert again[figure] == expected[figure]
-    assert weights(run) == weights(undisturbed)
-    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        mine, whole = (last_checkpoint(one) / file for one in (run, undisturbed))
-        if mine.parent.name == whole.parent.name:
-            assert same(torch.load(mine, weights_only=False), torch.load(whole, weights_only=False))
+    run, errors = end_and_finish(recipe, tmp_path / "run", number)
+    assert ("Stopped" in errors) == (number is not signal.SIGKILL)
+    assert_equal_bit_for_bit(run, undisturbed)
+
+
+def test_packed_rows_go_on_bit_for_bit(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    train = {**LONG, "epochs": 6, "tokens_per_update": 200}
+    recipe = write_recipe(rows=chats(40), train=train, dataset={"max_length": 128})
+    undisturbed = open_run(recipe, tmp_path / "whole")
+    plan, _ = trained(undisturbed)
+    assert plan.figures["choice"]["packed"]
+    run, _ = end_and_finish(recipe, tmp_path / "run", signal.SIGKILL)
+    assert_equal_bit_for_bit(run, undisturbed)
 
 
 def same(one: Any, other: Any) -> bool:

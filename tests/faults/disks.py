@@ -52,7 +52,8 @@ def fill_while_training(recipe: Path, disk: Path, expected: Outcome, wait_s: flo
     time.sleep(wait_s)
     ballast = fill(disk)
     code = ended(pid)
-    faults = [] if code == 1 and "is full: " in log.read_text() else [f"ended with {code}: {log}"]
+    told = log.read_text()
+    faults = [] if code == 1 and "is full: " in told else [f"ended with {code}: {told[-800:]}"]
     if not list(run.glob("train/checkpoints/checkpoint-*/manifest.json")):
         faults.append("the last good checkpoint is gone")
     ballast.unlink()

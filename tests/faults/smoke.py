@@ -30,6 +30,7 @@ def write_smoke_recipe(folder: Path, memory_reserve_gib: float = 0, **train: Any
     return write(
         "smoke",
         rows=chats(30),
+        dataset={"packing": False},
         train={"save_every_minutes": 0.002, **settings},
         evaluate={"max_rows": 2},
         memory={"reserve_gib": memory_reserve_gib},

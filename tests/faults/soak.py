@@ -22,7 +22,7 @@ from strixft.loop import Guard
 from strixft.prepare import Prepared
 from strixft.runs import Run
 
-EVERY = 50
+EVERY = 25
 """Updates between two looks."""
 SETTLED = 0.2
 """Share of the looks that is left out: allocators fill their pools at first."""
