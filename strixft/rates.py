@@ -26,12 +26,14 @@ CHIPS = {
 """Part of the name that the driver gives → row of `HOSTS`."""
 STRIX_HALO = "strix-halo-128"
 FORMAT = 1
+FOLDER = "STRIXFT_DATA"
+"""Variable with the data folder."""
 
 
 def data_folder() -> Path:
-    """Where measurements are kept: `$STRIXFT_DATA`, or `~/.local/share/strixft`."""
+    """Where measurements are kept: the folder of `FOLDER`, or `~/.local/share/strixft`."""
     share = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share"))
-    return Path(os.environ.get("STRIXFT_DATA") or share / "strixft")
+    return Path(os.environ.get(FOLDER) or share / "strixft")
 
 
 def hosts_file() -> Path:

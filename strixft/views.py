@@ -82,16 +82,18 @@ def new_figure(width: float = 6.4, height: float = 2.8) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def page(title: str, lead: str, body: str) -> str:
+def page(title: str, lead: str, body: str, width_rem: int = 60) -> str:
     """A page that stands alone.
 
     Args:
         title: Plain text.
         lead: Plain text below it.
         body: HTML.
+        width_rem: Widest that it gets.
     """
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
-        f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{body}</body></html>\n'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f'<body style="max-width: {width_rem}rem"><h1>{escape(title)}</h1>'
+        f'<p class="lead">{escape(lead)}</p>{body}</body></html>\n'
     )

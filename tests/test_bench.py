@@ -364,3 +364,33 @@ def test_a_bench_that_is_misspelt_exits_with_2(enter: Type) -> None:
     answer = enter("bench", "gem")
     assert (answer.code, answer.out) == (2, "")
     assert answer.err == "there is no bench 'gem'\nfix: did you mean 'gemm'?\n"
+
+
+@pytest.mark.parametrize("words", [("--repeat", "0"), ("--size-gib", "-1")])
+def test_a_number_that_is_too_small_is_refused(enter: Type, words: tuple[str, str]) -> None:
+    answer = enter("bench", "bandwidth", *words)
+    assert answer.code == 2
+    assert f"{words[0]} {float(words[1]):g} is too small" in answer.err.replace("-1.0", "-1")
+
+
+def test_a_store_that_cannot_be_written_is_told_before_measuring(enter: Type) -> None:
+    store_file().parent.parent.mkdir(exist_ok=True)
+    store_file().parent.write_text("in the way")
+    answer = enter("bench", "bandwidth")
+    assert answer.code == 1
+    assert f"{store_file()} cannot be written" in answer.err
+    assert "--no-save" in answer.err
+    assert enter("bench", "bandwidth", "--size-gib", "0.001", "--no-save").code == 0
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    config = json.loads((tiny_model / "config.json").read_text())
+    config |= {"num_hidden_layers": 900, "hidden_size": 8192, "intermediate_size": 65536}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FitError, match=r"needs \d+\.\d+ GiB for its weights") as caught:
+        run_bench("decode", model=str(folder))
+    assert caught.value.fix.startswith("--method qlora")

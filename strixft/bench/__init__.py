@@ -68,16 +68,20 @@ def run_bench(what: str, *, save: bool = True, **settings: Any) -> Measured:
         **settings: Of that bench.
 
     Raises:
-        RecipeError: There is no such bench.
+        RecipeError: There is no such bench, or it has no such setting.
+        HostError: Results cannot be kept.
     """
     from strixft.bench.conditions import reader, watched
-    from strixft.bench.store import append
+    from strixft.bench.store import append, require_store
     from strixft.guard import device_type
     from strixft.runs import now, versions
 
     measure, started, clock = BENCHES[what].measure, now(), time.monotonic()
+    arguments = bind(measure, settings)
+    if save:
+        require_store()
     with watched(reader(device_type())) as conditions:
-        rows = measure(**bind(measure, settings))
+        rows = measure(**arguments)
     result = Measured(
         bench=what,
         started=started,

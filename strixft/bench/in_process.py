@@ -15,14 +15,22 @@ from torch import Tensor, nn
 from strixft.bench.generation import Generation
 from strixft.bench.timing import synchronize
 from strixft.bench.weights import CACHE_BYTES
-from strixft.errors import StageError
-from strixft.guard import device_type, find_host
-from strixft.hardware import Host
+from strixft.errors import FitError, StageError
+from strixft.guard import cap, device_type, find_host
+from strixft.hardware import Host, budget
 from strixft.methods import METHODS
-from strixft.model import base_of, load_adapter, load_base, native_dtype
+from strixft.model import (
+    base_of,
+    load_adapter,
+    load_base,
+    load_config,
+    native_dtype,
+    shape_base,
+)
 from strixft.recipe import Recipe, check_recipe
 from strixft.runs import find_run
 from strixft.train import ADAPTER, Trained
+from strixft.units import format_gib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +145,27 @@ def _read(model: Any) -> Iterator[tuple[float, float]]:
         yield count * active, parameter.numel() * parameter.element_size() * active
 
 
+def _require_fit(recipe: Recipe, host: Host, dtype: torch.dtype) -> None:
+    """Refuse weights that do not fit before they are loaded, and cap what torch may take."""
+    shapes = shape_base(load_config(recipe), METHODS[recipe.method], dtype)
+    size = sum(p.numel() * p.element_size() for p in shapes.parameters())
+    reserve = recipe.memory.reserve_gib if host.device == "cuda" else 0
+    limit = budget(host, reserve)
+    if size > limit.num_bytes:
+        raise FitError(
+            f"{recipe.model} needs {format_gib(size)} for its weights and {host.name} has"
+            f" {format_gib(limit.num_bytes)}: {limit.source}",
+            fix="--method qlora for weights in 4 bit, or a smaller model",
+        )
+    cap(limit.num_bytes, size)
+
+
 def _load(recipe: Recipe, host: Host) -> tuple[nn.Module, float]:
     device = device_type()
+    dtype = native_dtype(device, bfloat16=host.bfloat16)
+    _require_fit(recipe, host, dtype)
     start = time.perf_counter()
-    model = load_base(recipe, device, native_dtype(device, bfloat16=host.bfloat16)).eval()
+    model = load_base(recipe, device, dtype).eval()
     synchronize(device)
     return model, time.perf_counter() - start
 

@@ -11,6 +11,9 @@ from typing import Any, get_args, get_type_hints
 from strixft.errors import RecipeError
 from strixft.tables import did_you_mean
 
+COUNTED = ("repeat", "updates")
+"""Numbers that 0 is too small for; of the others it means: as the bench chooses."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -58,16 +61,25 @@ def settings_of(function: Callable[..., Any]) -> list[Setting]:
     return found
 
 
+def _check(given: Mapping[str, Any], known: set[str]) -> None:
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if name not in known:
+            raise RecipeError(f"this bench has no setting {name!r}", fix=did_you_mean(name, known))
+        least = 1 if name in COUNTED else 0
+        if isinstance(value, int | float) and not value >= least:
+            raise RecipeError(
+                f"{option} {value} is too small", fix=f"{option} with {least} or more"
+            )
+
+
 def bind(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a bench from flat settings.
 
     Raises:
-        RecipeError: It has no such setting.
+        RecipeError: It has no such setting, or a number is too small.
     """
-    known = {setting.name for setting in settings_of(function)}
-    for name in given:
-        if name not in known:
-            raise RecipeError(f"this bench has no setting {name!r}", fix=did_you_mean(name, known))
+    _check(given, {setting.name for setting in settings_of(function)})
     hints, arguments = get_type_hints(function), dict[str, Any]()
     for name in inspect.signature(function).parameters:
         group = _group(hints[name])

@@ -23,7 +23,8 @@ from strixft.hardware import HOSTS
 from strixft.runs import write_text
 from strixft.units import format_figure, format_number, format_seconds
 
-COMPARED = (REFERENCE, "strix-halo-128", "dgx-spark")
+SPARK = "dgx-spark"
+COMPARED = (REFERENCE, "strix-halo-128", SPARK)
 LETTERS = {"measured": "M", "vendor": "V", "claimed": "C", "derived": "D"}
 KEY = (
     "Tokens per second of decoding. [M] measured by its source, [V] vendor's, [C] claimed, [D]"
@@ -69,12 +70,12 @@ def compare_cell(model: Model, host: str) -> str:
         return f"{best.value:g} [{LETTERS[best.mark]}] ({share:.2f})"
     if size > HOSTS[host].memory_bytes.value:
         return f"does not fit: {size / 1e9:.3g} GB"
-    if model[1].startswith(SPARK_FORMATS):
+    if model[1].startswith(SPARK_FORMATS) and host != SPARK:
         return "–"
     expected = expect_decode(model[0], model[1], host, model[2])
     if expected is None:
         return "–"
-    return f"≈ {expected.tok_per_s:.3g} ({expected.low:.3g} to {expected.high:.3g}) [D]"
+    return f"≈ {expected.tok_per_s:.3g} ({expected.low:.3g}–{expected.high:.3g}) [D]"
 
 
 def compared_models() -> list[Model]:
@@ -90,7 +91,7 @@ def compared_models() -> list[Model]:
 
 def _link(url: str) -> str:
     short = url.removeprefix("https://").removeprefix("github.com/")
-    return f'<a href="{escape(url, quote=True)}">{escape(short[:48])}</a>'
+    return f'<a href="{escape(url, quote=True)}">{escape(short.partition("/")[0])}</a>'
 
 
 def _linked(rows: list[list[str]], header: list[str], here: int = 0) -> str:
@@ -106,6 +107,21 @@ def _linked(rows: list[list[str]], header: list[str], here: int = 0) -> str:
     for number, row in enumerate(rows):
         html = html.replace(f"@{number}@", escape(row[-1]) if number < here else _link(row[-1]))
     return html
+
+
+def _rate_cells(row: Figure) -> list[str]:
+    ceiling = row.ceiling
+    share = ceiling.share(row.value) if ceiling and row.value is not None else None
+    return [
+        f"{row.model}, {row.quantisation}",
+        row.host,
+        f"{format_figure(row.value)} [{LETTERS[row.mark]}]",
+        format_figure(ceiling and ceiling.tok_per_s),
+        format_figure(share),
+        row.verdict or "",
+        row.settings,
+        row.source,
+    ]
 
 
 @dataclass(frozen=True)
@@ -166,33 +182,23 @@ class Benchmarks:
 
     def _rates(self, kind: str) -> Html:
         here = list(self._rates_here(kind))
-        rows = [
-            [
-                row.model,
-                row.quantisation,
-                row.host,
-                format_figure(row.value),
-                format_figure(row.ceiling and row.ceiling.tok_per_s),
-                format_figure(row.ceiling and row.value and row.ceiling.share(row.value)),
-                row.verdict or "",
-                LETTERS[row.mark],
-                row.settings,
-                row.source,
-            ]
-            for row in figures()
-            if row.figure == kind
-        ]
+        rows = [_rate_cells(row) for row in figures() if row.figure == kind]
         return Html(_linked(here + rows, RATES, len(here)))
 
     def _rates_here(self, kind: str) -> Iterator[list[str]]:
         """This machine's rows in the columns of the published ones."""
         for result in self.stored.results:
             for row in result.rows if result.bench == kind else []:
-                names = ("tok_per_s", "ceiling_tok_per_s", "share", "verdict")
-                figures_of = [format_figure(row.get(name)) for name in names]
-                name = f"{row['model']}, {row['variant']}"
-                shown = [name, row["backend"], result.host["device"], *figures_of, "M", row["test"]]
-                yield [*shown, f"strixft bench {kind}, {result.started[:10]}"]
+                shown = [format_figure(row.get(key)) for key in ("ceiling_tok_per_s", "share")]
+                yield [
+                    f"{row['model']}, {row['backend']}, {row['variant']}",
+                    result.host["device"],
+                    f"{format_figure(row['tok_per_s'])} [M]",
+                    *shown,
+                    row.get("verdict") or "–",
+                    row["test"],
+                    f"strixft bench {kind}, {result.started[:10]}",
+                ]
 
     def training(self) -> Html:
         """Published time and memory of training, and rates against the matrix units."""
@@ -230,7 +236,7 @@ class Benchmarks:
         }
         body = "".join(f"<h2>{title}</h2>{part.html}" for title, part in parts.items())
         lead = "Published figures with source and mark, each beside what memory allows at most."
-        return views.page("Benchmarks", lead, body)
+        return views.page("Benchmarks", lead, body, width_rem=80)
 
     def write(self, path: str | Path) -> Path:
         """Write the page."""
@@ -239,8 +245,7 @@ class Benchmarks:
         return target
 
 
-RATES = ["model", "quantisation", "host", "tokens/s", "ceiling", "share", "verdict", "mark"]
-RATES += ["settings", "source"]
+RATES = ["model", "host", "tokens/s", "ceiling", "share", "verdict", "settings", "source"]
 TRAINING = ["model", "method", "host", "GB", "time", "tokens/s", "share", "verdict", "mark"]
 
 

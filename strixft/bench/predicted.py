@@ -16,6 +16,8 @@ from strixft.progress import progress_bar
 from strixft.recipe import load_recipe
 from strixft.units import format_figure, format_number, format_seconds
 
+SHOWN = 120
+"""Characters of the reason for which a recipe could not be planned."""
 HEADER = ["recipe", "host", "GB", "a million tokens", "tokens/s", "share", "mark"]
 
 
@@ -31,7 +33,11 @@ def _share(model: str, method: str, host: str, tok_per_s: float | None) -> float
 
 def _row(name: str, host: str) -> list[Any]:
     recipe = load_recipe(name)
-    figures = plan_figures(recipe, host)
+    try:
+        figures = plan_figures(recipe, host)
+    except Exception as error:  # the other recipes' rows are still worth showing
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return [name, host, f"not planned: {reason[:SHOWN]}", *["–"] * (len(HEADER) - 3)]
     rate = figures["tok_per_s"]
     memory = f"{figures['peak_bytes'] / 1e9:.1f}" + ("" if figures["fits"] else ", does not fit")
     return [

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from strixft.bench.result import Measured
-from strixft.rates import data_folder
+from strixft.errors import HostError
+from strixft.rates import FOLDER, data_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,27 @@ def _ends_whole(path: Path) -> bool:
         return file.read() == b"\n"
 
 
+def require_store() -> None:
+    """Find out before anything is measured that results can be kept.
+
+    Raises:
+        HostError: They cannot.
+    """
+    path = store_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise HostError(
+            f"{path} cannot be written: {error.strerror}",
+            fix=f"--no-save, or another folder: export {FOLDER}=~/strixft-data",
+        ) from error
+
+
 def append(result: Measured) -> Path:
     """Add a result as one line, in one write; what stands there is not touched."""
+    require_store()
     path = store_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(result.to_dict(), ensure_ascii=False) + "\n"
     start = "" if _ends_whole(path) else "\n"
     with path.open("ab", buffering=0) as file:
