@@ -248,6 +248,52 @@ def evaluate(
     _in_process(recipe, run_dir, settings, "evaluate", as_json)
 
 
+@app.command()
+def export(
+    recipe: RecipeArgument,
+    to: Annotated[
+        list[str] | None,
+        typer.Option("--to", help="merged, gguf, gguf-lora, ollama, lemonade or vllm; repeatable."),
+    ] = None,
+    run_dir: RunDir = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make what a server needs, and compare it with the trained model."""
+    from strixft.exports import KINDS
+
+    kinds = tuple(KINDS[kind].name for kind in to or ())
+    run = _open(recipe, run_dir, settings, redo=False)
+    from strixft.export import export_recipe
+
+    with _stop_told(run, as_json):
+        exported = export_recipe(run, kinds)
+    _print_json(exported.to_dict()) if as_json else _show_export(run)
+    exported.require_parity()
+
+
+def _show_export(run: Run) -> None:
+    from strixft.export import Exported
+    from strixft.units import format_gib
+
+    exported = Exported.load(run.stage_folder("export"))
+    if exported is None:
+        return
+    figures = exported.figures
+    made = [
+        [kind, row.get("path") or row["type"], format_gib(row.get("bytes"))]
+        for kind, row in figures["made"].items()
+    ]
+    _table(made, ["export", "where", "size"])
+    parity = [
+        [kind, f"{row['top1']:.3f}", f"{row['greedy']:.3f}", "yes" if row["passes"] else "no"]
+        for kind, row in figures["parity"].items()
+    ]
+    if parity:
+        _table(parity, ["file", "same next token", "same answer", "like the trained model"])
+
+
 def _in_process(
     recipe: str, run_dir: Path | None, settings: list[str] | None, last: str, as_json: bool
 ) -> None:
@@ -291,9 +337,19 @@ def run_command(
         report = write_report(run)
     if as_json:
         _print_json(_summary(run))
+        _require_parity(run)
         return
     _show_metrics(run)
+    _show_export(run)
     print(f"report: {report}")
+    _require_parity(run)
+
+
+def _require_parity(run: Run) -> None:
+    if run.is_done("export"):
+        from strixft.export import Exported
+
+        run.require(Exported).require_parity()
 
 
 def _show_metrics(run: Run) -> None:

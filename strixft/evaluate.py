@@ -77,7 +77,8 @@ def mean_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], rows_at_once:
     return total / count
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Prompts of different lengths as one batch whose ends meet: ids and mask, (B, T)."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])  # (B, T)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])  # (B, T)
@@ -97,7 +98,7 @@ def answer(
         max_new_tokens: Longest answer.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids, mask = (tensor.to(model.device) for tensor in _left_padded(prompts, pad))
+    ids, mask = (tensor.to(model.device) for tensor in left_padded(prompts, pad))
     produced = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -124,7 +125,7 @@ def _answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> l
     return [found[index] for index in range(len(rows))]
 
 
-def _models(recipe: Recipe, folder: Path) -> Iterator[tuple[str, nn.Module]]:
+def load_sides(recipe: Recipe, folder: Path) -> Iterator[tuple[str, nn.Module]]:
     """Base, then tuned; one of them in memory at a time where all weights were trained."""
     device = device_type()
     dtype = native_dtype(device, bfloat16=find_host(recipe.memory.host).bfloat16)
@@ -168,7 +169,7 @@ def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     shown = rows[: run.recipe.evaluate.max_rows]
     tokenizer = load_tokenizer(run.recipe)
     losses, answers, seconds = {}, {}, {}
-    for side, model in _models(run.recipe, trained.folder / ADAPTER):
+    for side, model in load_sides(run.recipe, trained.folder / ADAPTER):
         began = time.monotonic()
         losses[side] = mean_loss(model, rows, plan.figures["choice"]["micro_batch_rows"])
         answers[side] = _answers(model, tokenizer, shown)

@@ -25,6 +25,7 @@ from pydantic import (
 
 from strixft import sources
 from strixft.errors import FIX, RecipeError
+from strixft.exports import KINDS, QUANTISATIONS
 from strixft.formats import FORMATS
 from strixft.hardware import HOSTS
 from strixft.methods import METHODS
@@ -226,7 +227,21 @@ class Export(_Section):
     """What a server needs of the result."""
 
     to: list[str] = Field(default=[])
-    """Kinds of export; empty skips the stage."""
+    """Kinds of export (merged, gguf, gguf-lora, ollama, lemonade, vllm); empty skips the stage."""
+    gguf: list[str] = Field(default=["f16", "q8_0"])
+    """How GGUF files store their weights; each is compared with the trained model."""
+
+    @field_validator("to")
+    @classmethod
+    def _known_kinds(cls, kinds: list[str]) -> list[str]:
+        return [KINDS[kind].name for kind in kinds]
+
+    @field_validator("gguf")
+    @classmethod
+    def _known_quantisations(cls, kinds: list[str]) -> list[str]:
+        if not kinds:
+            raise ValueError("should name at least one quantisation")
+        return [QUANTISATIONS[kind].name for kind in kinds]
 
 
 class Memory(_Section):
