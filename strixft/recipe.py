@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -217,10 +218,26 @@ class Train(_Section):
 class Evaluate(_Section):
     """Base against tuned on the held-out rows."""
 
-    metrics: Literal["auto"] | list[Literal["exact_match", "loss"]] = "auto"
-    """Measures; `auto` is all that apply."""
+    metrics: (
+        Literal["auto"]
+        | list[
+            Literal["loss", "exact_match", "json_valid", "json_equal", "number", "pattern", "chrf"]
+        ]
+    ) = "auto"
+    """Measures besides the loss; `auto` looks at the references."""
+    pattern: str = ".+"
+    """Regular expression of the metric `pattern`: what it finds must be the reference's."""
     max_rows: int = Field(default=200, ge=1)
     """Held-out rows that are answered in full; the loss counts all of them."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return pattern
 
 
 class Export(_Section):

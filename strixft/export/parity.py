@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from strixft.errors import HostError
-from strixft.evaluate import left_padded
+from strixft.evaluate.generate import generate
 from strixft.export.server import served
 from strixft.exports import Quantisation
 from strixft.progress import progress_bar
@@ -19,7 +17,6 @@ PROMPTS = 50
 """Fewest prompts; where fewer rows are held out, general questions make up for them."""
 ANSWER_TOKENS = 24
 """Longest answer that is compared."""
-AT_ONCE = 10
 END = -1
 """Stands for any token that ends an answer."""
 _THINGS = (
@@ -60,7 +57,6 @@ def chosen_prompts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[li
     return held_out + general
 
 
-@torch.no_grad()
 def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
     """The trained model's greedy answers as tokens; the last may be `END`.
 
@@ -69,30 +65,9 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> 
         tokenizer: Its tokenizer.
         prompts: Tokens.
     """
+    answers = generate(model, tokenizer, prompts, ANSWER_TOKENS)
     end = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    found: dict[int, list[int]] = {}
-    for start in progress_bar(range(0, len(order), AT_ONCE), unit="batch", desc="trained model"):
-        part = order[start : start + AT_ONCE]
-        ids, mask = left_padded([prompts[index] for index in part], pad)
-        produced = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=ANSWER_TOKENS,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=end,
-            pad_token_id=pad,
-        )[:, ids.shape[1] :].tolist()
-        found |= {index: _to_end(row, end) for index, row in zip(part, produced, strict=True)}
-    return [found[index] for index in range(len(prompts))]
-
-
-def _to_end(tokens: list[int], end: int) -> list[int]:
-    return [*tokens[: tokens.index(end)], END] if end in tokens else tokens
+    return [[END if token == end else token for token in answer] for answer in answers]
 
 
 def _answer(url: str, prompt: list[int], num_tokens: int) -> list[int]:
