@@ -366,9 +366,18 @@ def _show_metrics(run: Run) -> None:
 
 
 @app.command()
-def runs(as_json: AsJson = False, debug: Debug = False) -> None:
-    """List the runs."""
-    from strixft.runs import find_runs
+def runs(
+    names: Annotated[list[str] | None, typer.Argument(help="Two or more runs to compare.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write the comparison as HTML.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the runs; compare those that are named."""
+    from strixft.runs import find_run, find_runs
+
+    if names:
+        _compare([find_run(name) for name in names], page, as_json)
+        return
 
     found = [{"run": run.name, **run.status(), "folder": str(run.folder)} for run in find_runs()]
     if as_json:
@@ -376,6 +385,44 @@ def runs(as_json: AsJson = False, debug: Debug = False) -> None:
     else:
         keys = ["run", "stage", "state", "updated"]
         _table([[str(row.get(key, "–")) for key in keys] for row in found], keys)
+
+
+def _compare(found: list[Run], page: Path | None, as_json: bool) -> None:
+    from strixft import views
+    from strixft.comparison import Comparison
+
+    compared = Comparison(found)
+    names = [run.name for run in found]
+    if page is not None:
+        text = views.page(" against ".join(names), "", compared._repr_html_())
+        page.write_text(text, encoding="utf-8")
+        _note(f"page: {page}")
+    if as_json:
+        _print_json(compared.to_dict())
+        return
+    for rows, header in ((compared.differences(), "setting"), (compared.results(), "figure")):
+        _table(rows, [header, *names])
+        print()
+
+
+@app.command()
+def chat(
+    run: RunArgument,
+    base: Annotated[bool, typer.Option("--base", help="Talk to the base model.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Talk to the trained model; end with Ctrl-D."""
+    from strixft.runs import find_run
+
+    found = find_run(run)
+    from strixft.chat import Chat
+
+    talk = Chat(found, base=base)
+    for line in sys.stdin:
+        if line.strip():
+            for piece in talk.ask(line.strip()):
+                print(visible(piece), end="", flush=True)
+            print()
 
 
 @app.command()

@@ -11,8 +11,8 @@ from test_train import trained
 from strixft.errors import HostError, StageError
 from strixft.export import Exported, export_recipe, gguf
 from strixft.export.parity import END, chosen_prompts, compare
-from strixft.export.server import served
 from strixft.export.texts import modelfile
+from strixft.llama import served
 from strixft.model import load_tokenizer
 from strixft.recipe import load_recipe
 from strixft.report import render_report

@@ -124,12 +124,28 @@ def answer_rows(
     return [text.strip() for text in texts], {"answer_tokens": count, "answer_tok_per_s": rate}
 
 
-def load_sides(recipe: Recipe, folder: Path) -> Iterator[tuple[str, nn.Module]]:
+def load_side(recipe: Recipe, adapter: Path, side: str) -> nn.Module:
+    """Base or tuned, in evaluation mode.
+
+    Args:
+        recipe: Of the run.
+        adapter: The trained weights.
+        side: One of `SIDES`.
+    """
+    *_, (_, model) = load_sides(recipe, adapter, SIDES[: SIDES.index(side) + 1])
+    return model
+
+
+def load_sides(
+    recipe: Recipe, folder: Path, sides: Sequence[str] = SIDES
+) -> Iterator[tuple[str, nn.Module]]:
     """Base, then tuned; one of them in memory at a time where all weights were trained."""
     device = device_type()
     dtype = native_dtype(device, bfloat16=find_host(recipe.memory.host).bfloat16)
     model = load_base(recipe, device, dtype)
     yield "base", model.eval()
+    if "tuned" not in sides:
+        return
     if METHODS[recipe.method].adapter == "none":
         del model
         model = load_base(recipe.model_copy(update={"model": str(folder)}), device, dtype)

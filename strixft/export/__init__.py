@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 from strixft import views
 from strixft.disk import folder_bytes, require_room
 from strixft.errors import HostError, StageError
-from strixft.evaluate import load_sides
+from strixft.evaluate import load_side
 from strixft.export import gguf, texts
 from strixft.export.merge import merge
 from strixft.export.parity import chosen_prompts, greedy_answers, measure_parity
-from strixft.export.server import require_runtime
 from strixft.exports import QUANTISATIONS, with_needs
+from strixft.llama import require_runtime
 from strixft.methods import METHODS
 from strixft.model import load_tokenizer, model_source
 from strixft.prepare import Prepared
@@ -224,7 +224,7 @@ def _parity(job: _Job) -> dict[str, Any]:
     tokenizer = load_tokenizer(run.recipe)
     rows = list(run.require(Prepared).token_rows(run.recipe.dataset).validation)
     prompts = chosen_prompts(tokenizer, rows)
-    *_, (_, model) = load_sides(run.recipe, job.adapter)
+    model = load_side(run.recipe, job.adapter, "tuned")
     answers = greedy_answers(model, tokenizer, prompts)
     del model
     gc.collect()

@@ -8,8 +8,8 @@ from typing import Any
 
 from strixft.errors import HostError
 from strixft.evaluate.generate import generate
-from strixft.export.server import served
 from strixft.exports import Quantisation
+from strixft.llama import served
 from strixft.progress import progress_bar
 from strixft.servers import ask
 

@@ -43,7 +43,7 @@ def served(model: Path, context_tokens: int) -> Iterator[str]:
         StageError: The server does not start with this file.
     """
     require_runtime()
-    command = [sys.executable, "-m", "strixft.export.server", str(model), str(context_tokens)]
+    command = [sys.executable, "-m", "strixft.llama", str(model), str(context_tokens)]
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
