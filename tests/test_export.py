@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import WriteRecipe
+from http_server import serving
 from test_train import trained
 
 from strixft.errors import HostError, StageError
@@ -139,3 +140,11 @@ def test_more_kinds_are_made_beside_what_was_there(tiny_run: Run) -> None:
     again = export_recipe(tiny_run, ("merged",))
     assert list(again.figures["made"]) == ["merged", "vllm"]
     assert (tiny_run.folder / "export.1" / "result.json").is_file()
+
+
+def test_the_end_of_an_answer_counts_as_a_token() -> None:
+    """llama.cpp gives the end token back as the last one, whatever its number."""
+    said = {"tokens": [7, 8, 2], "stop_type": "eos"}
+    with serving({"/completion": lambda _: said}) as (url, _):
+        assert compare(url, [1], [7, 8, END]) == (3, 3)
+        assert compare(url, [1], [7, 8, 9])[0] == 2

@@ -22,7 +22,7 @@ from torch import Tensor
 from strixft.disk import sync
 from strixft.errors import StageError
 
-STRETCH_BYTES = 16 * 2**20
+STRETCH_BYTES = 4 * 2**20
 """Read, changed and written at once."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PREFIX = "base_model.model."
@@ -41,13 +41,42 @@ class Update:
     magnitude: Tensor | None = None
     """Trained length of each row, (D,), where the adapter is DoRA's."""
 
-    def apply(self, weight: Tensor, rows: slice) -> Tensor:
-        """The merged rows of a weight, (D, C) in float32."""
-        merged: Tensor = torch.addmm(weight, self.b[rows], self.a)
-        if self.magnitude is None:
-            return merged
-        lengths: Tensor = merged.norm(dim=1)
-        return merged.mul_((self.magnitude[rows] / lengths).unsqueeze(1))
+    def apply_(self, weight: Tensor, rows: slice) -> None:
+        """Turn rows of the base's weight, (D, C) in float32, into the merged ones."""
+        weight.addmm_(self.b[rows], self.a)
+        if self.magnitude is not None:
+            weight.mul_((self.magnitude[rows] / weight.norm(dim=1)).unsqueeze(1))
+
+
+class _Scratch:
+    """Memory for one stretch, used again: fresh memory costs more time than the product."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._floats = torch.empty(0)
+
+    def read(self, file: IO[bytes], size: int) -> Tensor:
+        """The next bytes of a file, (size,).
+
+        Raises:
+            StageError: It ends before.
+        """
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        found = self._bytes[:size]
+        view, done = found.numpy().data, 0
+        while done < size:
+            count = file.readinto(view[done:])  # type: ignore[attr-defined]
+            if not count:
+                raise StageError(f"{file.name} ends too early", fix="download the base model again")
+            done += count
+        return found
+
+    def floats(self, weight: Tensor) -> Tensor:
+        """A weight in float32."""
+        if len(self._floats) < weight.numel():
+            self._floats = torch.empty(weight.numel())
+        return self._floats[: weight.numel()].view_as(weight).copy_(weight)
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -129,27 +158,34 @@ def _quantised(name: str, shape: list[int], base: str) -> bool:
     return base != "native" and linear and not any(word in name for word in _NOT_QUANTISED)
 
 
-def _merge_tensor(
-    read: IO[bytes], write: IO[bytes], entry: dict[str, Any], update: Update | None, base: str
-) -> None:
-    dtype = DTYPES[entry["dtype"]]
-    shape: list[int] = entry["shape"]
-    whole = base != "native"  # the scales of a quantised weight are those of all its rows
-    for rows in _stretches(shape, dtype.itemsize, whole):
-        size = (rows.stop - rows.start) * shape[1] * dtype.itemsize
-        stretch = torch.frombuffer(bytearray(read.read(size)), dtype=dtype).view(-1, shape[1])
-        weight = as_stored(stretch, base)
-        merged = (update.apply(weight, rows) if update else weight).to(dtype)
-        write.write(merged.view(torch.uint8).numpy().data)
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The file that is read, the one that is written, and memory for a stretch of them."""
 
+    read: IO[bytes]
+    write: IO[bytes]
+    scratch: _Scratch
 
-def _copy(read: IO[bytes], write: IO[bytes], size: int) -> None:
-    while size:
-        stretch = read.read(min(size, STRETCH_BYTES))
-        if not stretch:
-            raise StageError(f"{read.name} ends too early", fix="download the base model again")
-        write.write(stretch)
-        size -= len(stretch)
+    def merge(self, entry: dict[str, Any], update: Update | None, base: str) -> None:
+        """Read a tensor, change it, write it."""
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        whole = base != "native"  # the scales of a quantised weight are those of all its rows
+        for rows in _stretches(shape, dtype.itemsize, whole):
+            size = (rows.stop - rows.start) * shape[1] * dtype.itemsize
+            stored = self.scratch.read(self.read, size)
+            weight = stored.view(dtype).view(-1, shape[1])
+            merged = as_stored(weight, base) if whole else self.scratch.floats(weight)
+            if update:
+                update.apply_(merged, rows)
+            weight.copy_(merged)
+            self.write.write(stored.numpy().data)
+
+    def copy(self, size: int) -> None:
+        """Read and write bytes as they are."""
+        while size:
+            stretch = min(size, STRETCH_BYTES)
+            self.write.write(self.scratch.read(self.read, stretch).numpy().data)
+            size -= stretch
 
 
 def merge_file(source: Path, target: Path, updates: Mapping[str, Update], base: str) -> set[str]:
@@ -164,17 +200,18 @@ def merge_file(source: Path, target: Path, updates: Mapping[str, Update], base: 
     done = set()
     with source.open("rb", buffering=0) as read, target.open("wb", buffering=0) as write:
         header = read_header(read)
+        files = _Files(read, write, _Scratch())
         first = read.tell()
         read.seek(0)
-        _copy(read, write, first)
+        files.copy(first)
         for name, entry in header.items():
             update, shape = updates.get(name), entry["shape"]
             if update is None and not _quantised(name, shape, base):
                 start, end = entry["data_offsets"]
-                _copy(read, write, end - start)
+                files.copy(end - start)
                 continue
             _check(source, name, entry, update)
-            _merge_tensor(read, write, entry, update, base if "lm_head" not in name else "native")
+            files.merge(entry, update, base if _quantised(name, shape, base) else "native")
             done |= {name} if update else set()
     sync(target)
     return done

@@ -80,9 +80,9 @@ def _answer(url: str, prompt: list[int], num_tokens: int) -> list[int]:
         "cache_prompt": True,
     }
     answer = ask(f"{url}/completion", body)
-    tokens: list[int] = answer["tokens"][:num_tokens]
-    ended = answer.get("stop_type") == "eos"
-    return [*tokens, END] if ended and len(tokens) < num_tokens else tokens
+    tokens: list[int] = answer["tokens"]
+    ended = answer.get("stop_type") == "eos"  # the end token is the last of them
+    return [*tokens[:-1], END] if ended else tokens
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:

@@ -63,7 +63,7 @@ def modelfile(gguf: str, tokenizer: Any) -> str:
 
 
 def lemonade_command(name: str, gguf: Path) -> str:
-    """Registers a GGUF file with a Lemonade server (its docs/lemonade-cli: `pull` with a file)."""
+    """Registers a GGUF file with a Lemonade server; not tried on one."""
     return f"lemonade-server pull user.{name} --checkpoint {gguf} --recipe llamacpp"
 
 
