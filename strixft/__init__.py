@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from strixft.doctor import check_host as check_host
     from strixft.errors import StrixftError as StrixftError
     from strixft.evaluate import evaluate_recipe as evaluate_recipe
+    from strixft.export import export_recipe as export_recipe
     from strixft.lab import list_recipes as list_recipes
     from strixft.lab import run_recipe as run_recipe
     from strixft.plan import plan_recipe as plan_recipe
@@ -26,6 +27,7 @@ _HOME = {
     "StrixftError": "errors",
     "check_host": "doctor",
     "evaluate_recipe": "evaluate",
+    "export_recipe": "export",
     "find_runs": "runs",
     "list_recipes": "lab",
     "load_recipe": "recipe",

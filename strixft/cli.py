@@ -248,6 +248,52 @@ def evaluate(
     _in_process(recipe, run_dir, settings, "evaluate", as_json)
 
 
+@app.command()
+def export(
+    recipe: RecipeArgument,
+    to: Annotated[
+        list[str] | None,
+        typer.Option("--to", help="merged, gguf, gguf-lora, ollama, lemonade or vllm; repeatable."),
+    ] = None,
+    run_dir: RunDir = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make what a server needs, and compare it with the trained model."""
+    from strixft.exports import KINDS
+
+    kinds = tuple(KINDS[kind].name for kind in to or ())
+    run = _open(recipe, run_dir, settings, redo=False)
+    from strixft.export import export_recipe
+
+    with _stop_told(run, as_json):
+        exported = export_recipe(run, kinds)
+    _print_json(exported.to_dict()) if as_json else _show_export(run)
+    exported.require_parity()
+
+
+def _show_export(run: Run) -> None:
+    from strixft.export import Exported
+    from strixft.units import format_gib
+
+    exported = Exported.load(run.stage_folder("export"))
+    if exported is None:
+        return
+    figures = exported.figures
+    made = [
+        [kind, row.get("path") or row["type"], format_gib(row.get("bytes"))]
+        for kind, row in figures["made"].items()
+    ]
+    _table(made, ["export", "where", "size"])
+    parity = [
+        [kind, f"{row['top1']:.3f}", f"{row['greedy']:.3f}", "yes" if row["passes"] else "no"]
+        for kind, row in figures["parity"].items()
+    ]
+    if parity:
+        _table(parity, ["file", "same next token", "same answer", "like the trained model"])
+
+
 def _in_process(
     recipe: str, run_dir: Path | None, settings: list[str] | None, last: str, as_json: bool
 ) -> None:
@@ -291,9 +337,19 @@ def run_command(
         report = write_report(run)
     if as_json:
         _print_json(_summary(run))
+        _require_parity(run)
         return
     _show_metrics(run)
+    _show_export(run)
     print(f"report: {report}")
+    _require_parity(run)
+
+
+def _require_parity(run: Run) -> None:
+    if run.is_done("export"):
+        from strixft.export import Exported
+
+        run.require(Exported).require_parity()
 
 
 def _show_metrics(run: Run) -> None:
@@ -310,9 +366,18 @@ def _show_metrics(run: Run) -> None:
 
 
 @app.command()
-def runs(as_json: AsJson = False, debug: Debug = False) -> None:
-    """List the runs."""
-    from strixft.runs import find_runs
+def runs(
+    names: Annotated[list[str] | None, typer.Argument(help="Two or more runs to compare.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write the comparison as HTML.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the runs; compare those that are named."""
+    from strixft.runs import find_run, find_runs
+
+    if names:
+        _compare([find_run(name) for name in names], page, as_json)
+        return
 
     found = [{"run": run.name, **run.status(), "folder": str(run.folder)} for run in find_runs()]
     if as_json:
@@ -320,6 +385,44 @@ def runs(as_json: AsJson = False, debug: Debug = False) -> None:
     else:
         keys = ["run", "stage", "state", "updated"]
         _table([[str(row.get(key, "–")) for key in keys] for row in found], keys)
+
+
+def _compare(found: list[Run], page: Path | None, as_json: bool) -> None:
+    from strixft import views
+    from strixft.comparison import Comparison
+
+    compared = Comparison(found)
+    names = [run.name for run in found]
+    if page is not None:
+        text = views.page(" against ".join(names), "", compared._repr_html_())
+        page.write_text(text, encoding="utf-8")
+        _note(f"page: {page}")
+    if as_json:
+        _print_json(compared.to_dict())
+        return
+    for rows, header in ((compared.differences(), "setting"), (compared.results(), "figure")):
+        _table(rows, [header, *names])
+        print()
+
+
+@app.command()
+def chat(
+    run: RunArgument,
+    base: Annotated[bool, typer.Option("--base", help="Talk to the base model.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Talk to the trained model; end with Ctrl-D."""
+    from strixft.runs import find_run
+
+    found = find_run(run)
+    from strixft.chat import Chat
+
+    talk = Chat(found, base=base)
+    for line in sys.stdin:
+        if line.strip():
+            for piece in talk.ask(line.strip()):
+                print(visible(piece), end="", flush=True)
+            print()
 
 
 @app.command()

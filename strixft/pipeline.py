@@ -127,7 +127,7 @@ def run_stages(
         recipe: Its recipe's file.
         overrides: Values by dotted key, as given to `open_run`.
         first: Set this stage and the later ones aside and do them again.
-        last: Stop after this stage.
+        last: Stop after this stage; without it, after the last one of the recipe.
         notify: Told of each stage before it runs.
 
     Raises:
@@ -144,7 +144,7 @@ def run_stages(
             set_aside(run, STAGES[STAGES.index(first) :])
         interrupted = _interrupted(run)
         remove_leftovers(run.folder)
-        for stage in chosen_stages(None, last):
+        for stage in chosen_stages(None, last or run.last_stage):
             if signals.asked:
                 raise run.stopped(f"{signals.asked} came before stage {stage}")
             done = run.is_done(stage) and stage not in interrupted

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from pydantic import (
 
 from strixft import sources
 from strixft.errors import FIX, RecipeError
+from strixft.exports import KINDS, QUANTISATIONS
 from strixft.formats import FORMATS
 from strixft.hardware import HOSTS
 from strixft.methods import METHODS
@@ -216,17 +218,47 @@ class Train(_Section):
 class Evaluate(_Section):
     """Base against tuned on the held-out rows."""
 
-    metrics: Literal["auto"] | list[Literal["exact_match", "loss"]] = "auto"
-    """Measures; `auto` is all that apply."""
+    metrics: (
+        Literal["auto"]
+        | list[
+            Literal["loss", "exact_match", "json_valid", "json_equal", "number", "pattern", "chrf"]
+        ]
+    ) = "auto"
+    """Measures besides the loss; `auto` looks at the references."""
+    pattern: str = ".+"
+    """Regular expression of the metric `pattern`: what it finds must be the reference's."""
     max_rows: int = Field(default=200, ge=1)
     """Held-out rows that are answered in full; the loss counts all of them."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return pattern
 
 
 class Export(_Section):
     """What a server needs of the result."""
 
     to: list[str] = Field(default=[])
-    """Kinds of export; empty skips the stage."""
+    """Kinds of export (merged, gguf, gguf-lora, ollama, lemonade, vllm); empty skips the stage."""
+    gguf: list[str] = Field(default=["f16", "q8_0"])
+    """How GGUF files store their weights; each is compared with the trained model."""
+
+    @field_validator("to")
+    @classmethod
+    def _known_kinds(cls, kinds: list[str]) -> list[str]:
+        return [KINDS[kind].name for kind in kinds]
+
+    @field_validator("gguf")
+    @classmethod
+    def _known_quantisations(cls, kinds: list[str]) -> list[str]:
+        if not kinds:
+            raise ValueError("should name at least one quantisation")
+        return [QUANTISATIONS[kind].name for kind in kinds]
 
 
 class Memory(_Section):

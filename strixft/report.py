@@ -7,6 +7,7 @@ from pathlib import Path
 
 from strixft import views
 from strixft.evaluate import Evaluated
+from strixft.export import Exported
 from strixft.plan import Plan, compare
 from strixft.prepare import Prepared
 from strixft.recipe import dump_recipe
@@ -54,7 +55,8 @@ def render_report(run: Run) -> str:
     """The page as HTML; every text from data, models and recipes is escaped."""
     trained = Trained.load(run.stage_folder(Trained.name))
     evaluated = Evaluated.load(run.stage_folder(Evaluated.name))
-    kinds: list[type[Result]] = [*SECTIONS.values(), Evaluated]
+    exported = Exported.load(run.stage_folder(Exported.name))
+    kinds: list[type[Result]] = [*SECTIONS.values(), Evaluated, Exported]
     results = [kind.load(run.stage_folder(kind.name)) for kind in kinds]
     seconds = sum(result.seconds for result in results if result)
     lead = f"{run.recipe.method} on {run.recipe.model}, {format_seconds(seconds)} in all"
@@ -64,6 +66,7 @@ def render_report(run: Run) -> str:
         lead,
         f"{_headline(evaluated)}{_flag(trained)}{_sections(run)}"
         f"<h2>Base against tuned</h2>{answers}"
+        f"{f'<h2>Export</h2>{exported._repr_html_()}' if exported else ''}"
         f"{_versions(run, next((r for r in reversed(results) if r), None))}",
     )
 

@@ -54,7 +54,7 @@ from strixft.stopping import StopNow, raised
 from strixft.tables import did_you_mean
 from strixft.text import redact, redact_all
 
-STAGES = ("prepare", "plan", "train", "evaluate")
+STAGES = ("prepare", "plan", "train", "evaluate", "export")
 """Stages in their order; each is a notebook, a folder of the run, and a verb `<stage>_recipe`."""
 
 PACKAGES = ("strixft", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
@@ -231,6 +231,11 @@ class Run:
                     fix="close other programs, then type the same command again",
                 ) from error
             raise
+
+    @property
+    def last_stage(self) -> str:
+        """Where a run ends when nobody says: with the export, if the recipe names one."""
+        return "export" if self.recipe.export.to else "evaluate"
 
     @property
     def resume_command(self) -> str:

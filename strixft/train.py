@@ -393,6 +393,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     inputs = {
         "rows_sha256": prepared.inputs["rows_sha256"],
         "choice": plan.figures["choice"],
+        "base": fingerprint_base(model_source(run.recipe.model)),
     }
     return inputs, figures
 

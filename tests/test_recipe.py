@@ -158,9 +158,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"lora.target_modules": [1]}, "lora.target_modules.0: should be text, it is 1"),
     (
         {"evaluate.metrics": ["loss", "bleu"]},
-        "evaluate.metrics.1: should be 'exact_match' or 'loss', it is 'bleu'",
+        "evaluate.metrics.1: should be 'loss', 'exact_match', 'json_valid', 'json_equal',"
+        " 'number', 'pattern' or 'chrf', it is 'bleu'",
     ),
     ({"export.to": "gguf"}, "export.to: should be a list, it is 'gguf'"),
+    ({"export.to": ["ggfu"]}, "export.to: there is no export 'ggfu'; did you mean 'gguf'?"),
+    ({"export.gguf": []}, "export.gguf: should name at least one quantisation"),
+    (
+        {"evaluate.pattern": "("},
+        "evaluate.pattern: is no regular expression: missing ), unterminated subpattern at"
+        " position 0",
+    ),
     ({"offline": "perhaps"}, "offline: should be true or false, it is 'perhaps'"),
     ({"model": None}, "model: should be text, it is empty"),
     ({"model": 7}, "model: should be text, it is 7"),

@@ -61,7 +61,8 @@ def block_mask(documents: Tensor, window: int | None = None) -> Any:
 
 
 def _mask(rung: Rung, cu_seq_lens: Tensor, shape: torch.Size, window: int | None) -> Any:
-    if rung.mask == "lengths":
+    blocks_on_meta = rung.mask == "blocks" and cu_seq_lens.is_meta  # keeps what flash keeps
+    if rung.mask == "lengths" or blocks_on_meta:
         return cu_seq_lens.view(1, 1, 1, -1)  # transformers hands 4-dimensional masks on unread
     documents = documents_of(cu_seq_lens, *shape)
     return (dense_mask if rung.mask == "dense" else block_mask)(documents, window)

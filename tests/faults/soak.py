@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 import strixft
 from faults.smoke import ended, fork, write_smoke_recipe
-from strixft.evaluate import mean_loss
+from strixft.evaluate import row_losses
 from strixft.loop import Guard
 from strixft.prepare import Prepared
 from strixft.runs import Run
@@ -40,7 +40,7 @@ class _Look(TrainerCallback):  # type: ignore[misc]
         if state.global_step % EVERY:
             return
         model.eval()
-        mean_loss(model, self._rows, 2)
+        row_losses(model, self._rows)
         model.train()
         gc.collect()
         look = {

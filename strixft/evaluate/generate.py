@@ -1,0 +1,67 @@
+"""Greedy answers, many prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strixft.progress import progress_bar
+
+AT_ONCE = 16
+"""Prompts in one batch."""
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Prompts of different lengths as one batch whose ends meet: ids and mask, (B, T)."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+@torch.no_grad()
+def _batch(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], most: int
+) -> list[list[int]]:
+    end = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    ids, mask = (tensor.to(model.device) for tensor in left_padded(prompts, pad))
+    produced = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=most,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    return [_to_end(row, end) for row in produced[:, ids.shape[1] :].tolist()]
+
+
+def _to_end(tokens: list[int], end: int) -> list[int]:
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy answers as tokens, up to and with the end token; prompts of like length together.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        prompts: Tokens of each prompt, up to where the answer starts.
+        max_new_tokens: Longest answer.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    found: dict[int, list[int]] = {}
+    for start in progress_bar(range(0, len(order), AT_ONCE), unit="batch", desc="answers"):
+        part = order[start : start + AT_ONCE]
+        answers = _batch(model, tokenizer, [prompts[index] for index in part], max_new_tokens)
+        found |= dict(zip(part, answers, strict=True))
+    return [found[index] for index in range(len(prompts))]

