@@ -1,19 +1,22 @@
 """The training step: its loss, its gradients and what it keeps."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from strixft.data import Batch, collate
+from strixft.data import Batch, PackedShape, collate
 from strixft.methods import METHODS
 from strixft.model import attach_adapter, base_of
 from strixft.recipe import Lora, Train
 from strixft.step import MemoryTracker, TrainingStep, Ways, chunked_cross_entropy, part
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "input_ids": [5, 6, 7, 8, 9, 10, 11],
         "trained": [False, False, True, True, False, True, True],
@@ -122,6 +125,41 @@ def test_recomputed_layers_give_the_same_losses(tiny_model: Path) -> None:
     again = TrainingStep(adapted(tiny_model), TRAIN, Ways(recomputed_layers=1))
     for _ in range(3):
         assert float(keep.update([collate(ROWS)])) == float(again.update([collate(ROWS)]))
+
+
+def test_products_are_kept_and_the_rest_is_computed_again(tiny_model: Path) -> None:
+    keep, again = (
+        TrainingStep(adapted(tiny_model), TRAIN, Ways(elementwise=elementwise))
+        for elementwise in (False, True)
+    )
+    for _ in range(3):
+        assert float(keep.update([collate(ROWS)])) == float(again.update([collate(ROWS)]))
+
+
+@pytest.mark.parametrize("attention", ["sdpa-packed", "eager"])
+def test_packed_rows_train_as_rows_alone(attention: str, tiny_model: Path) -> None:
+    packed = {
+        "input_ids": [token for row in ROWS for token in row["input_ids"]],
+        "trained": [flag for row in ROWS for flag in row["trained"]],
+        "lengths": [len(row["input_ids"]) for row in ROWS],
+    }
+    together = collate([packed], PackedShape(16, documents=4, longest=7))
+    alone = TrainingStep(adapted(tiny_model), TRAIN)
+    one_row = TrainingStep(adapted(tiny_model), TRAIN, Ways(attention=attention))
+    for _ in range(5):
+        expected = float(alone.update([collate(ROWS)]))
+        assert float(one_row.update([together])) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.parametrize("ways", [Ways(elementwise=True), Ways(recomputed_layers=1)])
+def test_compiled_layers_train_as_eager_ones(ways: Ways, tiny_model: Path) -> None:
+    torch.compiler.reset()
+    eager = TrainingStep(adapted(tiny_model), TRAIN)
+    compiled = TrainingStep(adapted(tiny_model), TRAIN, replace(ways, compiled=True))
+    for _ in range(3):
+        expected = float(eager.update([collate(ROWS)]))
+        assert float(compiled.update([collate(ROWS)])) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
