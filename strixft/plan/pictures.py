@@ -47,10 +47,12 @@ def breakdown(figures: Figures) -> str:
         if width >= 0.005:
             axes.barh(0, width, left=left, color=colour, label=f"{name}, {width:.2f} GiB")
         left += width
-    _budget_line(axes, figures)
-    axes.set_xlim(0, 1.05 * max(left, budget) if left > budget / 20 else left * 1.3)
+    is_near = left > budget / 20  # else the parts would be too thin to see
+    axes.set_xlim(0, 1.05 * max(left, budget) if is_near else left * 1.3)
+    if is_near:
+        _budget_line(axes, figures)
     axes.set_yticks([])
-    axes.set_xlabel("GiB at the peak")
+    axes.set_xlabel("GiB at the peak" + ("" if is_near else f"; the budget is {budget:.0f} GiB"))
     below = (0.5, -0.55)
     axes.legend(fontsize=7.5, ncols=3, loc="upper center", bbox_to_anchor=below, frameon=False)
     return views.picture(figure, "memory at the peak by part, against the budget")

@@ -38,11 +38,10 @@ def write_smoke_recipe(folder: Path, memory_reserve_gib: float = 0, **train: Any
 
 
 def do_stages(recipe: Path, folder: Path) -> None:
-    """All stages and the report, in this process."""
+    """All stages but the export and the report, in this process."""
     run = strixft.open_run(recipe, folder)
-    for stage in STAGES:
-        if hasattr(strixft, f"{stage}_recipe"):
-            getattr(strixft, f"{stage}_recipe")(run)
+    for stage in STAGES[: STAGES.index("export")]:
+        getattr(strixft, f"{stage}_recipe")(run)
     strixft.write_report(run)
 
 
