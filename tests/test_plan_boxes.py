@@ -27,7 +27,7 @@ RECIPE = Recipe(
     model="none",
     method="full",
     dataset=Dataset(source="none", max_length=128),
-    train=Train(tokens_per_update=4096),
+    train=Train(tokens_per_update=4096, compile="none"),
 )
 
 
