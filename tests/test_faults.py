@@ -60,7 +60,8 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_soak_counts_what_grows(tmp_path: Path) -> None:
-    found = play("soak", tmp_path, 150)
+    updates = 150
+    found = play("soak", tmp_path, updates)
     assert set(found) == {"resident_bytes", "threads", "os_threads", "open_files"}
-    assert abs(found["threads"]) < 1
-    assert abs(found["open_files"]) < 1
+    for counted in ("threads", "open_files"):  # not one more in all these updates
+        assert abs(found[counted]) * updates / 1000 < 1

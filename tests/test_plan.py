@@ -71,7 +71,7 @@ def test_the_dry_run_is_the_real_step(
     host = find_host("cpu")
     found = dry_run(recipe, load_config(recipe), host, shape, recomputed_layers)
     peak, resident = measured(recipe, shape, recomputed_layers)
-    assert found.peak_bytes == pytest.approx(peak, rel=0.002)
+    assert found.peak_bytes == pytest.approx(peak, rel=0.002, abs=2**15)  # of 14 MB or more
     assert found.resident_bytes == pytest.approx(resident, rel=0.002)
 
 
@@ -195,7 +195,8 @@ def test_a_trace_answers_for_other_micro_batches(shape: dict[str, Any], method: 
         step = Step(RowShape(rows, length, trained), layers, random.choice([1, 2, 4]))
         scaled, fresh = traces.dry_run(step), traces.fresh(step)
         assert scaled.peak_bytes == pytest.approx(fresh.peak_bytes, rel=1e-3), step
-        assert scaled.reserved_bytes == pytest.approx(fresh.reserved_bytes, rel=1e-3), step
+        one_segment = pytest.approx(fresh.reserved_bytes, rel=1e-3, abs=2**21)
+        assert scaled.reserved_bytes == one_segment, step
         assert scaled.seconds_per_update == pytest.approx(fresh.seconds_per_update, rel=0.01)
         asked = traces.estimate(step).asked_bytes
         assert scaled.peak_bytes - scaled.unsplit_bytes == asked
