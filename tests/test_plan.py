@@ -71,7 +71,8 @@ def test_the_dry_run_is_the_real_step(
     host = find_host("cpu")
     found = dry_run(recipe, load_config(recipe), host, shape, recomputed_layers)
     peak, resident = measured(recipe, shape, recomputed_layers)
-    assert found.peak_bytes == pytest.approx(peak, rel=0.002, abs=2**15)  # of 14 MB or more
+    more = 2**15 if method == "int8-lora" else 0  # its smallest case is 30 KiB high
+    assert found.peak_bytes == pytest.approx(peak, rel=0.002, abs=more)
     assert found.resident_bytes == pytest.approx(resident, rel=0.002)
 
 
