@@ -47,8 +47,8 @@ def format_number(value: float | int | None, digits: int = 3) -> str:
 def format_figure(value: object) -> str:
     """A value of any kind in a table: four digits that count, an unknown is a dash.
 
-    >>> [format_figure(value) for value in (1234567.8, 0.012345, 3, "pp512", None, 212.64)]
-    ['1,234,568', '0.01234', '3', 'pp512', '–', '212.6']
+    >>> [format_figure(value) for value in (1234567.8, 0.012346, 3, "pp512", None, 212.64)]
+    ['1,234,568', '0.01235', '3', 'pp512', '–', '212.6']
     """
     if value is None:
         return "–"
