@@ -18,19 +18,20 @@ from conftest import chats, recipe_writer, write_tiny_model
 import strixft
 from strixft.runs import STAGES, Result, Run, find_run
 
+ROWS = 9
+"""Packed rows that the smoke recipe trains on, one update each."""
 ADAPTER_FILE = "train/adapter/adapter_model.safetensors"
 _NUMBER = re.compile(r"checkpoint-\d+")
 
 
 def write_smoke_recipe(folder: Path, memory_reserve_gib: float = 0, **train: Any) -> Path:
-    """A recipe on a random model of two layers that saves after nearly every update."""
+    """Packed rows and a random model of two layers; it saves after nearly every update."""
     folder.mkdir(parents=True, exist_ok=True)
     write = recipe_writer(folder, write_tiny_model(folder / "model"))
     settings = {"epochs": 2, "tokens_per_update": 150, "micro_batch": 1, **train}
     return write(
         "smoke",
         rows=chats(30),
-        dataset={"packing": False},
         train={"save_every_minutes": 0.002, **settings},
         evaluate={"max_rows": 2},
         memory={"reserve_gib": memory_reserve_gib},

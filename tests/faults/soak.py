@@ -16,7 +16,7 @@ import psutil
 from transformers import TrainerCallback
 
 import strixft
-from faults.smoke import ended, fork, write_smoke_recipe
+from faults.smoke import ROWS, ended, fork, write_smoke_recipe
 from strixft.evaluate import row_losses
 from strixft.loop import Guard
 from strixft.prepare import Prepared
@@ -84,7 +84,7 @@ def slopes(path: Path) -> dict[str, float]:
 def soak(folder: Path, updates: int) -> dict[str, float]:
     """Train a tiny model for many updates; growth per 1,000 updates."""
     often = {"tokens_per_update": 1, "save_every_minutes": 0.05}
-    recipe = write_smoke_recipe(folder, epochs=updates / 24, **often)
+    recipe = write_smoke_recipe(folder, epochs=updates / ROWS, **often)
     looks, log = folder / "looks.jsonl", folder / "soak.log"
     code = ended(fork(partial(_train, recipe, folder / "run", looks), log))
     assert code == 0, f"ended with {code}: see {log}"
