@@ -22,6 +22,7 @@ from torch import nn
 from strixft import attention, int8
 from strixft.config import first_lines, read_config
 from strixft.errors import HostError, RecipeError
+from strixft.loading import Target, fetch, load_weights
 from strixft.methods import METHODS, Method
 from strixft.recipe import Lora, Recipe
 from strixft.weights import refuse_pickles
@@ -173,26 +174,78 @@ def _quantization(method: Method, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_8bit=True) if method.base == "int8" else None
 
 
+def _stored_as(config: Any) -> str:
+    """How a checkpoint holds its weights: `native`, or the `base` of a method."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return "native"
+    if stored.get("load_in_8bit"):
+        return "int8"
+    kind = stored.get("bnb_4bit_quant_type", "fp4")
+    return str(kind) if stored.get("load_in_4bit") else str(stored.get("quant_method"))
+
+
+def _use_stored(config: Any, method: Method, dtype: torch.dtype) -> None:
+    """Let a checkpoint that is quantised compute in the type of the run.
+
+    Raises:
+        RecipeError: The method keeps its base in another way than the checkpoint.
+    """
+    stored = _stored_as(config)
+    if stored == "native":
+        return
+    if stored != method.base:
+        fitting = [row.name for row in METHODS.values() if row.base == stored]
+        raise RecipeError(
+            f"the weights are stored as {stored}, and method {method.name} keeps them as"
+            f" {method.base}",
+            fix=f"method: {fitting[0]}" if fitting else "model: the version that is not quantised",
+        )
+    config.quantization_config = config.quantization_config | {
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")
+    }
+
+
+def _load_by_transformers(recipe: Recipe, source: str, target: Target) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=target.dtype,
+        quantization_config=target.quantization,
+        device_map={"": target.device},
+        attn_implementation=target.attention,
+        local_files_only=recipe.offline,
+        use_safetensors=True,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    return model
+
+
 def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
     """The base model with its weights on a device.
 
     Raises:
-        RecipeError: There is no such model, or its weights are a pickle.
+        RecipeError: There is no such model, its weights are a pickle, or they are stored otherwise
+            than the method keeps them.
+        HostError: The disk has no room for what is to be downloaded.
+        StageError: A file of the weights is damaged.
     """
-    from transformers import AutoModelForCausalLM
-
-    refuse_pickles(model_source(recipe.model))
+    source, method = model_source(recipe.model), METHODS[recipe.method]
+    refuse_pickles(source)
+    target = Target(
+        device=device,
+        dtype=dtype,
+        quantization=_quantization(method, dtype),
+        attention=attention.NAME,
+        cache=cache_folder() / "nf4",
+    )
+    config = load_config(recipe)
+    _use_stored(config, method, dtype)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            model_source(recipe.model),
-            dtype=dtype,
-            quantization_config=_quantization(METHODS[recipe.method], dtype),
-            device_map={"": device},
-            attn_implementation=attention.NAME,
-            local_files_only=recipe.offline,
-            use_safetensors=True,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+        folder = fetch(source, offline=recipe.offline)
+        model = load_weights(source, folder, config, target)
+        model = model or _load_by_transformers(recipe, source, target)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(recipe.model, error) from error
     int8.use_own_product(model)

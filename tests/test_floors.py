@@ -14,6 +14,7 @@ FLOORS = [
     ["runs"],
     ["rates", "comparison"],
     ["data", "attention", "guard", "int8", "config", "checkpoints", "stop"],
+    ["loading"],
     ["model"],
     ["prepare", "step"],
     ["plan"],

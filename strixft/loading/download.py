@@ -1,0 +1,60 @@
+"""The files of a model of the hub: what is missing is downloaded, if there is room for it.
+
+What the hub's library has downloaded stays, so a download that was broken off goes on: file by file
+with huggingface_hub 2, within a file before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from strixft.disk import disk_full, free_bytes
+from strixft.weights import model_folder
+
+SETTINGS = ("config.json", "generation_config.json")
+INDEX = "model.safetensors.index.json"
+SPARE_BYTES = 2**30
+
+
+def fetch(source: str, *, offline: bool) -> Path | None:
+    """The folder with a model's weights.
+
+    Args:
+        source: A folder or a hub id.
+        offline: Never ask the network.
+
+    Returns:
+        None where there is none on this machine, and none may be fetched.
+
+    Raises:
+        HostError: The disk has no room for what is missing.
+        OSError: It cannot be downloaded.
+    """
+    from huggingface_hub import is_offline_mode, snapshot_download
+
+    if Path(source).is_dir() or offline or is_offline_mode():
+        return model_folder(source)
+    folder = Path(snapshot_download(source, allow_patterns=[*SETTINGS, INDEX]))
+    names = _weight_names(folder)
+    _require_room(source, names)
+    return Path(snapshot_download(source, allow_patterns=[*SETTINGS, INDEX, *names]))
+
+
+def _weight_names(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if not index.is_file():
+        return ["model.safetensors"]
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def _require_room(source: str, names: Sequence[str]) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    files = snapshot_download(source, allow_patterns=list(names), dry_run=True)
+    missing = sum(file.file_size or 0 for file in files if file.will_download)
+    cache = Path(HF_HUB_CACHE)
+    if missing and free_bytes(cache) < missing + SPARE_BYTES:
+        raise disk_full(cache, missing + SPARE_BYTES)
