@@ -21,8 +21,9 @@ from torch import nn
 
 from strixft import attention, int8
 from strixft.config import first_lines, read_config
+from strixft.download import fetch
 from strixft.errors import HostError, RecipeError
-from strixft.loading import Target, fetch, load_weights
+from strixft.loading import Target, load_weights
 from strixft.methods import METHODS, Method
 from strixft.recipe import Lora, Recipe
 from strixft.weights import refuse_pickles

@@ -9,7 +9,7 @@ FLOORS = [
     ["text", "units", "environment"],
     ["errors", "views", "progress"],
     ["tables", "servers", "llama", "locks", "stopping", "disk", "memory", "weights"],
-    ["hardware", "families", "methods", "formats", "sources", "exports"],
+    ["hardware", "families", "methods", "formats", "sources", "exports", "download"],
     ["recipe"],
     ["runs"],
     ["rates", "comparison"],

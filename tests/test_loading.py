@@ -76,7 +76,7 @@ def small_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders of the files whose tensors were streamed, in turn."""
     seen: list[Path] = []
-    streaming = loading.streaming
+    streaming = loading.__dict__["streaming"]
 
     def watched(paths: list[Path], *rest: Any) -> Any:
         seen.append(paths[0].parent)

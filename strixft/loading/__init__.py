@@ -18,12 +18,11 @@ from torch import nn
 
 from strixft.errors import StageError
 from strixft.loading import cache
-from strixft.loading.download import fetch
 from strixft.loading.shards import DTYPES, Shard, shard_paths
 from strixft.loading.streamed import DamagedError, Sums, streaming
 from strixft.progress import say
 
-__all__ = ["Target", "fetch", "load_weights"]
+__all__ = ["Target", "load_weights"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The files of a model of the hub: what is missing is downloaded, if there is room for it.
 
-What the hub's library has downloaded stays, so a download that was broken off goes on: file by file
-with huggingface_hub 2, within a file before.
+A connection that breaks goes on within a file. A download that was stopped goes on with the file
+that was not whole: huggingface_hub 2 does not keep parts of one.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def fetch(source: str, *, offline: bool) -> Path | None:
         return model_folder(source)
     folder = Path(snapshot_download(source, allow_patterns=[*SETTINGS, INDEX]))
     names = _weight_names(folder)
+    if all((folder / name).exists() for name in names):
+        return folder
     _require_room(source, names)
     return Path(snapshot_download(source, allow_patterns=[*SETTINGS, INDEX, *names]))
 
