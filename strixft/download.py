@@ -1,7 +1,8 @@
 """The files of a model of the hub: what is missing is downloaded, if there is room for it.
 
-A connection that breaks goes on within a file. A download that was stopped goes on with the file
-that was not whole: huggingface_hub 2 does not keep parts of one.
+What the hub's library has downloaded stays. huggingface_hub 2 goes on within a file when a
+connection breaks, and with the file that was not whole when the process was stopped; versions
+before end at a broken connection, and the next start goes on within the file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from strixft.disk import disk_full, free_bytes
+from strixft.errors import HostError
 from strixft.weights import model_folder
 
 SETTINGS = ("config.json", "generation_config.json")
@@ -29,19 +31,33 @@ def fetch(source: str, *, offline: bool) -> Path | None:
         None where there is none on this machine, and none may be fetched.
 
     Raises:
-        HostError: The disk has no room for what is missing.
-        OSError: It cannot be downloaded.
+        HostError: The disk has no room for what is missing, or the connection broke.
+        OSError: There is no such model, or it is not open to this user.
     """
-    from huggingface_hub import is_offline_mode, snapshot_download
+    from huggingface_hub import is_offline_mode
 
     if Path(source).is_dir() or offline or is_offline_mode():
         return model_folder(source)
-    folder = Path(snapshot_download(source, allow_patterns=[*SETTINGS, INDEX]))
+    folder = _download(source, [*SETTINGS, INDEX])
     names = _weight_names(folder)
     if all((folder / name).exists() for name in names):
         return folder
     _require_room(source, names)
-    return Path(snapshot_download(source, allow_patterns=[*SETTINGS, INDEX, *names]))
+    return _download(source, [*SETTINGS, INDEX, *names])
+
+
+def _download(source: str, names: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(names)))
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the HTTP client, which is another one in each version
+        raise HostError(
+            f"the download of {source} broke off: {error}",
+            fix="type the same command again: what is there stays",
+        ) from error
 
 
 def _weight_names(folder: Path) -> list[str]:

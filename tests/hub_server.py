@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,8 +23,8 @@ class Hub:
     """What the server has, what it refuses, and what it was asked for."""
 
     folder: Path
-    broken: set[str] = field(default_factory=set)
-    """Files whose contents end in the middle, once."""
+    broken: Counter[str] = field(default_factory=Counter)
+    """Files whose contents end in the middle, and how often."""
     refused: set[str] = field(default_factory=set)
     """Files that are answered with an error."""
     sent: list[tuple[str, str | None]] = field(default_factory=list)
@@ -98,10 +99,10 @@ def _handler(hub: Hub) -> type:
                 self._send(name, data[start:])
 
         def _send(self, name: str, data: bytes) -> None:
-            if name not in hub.broken:
+            if not hub.broken[name]:
                 self.wfile.write(data)
                 return
-            hub.broken.remove(name)
+            hub.broken[name] -= 1
             self.wfile.write(data[: len(data) // 2])
             self.close_connection = True
 

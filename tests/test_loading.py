@@ -22,7 +22,7 @@ from strixft.loading import cache
 from strixft.loading.shards import Shard, shard_paths
 from strixft.loading.streamed import sums_of
 from strixft.methods import METHODS
-from strixft.model import _quantization, load_base
+from strixft.model import _quantization, load_base, load_config, shape_base
 from strixft.recipe import Recipe, load_recipe
 
 SHAPE: dict[str, Any] = {
@@ -407,10 +407,31 @@ def test_ready_made_4_bit_weights_are_taken_as_they_are(
     )
     layer = ours.model.layers[0].mlp.up_proj
     assert layer.compute_dtype is torch.float32  # of the run, not of whoever wrote the checkpoint
+    for parameter in theirs.parameters():
+        if parameter.dtype is torch.bfloat16:  # transformers leaves them so
+            parameter.data = parameter.data.float()
     theirs.config.quantization_config.bnb_4bit_compute_dtype = torch.float32
     assert same(ours, theirs) > 40
     assert read == [folder]
     assert not (tmp_path / "cache" / "nf4").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bnb_4bit_use_double_quant": False}, {"llm_int8_skip_modules": ["lm_head", "mlp"]}],
+    ids=["nested", "plain", "partly"],
+)
+def test_the_plan_of_ready_made_weights_has_their_shapes(
+    settings: Any, llama: Path, tmp_path: Path, write_recipe: WriteRecipe
+) -> None:
+    recipe = recipe_of(ready_made(llama, tmp_path / "nf4", **NF4 | settings), "qlora", write_recipe)
+    real = load_base(recipe, "cpu", torch.float32)
+    shape = shape_base(load_config(recipe), METHODS["qlora"], torch.float32)
+    sizes = [
+        {name: (tensor.dtype, tensor.shape) for name, tensor in tensors(model)}
+        for model in (real, shape)
+    ]
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,22 @@ def _stream(
             attn_implementation=target.attention,
             output_loading_info=True,
         )
+    if _is_stored(own):
+        _cast_rest(model, target.dtype)
     return model, not (info["missing_keys"] or info["mismatched_keys"])
+
+
+def _cast_rest(model: Any, dtype: torch.dtype) -> None:
+    """Give the weights that are not quantised the type of the run.
+
+    transformers 5.23 leaves all weights of a quantised checkpoint in the type of the file
+    (`HfQuantizer.get_new_dtype`).
+    """
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    for name, parameter in model.named_parameters():
+        is_packed = hasattr(parameter, "quant_state") or not parameter.is_floating_point()
+        if not is_packed and not any(module in name for module in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _class_of(config: Any) -> tuple[Any, Any]:
