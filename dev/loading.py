@@ -60,11 +60,6 @@ def kernel_bytes(file: str, name: str) -> int:
     return int(rows[name].split()[0]) * 1024
 
 
-def cached_bytes() -> int:
-    """Page cache of the machine."""
-    return kernel_bytes("/proc/meminfo", "Cached")
-
-
 def resident() -> int:
     """Anonymous resident bytes of this process."""
     return kernel_bytes("/proc/self/status", "RssAnon")
@@ -74,8 +69,7 @@ class Peak:
     """Resident memory of this process: largest anonymous and file-backed parts, seen every 5 ms."""
 
     def __init__(self) -> None:
-        self.anonymous = self.of_files = self.page_cache = 0
-        self._cached_before = cached_bytes()
+        self.anonymous = self.of_files = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -83,7 +77,6 @@ class Peak:
     def _look(self) -> None:
         self.anonymous = max(self.anonymous, resident())
         self.of_files = max(self.of_files, kernel_bytes("/proc/self/status", "RssFile"))
-        self.page_cache = max(self.page_cache, cached_bytes() - self._cached_before)
 
     def _watch(self) -> None:
         while not self._done.wait(0.005):
@@ -133,7 +126,6 @@ def load(way: str, folder: Path, method: str, device: str) -> dict[str, float]:
         "seconds": seconds,
         "anonymous": peak.anonymous - before,
         "of_files": peak.of_files,
-        "page_cache": peak.page_cache,
         "weights": held,
         "excess": peak.anonymous - before - (held if device == "cpu" else 0),
         "version": transformers.__version__,
@@ -167,7 +159,15 @@ def measure(way: str, folder: Path, method: str, device: str) -> dict[str, float
     }
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return found | {"page_cache": cached_bytes(folder.parent)}
+
+
+def cached_bytes(folder: Path) -> int:
+    """What the page cache holds of the files below a folder; `fincore` is part of util-linux."""
+    paths = [str(path) for path in folder.rglob("*.safetensors")]
+    words = ["fincore", "--bytes", "--noheadings", "--output", "RES", *paths]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return sum(map(int, done.stdout.split()))
 
 
 def show(way: str, figures: dict[str, float], read_bytes: int) -> None:
@@ -198,7 +198,9 @@ def main() -> None:
         write_checkpoint(folder, gigabytes)
     ways = WAYS if method == "qlora" else ("transformers", "streamed")
     print(f"{files_bytes(folder) / GIB:.2f} GiB, {method}, {device}; memory in GiB")
-    head = "| way | seconds | GiB/s | process | beyond weights | mapped files | page cache |"
+    head = (
+        "| way | seconds | GiB/s | process | beyond weights | mapped files | left in page cache |"
+    )
     print(head + (" device |" if device == "cuda" else ""))
     for way in ways:
         figures = measure(way, folder, method, device)
