@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from strixft import attention, int8, loading
 from strixft.errors import RecipeError, StageError
 from strixft.loading import cache
 from strixft.loading.shards import Shard, shard_paths
-from strixft.loading.streamed import sums_of
+from strixft.loading.streamed import streaming, sums_of
 from strixft.methods import METHODS
 from strixft.model import _quantization, load_base, load_config, shape_base
 from strixft.recipe import Recipe, load_recipe
@@ -568,3 +569,14 @@ def resident_pages(path: Path) -> int:
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         assert library.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0
         return sum(page & 1 for page in pages)
+
+
+def test_the_bar_counts_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("strixft.progress._in_notebook", lambda: True)
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(2**20), "b": torch.ones(2**20)}, path)
+    with streaming([path], "cpu") as found:
+        assert all(torch.equal(found[name][...], torch.ones(2**20)) for name in "ab")
+    assert re.search(r"weights: 100%.* 8\.00M/8\.00M .*[KMG]iB/s", capsys.readouterr().err)
