@@ -51,21 +51,40 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write what a folder holds, with a hash of its own."""
+    write_json(folder / MANIFEST, {"sha256": _own_hash(manifest), **manifest})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a folder should hold.
+
+    Raises:
+        ValueError: It is missing or damaged.
+    """
+    try:
+        manifest = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        whole = manifest.pop("sha256") == _own_hash(manifest)
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (ValueError, KeyError, TypeError, OSError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{MANIFEST} is damaged")
+    return manifest
+
+
 def _read(folder: Path, update: int) -> Checkpoint:
     """A checkpoint whose files are what its manifest says.
 
     Raises:
         ValueError: With what is wrong.
     """
+    manifest = read_manifest(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.pop("sha256") != _own_hash(manifest):
-            raise ValueError
         listed, inputs = dict(manifest["files"]), dict(manifest["inputs"])
         counters = {str(name): int(value) for name, value in manifest["counters"].items()}
-    except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{MANIFEST} is damaged") from None
     found = _hashes(folder)
     for name in sorted(listed.keys() | found.keys()):
@@ -187,7 +206,7 @@ class Checkpoints:
         for path in folder.rglob("*"):
             sync(path)
         manifest = {"files": _hashes(folder), "inputs": self.inputs, "counters": dict(counters)}
-        write_json(folder / MANIFEST, {"sha256": _own_hash(manifest), **manifest})
+        write_manifest(folder, manifest)
         sync(folder)
         folder.rename(self.folder / folder.name)
         sync(self.folder)

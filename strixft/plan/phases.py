@@ -9,7 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from strixft.hardware import Host, Sourced
+from strixft.loading.cache import FILE_BYTES
+from strixft.loading.streamed import PIECE_BYTES
 from strixft.methods import METHODS, Method
 from strixft.model import native_dtype, shape_base
 from strixft.plan.dry_run import DryRun, layer_kinds, with_layers
@@ -31,6 +35,13 @@ PROCESS = Sourced(
 )
 MERGED_BYTES = 10
 """A merged weight in flight: as it was read (2), its change (4) and the sum in float32 (4)."""
+LOADED_AT_ONCE = 4
+"""Tensors that transformers 5.17 to 5.23 loads at once where it does not quantise."""
+STORED_BYTES = 2
+"""A weight of a checkpoint, in bf16."""
+QUANTISED_BYTES = {"native": 0.0, "nf4": 2 * 4 / 64, "int8": 2.0}
+"""A weight in flight, beside the one that is quantised and the result: the scales of its block in
+float32, twice; a copy in float16 (bitsandbytes 0.50, `quantize_4bit` and `Int8Params`)."""
 CONVERTED_BYTES = 6
 """An exported weight in flight: as it was read (2) and in float32 (4)."""
 
@@ -99,20 +110,29 @@ class Life:
     ) -> None:
         self._recipe, self._config, self._host, self._run = recipe, config, host, run
         self._method: Method = METHODS[recipe.method]
-        self._element = native_dtype(host.device, bfloat16=host.bfloat16).itemsize
+        self._dtype = native_dtype(host.device, bfloat16=host.bfloat16)
+        self._element = self._dtype.itemsize
         self._tensors = Tensors.of(config, host)
         self._fixed = run.parts["weights"] + run.parts["adapter"]
         self._memo = memo or Memo()
 
     def load(self) -> Phase:
-        """Weights come tensor by tensor, and are quantised on the device one by one.
+        """Weights come tensor by tensor, the embedding first, and are quantised one by one.
 
-        So the device holds what is loaded and, where it is quantised, one tensor as it was read;
-        the host holds one tensor.
+        So the device holds what is loaded and, where it is quantised or cast, the tensor as it was
+        read. The host holds pieces of the files, and a file of 4-bit weights that is written.
         """
-        in_flight = self._tensors.largest * self._element
-        extra = in_flight if self._method.base != "native" else 0
-        return self._phase(self._fixed + extra, in_flight)
+        linear, largest = self._tensors.largest_linear, self._tensors.largest
+        base = self._method.base
+        cast = 0 if self._dtype is torch.bfloat16 else STORED_BYTES
+        if base == "native":
+            device = self._fixed + LOADED_AT_ONCE * cast * largest
+            return self._phase(device, LOADED_AT_ONCE * PIECE_BYTES)
+        in_flight = int(linear * (self._element + cast + QUANTISED_BYTES[base]))
+        first = outside_layers_bytes(self._config, self._host) + cast * largest
+        written = max(FILE_BYTES, largest * self._element) if base == "nf4" else 0
+        moved = linear * self._element if base == "int8" else 0  # through the host, to be quantised
+        return self._phase(max(self._fixed + in_flight, first), PIECE_BYTES + written + moved)
 
     def train(self) -> Phase:
         """What the allocator holds; the host has the process, and rows that do not count."""
