@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import WriteRecipe
-from torch import Tensor
+from torch import Tensor, nn
 
-from strixft.attention import RUNGS, Heads, Rung, known_bad, ladder
+from strixft.attention import RUNGS, Heads, Rung, documents_of, known_bad, ladder
+from strixft.attention.core import attend_eagerly
+from strixft.attention.masks import dense_mask
 from strixft.child import Probe
 from strixft.errors import HostError
 from strixft.guard import find_host
@@ -304,6 +306,24 @@ def test_ways_that_are_right_stay_far_below_what_is_allowed(rung: str, dtype: st
     assert "problem" not in figures
     assert 0 < figures["error"] < 0.5 * figures["allowed_error"]
     assert figures["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_flash_attention_is_told_where_documents_end(
+    windowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel has no CPU; what it is given is computed plainly in its place."""
+    subject = Subject.random(HEADS, "cpu", torch.float32, windowed=windowed)
+
+    def plainly(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *sizes: Any) -> Tensor:
+        longest, _, window = sizes
+        assert (longest, window) == (41, 8 if windowed else None)
+        mask = dense_mask(documents_of(ends, 2, 96), window)
+        return attend_eagerly(nn.Module(), query, key, value, mask)[0]
+
+    monkeypatch.setattr("strixft.attention.core.varlen", plainly)
+    found = Way(RUNGS["varlen"], subject, "cpu").results()
+    assert largest_error(found, reference(subject)) < 1e-5
 
 
 def test_a_mask_that_lets_a_first_token_look_ahead_is_wrong() -> None:
