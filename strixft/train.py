@@ -368,7 +368,12 @@ def _require_right(run: Run, plan: Plan) -> None:
     host, recipe = training_host(), run.recipe
     heads, method = Heads.of(read_config(recipe)), METHODS[recipe.method]
     require_right(heads, method, host)
-    again = f"{run.resume_command} --from plan"
+    planned_here = recipe.memory.host in ("auto", "cpu")
+    again = (
+        f"{run.resume_command} --from plan"
+        if planned_here
+        else "--set memory.host=auto, with a new --run-dir"
+    )
     require_attention(plan.figures["choice"]["attention"], heads, host, again)
     if (library := fastest_blas(method, host)) is not None:
         torch.backends.cuda.preferred_blas_library(library)
