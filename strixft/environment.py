@@ -11,8 +11,15 @@ BEFORE_TORCH = {
     "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL": "1",
 }
 """Variables by name; what the user has set stays as it is."""
+OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"
+OVERRIDE_WHY = (
+    "it pretends another GPU: 11.0.0 ends in a memory access fault, and every value keeps gfx1151's"
+    " own kernels away"
+)
+"""ROCm/ROCm#5824; h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md (measured)."""
 NO_TELEMETRY = "HF_HUB_DISABLE_TELEMETRY"
 """TRL 1.16 tells the hub of each trainer that is made; nobody has asked for that."""
+_too_late: list[str] = []
 
 
 def prepare() -> list[str]:
@@ -22,4 +29,10 @@ def prepare() -> list[str]:
     os.environ.setdefault(NO_TELEMETRY, "1")
     # bitsandbytes 0.50 tells every CPU that an optional kernel package is missing
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    return missing if "torch" in sys.modules else []
+    _too_late[:] = missing if "torch" in sys.modules else []
+    return _too_late
+
+
+def seen_by_torch() -> dict[str, str | None]:
+    """The variables as torch found them when it was imported; None: it was before they were set."""
+    return {name: None if name in _too_late else os.environ.get(name) for name in BEFORE_TORCH}

@@ -66,6 +66,8 @@ class Host:
     """Matrix products in bf16 run at full rate."""
     architecture: str = ""
     """Of the GPU, such as `gfx1151`; empty where nothing depends on it."""
+    here: bool = False
+    """It is this machine, so what runs on it can be tried before it is used."""
     workspace_bytes: Sourced = NO_WORKSPACE
     """What BLAS keeps inside torch's allocator once it has run."""
     driver_bytes: Sourced | None = None

@@ -7,6 +7,9 @@ from typing import Literal
 
 from strixft.tables import Table
 
+BITSANDBYTES = "bitsandbytes>=0.50,<0.51"
+"""What stores weights in 4 bits; before 0.50 garbage came back on RDNA (its PR #1885)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:

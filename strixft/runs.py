@@ -26,6 +26,7 @@ from typing import Any, ClassVar, TypeVar
 
 from strixft import views
 from strixft.disk import disk_full, is_full
+from strixft.environment import seen_by_torch
 from strixft.errors import (
     FIX,
     DataError,
@@ -260,7 +261,11 @@ class Run:
             started=started,
             seconds=round(time.monotonic() - clock, 3),
             versions=versions(),
-            host={"machine": platform.machine(), "system": platform.platform()},
+            host={
+                "machine": platform.machine(),
+                "system": platform.platform(),
+                "environment": seen_by_torch(),
+            },
             inputs=inputs,
             figures=figures,
         )

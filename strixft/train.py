@@ -17,9 +17,11 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
 from strixft import views
+from strixft.attention import Heads
 from strixft.checkpoints import KEPT, Checkpoints
 from strixft.data import Batch, PackedShape, collate, training_order
 from strixft.disk import require_room
+from strixft.environment import seen_by_torch
 from strixft.errors import FitError, StageError
 from strixft.guard import (
     Watches,
@@ -29,13 +31,17 @@ from strixft.guard import (
     finite_again,
     less_memory,
     loss_spikes,
+    training_host,
 )
 from strixft.loop import Guard, GuardedTrainer, NotFiniteError
 from strixft.memory import is_out_of_memory
+from strixft.methods import METHODS
 from strixft.model import base_of, build, load_tokenizer, model_source, native_dtype
 from strixft.plan import Plan
 from strixft.plan.compare import compare_html, device_parts, planned_figures
+from strixft.plan.result import read_config
 from strixft.prepare import Prepared
+from strixft.probe.right import fastest_blas, require_attention, require_right
 from strixft.progress import progress_bar
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run
@@ -112,7 +118,7 @@ class _Trainer(GuardedTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         assert num_items_in_batch is not None
-        self.num_tokens += int(inputs["num_tokens"])
+        self.num_tokens += inputs["num_tokens"]
         return self.step.loss(inputs, num_items_in_batch)
 
 
@@ -357,13 +363,33 @@ def _save(model: nn.Module, folder: Path) -> None:
     temporary.rename(folder / ADAPTER)
 
 
+def _require_right(run: Run, plan: Plan) -> None:
+    """Try what the plan chose, unless that is known: it may be of another machine, or driver."""
+    host, recipe = training_host(), run.recipe
+    heads, method = Heads.of(read_config(recipe)), METHODS[recipe.method]
+    require_right(heads, method, host)
+    planned_here = recipe.memory.host in ("auto", "cpu")
+    again = (
+        f"{run.resume_command} --from plan"
+        if planned_here
+        else "--set memory.host=auto, with a new --run-dir"
+    )
+    require_attention(plan.figures["choice"]["attention"], heads, host, again)
+    if (library := fastest_blas(method, host)) is not None:
+        torch.backends.cuda.preferred_blas_library(library)
+
+
 def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     prepared, plan = run.require(Prepared), run.require(Plan)
     plan.require_fit()
+    _require_right(run, plan)
+    missed = [name for name, value in seen_by_torch().items() if value is None]
     capped = cap(plan.figures["host"]["budget_bytes"], plan.figures["reserved_bytes"])
     watch, watches = _Watch(run), Watches(run)
     if capped.warning:
         watches.warn(capped.warning)
+    if missed and torch.version.hip is not None:
+        watches.warn(f"{', '.join(missed)} was set after torch was imported: import strixft first")
     with watches.watching() as seen:
         trainer = _build_trainer(run, prepared, plan, watch, watches)
         _require_room(trainer)

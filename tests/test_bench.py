@@ -13,6 +13,7 @@ from conftest import WriteRecipe
 from test_cli import Type
 from test_cli import enter as enter
 
+from strixft.attention import RUNGS
 from strixft.bench import BENCHES, conditions, gemm, run_bench, sets, timing
 from strixft.bench.device import write_host_row
 from strixft.bench.options import settings_of
@@ -394,3 +395,18 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(
     with pytest.raises(FitError, match=r"needs \d+\.\d+ GiB for its weights") as caught:
         run_bench("decode", model=str(folder))
     assert caught.value.fix.startswith("--method qlora")
+
+
+def test_attention_is_tried_anew_and_every_way_has_a_verdict(tiny_model: Path) -> None:
+    result = run_bench("attention", model=str(tiny_model))
+    rows = {row["attention"]: row for row in result.rows}
+    assert list(rows) == list(RUNGS)
+    assert {row["heads"] for row in result.rows} == {"4/2×16"}
+    for name, row in rows.items():
+        if "cpu" in RUNGS[name].devices:
+            assert row["verdict"] == "right"
+            assert 0 < row["error"] < row["allowed_error"]
+            assert row["peak_mib"] > 0
+        else:
+            assert (row["verdict"], row["reason"]) == ("no way", "no gradients on cpu")
+    assert read_store().results[-1].bench == "attention"

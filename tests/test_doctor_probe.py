@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from recorded import GOOD
 from torch import Tensor
 
+from strixft.child import Figures
 from strixft.doctor import CHECKS, HostView, Probe, examine, probe_child
 from strixft.doctor.probe import STEPS, run_probe
 
@@ -114,7 +116,9 @@ def test_garbage_from_nf4_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.randn(512, 512)
 
     monkeypatch.setattr("bitsandbytes.functional.dequantize_4bit", shuffled)
-    assert "error 1.4" in probe_child.round_trip_nf4()["problem"]
+    problem = probe_child.round_trip_nf4()["problem"]
+    assert problem.startswith("error 1.4")
+    assert re.search(r"; 9\d\.\d% of them are not the code that is due$", problem)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
@@ -132,10 +136,10 @@ def test_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch, value: float)
 def test_a_step_that_raises_is_noted_and_the_next_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def broken() -> probe_child.Figures:
+    def broken() -> Figures:
         raise RuntimeError("invalid device function")
 
-    def missing() -> probe_child.Figures:
+    def missing() -> Figures:
         raise ModuleNotFoundError("No module named 'trl'", name="trl")
 
     work = {"nf4": broken, "head": missing, "import": probe_child.describe_build}

@@ -1,6 +1,9 @@
 """The training step: its loss, its gradients and what it keeps."""
 
+import os
+import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ import torch
 from torch import Tensor
 
 from strixft.data import Batch, PackedShape, collate
+from strixft.data.batches import PAD
 from strixft.methods import METHODS
-from strixft.model import attach_adapter, base_of
+from strixft.model import attach_adapter, base_of, model_source
 from strixft.recipe import Lora, Train
 from strixft.step import MemoryTracker, TrainingStep, Ways, chunked_cross_entropy, part
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
@@ -24,18 +28,18 @@ ROWS: list[dict[str, Any]] = [
     {"input_ids": [12, 13, 14], "trained": [False, True, True]},
 ]
 TRAIN = Train(learning_rate=2e-4, max_grad_norm=1.0)
+LORA = Lora(r=4, alpha=8)
 
 
-def load(folder: Path) -> torch.nn.Module:
+def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def adapted(folder: Path, method: str = "lora") -> torch.nn.Module:
     torch.manual_seed(1)
-    return attach_adapter(load(folder), METHODS[method], Lora(r=4, alpha=8))
+    return attach_adapter(load(folder), METHODS[method], LORA)
 
 
 def padded_labels(batch: Batch) -> Tensor:
@@ -72,28 +76,89 @@ def test_chunks_are_equal_and_bounded() -> None:
     assert chunk_rows(5, 10) == 5
 
 
-def test_the_loss_is_that_of_transformers_and_peft(tiny_model: Path) -> None:
-    """Five updates at learning rate 2e-4, float32, against plain transformers + PEFT."""
+def peft_losses(model: Any, batches: list[Batch], lora: Lora) -> Iterator[float]:
+    """Updates of plain transformers + PEFT, one a batch of padded rows."""
     from peft import LoraConfig, get_peft_model
 
-    batch = collate(ROWS)
-    step = TrainingStep(adapted(tiny_model), TRAIN)
     torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    theirs = get_peft_model(load(tiny_model), config).train()
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    theirs = get_peft_model(model, config).train()
     trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
-    mask = torch.tensor([[1] * 7, [1] * 3 + [0] * 4])
-    for _ in range(5):
-        ours = step.update([batch])
-        loss = theirs(
-            input_ids=batch["input_ids"], attention_mask=mask, labels=padded_labels(batch)
-        ).loss
+    for batch in batches:
+        ids = batch["input_ids"]
+        loss = theirs(input_ids=ids, attention_mask=ids != PAD, labels=padded_labels(batch)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        assert float(ours) == pytest.approx(float(loss.detach()), rel=1e-4)
+        yield float(loss.detach())
+
+
+def test_the_loss_is_that_of_transformers_and_peft(tiny_model: Path) -> None:
+    """Five updates at learning rate 2e-4, float32."""
+    batches = [collate(ROWS)] * 5
+    step = TrainingStep(adapted(tiny_model), TRAIN)
+    for batch, expected in zip(batches, peft_losses(load(tiny_model), batches, LORA), strict=True):
+        assert float(step.update([batch])) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_step_over_4_bit_weights_is_that_of_transformers_and_peft(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    plain = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}
+    )
+    batches = [collate(ROWS)] * 5
+    step = TrainingStep(load_method(tiny_model, "qlora", LORA), TRAIN)
+    for batch, expected in zip(batches, peft_losses(plain, batches, LORA), strict=True):
+        assert float(step.update([batch])) == pytest.approx(expected, rel=1e-5)
+
+
+def chat_rows(count: int, vocabulary: int) -> list[dict[str, Any]]:
+    """Rows of 24 to 48 tokens, the later half of each trained; the tokens are drawn."""
+    rng = random.Random(0)
+    lengths = [rng.randrange(24, 49) for _ in range(count)]
+    return [
+        {
+            "input_ids": [rng.randrange(3, vocabulary) for _ in range(length)],
+            "trained": [place >= length // 2 for place in range(length)],
+        }
+        for length in lengths
+    ]
+
+
+def packed(rows: list[dict[str, Any]]) -> Batch:
+    """The same rows in one, closed off from each other."""
+    row = {name: [x for row in rows for x in row[name]] for name in ("input_ids", "trained")}
+    lengths = [len(row["input_ids"]) for row in rows]
+    return collate([{**row, "lengths": lengths}], PackedShape(100, len(rows) + 1, 100))
+
+
+def test_fifty_updates_follow_transformers_and_peft(tiny_model: Path) -> None:
+    """Ours packs two chats into a row and recomputes a layer; theirs pads them.
+
+    On the embedded model, in minutes: `STRIXFT_PARITY_MODEL=embedded:smollm2-135m`.
+    """
+    named = os.environ.get("STRIXFT_PARITY_MODEL")
+    folder = Path(model_source(named)) if named else tiny_model
+    plain, ours = load(folder), adapted(folder)
+    rows = chat_rows(100, plain.config.vocab_size)
+    pairs = [rows[start : start + 2] for start in range(0, 100, 2)]
+    step = TrainingStep(ours, TRAIN, Ways(attention="sdpa-packed", recomputed_layers=1))
+    expected = peft_losses(plain, [collate(pair) for pair in pairs], LORA)
+    found = [(float(step.update([packed(pair)])), next(expected)) for pair in pairs]
+    off = [abs(ours - theirs) / theirs for ours, theirs in found]
+    assert len(off) == 50
+    assert max(off) < 1e-4
 
 
 def test_the_losses_stay_what_they_were(tiny_model: Path) -> None:
@@ -172,11 +237,13 @@ def test_every_method_learns(method: str, tiny_model: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def load_method(folder: Path, method: str) -> torch.nn.Module:
+def load_method(folder: Path, method: str, lora: Lora | None = None) -> torch.nn.Module:
     from strixft.model import build
     from strixft.recipe import Dataset, Recipe
 
-    recipe = Recipe(model=str(folder), method=method, dataset=Dataset(source="none"))
+    recipe = Recipe(
+        model=str(folder), method=method, lora=lora or Lora(), dataset=Dataset(source="none")
+    )
     torch.manual_seed(1)
     return build(recipe, "cpu", torch.float32)
 

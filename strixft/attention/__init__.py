@@ -4,8 +4,18 @@ Shapes: B rows, T tokens, H heads, D head size, N documents.
 """
 
 from strixft.attention.core import NAME, attend, planned_for
-from strixft.attention.masks import attention_inputs, documents_of, window_sizes
-from strixft.attention.rungs import LADDER, RUNGS, Heads, Rung, ladder
+from strixft.attention.masks import attention_inputs, documents_of
+from strixft.attention.rungs import (
+    LADDER,
+    RUNGS,
+    Heads,
+    Rung,
+    cannot,
+    is_wanted,
+    known_bad,
+    ladder,
+    window_sizes,
+)
 
 __all__ = [
     "LADDER",
@@ -15,7 +25,10 @@ __all__ = [
     "Rung",
     "attend",
     "attention_inputs",
+    "cannot",
     "documents_of",
+    "is_wanted",
+    "known_bad",
     "ladder",
     "planned_for",
     "window_sizes",

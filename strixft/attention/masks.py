@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from strixft.attention.rungs import Rung
-
-
-def window_sizes(config: Any) -> dict[str, int | None]:
-    """Kinds of attention layers of a model, each with the tokens it looks back; None for all."""
-    window: int | None = getattr(config, "sliding_window", None)
-    kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
-    if len(kinds) < 2:
-        return {"every": None if "full_attention" in kinds else window}
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+from strixft.attention.rungs import Rung, window_sizes
 
 
 def documents_of(cu_seq_lens: Tensor, rows: int, length: int) -> Tensor:

@@ -1,13 +1,13 @@
 """`RUNGS`: ways to compute attention over packed rows, the fastest first.
 
-Which one a device takes is measured there (`strixft bench attention`); where nothing has been
-measured, it is the first that nothing speaks against.
+Which one a device takes is measured there (`strixft.probe`); for a machine that is only planned
+for, it is the first that nothing speaks against.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from strixft.tables import Table
 
@@ -25,6 +25,10 @@ class Rung:
     """Device types that have gradients of it."""
     implementation: str = "strixft"
     """Its name in transformers' attention interface; see `core`."""
+    module: str = "strixft.attention.core"
+    """What registers it there when it is imported."""
+    keeps_scores: bool = False
+    """Memory grows with T × T of every head, so it gives way to all that keep less."""
     why: str
     source: str
 
@@ -69,6 +73,7 @@ RUNGS: Table[Rung] = Table(
         mask="dense",
         devices=("cuda", "cpu"),
         implementation="strixft-eager",
+        keeps_scores=True,
         why="plain products and softmax; keeps T × T scores of every head",
         source="arXiv:1706.03762",
     ),
@@ -122,40 +127,70 @@ KNOWN_BAD = (
 )
 
 
+def window_sizes(config: Any) -> dict[str, int | None]:
+    """Kinds of attention layers of a model, each with the tokens it looks back; None for all."""
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
+    if len(kinds) < 2:
+        return {"every": None if "full_attention" in kinds else window}
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
     """What attention has to compute in a model."""
 
     model_type: str
     head_size: int
-    capped: bool
-    """Scores are capped by tanh."""
+    query_heads: int
+    key_heads: int
+    """Keys and values have fewer heads than queries where heads are grouped."""
+    softcap: float | None
+    """Scores are softcap × tanh(scores / softcap)."""
+    windowed: bool
+    """Some layers look back only so far."""
 
     @classmethod
-    def of(cls, config: object) -> Heads:
+    def of(cls, config: Any) -> Heads:
         """Of a model's configuration."""
-        text = config.get_text_config()  # type: ignore[attr-defined]
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        capped = getattr(text, "attn_logit_softcapping", None) is not None
-        return cls(model_type=text.model_type, head_size=size, capped=capped)
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        return cls(
+            model_type=text.model_type,
+            head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            query_heads=heads,
+            key_heads=getattr(text, "num_key_value_heads", None) or heads,
+            softcap=getattr(text, "attn_logit_softcapping", None),
+            windowed=any(window_sizes(text).values()),
+        )
 
 
-def why_not(rung: Rung, heads: Heads, device_type: str, device: str) -> str | None:
-    """What speaks against a rung before anything is measured; None if nothing does.
+def cannot(rung: Rung, heads: Heads, device_type: str) -> str | None:
+    """Why a rung is no way at all for a model on a type of device; None if it is one.
 
     Args:
         rung: The way.
         heads: What the model needs.
         device_type: `cuda` or `cpu`.
-        device: Architecture, such as `gfx1151`; empty if it does not matter.
     """
     if device_type not in rung.devices:
         return f"no gradients on {device_type}"
-    if heads.capped and rung.name not in CAPS_SCORES:
+    if heads.softcap is not None and rung.name not in CAPS_SCORES:
         return "leaves out the cap of the scores"
     if rung.name == "varlen" and heads.head_size > LARGEST_FLASH_HEAD:
         return f"heads of {heads.head_size} are too large for flash attention"
-    return next((bad.what for bad in KNOWN_BAD if _applies(bad, rung, heads, device)), None)
+    return None
+
+
+def known_bad(rung: Rung, heads: Heads, device: str) -> KnownBad | None:
+    """The report that speaks against a rung on a device; None if there is none.
+
+    Args:
+        rung: The way.
+        heads: What the model needs.
+        device: Architecture, such as `gfx1151`; empty if it does not matter.
+    """
+    return next((bad for bad in KNOWN_BAD if _applies(bad, rung, heads, device)), None)
 
 
 def _applies(bad: KnownBad, rung: Rung, heads: Heads, device: str) -> bool:
@@ -167,14 +202,27 @@ def _applies(bad: KnownBad, rung: Rung, heads: Heads, device: str) -> bool:
     )
 
 
+def is_wanted(rung: Rung, *, packing: bool) -> bool:
+    """Whether a recipe that packs its rows, or does not, may take a rung."""
+    return packing or rung.name in ("sdpa", "eager")
+
+
 def ladder(heads: Heads, device_type: str, device: str = "", *, packing: bool = True) -> list[Rung]:
-    """Rungs that nothing speaks against, the first to be tried first; never empty.
+    """Rungs that nothing speaks against before anything is measured; never empty.
 
     Args:
         heads: What the model needs.
         device_type: `cuda` or `cpu`.
         device: Architecture, such as `gfx1151`.
         packing: Whether the recipe wants packed rows.
+
+    Returns:
+        The first to be tried first.
     """
-    wanted = [rung for rung in RUNGS.values() if packing or rung.name in ("sdpa", "eager")]
-    return [rung for rung in wanted if why_not(rung, heads, device_type, device) is None]
+    return [
+        rung
+        for rung in RUNGS.values()
+        if is_wanted(rung, packing=packing)
+        and cannot(rung, heads, device_type) is None
+        and known_bad(rung, heads, device) is None
+    ]

@@ -39,6 +39,7 @@ BENCHES: Table[Bench] = Table(
     "bench",
     Bench(name="gemm", says="matrix products in the layouts of training", rates=True),
     Bench(name="bandwidth", says="what the memory moves", rates=True),
+    Bench(name="attention", says="the ways of attention: right or not, and their time"),
     Bench(name="train", says="the training step, beside its plan and the product rate"),
     Bench(name="prefill", says="reading prompts: a model in process, or a server's"),
     Bench(name="decode", says="generating: a model in process, or a server's"),

@@ -17,7 +17,15 @@ from strixft.bench import sets
 from strixft.bench.gemm import product
 from strixft.bench.result import Row
 from strixft.bench.timing import Sample, seconds_of, time_work
-from strixft.data import Batch, PackedRows, PackedShape, collate, pack, training_order
+from strixft.data import (
+    Batch,
+    PackedRows,
+    PackedShape,
+    collate,
+    on_device,
+    pack,
+    training_order,
+)
 from strixft.families import MODELS
 from strixft.guard import budget_for, cap, find_host
 from strixft.hardware import Budget, Host
@@ -78,13 +86,9 @@ def _updates(
     size, steps = choice.run.shape.rows, choice.run.steps
     batches = (order[start : start + size] for start in range(0, len(order), size))
     made = (collate([rows[number] for number in numbers], shape) for numbers in batches)
-    placed = (_on(batch, device) for batch in made)
+    placed = (on_device(batch, device) for batch in made)
     while True:
         yield [next(placed) for _ in range(steps)]
-
-
-def _on(batch: Batch, device: str) -> Batch:
-    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
 
 
 def _linear_weights(model: Any) -> int:
@@ -129,7 +133,7 @@ def _timed(step: TrainingStep, updates: Iterator[list[Batch]], count: int, devic
     for _ in range(count):
         batches = next(updates)
         seconds.append(seconds_of(lambda: losses.append(step.update(batches)), 1, device))  # noqa: B023
-        tokens.append(sum(int(batch["num_tokens"]) for batch in batches))
+        tokens.append(sum(batch["num_tokens"] for batch in batches))
     return _Timed(seconds, tokens, float(losses[-1]))
 
 

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, K trained tokens of a batch.
 """
 
-from strixft.data.batches import Batch, PackedShape, collate, shape_batch
+from strixft.data.batches import Batch, PackedShape, collate, on_device, shape_batch
 from strixft.data.encode import Encoder, TokenRow
 from strixft.data.load import Input, Problem, open_inputs, read_rows
 from strixft.data.order import largest_batch, training_order
@@ -25,6 +25,7 @@ __all__ = [
     "collate",
     "largest_batch",
     "length_groups",
+    "on_device",
     "open_inputs",
     "pack",
     "read_rows",

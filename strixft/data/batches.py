@@ -19,10 +19,11 @@ import torch
 Batch = dict[str, Any]
 """`input_ids` (B, T); `positions` (K,): flat places in (B, T) whose next token is trained;
 `labels` (K,): that next token; `shift_labels`: the same tensor, under the name by which
-transformers' Trainer counts the tokens of an update; `num_tokens` (1,): tokens without padding.
-Packed rows have besides `position_ids` (B, T), which restart at each document; `cu_seq_lens`
-(N + 1,), int32: where the documents begin in the rows laid end to end, and the end, repeated where
-there are fewer than N; and `longest`, a number that no document exceeds."""
+transformers' Trainer counts the tokens of an update; `num_tokens`: those without padding, a number,
+so that nobody waits for the device to tell it. Packed rows have besides `position_ids` (B, T),
+which restart at each document; `cu_seq_lens` (N + 1,), int32: where the documents begin in the rows
+laid end to end, and the end, repeated where there are fewer than N; and `longest`, a number that no
+document exceeds."""
 
 PAD = 0
 """Any token id: padding is never attended by a real token and never trained."""
@@ -80,14 +81,22 @@ def collate(rows: Sequence[Mapping[str, Any]], shape: PackedShape | None = None)
         places.append(np.flatnonzero(np.asarray(row["trained"])[1:]) + number * width)
     positions = np.concatenate(places)  # (K,)
     labels = torch.from_numpy(padded.reshape(-1)[positions + 1])  # (K,)
-    batch = {
+    batch: Batch = {
         "input_ids": torch.from_numpy(padded),
         "positions": torch.from_numpy(positions),
         "labels": labels,
         "shift_labels": labels,
-        "num_tokens": torch.tensor([sum(map(len, ids))]),
+        "num_tokens": sum(map(len, ids)),
     }
     return batch | (_packed(rows, shape, width) if "lengths" in rows[0] else {})
+
+
+def on_device(batch: Batch, device: str | torch.device) -> Batch:
+    """The batch with its tensors on a device; its numbers stay with the process."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def shape_batch(
@@ -107,12 +116,12 @@ def shape_batch(
         packed: Of packed rows.
     """
     labels = torch.zeros(num_trained, dtype=torch.int64, device=device)
-    batch = {
+    batch: Batch = {
         "input_ids": torch.zeros(num_rows, num_tokens, dtype=torch.int64, device=device),
         "positions": torch.zeros(num_trained, dtype=torch.int64, device=device),
         "labels": labels,
         "shift_labels": labels,
-        "num_tokens": torch.zeros(1, dtype=torch.int64, device=device),
+        "num_tokens": num_rows * num_tokens,
     }
     if packed is None:
         return batch

@@ -12,9 +12,10 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from strixft.child import Probe
 from strixft.doctor.checks import CHECKS, examine
 from strixft.doctor.finding import Check, Diagnosis, Finding, Fix
-from strixft.doctor.probe import Probe, run_probe
+from strixft.doctor.probe import run_probe
 from strixft.doctor.script import fix_script
 from strixft.doctor.view import HostView
 from strixft.recipe import load_recipe

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from strixft.doctor.finding import Finding, Fix, Status
 from strixft.doctor.packages import has_rocm_torch, needed_build
 from strixft.doctor.view import HostView
+from strixft.environment import OVERRIDE, OVERRIDE_WHY
 from strixft.hardware import AMD_VENDOR
 from strixft.methods import METHODS
+from strixft.probe.traps import TRAPS
 
 GUIDE = "h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md"
 
@@ -58,11 +60,10 @@ def _rocm_without(value: str | None, view: HostView) -> bool:
 
 VARIABLES = (
     Variable(
-        name="HSA_OVERRIDE_GFX_VERSION",
+        name=OVERRIDE,
         is_wrong=_is_set_on_amd,
         status="fail",
-        why="it pretends another GPU: 11.0.0 ends in a memory access fault, and every value keeps"
-        " gfx1151's own kernels away",
+        why=OVERRIDE_WHY,
         source=f"ROCm/ROCm#5824; {GUIDE} (measured)",
     ),
     *(
@@ -106,9 +107,8 @@ VARIABLES = (
             name=name,
             is_wrong=_trains_base,
             status="warn",
-            why="this recipe trains every weight, and hipBLASLt computes large weight gradients two"
-            " to four times slower than rocBLAS here (16.4 against 39.9 TFLOPS at 4096³)",
-            source="ROCm/TheRock#5314 (measured, confirmed by AMD)",
+            why=f"this recipe trains every weight, and {TRAPS['weight-gradient'].what}",
+            source=TRAPS["weight-gradient"].source,
         )
         for name in ("ROCBLAS_USE_HIPBLASLT", "TORCH_BLAS_PREFER_HIPBLASLT")
     ),

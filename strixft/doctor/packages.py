@@ -10,12 +10,12 @@ from strixft.doctor.finding import Finding, Fix
 from strixft.doctor.kernel import AMD_DOC
 from strixft.doctor.view import HostView
 from strixft.hardware import AMD_VENDOR
+from strixft.methods import BITSANDBYTES
 
 ROCM_INDEX = "https://repo.amd.com/rocm/whl/gfx1151/"
 ROCM_TORCH = "torch==2.11.0+rocm7.13.0"
 """The exact local version: without it pip takes the newer CUDA build."""
 WHEELS = "ROCm/TheRock: RELEASES.md; amd/playbooks (vendor)"
-BITSANDBYTES = "bitsandbytes>=0.50,<0.51"
 BNB_SOURCE = "bitsandbytes-foundation/bitsandbytes PR #1885; wheels unpacked (tested)"
 
 Version = tuple[int, ...]

@@ -1,12 +1,10 @@
 """The child of `strixft.doctor.probe`: uses torch for real, one step after the other.
 
-Run as `python -m strixft.doctor.probe_child FILE`; writes JSON lines to FILE. A step that raises
-is noted and the next one goes on; a step that kills the process leaves its name behind.
+Run as `python -m strixft.doctor.probe_child FILE`; writes JSON lines to FILE, see `strixft.child`.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Figures = dict[str, Any]
+from strixft.child import Figures, do_steps
+from strixft.probe.nf4 import round_trip
 
-NF4_RELATIVE_ERROR = 0.12
-"""NF4 in blocks of 64 leaves 9 to 10 % of a normal variable's length as error (arXiv:2305.14314
-gives the codes; measured here on a CPU: 0.095); garbage leaves 100 % and more."""
 ATTENTION_ERROR = {"bfloat16": 0.05, "float16": 0.02, "float32": 1e-3}
 """Largest error allowed, relative to the largest value of the float32 reference."""
 HEAD_ERROR = 0.05
@@ -79,18 +75,8 @@ def relative_error(found: Tensor, reference: Tensor) -> float:
 
 
 def round_trip_nf4() -> Figures:
-    """Quantise, dequantise, compare: the import alone proves nothing (PR #1885 of bitsandbytes)."""
-    from bitsandbytes import __version__ as version
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    torch.manual_seed(0)
-    values = torch.randn(512, 512).to(device(), compute_dtype())
-    packed, state = quantize_4bit(values, blocksize=64, quant_type="nf4", compress_statistics=True)
-    error = relative_error(dequantize_4bit(packed, state), values)
-    figures: Figures = {"version": version, "relative_error": round(error, 4)}
-    if not error < NF4_RELATIVE_ERROR:  # NaN is not less
-        figures["problem"] = f"error {error:.3g} of the values' length; {NF4_RELATIVE_ERROR} is due"
-    return figures
+    """Weights in 4 bits, there and back."""
+    return round_trip(device().type, str(compute_dtype()).removeprefix("torch."))
 
 
 def _attention_inputs(head_size: int) -> list[Tensor]:
@@ -222,7 +208,7 @@ def _tiny_model() -> Any:
 
 def train_step() -> Figures:
     """Three updates of a LoRA on a model of two layers, by the product's own training step."""
-    from strixft.data import collate
+    from strixft.data import collate, on_device
     from strixft.methods import METHODS
     from strixft.model import attach_adapter
     from strixft.recipe import Lora, Train
@@ -231,7 +217,7 @@ def train_step() -> Figures:
     model = attach_adapter(_tiny_model(), METHODS["lora"], Lora(r=4, alpha=8))
     step = TrainingStep(model, Train(learning_rate=0.01))
     rows = [{"input_ids": list(range(1, 65)), "trained": [True] * 64} for _ in range(2)]
-    batch = {name: tensor.to(device()) for name, tensor in collate(rows).items()}
+    batch = on_device(collate(rows), device())
     losses = [float(step.update([batch])) for _ in range(3)]
     figures: Figures = {"losses": losses}
     if not losses[-1] < losses[0]:
@@ -249,26 +235,11 @@ WORK: Mapping[str, Callable[[], Figures]] = {
 }
 
 
-def _done(work: Callable[[], Figures]) -> Figures:
-    began = time.perf_counter()
-    try:
-        figures = work()
-    except ImportError as error:
-        figures = {"skipped": f"{error.name or error} is not installed"}
-    except Exception as error:  # whatever torch raises is what we came to see
-        figures = {"problem": f"{type(error).__name__}: {str(error).strip()[:300]}"}
-    return {**figures, "seconds": round(time.perf_counter() - began, 2)}
-
-
 def main(output: Path) -> None:
-    """Do every step; a line before it, a line after it."""
+    """Do every step."""
     if device().type == "cpu":
         torch.set_num_threads(1)  # threads that wait for each other cost more than they bring here
-    with output.open("a", encoding="utf-8") as file:
-        for name, work in WORK.items():
-            print(json.dumps({"begin": name}), file=file, flush=True)
-            figures = _done(work)
-            print(json.dumps({"step": name, "figures": figures}), file=file, flush=True)
+    do_steps(output, WORK)
 
 
 if __name__ == "__main__":

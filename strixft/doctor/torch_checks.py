@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from strixft.child import Probe
 from strixft.doctor.finding import Finding, Fix
 from strixft.doctor.packages import (
-    BITSANDBYTES,
     BNB_SOURCE,
     ROCM_TORCH,
     needed_build,
     rocm_torch,
     torch_build,
 )
-from strixft.doctor.probe import Probe
 from strixft.doctor.view import HostView
+from strixft.methods import BITSANDBYTES
+from strixft.probe.traps import TRAPS
 from strixft.units import format_gib
 
 RUN = "run here, in a child process"
@@ -129,7 +130,7 @@ def check_nf4(view: HostView) -> Iterator[Finding]:
         view,
         "nf4",
         "bitsandbytes {version}: error {relative_error} after a round trip",
-        "qlora trains on these weights; a wrong wave size gave garbage without an error",
+        f"qlora trains on these weights; {TRAPS['nf4'].what}",
         Fix("install a version with the fix", (f'pip install "{BITSANDBYTES}"',)),
         f"{RUN}; {BNB_SOURCE}",
     )
@@ -174,9 +175,9 @@ def check_head(view: HostView) -> Iterator[Finding]:
         view,
         "head",
         "TRL's fused head is right, forward and backward",
-        "a loss without all logits in memory; our own chunked head does not need Triton",
+        f"{TRAPS['fused-head'].what}; training uses {TRAPS['fused-head'].instead}",
         AGAIN,
-        RUN,
+        f"{RUN}; {TRAPS['fused-head'].source}",
     ):
         yield _softer(finding)
 

@@ -19,7 +19,8 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
-from strixft.doctor.probe import Probe, run_probe
+from strixft.child import Probe
+from strixft.doctor.probe import run_probe
 from strixft.hardware import AmdCard, read_amd_cards
 from strixft.recipe import Recipe
 

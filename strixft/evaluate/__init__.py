@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from strixft import views
-from strixft.data import collate
+from strixft.data import collate, on_device
 from strixft.errors import DataError
 from strixft.evaluate.generate import generate
 from strixft.evaluate.metrics import METRICS, scores, suiting
@@ -104,8 +104,8 @@ def row_losses(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[floa
     device = next(model.parameters()).device
     losses = []
     for row in progress_bar(rows, unit="row", desc="loss"):
-        tensors = {name: tensor.to(device) for name, tensor in collate([row]).items()}
-        losses.append(float(batch_loss(model, tensors, 1)) / len(tensors["labels"]))
+        batch = on_device(collate([row]), device)
+        losses.append(float(batch_loss(model, batch, 1)) / len(batch["labels"]))
     return losses
 
 

@@ -4,7 +4,7 @@ from strixft.guard.advice import finite_again, less_memory
 from strixft.guard.cap import cap
 from strixft.guard.counters import Counters, read_counters
 from strixft.guard.hang import HangWatch
-from strixft.guard.host import budget_for, device_type, find_host
+from strixft.guard.host import budget_for, device_type, find_host, training_host
 from strixft.guard.sleep import awake
 from strixft.guard.spikes import loss_spikes
 from strixft.guard.watch import MemoryWatch
@@ -24,4 +24,5 @@ __all__ = [
     "less_memory",
     "loss_spikes",
     "read_counters",
+    "training_host",
 ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
+from strixft.environment import OVERRIDE, OVERRIDE_WHY
+from strixft.errors import HostError
 from strixft.hardware import HOSTS, Budget, Host, Sourced, budget, this_host
 from strixft.rates import with_rates
 from strixft.recipe import Memory
@@ -32,18 +35,50 @@ def _discrete_gpu() -> Host:
     )
 
 
+def _refuse_override() -> None:
+    """An error where ROCm is told to take the GPU for another one."""
+    value = os.environ.get(OVERRIDE)
+    if value is not None and torch.version.hip is not None:
+        raise HostError(
+            f"{OVERRIDE}={value} is set, and {OVERRIDE_WHY}",
+            fix=f"unset {OVERRIDE}   here and where it is set:"
+            f" grep -rn {OVERRIDE} ~/.profile ~/.bashrc /etc/environment /etc/profile.d;"
+            " then start Python again",
+        )
+
+
+def _architecture() -> str:
+    """In ROCm's terms, such as `gfx1151`; empty on other GPUs."""
+    name = getattr(torch.cuda.get_device_properties(0), "gcnArchName", "")
+    return str(name).partition(":")[0]
+
+
+def _this_gpu() -> Host:
+    _refuse_override()
+    host = this_host(device="cuda")
+    found = host if host.device == "cuda" else _discrete_gpu()
+    return replace(found, architecture=_architecture())
+
+
 def find_host(name: str) -> Host:
     """The host a recipe or `--host` names: a row of the table, or this machine.
 
     Args:
         name: `auto` (this machine), `cpu` (its CPU alone), or a row of `HOSTS`.
+
+    Raises:
+        HostError: ROCm is told to take this GPU for another one.
     """
     if name not in ("auto", "cpu"):
         return HOSTS[name]
-    if name == "cpu" or device_type() == "cpu":
-        return with_rates(this_host(device="cpu"))
-    host = this_host(device="cuda")
-    return with_rates(host if host.device == "cuda" else _discrete_gpu())
+    on_cpu = name == "cpu" or device_type() == "cpu"
+    found = this_host(device="cpu") if on_cpu else _this_gpu()
+    return replace(with_rates(found), here=True)
+
+
+def training_host() -> Host:
+    """The device of this machine that training uses."""
+    return find_host("auto" if device_type() == "cuda" else "cpu")
 
 
 def budget_for(memory: Memory, host: Host) -> Budget:

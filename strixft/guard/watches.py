@@ -9,7 +9,7 @@ from typing import Any
 
 from strixft.errors import StrixftError
 from strixft.guard.hang import HangWatch
-from strixft.guard.host import device_type, find_host
+from strixft.guard.host import training_host
 from strixft.guard.sleep import awake
 from strixft.guard.watch import MemoryWatch
 from strixft.runs import Run
@@ -86,5 +86,5 @@ class Watches:
 
 def _reserve_bytes(run: Run) -> int:
     """The recipe's reserve where device and host share memory, else none."""
-    here = find_host("auto" if device_type() == "cuda" else "cpu")
+    here = training_host()
     return round(run.recipe.memory.reserve_gib * GIB) if here.unified else 0

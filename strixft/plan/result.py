@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from strixft.attention import Heads
 from strixft.config import first_lines, warnings_of
 from strixft.errors import FitError, RecipeError, StrixftError
 from strixft.families import MODELS
 from strixft.guard import budget_for, find_host
 from strixft.hardware import Budget, Host, Sourced
+from strixft.methods import METHODS
 from strixft.model import load_config
 from strixft.plan import show
 from strixft.plan.advice import advise, cause
@@ -22,6 +24,8 @@ from strixft.plan.data_shape import DataShape
 from strixft.plan.phases import PROCESS, Phase, phases
 from strixft.plan.ways import ways_for
 from strixft.prepare import Prepared
+from strixft.probe.ladder import probe_attention
+from strixft.probe.right import require_right
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run
 from strixft.step import Ways
@@ -130,7 +134,7 @@ def _assumption(what: str, number: Sourced | None) -> dict[str, Any]:
     return {"what": what, **asdict(number)}
 
 
-def _assumptions(host: Host, limit: Budget, ways: Ways) -> list[dict[str, Any]]:
+def _assumptions(heads: Heads, host: Host, limit: Budget, ways: Ways) -> list[dict[str, Any]]:
     rates = host.matmul_flop_per_s.items()
     return [
         {"what": "budget_bytes", "value": limit.num_bytes, "mark": None, "source": limit.source},
@@ -139,13 +143,25 @@ def _assumptions(host: Host, limit: Budget, ways: Ways) -> list[dict[str, Any]]:
         _assumption("host_bytes of a process", PROCESS),
         _assumption("bandwidth_bytes_per_s", host.bandwidth_bytes_per_s),
         *(_assumption(f"matmul_flop_per_s, {dtype}", rate) for dtype, rate in rates),
-        {
-            "what": "attention",
-            "value": ways.attention,
-            "mark": None,
-            "source": f"{ways.rung.why}; not probed on {host.name}",
-        },
+        *_attention(heads, host, ways),
     ]
+
+
+def _attention(heads: Heads, host: Host, ways: Ways) -> Iterator[dict[str, Any]]:
+    """The way that was chosen, and what this machine said of those that could not be."""
+    if not host.here:
+        source = f"{ways.rung.why}; not probed on {host.name}"
+        yield {"what": "attention", "value": ways.attention, "mark": None, "source": source}
+        return
+    for verdict in probe_attention(heads, host):
+        chosen, tried = verdict.rung.name == ways.attention, verdict.outcome != "no way"
+        if chosen or (tried and verdict.outcome != "right"):
+            yield {
+                "what": "attention" if chosen else "attention that is not used",
+                "value": verdict.rung.name,
+                "mark": "measured",
+                "source": f"probed here: {verdict.reason}",
+            }
 
 
 def _warnings(life: dict[str, Phase], limit: Budget) -> Iterator[str]:
@@ -182,6 +198,8 @@ def plan_figures(
     host = find_host(host_name or recipe.memory.host)
     limit = budget_for(recipe.memory, host)
     config = read_config(recipe)
+    if host.here:
+        require_right(Heads.of(config), METHODS[recipe.method], host)
     ways = ways_for(recipe, config, host)
     data = DataShape.of(recipe, prepared, packed=ways.rung.packed)
     with _named(recipe):
@@ -205,7 +223,7 @@ def plan_figures(
         "updates": updates,
         **_times(chosen, data, updates),
         "frontier": [asdict(candidate) for candidate in chosen.frontier],
-        "assumptions": _assumptions(host, limit, ways),
+        "assumptions": _assumptions(Heads.of(config), host, limit, ways),
         "advice": [asdict(row) for row in advice],
         "warnings": [*warnings_of(config, data.max_length), *_warnings(life, limit)],
     }

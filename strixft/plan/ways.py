@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from strixft.attention import Heads, ladder
+from strixft.attention import Heads, Rung, ladder
 from strixft.errors import RecipeError
 from strixft.hardware import Host
+from strixft.probe.ladder import probe_attention, probed_ladder
 from strixft.recipe import Recipe
 from strixft.step import Ways
+
+
+def _ladder(heads: Heads, host: Host, *, packing: bool) -> list[Rung]:
+    """Ways of attention: those that are right on this machine, or by the table of another one."""
+    if host.here:
+        return probed_ladder(heads, host, packing=packing)
+    return ladder(heads, host.device, host.architecture, packing=packing)
+
+
+def _no_choice(name: str, heads: Heads, host: Host) -> RecipeError:
+    verdicts = probe_attention(heads, host) if host.here else []
+    reasons = "".join(f": {v.reason}" for v in verdicts if v.rung.name == name)
+    return RecipeError(
+        f"attention {name!r} cannot train {heads.model_type} on {host.name}{reasons}",
+        fix="--set train.attention=auto",
+    )
 
 
 def ways_for(recipe: Recipe, config: Any, host: Host, *, recomputed_layers: int = 0) -> Ways:
@@ -22,17 +39,15 @@ def ways_for(recipe: Recipe, config: Any, host: Host, *, recomputed_layers: int 
 
     Raises:
         RecipeError: The attention that it names is no choice there.
+        HostError: No attention is right on this machine.
     """
     train, on_gpu = recipe.train, host.device == "cuda"
     heads = Heads.of(config)
-    found = ladder(heads, host.device, host.architecture, packing=recipe.dataset.packing)
+    found = _ladder(heads, host, packing=recipe.dataset.packing)
     if train.attention != "auto":
         found = [rung for rung in found if rung.name == train.attention]
     if not found:
-        raise RecipeError(
-            f"attention {train.attention!r} cannot train {heads.model_type} on {host.name}",
-            fix="--set train.attention=auto",
-        )
+        raise _no_choice(train.attention, heads, host)
     compiled = on_gpu if train.compile == "auto" else train.compile == "layers"
     return Ways(
         attention=found[0].name,

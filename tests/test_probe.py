@@ -1,0 +1,407 @@
+"""What a step is computed with is tried here before it is used: for real, in a real child."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WriteRecipe
+from torch import Tensor, nn
+
+from strixft.attention import RUNGS, Heads, Rung, documents_of, known_bad, ladder
+from strixft.attention.core import attend_eagerly
+from strixft.attention.masks import dense_mask
+from strixft.child import Probe
+from strixft.errors import HostError
+from strixft.guard import find_host
+from strixft.methods import METHODS
+from strixft.plan import plan_figures, plan_recipe
+from strixft.prepare import prepare_recipe
+from strixft.probe import ladder as probe_ladder
+from strixft.probe import measure as probe_measure
+from strixft.probe import nf4, products
+from strixft.probe.attention import Subject, Way, measure_rung, reference
+from strixft.probe.ladder import probe_attention, probed_ladder
+from strixft.probe.measure import Task, measure
+from strixft.probe.numbers import allowed_error, judged, largest_error
+from strixft.probe.right import fastest_blas, require_attention, require_right
+from strixft.probe.traps import TRAPS
+from strixft.recipe import load_recipe
+from strixft.runs import open_run
+from strixft.train import train_recipe
+
+HEADS = Heads(
+    model_type="llama", head_size=16, query_heads=4, key_heads=2, softcap=None, windowed=False
+)
+ON_CPU = ("sdpa-packed", "sdpa", "eager")
+
+BAD_WAYS = '''
+"""Ways to compute attention that go wrong, each in its own way."""
+import os, time
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from strixft.attention.core import attend_eagerly
+
+
+def raises(*args, **options):
+    raise RuntimeError("invalid device function")
+
+
+def aborts(*args, **options):
+    os.abort()
+
+
+def hangs(*args, **options):
+    time.sleep(600)
+
+
+def leaks(module, query, key, value, attention_mask, **options):
+    seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()  # over documents
+    return attend_eagerly(module, query, key, value, seen, **options)
+
+
+def nothing(*args, **options):
+    output, _ = attend_eagerly(*args, **options)
+    return output * float("nan"), None
+
+
+def dawdles(*args, **options):
+    time.sleep(0.2)
+    return attend_eagerly(*args, **options)
+
+
+for way in (raises, aborts, hangs, leaks, nothing, dawdles):
+    AttentionInterface.register(way.__name__, way)
+    AttentionMaskInterface.register(way.__name__, sdpa_mask)
+'''
+
+
+def bad_rung(name: str) -> Rung:
+    return replace(
+        RUNGS["sdpa-packed"], name=name, implementation=name, module="bad_ways", why="a test"
+    )
+
+
+@pytest.fixture
+def bad_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Six bad rungs before the good ones; a child finds the module that registers them."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "bad_ways.py").write_text(BAD_WAYS)
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
+    monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe_measure, "STEP_LIMIT_S", 5.0)
+    names = ["raises", "aborts", "leaks", "hangs", "nothing", "dawdles"]
+    rows = {name: bad_rung(name) for name in names}
+    monkeypatch.setattr(RUNGS, "_rows", rows | {name: RUNGS[name] for name in ON_CPU})
+    return names
+
+
+def test_bad_ways_are_skipped_with_their_reasons_and_a_run_goes_on(
+    bad_ways: list[str],
+    write_recipe: WriteRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = open_run(write_recipe(), tmp_path / "run")
+    prepare_recipe(run)
+    plan = plan_recipe(run)
+    assert plan.figures["choice"]["attention"] == "sdpa-packed"
+    told = {
+        row["value"]: row["source"]
+        for row in plan.figures["assumptions"]
+        if row["what"] == "attention that is not used"
+    }
+    assert list(told) == bad_ways
+    assert told["raises"] == "probed here: RuntimeError: invalid device function"
+    assert told["aborts"].startswith("probed here: crashed (SIGABRT")
+    assert told["hangs"] == "probed here: timed out (5 s)"
+    assert "of the largest value" in told["leaks"]
+    assert told["nothing"] == "probed here: gives values that are no finite numbers"
+    assert "ms where sdpa-packed takes" in told["dawdles"]
+    children = count_children(monkeypatch)
+    assert train_recipe(run).figures["updates"] > 0
+    assert children == []
+
+
+def count_children(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tasks of each child that is started from now on."""
+    counted: list[int] = []
+    right = probe_measure._one_child
+
+    def counting(tasks: list[Task]) -> int:
+        counted.append(len(tasks))
+        return right(tasks)
+
+    monkeypatch.setattr(probe_measure, "_one_child", counting)
+    return counted
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another process has it."""
+    monkeypatch.setattr(probe_measure, "_memo", {})
+
+
+def test_each_thing_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
+    forget(monkeypatch)
+    children, host = count_children(monkeypatch), find_host("cpu")
+    require_right(HEADS, METHODS["qlora"], host)
+    assert children == [4]  # three ways and the 4-bit weights, in one child
+    verdicts = probe_attention(HEADS, host)
+    assert [v.rung.name for v in verdicts if v.outcome == "right"] == list(ON_CPU)
+    assert [rung.name for rung in probed_ladder(HEADS, host)] == list(ON_CPU)
+    assert [rung.name for rung in probed_ladder(HEADS, host, packing=False)] == ["sdpa", "eager"]
+    forget(monkeypatch)
+    assert probe_attention(HEADS, host) == verdicts
+    assert children == [4]
+    kept = [json.loads(path.read_text()) for path in (tmp_path / "cache/probes").iterdir()]
+    assert len(kept) == 4
+    for row in kept:
+        assert row["depends_on"]["torch"] == torch.__version__
+        assert row["depends_on"]["arguments"]["dtype"] == "float32"
+        assert row["depends_on"]["device"]
+
+
+def test_another_driver_or_variable_is_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task("nf4", "nf4", {"device": "cpu", "dtype": "float32"})
+    before = task.digest()
+    assert replace(task, more={"peak": True}).digest() == before
+    monkeypatch.setenv("TORCH_BLAS_PREFER_HIPBLASLT", "1")
+    assert task.digest() != before
+
+
+# Verdicts.
+
+
+def judge(monkeypatch: pytest.MonkeyPatch, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Verdicts on figures that a child would have given."""
+    monkeypatch.setattr(probe_ladder, "measure", lambda tasks, fresh: figures)
+    return {v.rung.name: v for v in probe_attention(HEADS, replace(GPU, architecture="gfx1151"))}
+
+
+GPU = replace(find_host("cpu"), device="cuda", bfloat16=True)
+
+
+def timed(forward_ms: float, error: float = 1e-3) -> dict[str, Any]:
+    return {**judged(error, 0.06), "forward_ms": forward_ms, "backward_ms": 2 * forward_ms}
+
+
+def test_a_way_gives_way_to_a_faster_one_that_keeps_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures = {
+        "varlen": timed(2.0),
+        "flex": timed(1.0),
+        "sdpa-packed": timed(1.05),
+        "sdpa": timed(0.1),
+        "eager": timed(0.01),
+    }
+    verdicts = judge(monkeypatch, figures)
+    assert {name: v.outcome for name, v in verdicts.items()} == {
+        "varlen": "slower",
+        "flex": "right",
+        "sdpa-packed": "right",
+        "sdpa": "right",
+        "eager": "right",
+    }
+    assert verdicts["varlen"].reason == "takes 6 ms where flex takes 3"
+    names = [rung.name for rung in probed_ladder(HEADS, GPU)]
+    assert names == ["flex", "sdpa-packed", "sdpa", "eager", "varlen"]
+
+
+def test_only_a_measurement_overrules_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    gemma = replace(HEADS, model_type="gemma3_text")
+    assert known_bad(RUNGS["varlen"], gemma, "gfx1151") is not None
+    assert [rung.name for rung in ladder(gemma, "cuda", "gfx1151")] == ["flex", "eager"]
+    host = replace(GPU, architecture="gfx1151")
+    figures = {name: timed(1.0) for name in RUNGS} | {"sdpa": timed(1.0, float("inf"))}
+    monkeypatch.setattr(probe_ladder, "measure", lambda tasks, fresh: figures)
+    verdicts = {v.rung.name: v for v in probe_attention(gemma, host)}
+    assert verdicts["varlen"].outcome == "right"
+    assert verdicts["varlen"].reason == (
+        "right here, though reported: loss NaN from the first step in Gemma 3"
+        " (unslothai/unsloth#3385, PR #3588)"
+    )
+    assert verdicts["sdpa"].outcome == "wrong"
+    assert "sdpa" not in [rung.name for rung in probed_ladder(gemma, host)]
+
+
+def test_no_way_that_is_right_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    crashed = {"problem": "crashed (SIGSEGV)", "ended": "crashed"}
+    monkeypatch.setattr(
+        probe_ladder, "measure", lambda tasks, fresh: {task.name: crashed for task in tasks}
+    )
+    with pytest.raises(HostError, match="no way to compute attention is right") as caught:
+        probed_ladder(HEADS, find_host("cpu"))
+    assert "(sdpa-packed: crashed (SIGSEGV); sdpa: crashed (SIGSEGV); eager" in caught.value.problem
+    assert caught.value.fix.startswith("strixft doctor   says what is wrong; strixft bench")
+    with pytest.raises(HostError, match="attention 'sdpa', which the plan chose") as caught:
+        require_attention("sdpa", HEADS, find_host("cpu"), "strixft run x --from plan")
+    assert caught.value.problem.endswith(": crashed (SIGSEGV)")
+    assert caught.value.fix == "strixft run x --from plan"
+
+
+@pytest.mark.parametrize(
+    ("how", "figures"),
+    [("SIGKILL", None), ("", {"problem": "out of memory", "out_of_memory": True})],
+)
+def test_what_may_go_otherwise_next_time_is_not_kept(
+    how: str, figures: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
+    forget(monkeypatch)
+    probe = (
+        Probe(ended="crashed", at="nf4", how=how)
+        if figures is None
+        else Probe(ended="done", steps={"nf4": figures})
+    )
+    monkeypatch.setattr(probe_measure, "run_steps", lambda *_, **__: probe)
+    task = Task("nf4", "nf4", {"device": "cpu", "dtype": "float32"})
+    assert "problem" in measure([task])["nf4"]
+    assert not (tmp_path / "cache").exists()
+
+
+# The work itself.
+
+
+def test_the_reference_is_attention_of_each_document_alone() -> None:
+    subject = Subject.random(HEADS, "cpu", torch.float64)
+    result, start = reference(subject)[0], 0
+    for length in subject.lengths:
+        place = slice(start, start + length)
+        q, k, v = (
+            tensor[place].transpose(0, 1) for tensor in (subject.query, subject.key, subject.value)
+        )
+        due = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
+        assert torch.allclose(result[place].transpose(0, 1), due, atol=1e-12)
+        start += length
+    assert start == 192
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_gradients_of_the_reference_are_those_of_the_whole_mask(
+    softcap: float | None, windowed: bool
+) -> None:
+    heads = replace(HEADS, softcap=softcap)
+    subject = Subject.random(heads, "cpu", torch.float64, windowed=windowed)
+    found = Way(RUNGS["eager"], subject, "cpu").results()
+    assert largest_error(found, reference(subject)) < 1e-6  # its softmax is in float32
+
+
+@pytest.mark.parametrize("rung", ON_CPU)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ways_that_are_right_stay_far_below_what_is_allowed(rung: str, dtype: str) -> None:
+    heads = asdict(replace(HEADS, windowed=True))
+    figures = measure_rung(asdict(RUNGS[rung]), heads, "cpu", dtype, peak=True)
+    assert "problem" not in figures
+    assert 0 < figures["error"] < 0.5 * figures["allowed_error"]
+    assert figures["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_flash_attention_is_told_where_documents_end(
+    windowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel has no CPU; what it is given is computed plainly in its place."""
+    subject = Subject.random(HEADS, "cpu", torch.float32, windowed=windowed)
+
+    def plainly(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *sizes: Any) -> Tensor:
+        longest, _, window = sizes
+        assert (longest, window) == (41, 8 if windowed else None)
+        mask = dense_mask(documents_of(ends, 2, 96), window)
+        return attend_eagerly(nn.Module(), query, key, value, mask)[0]
+
+    monkeypatch.setattr("strixft.attention.core.varlen", plainly)
+    found = Way(RUNGS["varlen"], subject, "cpu").results()
+    assert largest_error(found, reference(subject)) < 1e-5
+
+
+def test_a_mask_that_lets_a_first_token_look_ahead_is_wrong() -> None:
+    subject = Subject.random(HEADS, "cpu", torch.bfloat16)
+    way = Way(RUNGS["sdpa-packed"], subject, "cpu")
+    mask: Tensor = way._options["attention_mask"]
+    mask[0, 0, 41, 42] = True  # one of 18,432 places
+    error = largest_error(way.results(), reference(subject))
+    assert "wrong by" in judged(error, allowed_error(torch.bfloat16, 41))["problem"]
+
+
+# 4-bit weights.
+
+
+def test_the_code_book_is_bitsandbytes_own() -> None:
+    from bitsandbytes.functional import get_4bit_type
+
+    assert get_4bit_type("nf4", "cpu").tolist() == pytest.approx(nf4.CODES, abs=1e-7)
+
+
+def test_blocks_that_are_exchanged_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes import functional
+
+    right = functional.dequantize_4bit
+
+    def exchanged(packed: Tensor, state: object) -> Tensor:
+        found: Tensor = right(packed, state)
+        found[0, :2] = found[0, :2].flip(0)  # 2 of 262,144 values are not enough
+        found[:8] *= 1.1  # 4,096 are, zeros aside
+        return found
+
+    monkeypatch.setattr(functional, "dequantize_4bit", exchanged)
+    assert "0.9% of them are not" in nf4.round_trip("cpu", "float32")["problem"]
+
+
+def test_wrong_4_bit_weights_are_an_error_that_says_what_to_type(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe(method="qlora"))
+    monkeypatch.setattr(
+        "strixft.probe.right.measure",
+        lambda tasks: {"nf4": {"problem": "error 1.41 of the values' length, 0.12 is due"}},
+    )
+    with pytest.raises(HostError, match="4-bit weights are wrong on cpu") as caught:
+        plan_figures(recipe)
+    assert "error 1.41 of the values' length" in caught.value.problem
+    assert caught.value.fix.startswith('pip install "bitsandbytes>=0.50,<0.51"   and start')
+    assert caught.value.fix.endswith("until then: --set method=lora")
+    assert plan_figures(recipe, "strix-halo-128")["choice"]["attention"] == "varlen"
+
+
+# What else is known to go wrong.
+
+
+def test_every_trap_has_a_source_and_is_tried_by_something_that_exists() -> None:
+    assert len(TRAPS) >= 3
+    for trap in TRAPS.values():
+        assert importlib.util.find_spec(trap.tried_by) is not None
+        assert trap.what
+        assert trap.source
+        assert trap.instead
+
+
+def test_the_faster_library_is_taken_where_the_base_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures = {"ms": {"cublas": 3.4, "cublaslt": 8.4}, "fastest": "cublas"}
+    monkeypatch.setattr("strixft.probe.right.measure", lambda tasks: {tasks[0].name: figures})
+    assert fastest_blas(METHODS["full"], GPU) == "cublas"
+    assert fastest_blas(METHODS["lora"], GPU) is None
+    assert fastest_blas(METHODS["full"], find_host("cpu")) is None
+    figures["problem"] = "wrong by 0.5"
+    assert fastest_blas(METHODS["full"], GPU) is None
+
+
+def test_the_layout_of_weight_gradients_is_right_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "SIZE", 128)
+    figures = products.measure_products("cpu", "float32")
+    assert "problem" not in figures
+    assert set(figures["ms"]) <= set(products.LIBRARIES)
+    assert figures["fastest"] in figures["ms"]
