@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 from strixft.hardware import Budget, Host
+from strixft.plan.compiled import shared_kernels
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun, Step
 from strixft.plan.traces import Traces
@@ -136,6 +137,7 @@ class Planner:
         return run if self.need_bytes(run) <= limit.num_bytes else None
 
     @_collector_off()
+    @shared_kernels()
     def choose(self, limit: Budget) -> Choice:
         """The fastest plan that fits; the smallest one if none does."""
         frontier = [self.fewest_recomputed(rows, limit) for rows in self.rows()]
