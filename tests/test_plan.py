@@ -203,13 +203,11 @@ def test_a_trace_answers_for_other_micro_batches(shape: dict[str, Any], method: 
         assert scaled.peak_bytes - scaled.unsplit_bytes == asked
 
 
-@pytest.mark.parametrize(("method", "num_layers"), [("full", 20), ("qlora", 7)])
-def test_no_other_choice_that_fits_is_faster_or_as_fast_and_smaller(
-    method: str, num_layers: int
-) -> None:
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_no_other_choice_that_fits_is_faster_or_as_fast_and_smaller(method: str) -> None:
     data = DataShape(100, lengths=[100] * 60, trained=[50] * 60)
     recipe = a_recipe(method, tokens_per_update=400)
-    wide = LLAMA | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": num_layers}
+    wide = LLAMA | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 7}
     planner = Planner(recipe, AutoConfig.for_model(**wide), HOST, data)
     steps = [planner.step(rows, layers) for rows in planner.rows() for layers in planner.layers()]
     runs = [planner.traces.dry_run(step) for step in steps]

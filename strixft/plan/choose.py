@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -143,22 +143,25 @@ class Planner:
             return self.candidate(rows, few if can_fit(few) or not more else more[-1])
         return self.candidate(rows, more[bisect_left(more, True, key=can_fit)])
 
-    def most_recomputed(self, rows: int, seconds: float) -> Candidate | None:
-        """The most layers recomputed with which so many rows take no longer; None if none does."""
+    def most_recomputed(self, fewest: Candidate, seconds: float) -> Candidate | None:
+        """The most layers recomputed, and not fewer, that take no longer; None if none does."""
 
         def time(layers: int) -> float:
-            return self.candidate(rows, layers).seconds_per_update or 0.0
+            return self.candidate(fewest.rows, layers).seconds_per_update or 0.0
 
-        layers = self.layers()
-        count = bisect_right(layers, seconds, key=time)
-        return self.candidate(rows, layers[count - 1]) if count else None
+        if time(fewest.recomputed_layers) > seconds:
+            return None
+        layers = self.layers()[self.layers().index(fewest.recomputed_layers) :]
+        return self.candidate(fewest.rows, layers[bisect_right(layers, seconds, key=time) - 1])
 
-    def _smallest_as_fast(self, run: DryRun, limit: Budget) -> DryRun:
+    def _smallest_as_fast(
+        self, run: DryRun, frontier: Sequence[Candidate], limit: Budget
+    ) -> DryRun:
         """Of what is as fast as a run, and fits, what needs least; see `AS_FAST`."""
         if run.seconds_per_update is None:
             return run
         seconds = run.seconds_per_update * (1 + AS_FAST)
-        found = (self.most_recomputed(rows, seconds) for rows in self.rows())
+        found = (self.most_recomputed(fewest, seconds) for fewest in frontier)
         by_need = sorted((c for c in found if c), key=lambda candidate: candidate.need_bytes)
         return next(filter(None, (self._fits(candidate, limit) for candidate in by_need)), run)
 
@@ -178,7 +181,7 @@ class Planner:
             fastest = min(waiting, key=Candidate.order)
             run = self._fits(fastest, limit)
             if run is not None:
-                return Choice(self._smallest_as_fast(run, limit), True, frontier)
+                return Choice(self._smallest_as_fast(run, frontier, limit), True, frontier)
             waiting.remove(fastest)
             if fastest.recomputed_layers < self.layers()[-1]:
                 waiting.append(self.candidate(fastest.rows, fastest.recomputed_layers + 1))

@@ -63,7 +63,7 @@ class Regime:
     one_row: bool
     """A single row needs no copies to become contiguous; nor do documents laid end to end."""
     beyond: tuple[bool, ...]
-    """For each sliding window: rows are longer than it, so there is a mask."""
+    """For each sliding window: rows are as long or longer, so there is a mask."""
     chunks: int
     """1, 2, or 3 for any more: those in the middle are alike."""
     packed: bool
@@ -73,7 +73,7 @@ class Regime:
     def of(cls, config: Any, shape: RowShape) -> Regime:
         """The regime of a micro-batch."""
         sides = Sides.of(shape, config.vocab_size)
-        beyond = tuple(shape.length > window for window in _windows(config))
+        beyond = tuple(shape.length >= window for window in _windows(config))
         chunks = min(sides.chunks, 3)
         packed = shape.packed is not None
         return cls(shape.rows == 1 and not packed, beyond, chunks, packed)
@@ -119,7 +119,7 @@ def _lengths(windows: Iterable[int], beyond: Iterable[bool]) -> Iterator[tuple[i
     tiled = ((TILE * prime, prime) for prime in _primes())
     plain = ((number, number) for number in range(LARGEST // TILE, 2, -1) if _is_prime(number))
     for length, prime in chain(tiled, plain):
-        if all((length > window) == is_beyond for window, is_beyond in sides):
+        if all((length >= window) == is_beyond for window, is_beyond in sides):
             yield length, prime
 
 
