@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from strixft.export import export_recipe as export_recipe
     from strixft.lab import list_recipes as list_recipes
     from strixft.lab import run_recipe as run_recipe
+    from strixft.plan import explore_plan as explore_plan
     from strixft.plan import plan_recipe as plan_recipe
     from strixft.prepare import prepare_recipe as prepare_recipe
     from strixft.recipe import load_recipe as load_recipe
@@ -27,6 +28,7 @@ _HOME = {
     "StrixftError": "errors",
     "check_host": "doctor",
     "evaluate_recipe": "evaluate",
+    "explore_plan": "plan",
     "export_recipe": "export",
     "find_runs": "runs",
     "list_recipes": "lab",

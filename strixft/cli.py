@@ -198,6 +198,9 @@ def plan(
     recipe: RecipeArgument,
     host: Annotated[str | None, typer.Option("--host", help="Another machine's name.")] = None,
     boxes: Annotated[int, typer.Option(help="Such machines that share the run.")] = 1,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Correct the plan by small steps on this device.")
+    ] = False,
     run_dir: RunDir = None,
     settings: Set = None,
     as_json: AsJson = False,
@@ -214,7 +217,7 @@ def plan(
     folder = run_dir.absolute() if run_dir else run_folder(find_recipe(recipe), None)
     same = (folder / "recipe.yaml").is_file() and read_recipe(folder) == loaded
     prepared = Prepared.load(folder / "prepare") if same else None
-    figures = plan_figures(loaded, host, prepared, boxes)
+    figures = plan_figures(loaded, host, prepared, boxes, measured=measure)
     if as_json:
         _print_json(figures)
     else:

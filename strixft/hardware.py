@@ -49,6 +49,13 @@ CUDA_WORKSPACE = Sourced(
     mark="measured",
     source="alive after training beyond all tensors, H200, torch 2.11, dev/LOG.md 2026-11-23",
 )
+LAUNCH = Sourced(
+    value=19e-6,
+    mark="derived",
+    source="time ÷ operators of eager steps on an H200, the least of nine, docs/plan-accuracy.md;"
+    " not measured on other hosts",
+)
+NO_LAUNCH = Sourced(value=0, mark="derived", source="a CPU computes where it launches")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +84,8 @@ class Host:
     bandwidth_bytes_per_s: Sourced | None = None
     matmul_flop_per_s: Mapping[str, Sourced] = field(default_factory=dict)
     """Rate of large square products by dtype."""
+    launch_s: Sourced = LAUNCH
+    """What an operator takes the processor to launch, Python included."""
     bus_bytes_per_s: Sourced | None = None
     """What the memory bus can move at most, by its width and clock."""
     peak_flop_per_s: Sourced | None = None
@@ -368,4 +377,5 @@ def this_host(root: Path = Path("/"), *, device: str = "cpu") -> Host:
         unified=True,
         memory_bytes=available_host_memory(root),
         bfloat16=False,
+        launch_s=NO_LAUNCH,
     )

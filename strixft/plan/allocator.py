@@ -22,109 +22,84 @@ LARGE_SEGMENT = 20 * MIB
 OWN_SEGMENT = 10 * MIB
 ROUND_LARGE = 2 * MIB
 
+ADDRESS_BITS = 40
+"""Of a free block's number; above them its size."""
+ADDRESS_MASK = (1 << ADDRESS_BITS) - 1
+
 Mode = Literal["default", "expandable"]
 
 
-@dataclass(eq=False, slots=True)
-class _Block:
-    address: int
-    size: int
-    free: bool = True
-    before: _Block | None = None
-    after: _Block | None = None
-
-
 class _Pool:
-    """Free blocks of small or of large requests."""
+    """Free blocks of small or of large requests; sizes and addresses in units of `BLOCK`.
+
+    A free block is one number, its size above its address, so that sorted numbers are in the order
+    in which the allocator looks. Neighbours are found by where a free block begins and ends.
+    """
 
     def __init__(self, *, small: bool, expandable: bool) -> None:
         self.reserved = 0
-        self._least_rest = BLOCK if small or expandable else SMALL_SIZE + 1
-        self._segment = SMALL_SEGMENT if small else LARGE_SEGMENT
+        self._least_rest = 1 if small or expandable else SMALL_SIZE // BLOCK + 1
+        self._segment = (SMALL_SEGMENT if small else LARGE_SEGMENT) // BLOCK
         self._expandable = expandable
         self._small = small
-        self._free: list[tuple[int, int]] = []
-        self._at: dict[int, _Block] = {}
+        self._free: list[int] = []
+        self._size_at: dict[int, int] = {}
+        self._start_at: dict[int, int] = {}
         self._end = 0
-        self._last: _Block | None = None
 
-    def allocate(self, size: int) -> _Block:
-        """The best free block, or a new segment's."""
-        index = bisect_left(self._free, (size, 0))
+    def allocate(self, size: int) -> tuple[int, int]:
+        """Address and size of the best free block, or of a new segment's."""
+        index = bisect_left(self._free, size << ADDRESS_BITS)
         if index == len(self._free):
             self._grow(size)
-            index = bisect_left(self._free, (size, 0))
-        _, address = self._free.pop(index)
-        block = self._at[address]
-        block.free = False
-        if block.size - size >= self._least_rest:
-            self._split(block, size)
-        return block
+            index = bisect_left(self._free, size << ADDRESS_BITS)
+        block = self._free.pop(index)
+        whole, address = block >> ADDRESS_BITS, block & ADDRESS_MASK
+        del self._size_at[address]
+        rest = whole - size
+        if rest < self._least_rest:
+            del self._start_at[address + whole]
+            return address, whole
+        start = address + size
+        self._size_at[start], self._start_at[address + whole] = rest, start
+        insort(self._free, rest << ADDRESS_BITS | start)
+        return address, size
 
-    def free(self, block: _Block) -> None:
+    def free(self, address: int, size: int) -> None:
         """Give a block back and merge it with free neighbours."""
-        block.free = True
-        for other in (block.before, block.after):
-            if other is not None and other.free:
-                self._remove(other)
-                block = self._merge(*sorted((block, other), key=lambda part: part.address))
-        self._add(block)
+        end = address + size
+        left = self._start_at.pop(address, None)
+        if left is not None:
+            self._remove(left, self._size_at[left])
+            address = left
+        right = self._size_at.pop(end, None)
+        if right is not None:
+            self._remove(end, right)
+            end += right
+        size = end - address
+        self._size_at[address], self._start_at[end] = size, address
+        insort(self._free, size << ADDRESS_BITS | address)
+
+    def _remove(self, address: int, size: int) -> None:
+        del self._free[bisect_left(self._free, size << ADDRESS_BITS | address)]
 
     def _grow(self, size: int) -> None:
         if self._expandable:
-            self._extend(size)
+            last = self._start_at.get(self._end)
+            missing = size - (self._end - last if last is not None else 0)
+            self._map(-(-missing // self._segment) * self._segment)
             return
-        own = not self._small and size >= OWN_SEGMENT
-        length = -(-size // ROUND_LARGE) * ROUND_LARGE if own else self._segment
-        self._new_block(length)
+        own = not self._small and size >= OWN_SEGMENT // BLOCK
+        self._end += 1  # no neighbour of another segment's blocks
+        steps = ROUND_LARGE // BLOCK
+        self._map(-(-size // steps) * steps if own else self._segment)
 
-    def _new_block(self, length: int, before: _Block | None = None) -> _Block:
-        block = _Block(self._end, length, before=before)
-        if before is not None:
-            before.after = block
+    def _map(self, length: int) -> None:
+        """More memory at the end; an expandable segment's free end grows by it."""
+        start = self._end
         self._end += length
         self.reserved += length
-        self._at[block.address] = block
-        insort(self._free, (block.size, block.address))
-        return block
-
-    def _extend(self, size: int) -> None:
-        """Expandable segments: map more pages at the end of the one range."""
-        last = self._last
-        missing = size - (last.size if last is not None and last.free else 0)
-        self._last = self._new_block(-(-missing // self._segment) * self._segment, last)
-        if last is not None and last.free:
-            self._remove(self._last)
-            self._remove(last)
-            self._last = self._merge(last, self._last)
-            self._add(self._last)
-
-    def _split(self, block: _Block, size: int) -> None:
-        rest = _Block(block.address + size, block.size - size, before=block, after=block.after)
-        if block.after is not None:
-            block.after.before = rest
-        block.after, block.size = rest, size
-        if self._last is block:
-            self._last = rest
-        self._add(rest)
-
-    def _merge(self, left: _Block, right: _Block) -> _Block:
-        left.size += right.size
-        left.after = right.after
-        left.free = True
-        if right.after is not None:
-            right.after.before = left
-        self._at.pop(right.address, None)
-        if self._last is right:
-            self._last = left
-        return left
-
-    def _add(self, block: _Block) -> None:
-        self._at[block.address] = block
-        insort(self._free, (block.size, block.address))
-
-    def _remove(self, block: _Block) -> None:
-        del self._free[bisect_left(self._free, (block.size, block.address))]
+        self.free(start, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +120,19 @@ def replay(sizes: Sequence[int], events: Iterable[int], mode: Mode = "default") 
         mode: `default`, or `expandable` for `expandable_segments:True`.
     """
     expandable = mode == "expandable"
-    pools = [_Pool(small=small, expandable=expandable) for small in (False, True)]
-    blocks: dict[int, _Block] = {}
+    large, small = (_Pool(small=small, expandable=expandable) for small in (False, True))
+    units = [max(-(-size // BLOCK), 1) for size in sizes]
+    pools = [small if size <= SMALL_SIZE // BLOCK else large for size in units]
+    blocks: dict[int, tuple[int, int]] = {}
     allocated = peak = 0
     for event in events:
         if event >= 0:
-            size = max(sizes[event], BLOCK)
-            block = blocks[event] = pools[size <= SMALL_SIZE].allocate(size)
-            allocated += block.size
-            peak = max(peak, allocated)
+            block = blocks[event] = pools[event].allocate(units[event])
+            allocated += block[1]
+            if allocated > peak:
+                peak = allocated
         else:
             block = blocks.pop(~event)
-            allocated -= block.size
-            pools[sizes[~event] <= SMALL_SIZE].free(block)
-    return Replay(peak, sum(pool.reserved for pool in pools))
+            allocated -= block[1]
+            pools[~event].free(*block)
+    return Replay(peak * BLOCK, (large.reserved + small.reserved) * BLOCK)

@@ -1,25 +1,31 @@
-"""Choose rows, recomputed layers and accumulation: the fastest plan that fits.
+"""Choose rows, recomputed layers and accumulation: a fast plan that fits.
 
 More recomputed layers take less memory and more time. So for each number of rows the search begins
 at the fewest layers whose storages can fit at all, and goes from the fastest choice to slower ones
-until one fits by the allocator's rules as well.
+until one fits by the allocator's rules as well. Of all that are as fast as that but for
+`AS_FAST`, the one that needs least memory is taken.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from bisect import bisect_left
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from strixft.hardware import Budget, Host
+from strixft.plan import correction
+from strixft.plan.compiled import shared_kernels
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun, Step
 from strixft.plan.traces import Traces
 from strixft.recipe import Recipe
+
+AS_FAST = 0.01
+"""Share of the time of an update that is not worth memory: no prediction is that good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,7 @@ class Planner:
         self.outside_bytes = int(host.outside_bytes.value)
         self.num_layers: int = config.get_text_config().num_hidden_layers
         self.traces = Traces(recipe, config, host)
+        self.correction = correction.load(recipe, config, host)
         self._per_update = data.rows_per_update(recipe)
         self.step = cache(self._step)
         self.candidate = cache(self._candidate)
@@ -106,7 +113,11 @@ class Planner:
 
     def dry_run(self, rows: int, layers: int) -> DryRun:
         """A choice's figures."""
-        return self.traces.dry_run(self.step(rows, layers))
+        return self.dry_run_of(self.step(rows, layers))
+
+    def dry_run_of(self, step: Step) -> DryRun:
+        """A step's figures, corrected by what was measured here."""
+        return self.correction.of_run(self.traces.dry_run(step))
 
     def need_bytes(self, run: DryRun) -> int:
         """What the budget is held against: reserved, and outside the allocator."""
@@ -114,9 +125,11 @@ class Planner:
 
     def _candidate(self, rows: int, layers: int) -> Candidate:
         found = self.traces.estimate(self.step(rows, layers))
-        seconds, steps = found.seconds_per_update, self.steps(rows)
+        steps = self.steps(rows)
+        seconds = self.correction.time(found.seconds_per_update, steps)
         tokens = rows * steps * self.data.mean_length()
-        need = found.asked_bytes + self.outside_bytes
+        more = self.correction.bytes_more(found.asked_bytes)
+        need = found.asked_bytes + more + self.outside_bytes
         return Candidate(rows, layers, steps, need, seconds, tokens / seconds if seconds else None)
 
     def fewest_recomputed(self, rows: int, limit: Budget) -> Candidate:
@@ -130,14 +143,37 @@ class Planner:
             return self.candidate(rows, few if can_fit(few) or not more else more[-1])
         return self.candidate(rows, more[bisect_left(more, True, key=can_fit)])
 
+    def most_recomputed(self, fewest: Candidate, seconds: float) -> Candidate | None:
+        """The most layers recomputed, and not fewer, that take no longer; None if none does."""
+
+        def time(layers: int) -> float:
+            return self.candidate(fewest.rows, layers).seconds_per_update or 0.0
+
+        if time(fewest.recomputed_layers) > seconds:
+            return None
+        layers = self.layers()[self.layers().index(fewest.recomputed_layers) :]
+        return self.candidate(fewest.rows, layers[bisect_right(layers, seconds, key=time) - 1])
+
+    def _smallest_as_fast(
+        self, run: DryRun, frontier: Sequence[Candidate], limit: Budget
+    ) -> DryRun:
+        """Of what is as fast as a run, and fits, what needs least; see `AS_FAST`."""
+        if run.seconds_per_update is None:
+            return run
+        seconds = run.seconds_per_update * (1 + AS_FAST)
+        found = (self.most_recomputed(fewest, seconds) for fewest in frontier)
+        by_need = sorted((c for c in found if c), key=lambda candidate: candidate.need_bytes)
+        return next(filter(None, (self._fits(candidate, limit) for candidate in by_need)), run)
+
     def _fits(self, candidate: Candidate, limit: Budget) -> DryRun | None:
         """The candidate's dry run, if the allocator's rules let it fit."""
         run = self.dry_run(candidate.rows, candidate.recomputed_layers)
         return run if self.need_bytes(run) <= limit.num_bytes else None
 
     @_collector_off()
+    @shared_kernels()
     def choose(self, limit: Budget) -> Choice:
-        """The fastest plan that fits; the smallest one if none does."""
+        """The plan, as this module's docstring says; the smallest one if none fits."""
         frontier = [self.fewest_recomputed(rows, limit) for rows in self.rows()]
         frontier.sort(key=Candidate.order)
         waiting = [c for c in frontier if c.need_bytes <= limit.num_bytes]
@@ -145,7 +181,7 @@ class Planner:
             fastest = min(waiting, key=Candidate.order)
             run = self._fits(fastest, limit)
             if run is not None:
-                return Choice(run, True, frontier)
+                return Choice(self._smallest_as_fast(run, frontier, limit), True, frontier)
             waiting.remove(fastest)
             if fastest.recomputed_layers < self.layers()[-1]:
                 waiting.append(self.candidate(fastest.rows, fastest.recomputed_layers + 1))
@@ -153,5 +189,5 @@ class Planner:
 
 
 def choose(recipe: Recipe, config: Any, host: Host, limit: Budget, data: DataShape) -> Choice:
-    """The fastest plan that fits; see `Planner`."""
+    """The fastest plan that fits, and of those as fast the smallest; see `Planner`."""
     return Planner(recipe, config, host, data).choose(limit)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -134,8 +135,28 @@ def _stays_inside(node: fx.Node, kernel: set[fx.Node]) -> bool:
     )
 
 
+@dataclass(slots=True)
+class _Compiled:
+    """What Dynamo holds for plans."""
+
+    like: Hashable = None
+    """What tells its steps from others; None where it holds nothing."""
+    num_graphs: int = 0
+    is_shared: bool = False
+    """Whether the next trace may use it too."""
+
+
+_compiled = _Compiled()
+
+
+def num_compiled() -> int:
+    """Graphs that the plan's step has by now."""
+    return _compiled.num_graphs
+
+
 def _compile(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
     kernels = _Kernels(module)
+    _compiled.num_graphs += 1
 
     def run(args: list[Any]) -> Any:
         values = list(args)
@@ -156,14 +177,36 @@ _backend = aot_autograd(
 )
 
 
+def _forget(like: Hashable = None) -> None:
+    if _compiled.like != like:
+        torch._dynamo.reset()
+        _compiled.like, _compiled.num_graphs = like, 0
+
+
 @contextlib.contextmanager
-def planned_kernels() -> Iterator[None]:
-    """Within this block, layers compile to what a plan counts."""
-    torch._dynamo.reset()  # the last trace had other shapes
-    before = layers.BACKEND
-    layers.BACKEND = _backend
+def planned_kernels(like: Hashable) -> Iterator[None]:
+    """Within this block, layers compile to what a plan counts.
+
+    Args:
+        like: What tells the step from others: its shapes, and what decides how it is compiled.
+    """
+    _forget(like)
+    before, layers.BACKEND = layers.BACKEND, _backend
     try:
         yield
     finally:
         layers.BACKEND = before
-        torch._dynamo.reset()
+        if not _compiled.is_shared:
+            _forget()
+
+
+@contextlib.contextmanager
+def shared_kernels() -> Iterator[None]:
+    """Traces in this block share what was compiled, one after the other, where they are alike."""
+    before, _compiled.is_shared = _compiled.is_shared, True
+    try:
+        yield
+    finally:
+        _compiled.is_shared = before
+        if not before:
+            _forget()

@@ -1,7 +1,8 @@
 """What an operator costs: FLOP, bytes moved, and the time they take at a host's rates.
 
 Each operator takes the longer of its FLOP at the matrix rate and its bytes at the bandwidth
-(roofline, doi:10.1145/1498765.1498785). Launching is hidden behind the device's work.
+(roofline, doi:10.1145/1498765.1498785). The processor launches one operator after the other while
+the device works, so a layer takes the longer of the two.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Rates:
     bytes_per_s: float
     flop_per_s: dict[str, float]
     """By dtype."""
+    launch_s: float
 
     @classmethod
     def of(cls, host: Host) -> Rates | None:
@@ -39,7 +41,7 @@ class Rates:
         if host.bandwidth_bytes_per_s is None or not host.matmul_flop_per_s:
             return None
         rates = {dtype: rate.value for dtype, rate in host.matmul_flop_per_s.items()}
-        return cls(host.bandwidth_bytes_per_s.value, rates)
+        return cls(host.bandwidth_bytes_per_s.value, rates, host.launch_s.value)
 
     def of_dtype(self, dtype: str) -> float:
         """Matrix rate of a dtype; the fastest known where it was not measured."""
@@ -118,6 +120,15 @@ def operator_cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class Seconds:
+    """Predicted time of each operator."""
+
+    device: Floats
+    launch: Floats
+    """Of the processor, to launch it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """Costs of many operators."""
 
@@ -133,7 +144,7 @@ class Work:
         moved = np.array([sum(cost.moved) for cost in costs], dtype=np.float64)
         return cls(flop, moved, [cost.dtype for cost in costs])
 
-    def seconds(self, rates: Rates | None, repeats: Floats | float = 1.0) -> Floats | None:
+    def seconds(self, rates: Rates | None, repeats: Floats | float = 1.0) -> Seconds | None:
         """Predicted time of each operator; None where the host's rates are not known.
 
         Args:
@@ -144,4 +155,4 @@ class Work:
             return None
         flop_per_s = np.array([rates.of_dtype(dtype) for dtype in self.dtypes])
         each: Floats = np.maximum(self.flop / flop_per_s, self.moved / rates.bytes_per_s)
-        return each * repeats
+        return Seconds(each * repeats, np.where(self.moved > 0, rates.launch_s, 0.0) * repeats)

@@ -11,7 +11,7 @@ import numpy as np
 
 from strixft.hardware import Host
 from strixft.plan.allocator import Replay, replay
-from strixft.plan.cost import Floats, Rates, Work
+from strixft.plan.cost import Rates, Seconds, Work
 from strixft.plan.memo import Memo
 from strixft.plan.stack import Ints, Kind, Schedule, rounded_all, sample_layers, stands_for
 from strixft.plan.trace import RowShape, trace_step
@@ -128,7 +128,7 @@ class Step:
 
 
 def run_schedule(
-    schedule: Schedule, sizes: Ints, seconds: Floats | None, host: Host, step: Step
+    schedule: Schedule, sizes: Ints, seconds: Seconds | None, host: Host, step: Step
 ) -> DryRun:
     """A dry run's figures.
 
@@ -152,15 +152,8 @@ def run_schedule(
         resident_bytes=resident + workspace,
         reserved_bytes=held.reserved_bytes + workspace,
         steps=step.steps,
-        seconds_per_update=seconds_per_update(schedule, sizes, seconds, step.steps),
+        seconds_per_update=schedule.seconds_per_update(sizes, seconds, step.steps),
     )
-
-
-def seconds_per_update(
-    schedule: Schedule, sizes: Ints, seconds: Floats | None, steps: int
-) -> float | None:
-    """Predicted time of an update; None where the host's rates are not known."""
-    return None if seconds is None else float(seconds @ schedule.times(sizes, steps))
 
 
 def dry_run(

@@ -16,11 +16,13 @@ from strixft.guard import budget_for, find_host
 from strixft.hardware import Budget, Host, Sourced
 from strixft.methods import METHODS
 from strixft.model import load_config
-from strixft.plan import show
+from strixft.plan import correction, show
 from strixft.plan.advice import advise, cause
 from strixft.plan.boxes import share_figures
 from strixft.plan.choose import Choice, choose
+from strixft.plan.correction import Correction
 from strixft.plan.data_shape import DataShape
+from strixft.plan.measure import measure
 from strixft.plan.phases import PROCESS, Phase, phases
 from strixft.plan.ways import ways_for
 from strixft.prepare import Prepared
@@ -143,6 +145,7 @@ def _assumptions(heads: Heads, host: Host, limit: Budget, ways: Ways) -> list[di
         _assumption("host_bytes of a process", PROCESS),
         _assumption("bandwidth_bytes_per_s", host.bandwidth_bytes_per_s),
         *(_assumption(f"matmul_flop_per_s, {dtype}", rate) for dtype, rate in rates),
+        _assumption("launch_s of an operator", host.launch_s),
         *_attention(heads, host, ways),
     ]
 
@@ -164,8 +167,20 @@ def _attention(heads: Heads, host: Host, ways: Ways) -> Iterator[dict[str, Any]]
             }
 
 
-def _warnings(life: dict[str, Phase], limit: Budget) -> Iterator[str]:
-    """Phases other than training that need more than there is."""
+def _require_this_machine(name: str) -> None:
+    if name not in ("auto", "cpu"):
+        raise RecipeError(
+            f"--measure runs on this machine, it cannot measure {name}",
+            fix="--host auto --measure",
+        )
+
+
+def _warnings(life: dict[str, Phase], limit: Budget, known: Correction) -> Iterator[str]:
+    """What was not measured, and phases other than training that need more than there is."""
+    if known.source and known.peak is None:
+        yield "memory was not measured: a CPU has no allocator to ask; the time was"
+    if known.source and known.seconds is None:
+        yield "the time is not corrected: no rates are known that it could be predicted with"
     for name, phase in life.items():
         if name != "train" and phase["device_bytes"] > limit.num_bytes:
             yield f"{name} may need {format_gib(phase['device_bytes'])}, more than the budget"
@@ -186,6 +201,8 @@ def plan_figures(
     host_name: str | None = None,
     prepared: Prepared | None = None,
     boxes: int = 1,
+    *,
+    measured: bool = False,
 ) -> dict[str, Any]:
     """The plan's figures.
 
@@ -194,8 +211,12 @@ def plan_figures(
         host_name: Another host than the recipe's.
         prepared: The prepared data; without them rows are as long as `max_length`.
         boxes: Machines that share the run.
+        measured: Run small models on this device first, and correct the plan by them.
     """
-    host = find_host(host_name or recipe.memory.host)
+    name = host_name or recipe.memory.host
+    if measured:
+        _require_this_machine(name)
+    host = find_host(name)
     limit = budget_for(recipe.memory, host)
     config = read_config(recipe)
     if host.here:
@@ -204,6 +225,11 @@ def plan_figures(
     data = DataShape.of(recipe, prepared, packed=ways.rung.packed)
     with _named(recipe):
         chosen = choose(recipe, config, host, limit, data)
+    if measured:
+        found = measure(recipe, config, host, limit, chosen.run)
+        correction.save(recipe, config, host, found)
+        chosen = choose(recipe, config, host, limit, data)
+    known = correction.load(recipe, config, host)
     run = chosen.run
     updates = _updates(recipe, data, run.shape.rows * run.steps)
     life = phases(recipe, config, host, run)
@@ -223,9 +249,12 @@ def plan_figures(
         "updates": updates,
         **_times(chosen, data, updates),
         "frontier": [asdict(candidate) for candidate in chosen.frontier],
-        "assumptions": _assumptions(Heads.of(config), host, limit, ways),
+        "assumptions": [
+            *_assumptions(Heads.of(config), host, limit, ways),
+            *known.assumptions(),
+        ],
         "advice": [asdict(row) for row in advice],
-        "warnings": [*warnings_of(config, data.max_length), *_warnings(life, limit)],
+        "warnings": [*warnings_of(config, data.max_length), *_warnings(life, limit, known)],
     }
 
 

@@ -4,21 +4,22 @@ A trace is made with sides that are multiples of primes which divide no side of 
 them divide a size, and how often, then says how it grows: with B, with B × T, with B × T², with the
 trained tokens, with a chunk of the head. Events and their order are the same within a `Regime`.
 
-Shapes: B rows, T tokens, K trained tokens, n rows of a chunk of the head, m rows of its last chunk.
+Shapes: B rows, T tokens, K trained tokens, n rows of a chunk of the head, m rows of its last chunk,
+L tokens of the longest document.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from strixft.data import PackedShape
-from strixft.plan.cost import Floats, Work
+from strixft.plan.cost import SEEN, Floats, Work
 from strixft.plan.stack import Ints, rounded_all
 from strixft.plan.trace import RowShape, Trace
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
@@ -38,13 +39,16 @@ class Sides:
     trained: int
     chunk: int
     last_chunk: int
+    longest: int = 1
+    """Of the documents that share a row; 1 where each has a row of its own."""
 
     @classmethod
     def of(cls, shape: RowShape, vocabulary: int) -> Sides:
         """Of a micro-batch."""
         chunk = chunk_rows(shape.trained, vocabulary)
         rest = shape.trained - chunk * (math.ceil(shape.trained / chunk) - 1)
-        return cls(shape.rows, shape.length, shape.trained, chunk, rest)
+        longest = shape.packed.longest if shape.packed else 1
+        return cls(shape.rows, shape.length, shape.trained, chunk, rest, longest)
 
     @property
     def chunks(self) -> int:
@@ -57,22 +61,22 @@ class Regime:
     """Micro-batches whose steps have the same events."""
 
     one_row: bool
-    """A single row needs no copies to become contiguous."""
+    """A single row needs no copies to become contiguous; nor do documents laid end to end."""
     beyond: tuple[bool, ...]
-    """For each sliding window: rows are longer than it, so there is a mask."""
+    """For each sliding window: rows are as long or longer, so there is a mask."""
     chunks: int
     """1, 2, or 3 for any more: those in the middle are alike."""
-    longest: int
-    """Of the documents that share a row; 0 where each has a row of its own."""
+    packed: bool
+    """Documents share rows."""
 
     @classmethod
     def of(cls, config: Any, shape: RowShape) -> Regime:
         """The regime of a micro-batch."""
         sides = Sides.of(shape, config.vocab_size)
-        beyond = tuple(shape.length > window for window in _windows(config))
+        beyond = tuple(shape.length >= window for window in _windows(config))
         chunks = min(sides.chunks, 3)
-        longest = shape.packed.longest if shape.packed else 0
-        return cls(shape.rows == 1, beyond, chunks, longest)
+        packed = shape.packed is not None
+        return cls(shape.rows == 1 and not packed, beyond, chunks, packed)
 
 
 def _windows(config: Any) -> list[int]:
@@ -99,13 +103,13 @@ class Sample:
     sides: Sides
     primes: tuple[int, ...]
     """One that divides each of the sides and none of the others; 1 where a side does not vary."""
-    longest: int = 0
 
     @property
     def shape(self) -> RowShape:
         """The micro-batch; documents of a row change no size that matters."""
         rows, length, trained = self.sides.rows, self.sides.length, self.sides.trained
-        packed = PackedShape(length, rows, self.longest) if self.longest else None
+        is_packed, longest = self.sides.longest > 1, self.sides.longest
+        packed = PackedShape(length, rows, longest) if is_packed else None
         return RowShape(rows, length, trained, packed)
 
 
@@ -115,7 +119,7 @@ def _lengths(windows: Iterable[int], beyond: Iterable[bool]) -> Iterator[tuple[i
     tiled = ((TILE * prime, prime) for prime in _primes())
     plain = ((number, number) for number in range(LARGEST // TILE, 2, -1) if _is_prime(number))
     for length, prime in chain(tiled, plain):
-        if all((length > window) == is_beyond for window, is_beyond in sides):
+        if all((length >= window) == is_beyond for window, is_beyond in sides):
             yield length, prime
 
 
@@ -148,12 +152,15 @@ def sample(config: Any, regime: Regime, taken: int) -> Sample | None:
         taken: A product of the model's own sides, which share no prime with the micro-batch's.
     """
     rows = 1 if regime.one_row else next(p for p in _primes(11) if taken % p)
-    taken *= rows * max(1, regime.longest)
+    taken *= rows
+    longest_prime = next(p for p in _primes() if taken % p) if regime.packed else 1
+    longest = SEEN * longest_prime if regime.packed else 1
+    taken *= longest_prime
     for length, prime in _lengths(_windows(config), regime.beyond):
         if taken % prime:
             for sides, primes in _trained(regime, config.vocab_size, taken * prime):
-                found = Sides(rows, length, sides.trained, sides.chunk, sides.last_chunk)
-                return Sample(found, (rows, prime, *primes), regime.longest)
+                found = replace(sides, rows=rows, length=length, longest=longest)
+                return Sample(found, (rows, prime, *primes, longest_prime))
     return None
 
 

@@ -17,7 +17,7 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from strixft.plan.cost import Floats
+from strixft.plan.cost import Floats, Seconds
 from strixft.plan.trace import Place, Trace
 from strixft.step.tracker import BLOCK
 
@@ -95,13 +95,31 @@ class Schedule:
         signed = np.concatenate([sizes, -sizes[::-1]])  # ~storage counts from the end
         return np.cumsum(signed[self.changes])
 
-    def times(self, sizes: Ints, steps: int) -> Floats:
-        """How often an update does each piece of the trace's work.
+    def seconds_per_update(self, sizes: Ints, seconds: Seconds | None, steps: int) -> float | None:
+        """Predicted time of an update: each place takes the longer of device and launches.
 
         Args:
             sizes: Of the trace's storages.
+            seconds: Of each piece of the trace's work; None where the host's rates are not known.
             steps: Micro-batches of an update; each does what the trace's last one does.
         """
+        if seconds is None:
+            return None
+        times = self._times(sizes, steps)
+        device, launch = (
+            np.bincount(self._places, each * times) for each in (seconds.device, seconds.launch)
+        )
+        return float(np.maximum(device, launch).sum())
+
+    @cached_property
+    def _places(self) -> Ints:
+        """A number of the place of each piece of work."""
+        numbers: dict[Place, int] = {}
+        found = [numbers.setdefault(place, len(numbers)) for place, _ in self.trace.work]
+        return np.array(found, dtype=np.int64)
+
+    def _times(self, sizes: Ints, steps: int) -> Floats:
+        """How often an update does each piece of the trace's work."""
         counts, is_update = self._counts
         return np.where(is_update, self._trained_growth(sizes), steps * counts)
 

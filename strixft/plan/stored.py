@@ -34,7 +34,7 @@ def _source_digest() -> str:
 
 
 def name_of(recipe: Recipe, config: Any, host: Host, regime: Any, kinds: Sequence[Any]) -> str:
-    """The file's name of a trace."""
+    """The file's name of a trace, or of what was measured."""
     depends_on = {
         "versions": versions(),
         "source": _source_digest(),
@@ -44,7 +44,7 @@ def name_of(recipe: Recipe, config: Any, host: Host, regime: Any, kinds: Sequenc
         "optimizer": recipe.train.optimizer,
         "ways": asdict(ways_for(recipe, config, host)),
         "device": [host.device, host.architecture, host.bfloat16],
-        "regime": asdict(regime),
+        "regime": str(regime),
         "kinds": kinds,
     }
     text = json.dumps(depends_on, sort_keys=True, default=str)

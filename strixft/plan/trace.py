@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,12 +19,12 @@ from strixft.attention import planned_for
 from strixft.data import PackedShape, shape_batch
 from strixft.hardware import Host
 from strixft.model import build, native_dtype
-from strixft.plan.compiled import planned_kernels
+from strixft.plan.compiled import num_compiled, planned_kernels
 from strixft.plan.cost import Cost, is_4bit_product, operator_cost, weight_of_4bit
 from strixft.plan.memo import Memo
 from strixft.plan.ways import ways_for
 from strixft.recipe import Recipe
-from strixft.step import MemoryTracker, TrainingStep, batch_loss, decoder_layers
+from strixft.step import MemoryTracker, TrainingStep, Ways, batch_loss, decoder_layers
 from strixft.step.tracker import is_counted
 
 aten = torch.ops.aten
@@ -220,14 +220,6 @@ class _TracedStep(TrainingStep):
         self.recorder.place = Place(before, "before")
         return super().loss(batch, num_trained)
 
-    def compile_first(self, batch: Any, host: Host) -> None:
-        """Compile before anybody counts: the compiler makes tensors of its own."""
-        self.recorder = _Recorder(0, host, Memo())
-        with self.recorder:
-            self.loss(batch, 1).backward()
-        self.recorder.ended = True
-        self.optimizer.zero_grad()
-
     def finish(self) -> None:
         self.recorder._goto("update")
         super().finish()
@@ -254,21 +246,51 @@ def trace_step(
         memo: Operators that earlier traces ran.
     """
     ways = ways_for(recipe, config, host, recomputed_layers=recomputed_layers)
+
+    def record(memo: Memo) -> Trace:
+        return _record(recipe, config, host, shape, ways, steps, memo)
+
+    memo = memo or Memo()
+    with _fused_on_meta(), planned_for(host.device):
+        if not ways.compiled:
+            return record(memo)
+        with planned_kernels(_like(recipe, config, shape, ways)):
+            return _settled(record, memo)
+
+
+def _like(recipe: Recipe, config: Any, shape: RowShape, ways: Ways) -> Hashable:
+    """What compiled layers depend on; not how many there are."""
+    sides = {k: v for k, v in config.to_dict().items() if not isinstance(v, list)}
+    sides["num_hidden_layers"] = None
+    return recipe.model_dump_json(), str(sides), shape, replace(ways, recomputed_layers=0)
+
+
+def _settled(record: Callable[[Memo], Trace], memo: Memo) -> Trace:
+    """A trace during which nothing was compiled: the compiler makes tensors of its own."""
+    before = num_compiled()
+    trace = record(memo if before else Memo())  # its own would not be told from the step's
+    return trace if num_compiled() == before else _settled(record, memo)
+
+
+def _record(
+    recipe: Recipe,
+    config: Any,
+    host: Host,
+    shape: RowShape,
+    ways: Ways,
+    steps: int,
+    memo: Memo,
+) -> Trace:
     model = build(recipe, "meta", native_dtype(host.device, bfloat16=host.bfloat16), config)
     layers = decoder_layers(model)
-    recorder = _Recorder(len(layers), host, memo or Memo())
     batch = shape_batch(shape.rows, shape.length, shape.trained, "meta", shape.packed)
-    kernels = planned_kernels() if ways.compiled else contextlib.nullcontext()
-    with _fused_on_meta(), planned_for(host.device), kernels:
-        step = _TracedStep(model, recipe.train, ways)
-        if ways.compiled:
-            step.compile_first(batch, host)
-        step.recorder = recorder
-        recorder.watch_model(model)
-        recorder.follow(layers)
-        with recorder:
-            step.update([batch])
-            step.update([batch] * min(steps, 2))  # now the optimiser has its state
+    step = _TracedStep(model, recipe.train, ways)
+    recorder = step.recorder = _Recorder(len(layers), host, memo)
+    recorder.watch_model(model)
+    recorder.follow(layers)
+    with recorder:
+        step.update([batch])
+        step.update([batch] * min(steps, 2))  # now the optimiser has its state
     recorder.assign_optimizer_state(model, step.optimizer)
     recorder.ended = True
     return recorder.trace

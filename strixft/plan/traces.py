@@ -8,14 +8,13 @@ from typing import Any
 
 from strixft.hardware import Host
 from strixft.plan import stored
-from strixft.plan.cost import Floats, Rates
+from strixft.plan.cost import Rates, Seconds
 from strixft.plan.dry_run import (
     DryRun,
     Step,
     dry_run,
     layer_kinds,
     run_schedule,
-    seconds_per_update,
     trace_run,
 )
 from strixft.plan.memo import Memo
@@ -40,7 +39,7 @@ class _Scaled:
 
     schedule: Schedule
     sizes: Ints
-    seconds: Floats | None
+    seconds: Seconds | None
 
 
 class Traces:
@@ -57,7 +56,7 @@ class Traces:
         self._memo = Memo()
         self._scaled: dict[Any, ScaledTrace | None] = {}
         self._schedules: dict[Any, Schedule] = {}
-        self._numbers: dict[Any, tuple[Ints, Floats | None]] = {}
+        self._numbers: dict[Any, tuple[Ints, Seconds | None]] = {}
 
     def _taken(self) -> int:
         """A product of the model's own sides."""
@@ -118,9 +117,10 @@ class Traces:
         if found is None:
             run = self.dry_run(step)
             return Estimate(run.peak_bytes, run.seconds_per_update)
-        asked = int(found.schedule.live_bytes(found.sizes).max())
-        seconds = seconds_per_update(found.schedule, found.sizes, found.seconds, step.steps)
-        return Estimate(asked + int(self._host.workspace_bytes.value), seconds)
+        schedule, seconds = found.schedule, found.seconds
+        time = schedule.seconds_per_update(found.sizes, seconds, step.steps)
+        asked = int(schedule.live_bytes(found.sizes).max())
+        return Estimate(asked + int(self._host.workspace_bytes.value), time)
 
     def dry_run(self, step: Step) -> DryRun:
         """A step's figures: those of a fresh trace, from one that was scaled."""

@@ -1,0 +1,139 @@
+"""Sliders over rows, length and recomputed layers: what each step would need and how fast it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from strixft import views
+from strixft.guard import budget_for, find_host
+from strixft.hardware import Budget
+from strixft.plan.choose import Planner
+from strixft.plan.data_shape import DataShape
+from strixft.plan.dry_run import Step
+from strixft.plan.result import read_config
+from strixft.plan.ways import ways_for
+from strixft.prepare import Prepared
+from strixft.runs import Run
+from strixft.units import GIB, format_gib, format_number
+
+SHORTEST = 128
+"""Tokens of a row where the slider begins."""
+WIDGET = {"continuous_update": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a step needs."""
+
+    peak_bytes: int
+    need_bytes: int
+    """Reserved, and outside the allocator."""
+    tok_per_s: float | None
+    fits: bool
+
+    def _repr_html_(self) -> str:
+        return views.mapping(
+            {
+                "fits": "yes" if self.fits else "NO",
+                "peak, allocated": format_gib(self.peak_bytes),
+                "needed": format_gib(self.need_bytes),
+                "tokens per second, predicted": format_number(self.tok_per_s, 1),
+            }
+        )
+
+
+class Explorer:
+    """Answers for any micro-batch of a recipe; shows itself as sliders, and as a picture.
+
+    Args:
+        planner: Of the recipe, on its host.
+        limit: What the run may use.
+    """
+
+    def __init__(self, planner: Planner, limit: Budget) -> None:
+        self._planner, self._limit = planner, limit
+
+    def answer(self, rows: int, length: int, recomputed_layers: int) -> Answer:
+        """What a step needs: the data's own at their full length, filled rows at any other."""
+        planner, data = self._planner, self._data(length)
+        steps = planner.steps(rows)
+        step = Step(data.largest(planner.recipe, rows), recomputed_layers, steps)
+        run = planner.dry_run_of(step)
+        need, seconds = planner.need_bytes(run), run.seconds_per_update
+        rate = rows * steps * data.mean_length() / seconds if seconds else None
+        return Answer(run.peak_bytes, need, rate, need <= self._limit.num_bytes)
+
+    def _data(self, length: int) -> DataShape:
+        data = self._planner.data
+        if length == data.max_length:
+            return data
+        return DataShape(length, longest=min(data.longest, length))
+
+    def _sides(self) -> tuple[list[int], int, int]:
+        """Rows, the longest row, and layers to choose from."""
+        return (
+            sorted(self._planner.rows()),
+            self._planner.data.max_length,
+            self._planner.num_layers,
+        )
+
+    def picture(self) -> str:
+        """Memory against rows, for none, half and all of the layers recomputed."""
+        figure, axes = views.new_figure()
+        rows, _, most = self._sides()
+        for layers in sorted({0, most // 2, most}):
+            need = [self._planner.candidate(count, layers).need_bytes / GIB for count in rows]
+            axes.plot(rows, need, marker="o", label=f"{layers} of {most} layers recomputed")
+        axes.axhline(self._limit.num_bytes / GIB, color=views.INK, linestyle="--", label="budget")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(rows, list(map(str, rows)))
+        axes.set_xlabel("rows of a micro-batch")
+        axes.set_ylabel("GiB asked for")
+        axes.legend(fontsize=7.5, frameon=False)
+        return views.picture(figure, "memory against rows and recomputed layers")
+
+    def sliders(self) -> Any:
+        """Three sliders and the answer below them, for a notebook with a kernel."""
+        import ipywidgets as widgets
+
+        rows, length, layers = self._sides()
+        controls = {
+            "rows": widgets.SelectionSlider(options=rows, description="rows", **WIDGET),
+            "length": widgets.IntSlider(
+                length, min(SHORTEST, length), length, description="tokens", **WIDGET
+            ),
+            "recomputed_layers": widgets.IntSlider(
+                0, 0, layers, description="recomputed", **WIDGET
+            ),
+        }
+        shown = widgets.HTML()
+
+        def show(_: Any = None) -> None:
+            chosen = {name: control.value for name, control in controls.items()}
+            shown.value = self.answer(**chosen)._repr_html_()
+
+        for control in controls.values():
+            control.observe(show, "value")
+        show()
+        return widgets.VBox([*controls.values(), shown])
+
+    def _ipython_display_(self) -> None:
+        """The picture stays in a page without a kernel, where sliders are nothing."""
+        from IPython.display import HTML, display
+
+        display(HTML(self.picture()), self.sliders())
+
+
+def explore_plan(run: Run) -> Explorer:
+    """Sliders for a prepared run on its host.
+
+    Args:
+        run: Its data decide how long rows can be.
+    """
+    recipe = run.recipe
+    host, config = find_host(recipe.memory.host), read_config(recipe)
+    packed = ways_for(recipe, config, host).rung.packed
+    data = DataShape.of(recipe, run.require(Prepared), packed=packed)
+    limit = budget_for(recipe.memory, host)
+    return Explorer(Planner(recipe, config, host, data), limit)

@@ -1,0 +1,148 @@
+"""`--measure`: updates of two small real models on this device, extended to full depth.
+
+The models have 2 and 4 layers of the planned shape, and random weights made on the device: memory
+and time do not depend on them. What a layer takes beyond the dry run counts for each layer, what
+both take beyond it counts once.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import numpy as np
+import torch
+
+from strixft.data import Batch, shape_batch
+from strixft.errors import FitError, HostError
+from strixft.guard import cap
+from strixft.hardware import Budget, Host
+from strixft.model import native_dtype, random_model
+from strixft.plan.correction import SOURCE, Correction, Line
+from strixft.plan.dry_run import DryRun, dry_run, with_layers
+from strixft.plan.trace import RowShape
+from strixft.plan.ways import ways_for
+from strixft.recipe import Recipe
+from strixft.step import TrainingStep, peak_memory
+from strixft.units import format_gib
+
+LAYERS = (2, 4)
+WARM = 2
+"""Updates that are not timed: they compile, and make the optimiser's state."""
+TIMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A small model, as predicted and as measured."""
+
+    planned: DryRun
+    peak_bytes: int | None
+    seconds: float
+
+
+def _spread(num_layers: int, count: int) -> list[int]:
+    """So many layers, evenly from the first to the last."""
+    return [round(layer) for layer in np.linspace(0, num_layers - 1, count)]
+
+
+def _real_batch(shape: RowShape, vocabulary: int, device: str) -> Batch:
+    batch = shape_batch(shape.rows, shape.length, shape.trained, device, shape.packed)
+    batch["input_ids"].random_(0, vocabulary)
+    if shape.packed is not None:
+        ends = torch.linspace(0, shape.rows * shape.length, shape.packed.documents + 1)
+        batch["cu_seq_lens"] = ends.to(device, torch.int32)
+    return batch
+
+
+def _seconds(step: TrainingStep, batch: Batch, device: str) -> float:
+    start = time.perf_counter()
+    step.update([batch])
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _require_room(planned: DryRun, host: Host, limit: Budget) -> None:
+    need = planned.reserved_bytes + int(host.outside_bytes.value)
+    if need > limit.num_bytes:
+        raise FitError(
+            f"measuring with {planned.num_layers} layers needs {format_gib(need)} and {host.name}"
+            f" has {format_gib(limit.num_bytes)} for it",
+            fix="--set train.micro_batch=1",
+        )
+
+
+def _measured(
+    recipe: Recipe, config: Any, host: Host, shape: RowShape, recomputed_layers: int
+) -> tuple[int | None, float]:
+    """Peak bytes, where the device counts them, and seconds of an update."""
+    device = host.device
+    ways = ways_for(recipe, config, host, recomputed_layers=recomputed_layers)
+    dtype = native_dtype(device, bfloat16=host.bfloat16)
+    step = TrainingStep(random_model(recipe, config, device, dtype), recipe.train, ways)
+    batch = _real_batch(shape, config.vocab_size, device)
+    for _ in range(WARM):
+        _seconds(step, batch, device)
+    seconds = statistics.median(_seconds(step, batch, device) for _ in range(TIMED))
+    if device == "cpu":
+        return None, seconds
+    with peak_memory(step.model) as memory:
+        step.update([batch])
+    return memory["peak_bytes"], seconds
+
+
+def _point(
+    recipe: Recipe, config: Any, host: Host, limit: Budget, run: DryRun, num_layers: int
+) -> _Point:
+    small = with_layers(config, _spread(config.num_hidden_layers, num_layers))
+    recomputed = round(num_layers * run.recomputed_layers / run.num_layers)
+    planned = dry_run(recipe, small, host, run.shape, recomputed)
+    _require_room(planned, host, limit)
+    cap(limit.num_bytes, planned.reserved_bytes)
+    peak_bytes, seconds = _measured(recipe, small, host, run.shape, recomputed)
+    gc.collect()  # the next model is not to find this one's memory taken
+    torch.cuda.empty_cache()
+    return _Point(planned, peak_bytes, seconds)
+
+
+def _peak_line(points: list[_Point]) -> Line | None:
+    found = [(float(p.planned.peak_bytes), float(p.peak_bytes)) for p in points if p.peak_bytes]
+    return Line.through(*found) if found else None
+
+
+def _seconds_line(points: list[_Point]) -> Line | None:
+    times = [(p.planned.seconds_per_update, p.seconds) for p in points]
+    found = [(predicted, seconds) for predicted, seconds in times if predicted]
+    return Line.through(*found) if found else None
+
+
+def measure(recipe: Recipe, config: Any, host: Host, limit: Budget, run: DryRun) -> Correction:
+    """Run small models of a planned step on this device.
+
+    Args:
+        recipe: Method, adapter and optimiser.
+        config: The model's configuration.
+        host: This machine.
+        limit: What the process may use; on a GPU it is held to it.
+        run: The planned step.
+
+    Raises:
+        FitError: Not even the small models fit.
+        HostError: There is nothing to compare: no allocator, and no predicted time.
+    """
+    text = config.get_text_config()
+    counts = [min(count, text.num_hidden_layers) for count in LAYERS]
+    points = [_point(recipe, text, host, limit, run, count) for count in counts]
+    peak, seconds = _peak_line(points), _seconds_line(points)
+    if peak is None and seconds is None:
+        raise HostError(
+            f"{host.name} has no allocator to ask, and no rates that time is predicted with",
+            fix="strixft bench bandwidth --host-row; strixft bench gemm --host-row",
+        )
+    layers = " and ".join(map(str, counts))
+    return Correction(peak, seconds, SOURCE.format(layers=layers, when=date.today()))
