@@ -21,6 +21,7 @@ from torch import Tensor
 
 from strixft.disk import sync
 from strixft.errors import StageError
+from strixft.int8 import LARGEST
 
 STRETCH_BYTES = 4 * 2**20
 """Read, changed and written at once."""
@@ -40,6 +41,13 @@ class Update:
     """(D, R), float32, scaled already."""
     magnitude: Tensor | None = None
     """Trained length of each row, (D,), where the adapter is DoRA's."""
+
+    def to(self, device: str) -> Update:
+        """The same on a device."""
+        length = self.magnitude
+        return Update(
+            self.a.to(device), self.b.to(device), None if length is None else length.to(device)
+        )
 
     def apply_(self, weight: Tensor, rows: slice) -> None:
         """Turn rows of the base's weight, (D, C) in float32, into the merged ones."""
@@ -131,6 +139,22 @@ def _stretches(shape: list[int], element_bytes: int, whole: bool) -> Iterator[sl
         yield slice(start, min(rows, start + step))
 
 
+def quantise_nf4(weight: Tensor) -> tuple[Tensor, Any]:
+    """A weight as QLoRA stores it: packed values, and the scales with the shape."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    return packed, state
+
+
+def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight as LLM.int8 stores it: integers (D, C), and the largest value of each row (D,)."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    integers, scales, _ = int8_vectorwise_quant(weight.half())
+    return integers, scales
+
+
 def as_stored(weight: Tensor, base: str) -> Tensor:
     """A weight as training saw it, in float32.
 
@@ -139,21 +163,24 @@ def as_stored(weight: Tensor, base: str) -> Tensor:
         base: How the method keeps the base.
     """
     if base == "nf4":
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+        from bitsandbytes.functional import dequantize_4bit
 
-        packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-        found: Tensor = dequantize_4bit(packed, state).float()
+        found: Tensor = dequantize_4bit(*quantise_nf4(weight)).float()
         return found
     if base == "int8":
-        from bitsandbytes.functional import int8_vectorwise_quant
-
-        integers, scales, _ = int8_vectorwise_quant(weight.half())
-        restored: Tensor = integers.float().mul_((scales / 127).unsqueeze(1))
-        return restored
+        integers, scales = quantise_int8(weight)
+        return integers.float().mul_((scales / LARGEST).unsqueeze(1))
     return weight.float()
 
 
-def _quantised(name: str, shape: list[int], base: str) -> bool:
+def is_quantised(name: str, shape: list[int], base: str) -> bool:
+    """Whether the method keeps this weight quantised.
+
+    Args:
+        name: Of the weight in the checkpoint.
+        shape: Its sides.
+        base: How the method keeps the base.
+    """
     linear = len(shape) == 2 and name.endswith(".weight")
     return base != "native" and linear and not any(word in name for word in _NOT_QUANTISED)
 
@@ -206,12 +233,12 @@ def merge_file(source: Path, target: Path, updates: Mapping[str, Update], base: 
         files.copy(first)
         for name, entry in header.items():
             update, shape = updates.get(name), entry["shape"]
-            if update is None and not _quantised(name, shape, base):
+            if update is None and not is_quantised(name, shape, base):
                 start, end = entry["data_offsets"]
                 files.copy(end - start)
                 continue
             _check(source, name, entry, update)
-            files.merge(entry, update, base if _quantised(name, shape, base) else "native")
+            files.merge(entry, update, base if is_quantised(name, shape, base) else "native")
             done |= {name} if update else set()
     sync(target)
     return done

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from strixft.export.result import merges_table
 from strixft.prepare import Prepared
 from strixft.recipe import dump_recipe
 from strixft.runs import Result, Run
@@ -82,6 +83,14 @@ def _metrics(evaluated: Result | None) -> str:
     return f"| held-out rows | base | tuned |\n| --- | --- | --- |\n{rows}"
 
 
+def _merges(made: Mapping[str, Any]) -> str:
+    rows, header = merges_table(made)
+    if not rows:
+        return ""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+
+
 def _parity(parity: Mapping[str, Any]) -> str:
     if not parity:
         return "Not compared with the trained model."
@@ -99,7 +108,9 @@ def _yes(passes: bool) -> str:
     return "yes" if passes else "**no**"
 
 
-def model_card(run: Run, licence: str | None, parity: Mapping[str, Any]) -> str:
+def model_card(
+    run: Run, licence: str | None, made: Mapping[str, Any], parity: Mapping[str, Any]
+) -> str:
     """The README of an exported model: data, recipe, figures, licence of the base."""
     prepared = run.require(Prepared)
     evaluated = Result.load(run.stage_folder("evaluate"))
@@ -122,7 +133,7 @@ tags: [{recipe.method}, strixft]
 ## Figures
 
 {_metrics(evaluated)}
-{_parity(parity)}
+{_merges(made)}{_parity(parity)}
 ## Recipe
 
 ```yaml
