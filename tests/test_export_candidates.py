@@ -129,7 +129,8 @@ def test_where_they_are_apart_the_nearer_to_the_trained_function_is_chosen(
     for file in Path(run.recipe.model).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
-    large = {name: weight * (20 if "proj" in name else 1) for name, weight in weights.items()}
+    factors = {name: 20 if "proj" in name else 3 for name in weights}
+    large = {name: weight * factors[name] for name, weight in weights.items()}
     save_file(large, tmp_path / "model.safetensors", {"format": "pt"})
     recipe = run.recipe.model_copy(update={"model": str(tmp_path)})
     other = Run(run.folder, recipe)

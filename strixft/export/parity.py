@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from strixft.errors import HostError
 from strixft.evaluate.generate import generate
 from strixft.exports import Quantisation
-from strixft.llama import served
+from strixft.llama import ANY_TEMPLATE, TemplateError, served
 from strixft.progress import progress_bar
 from strixft.servers import ask
 
@@ -135,6 +136,20 @@ def _same_template(url: str, tokenizer: Any) -> bool | str:
     return bool(theirs.removeprefix(bos) == ours.removeprefix(bos))
 
 
+@contextlib.contextmanager
+def _started(
+    model: Path, longest: int, adapter: Path | None, tokenizer: Any
+) -> Iterator[tuple[str, bool | str]]:
+    """A server's address, and whether it renders chats as the model's template does."""
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(served(model, longest, adapter))
+        except TemplateError as error:  # tokens can be compared all the same
+            yield stack.enter_context(served(model, longest, adapter, ANY_TEMPLATE)), error.problem
+        else:
+            yield url, _same_template(url, tokenizer)
+
+
 def measure_parity(
     model: Path,
     kind: Quantisation,
@@ -152,8 +167,7 @@ def measure_parity(
         adapter: GGUF file of an adapter that the server puts on the model.
     """
     longest = max(len(prompt) + len(answer) for prompt, answer in prompts) + 8
-    with served(model, longest, adapter) as url:
-        same_template = _same_template(url, tokenizer)
+    with _started(model, longest, adapter, tokenizer) as (url, same_template):
         same_tokens = _same_tokens(url, tokenizer, [prompt for prompt, _ in prompts])
         bar = progress_bar(prompts, unit="prompt", desc=kind.name)
         found = [compare(url, prompt, wanted) for prompt, wanted in bar]
