@@ -9,18 +9,20 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import WriteRecipe
+from conftest import WriteRecipe, chat
 from http_server import serving
 from test_train import trained
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from strixft import llama
-from strixft.errors import HostError, StageError
+from strixft.errors import HostError, RecipeError, StageError
 from strixft.export import Exported, export_recipe, gguf
 from strixft.export.parity import END, chosen_prompts, compare, measure_parity
 from strixft.export.texts import modelfile
 from strixft.exports import QUANTISATIONS
 from strixft.llama import served
 from strixft.model import load_tokenizer
+from strixft.prepare import Prepared
 from strixft.recipe import load_recipe
 from strixft.report import render_report
 from strixft.runs import Run, open_run
@@ -163,6 +165,50 @@ def test_a_server_that_dies_or_hangs_is_said(
         ask_after(signal_number, path)
     children = psutil.Process().children()
     assert not [c for c in children if "strixft.llama" in " ".join(c.cmdline())]
+
+
+def with_tools(model: Path, folder: Path, *, resized: bool) -> Path:
+    """A copy of a model whose tokenizer has two tokens more."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<tool>", "<|call|>"])
+    shutil.copytree(model, folder)
+    tokenizer.save_pretrained(folder)
+    if resized:
+        whole = AutoModelForCausalLM.from_pretrained(model)
+        whole.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        whole.save_pretrained(folder)
+    return folder
+
+
+TOOL_CHATS = [chat(f"<tool> adds {n} and 1 <|call|>.", f"<tool> {n + 1}") for n in range(24)]
+
+
+def test_added_tokens_are_exported(
+    tiny_model: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    model = with_tools(tiny_model, tmp_path / "tools", resized=True)
+    recipe = write_recipe("tools", TOOL_CHATS, model=str(model), export={"gguf": ["f16"]})
+    run = open_run(recipe, tmp_path / "run")
+    trained(run)
+    parity = export_recipe(run).figures["parity"]["f16"]
+    assert parity["passes"]
+    assert parity["same_tokens"] == 1
+    tool = load_tokenizer(run.recipe).convert_tokens_to_ids("<tool>")
+    prompts = [
+        row["input_ids"] for row in run.require(Prepared).token_rows(run.recipe.dataset).validation
+    ]
+    assert all(tool in prompt for prompt in prompts)
+    assert len(prompts) > 0
+
+
+def test_tokens_that_only_the_tokenizer_has_are_refused(
+    tiny_model: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    model = with_tools(tiny_model, tmp_path / "tools", resized=False)
+    run = open_run(write_recipe("tools", TOOL_CHATS, model=str(model)), tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"the token '<.*>', number \d+, and .* alone") as caught:
+        trained(run)
+    assert "resize_token_embeddings" in caught.value.fix
 
 
 def test_a_server_that_does_not_start_in_time_is_said(
