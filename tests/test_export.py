@@ -89,7 +89,10 @@ def test_everything_that_a_server_needs_is_there(exported: tuple[Run, Exported])
     made = result.figures["made"]
     assert list(made) == ["merged", "gguf", "gguf-lora", "ollama", "lemonade", "vllm"]
     assert all(Path(row["path"]).exists() for row in made.values() if "path" in row)
-    assert "q4_k_m.gguf --recipe llamacpp" in made["lemonade"]["type"]
+    lemonade = Path(made["lemonade"]["path"])
+    assert f"extra_models_dir={lemonade.parent} " in made["lemonade"]["type"]
+    assert lemonade.samefile(run.stage_folder("export") / "run-q4_k_m.gguf")
+    assert list(lemonade.parent.iterdir()) == [lemonade]
     card = (Path(made["merged"]["path"]) / "README.md").read_text()
     assert "answers like the trained model" in card
     assert "<h2>Export</h2>" in render_report(run)

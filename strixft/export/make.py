@@ -134,7 +134,12 @@ def _ollama(job: Job) -> Made:
 
 
 def _lemonade(job: Job) -> Made:
-    return {"type": texts.lemonade_command(plain(job.run.name), _smallest(job))}
+    """A folder that holds one file: several in one folder would be taken for one model's parts."""
+    path = job.folder / "lemonade" / f"{plain(job.run.name)}.gguf"
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.hardlink_to(_smallest(job))
+    return {"path": str(path), "type": texts.lemonade_command(path.parent)}
 
 
 def _vllm(job: Job) -> Made:

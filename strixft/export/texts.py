@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,13 @@ def modelfile(gguf: str, tokenizer: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def lemonade_command(name: str, gguf: Path) -> str:
-    """Registers a GGUF file with a Lemonade server; not tried on one."""
-    return f"lemonade-server pull user.{name} --checkpoint {gguf} --recipe llamacpp"
+def lemonade_command(folder: Path) -> str:
+    """Registers the GGUF files of a folder with a Lemonade server; not tried on one.
+
+    Source: lemonade-sdk/lemonade, docs/guide/configuration/custom-models.md; `pull` knows
+    checkpoints of hubs only.
+    """
+    return f"lemonade config set extra_models_dir={shlex.quote(str(folder))} && lemonade list"
 
 
 def vllm_command(name: str, merged: Path) -> str:
