@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from strixft.bench import run_bench as run_bench
     from strixft.bench.page import open_benchmarks as open_benchmarks
     from strixft.bench.predicted import predict_training as predict_training
+    from strixft.chat import chat_box as chat_box
     from strixft.doctor import check_host as check_host
     from strixft.errors import StrixftError as StrixftError
     from strixft.evaluate import evaluate_recipe as evaluate_recipe
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "StrixftError": "errors",
+    "chat_box": "chat",
     "check_host": "doctor",
     "evaluate_recipe": "evaluate",
     "explore_plan": "plan",

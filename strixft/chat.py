@@ -1,15 +1,19 @@
-"""Talk to a trained model, or to its base: answers come word by word."""
+"""Talk to a trained model, or to its base, in a terminal or a notebook: word by word."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from html import escape
 from typing import Any
 
+from strixft import views
+from strixft.errors import StrixftError
 from strixft.evaluate import load_side
 from strixft.formats import Message
 from strixft.model import load_tokenizer
 from strixft.runs import Run
+from strixft.text import visible
 from strixft.train import ADAPTER, Trained
 
 LONGEST_ANSWER = 512
@@ -63,3 +67,69 @@ class Chat:
             yield piece
         worker.join()
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """A conversation as HTML; whatever was written in it is text.
+
+    >>> transcript([{"role": "user", "content": "<b>"}])
+    '<p style="white-space: pre-wrap"><b>user</b> &lt;b&gt;</p>'
+    """
+    return "".join(
+        f'<p style="white-space: pre-wrap"><b>{escape(message["role"])}</b>'
+        f" {escape(visible(message['content']))}</p>"
+        for message in messages
+    )
+
+
+class ChatBox:
+    """A conversation in a notebook; no model is loaded before the first message.
+
+    Args:
+        run: A trained run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        import ipywidgets
+
+        self._run = run
+        self._talk: Chat | None = None
+        sides = [("tuned", False), ("base", True)]
+        self.side = ipywidgets.ToggleButtons(options=sides, description="talk to")
+        self.said = ipywidgets.HTML()
+        self.text = ipywidgets.Textarea(placeholder="a message")
+        self.send = ipywidgets.Button(description="Send", button_style="primary")
+        self.side.observe(self._begin_again, names="value")
+        self.send.on_click(self._answer)
+        self.box = ipywidgets.VBox([self.side, self.said, self.text, self.send])
+
+    def _begin_again(self, _: Any) -> None:
+        self._talk = None  # one model in memory at a time
+        self.said.value = ""
+
+    def _answer(self, _: Any) -> None:
+        text, self.text.value = self.text.value.strip(), ""
+        if not text:
+            return
+        self.send.disabled = True
+        try:
+            self._talk = self._talk or Chat(self._run, base=self.side.value)
+            answer = ""
+            for piece in self._talk.ask(text):
+                answer += piece
+                asked = self._talk.messages
+                self.said.value = transcript([*asked, {"role": "assistant", "content": answer}])
+            self.said.value = transcript(self._talk.messages)
+        except StrixftError as error:  # what a widget's click raises is shown nowhere
+            self.said.value = views.warning(f"{error.problem}; {error.fix}")
+        finally:
+            self.send.disabled = False
+
+
+def chat_box(run: Run) -> Any:
+    """What `strixft chat` does, as widgets for a notebook.
+
+    Args:
+        run: A trained run.
+    """
+    return ChatBox(run).box

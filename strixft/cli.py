@@ -278,23 +278,11 @@ def export(
 
 def _show_export(run: Run) -> None:
     from strixft.export import Exported
-    from strixft.units import format_gib
 
     exported = Exported.load(run.stage_folder("export"))
-    if exported is None:
-        return
-    figures = exported.figures
-    made = [
-        [kind, row.get("path") or row["type"], format_gib(row.get("bytes"))]
-        for kind, row in figures["made"].items()
-    ]
-    _table(made, ["export", "where", "size"])
-    parity = [
-        [kind, f"{row['top1']:.3f}", f"{row['greedy']:.3f}", "yes" if row["passes"] else "no"]
-        for kind, row in figures["parity"].items()
-    ]
-    if parity:
-        _table(parity, ["file", "same next token", "same answer", "like the trained model"])
+    for rows, header in exported.tables() if exported else []:
+        _table(rows, header)
+        print()
 
 
 def _in_process(

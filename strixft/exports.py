@@ -23,7 +23,11 @@ KINDS: Table[Kind] = Table(
     Kind(name="gguf", needs=("merged",), why="one file for llama.cpp and all that is built on it"),
     Kind(name="gguf-lora", why="the adapter alone, for a server that has the base as GGUF"),
     Kind(name="ollama", needs=("merged", "gguf"), why="a Modelfile beside the GGUF file"),
-    Kind(name="lemonade", needs=("merged", "gguf"), why="the command that registers the GGUF file"),
+    Kind(
+        name="lemonade",
+        needs=("merged", "gguf"),
+        why="the smallest GGUF file in a folder of its own, and the command for it",
+    ),
     Kind(name="vllm", needs=("merged",), why="the command that serves the merged folder"),
 )
 

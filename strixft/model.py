@@ -250,7 +250,13 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _nf4_parameter(packed: torch.Tensor, state: Any) -> Any:
+def nf4_parameter(packed: torch.Tensor, state: Any) -> Any:
+    """The weight of a loaded 4-bit layer.
+
+    Args:
+        packed: What `quantize_4bit` gave.
+        state: Scales and shape, as it gave them.
+    """
     import bitsandbytes as bnb
 
     return bnb.nn.Params4bit(
@@ -292,7 +298,7 @@ def _meta_nf4(linear: nn.Linear, dtype: torch.dtype, nested: bool) -> nn.Module:
         device="meta",
     )
     packed = torch.empty(-(-linear.weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
-    layer.weight = _nf4_parameter(packed, state)
+    layer.weight = nf4_parameter(packed, state)
     if linear.bias is not None:
         layer.bias = nn.Parameter(torch.empty_like(linear.bias))
     return layer
@@ -316,12 +322,23 @@ def _store_quantised(
     setattr(model, f"is_loaded_in_{bits}bit", True)  # PEFT asks for it
 
 
-def shape_base(config: Any, method: Method, dtype: torch.dtype) -> nn.Module:
-    """The base model as shapes on `meta`: nothing is loaded, nothing is allocated."""
+def shape_base(
+    config: Any, method: Method, dtype: torch.dtype, *, buffers: bool = False
+) -> nn.Module:
+    """The base model as shapes on `meta`: nothing is loaded, nothing is allocated.
+
+    Args:
+        config: The model's configuration.
+        method: How the base is kept.
+        dtype: What it computes in.
+        buffers: What no checkpoint holds, such as rotary frequencies, is real.
+    """
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    empty = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
     try:
-        with torch.device("meta"):
+        with empty:
             model: nn.Module = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention.NAME
             )
@@ -330,6 +347,8 @@ def shape_base(config: Any, method: Method, dtype: torch.dtype) -> nn.Module:
             f"no {config.model_type} can be built from its config.json: {first_lines(error)}",
             fix="correct config.json, or download the model again",
         ) from error
+    if buffers:
+        model.tie_weights()  # type: ignore[operator]  # accelerate takes ties apart
     if method.base != "native":
         _store_quantised(model, method, dtype, getattr(config, "quantization_config", None) or {})
     return model
@@ -471,7 +490,7 @@ def random_model(recipe: Recipe, config: Any, device: str, dtype: torch.dtype) -
                 fresh = nn.Parameter(filled, requires_grad=parameter.requires_grad)
             else:
                 _fill_quantisation(state, device)
-                fresh = _nf4_parameter(filled, state)
+                fresh = nf4_parameter(filled, state)
             module.register_parameter(name, fresh)
         for name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[name] = torch.ones(buffer.shape, dtype=buffer.dtype, device=device)

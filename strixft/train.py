@@ -41,6 +41,7 @@ from strixft.plan import Plan
 from strixft.plan.compare import compare_html, device_parts, planned_figures
 from strixft.plan.result import read_config
 from strixft.prepare import Prepared
+from strixft.prepare.vocabulary import require_known_tokens
 from strixft.probe.right import fastest_blas, require_attention, require_right
 from strixft.progress import progress_bar
 from strixft.recipe import Recipe
@@ -264,6 +265,7 @@ def _build_trainer(
     run: Run, prepared: Prepared, plan: Plan, watch: _Watch, watches: Watches
 ) -> _Trainer:
     recipe, device = run.recipe, device_type()
+    require_known_tokens(recipe, prepared)
     dtype = native_dtype(device, bfloat16=find_host(recipe.memory.host).bfloat16)
     torch.manual_seed(recipe.train.seed)
     model = build(recipe, device, dtype)

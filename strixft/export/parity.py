@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from strixft.errors import HostError
 from strixft.evaluate.generate import generate
 from strixft.exports import Quantisation
-from strixft.llama import served
+from strixft.llama import ANY_TEMPLATE, TemplateError, served
 from strixft.progress import progress_bar
 from strixft.servers import ask
 
@@ -17,6 +18,8 @@ PROMPTS = 50
 """Fewest prompts; where fewer rows are held out, general questions make up for them."""
 ANSWER_TOKENS = 24
 """Longest answer that is compared."""
+ANSWER_S = 900.0
+"""Longest wait for one of them: a 70B on processor cores reads 8 tokens a second."""
 END = -1
 """Stands for any token that ends an answer."""
 _THINGS = (
@@ -79,7 +82,7 @@ def _answer(url: str, prompt: list[int], num_tokens: int) -> list[int]:
         "return_tokens": True,
         "cache_prompt": True,
     }
-    answer = ask(f"{url}/completion", body)
+    answer = ask(f"{url}/completion", body, ANSWER_S)
     tokens: list[int] = answer["tokens"]
     ended = answer.get("stop_type") == "eos"  # the end token is the last of them
     return [*tokens[:-1], END] if ended else tokens
@@ -115,7 +118,7 @@ def _same_tokens(url: str, tokenizer: Any, prompts: Sequence[list[int]]) -> floa
     for prompt in prompts:
         text = tokenizer.decode(prompt, skip_special_tokens=False)
         body = {"content": text, "add_special": False, "parse_special": True}
-        equal += ask(f"{url}/tokenize", body)["tokens"] == list(prompt)
+        equal += ask(f"{url}/tokenize", body, ANSWER_S)["tokens"] == list(prompt)
     return equal / len(prompts)
 
 
@@ -126,15 +129,33 @@ def _same_template(url: str, tokenizer: Any) -> bool | str:
     chat = [{"role": "user", "content": QUESTIONS[0]}]
     ours = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     try:
-        theirs = ask(f"{url}/apply-template", {"messages": chat})["prompt"]
+        theirs = ask(f"{url}/apply-template", {"messages": chat}, ANSWER_S)["prompt"]
     except HostError as error:
         return error.problem
     bos = tokenizer.bos_token or ""
     return bool(theirs.removeprefix(bos) == ours.removeprefix(bos))
 
 
+@contextlib.contextmanager
+def _started(
+    model: Path, longest: int, adapter: Path | None, tokenizer: Any
+) -> Iterator[tuple[str, bool | str]]:
+    """A server's address, and whether it renders chats as the model's template does."""
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(served(model, longest, adapter))
+        except TemplateError as error:  # tokens can be compared all the same
+            yield stack.enter_context(served(model, longest, adapter, ANY_TEMPLATE)), error.problem
+        else:
+            yield url, _same_template(url, tokenizer)
+
+
 def measure_parity(
-    model: Path, kind: Quantisation, tokenizer: Any, prompts: Sequence[Prompt]
+    model: Path,
+    kind: Quantisation,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """Start a GGUF file with llama.cpp's server and compare it with the trained model's answers.
 
@@ -143,10 +164,10 @@ def measure_parity(
         kind: How it is stored.
         tokenizer: The trained model's.
         prompts: With the trained model's answers.
+        adapter: GGUF file of an adapter that the server puts on the model.
     """
     longest = max(len(prompt) + len(answer) for prompt, answer in prompts) + 8
-    with served(model, longest) as url:
-        same_template = _same_template(url, tokenizer)
+    with _started(model, longest, adapter, tokenizer) as (url, same_template):
         same_tokens = _same_tokens(url, tokenizer, [prompt for prompt, _ in prompts])
         bar = progress_bar(prompts, unit="prompt", desc=kind.name)
         found = [compare(url, prompt, wanted) for prompt, wanted in bar]

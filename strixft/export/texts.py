@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from strixft.export.result import merges_table
 from strixft.prepare import Prepared
 from strixft.recipe import dump_recipe
 from strixft.runs import Result, Run
@@ -62,9 +64,13 @@ def modelfile(gguf: str, tokenizer: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def lemonade_command(name: str, gguf: Path) -> str:
-    """Registers a GGUF file with a Lemonade server; not tried on one."""
-    return f"lemonade-server pull user.{name} --checkpoint {gguf} --recipe llamacpp"
+def lemonade_command(folder: Path) -> str:
+    """Registers the GGUF files of a folder with a Lemonade server; not tried on one.
+
+    Source: lemonade-sdk/lemonade, docs/guide/configuration/custom-models.md; `pull` knows
+    checkpoints of hubs only.
+    """
+    return f"lemonade config set extra_models_dir={shlex.quote(str(folder))} && lemonade list"
 
 
 def vllm_command(name: str, merged: Path) -> str:
@@ -80,6 +86,14 @@ def _metrics(evaluated: Result | None) -> str:
         for name, sides in evaluated.figures["metrics"].items()
     )
     return f"| held-out rows | base | tuned |\n| --- | --- | --- |\n{rows}"
+
+
+def _merges(made: Mapping[str, Any]) -> str:
+    rows, header = merges_table(made)
+    if not rows:
+        return ""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
 def _parity(parity: Mapping[str, Any]) -> str:
@@ -99,7 +113,9 @@ def _yes(passes: bool) -> str:
     return "yes" if passes else "**no**"
 
 
-def model_card(run: Run, licence: str | None, parity: Mapping[str, Any]) -> str:
+def model_card(
+    run: Run, licence: str | None, made: Mapping[str, Any], parity: Mapping[str, Any]
+) -> str:
     """The README of an exported model: data, recipe, figures, licence of the base."""
     prepared = run.require(Prepared)
     evaluated = Result.load(run.stage_folder("evaluate"))
@@ -122,7 +138,7 @@ tags: [{recipe.method}, strixft]
 ## Figures
 
 {_metrics(evaluated)}
-{_parity(parity)}
+{_merges(made)}{_parity(parity)}
 ## Recipe
 
 ```yaml

@@ -8,7 +8,7 @@ from strixft.guard.host import budget_for, device_type, find_host, training_host
 from strixft.guard.sleep import awake
 from strixft.guard.spikes import loss_spikes
 from strixft.guard.watch import MemoryWatch
-from strixft.guard.watches import Watches
+from strixft.guard.watches import Watches, watching_memory
 
 __all__ = [
     "Counters",
@@ -25,4 +25,5 @@ __all__ = [
     "loss_spikes",
     "read_counters",
     "training_host",
+    "watching_memory",
 ]

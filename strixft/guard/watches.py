@@ -1,4 +1,4 @@
-"""Everything that watches over a stage that trains, started and ended together."""
+"""Everything that watches over a stage, started and ended together."""
 
 from __future__ import annotations
 
@@ -82,6 +82,32 @@ class Watches:
             "least_left_bytes": self.memory.least_left_bytes,
             "warnings": self.warnings,
         }
+
+
+@contextlib.contextmanager
+def watching_memory(run: Run) -> Iterator[dict[str, Any]]:
+    """Watch the host's memory while a stage works that has nothing to save.
+
+    Where training would be asked to stop, this process ends: the stage begins again next time.
+
+    Yields:
+        What was seen, complete after the block.
+
+    Raises:
+        FitError: The host has too little memory left to begin.
+    """
+    warnings: list[str] = []
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        run.tell(warnings=warnings)
+
+    watch = MemoryWatch(_reserve_bytes(run), warn=warn, ask=run.leave, leave=run.leave, root=ROOT)
+    watch.require_reserve()
+    seen: dict[str, Any] = {}
+    with watch:
+        yield seen
+    seen |= {"least_left_bytes": watch.least_left_bytes, "warnings": warnings}
 
 
 def _reserve_bytes(run: Run) -> int:

@@ -1,0 +1,111 @@
+"""What an export made and how it compares: as a result of the run, and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from strixft import views
+from strixft.errors import StageError
+from strixft.runs import Result
+from strixft.units import format_gib, format_number
+
+Table = tuple[list[list[str]], list[str]]
+"""Rows and header."""
+_TEMPLATE_FIX = (
+    "give the server one that it can: llama-server --jinja --chat-template-file FILE; or serve the"
+    " merged folder: --to vllm"
+)
+_NUMBERS_FIX = "--set export.gguf=[f16] --run-dir …, or serve the merged folder: --to vllm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported(Result):
+    """Where the exports lie, and how they compare with the trained model."""
+
+    name: ClassVar[str] = "export"
+
+    @property
+    def differs(self) -> list[str]:
+        """GGUF files that do not answer like the trained model."""
+        return [kind for kind, row in self.figures["parity"].items() if not row["passes"]]
+
+    def require_parity(self) -> None:
+        """Raise if an export differs.
+
+        Raises:
+            StageError: With what differs, and by how much.
+        """
+        if not self.differs:
+            return
+        rows = {kind: self.figures["parity"][kind] for kind in self.differs}
+        told = "; ".join(f"{kind}: {_told(row)}" for kind, row in rows.items())
+        template = any(row["same_template"] is not True for row in rows.values())
+        raise StageError(
+            f"the export differs from the trained model; {told}",
+            fix=_TEMPLATE_FIX if template else _NUMBERS_FIX,
+        )
+
+    def tables(self) -> list[Table]:
+        """What was made; the merges that were compared; the files beside the trained model."""
+        made = [
+            [kind, row.get("path", ""), format_gib(row.get("bytes")), row.get("type", "")]
+            for kind, row in self.figures["made"].items()
+        ]
+        parity = [
+            [kind, f"{row['top1']:.3f}", f"{row['greedy']:.3f}", _told(row)]
+            for kind, row in self.figures["parity"].items()
+        ]
+        found = [
+            (made, ["export", "where", "size", "type this"]),
+            merges_table(self.figures["made"]),
+            (parity, ["file", "same next token", "same answer", ""]),
+        ]
+        return [(rows, header) for rows, header in found if rows]
+
+    def _repr_html_(self) -> str:
+        warnings = "".join(views.warning(f"{kind} differs") for kind in self.differs)
+        tables = "".join(views.table(rows, header) for rows, header in self.tables())
+        compared = "" if self.figures["parity"] else views.note("Not compared.")
+        return f"{warnings}{tables}{compared}"
+
+
+def merges_table(made: Mapping[str, Any]) -> Table:
+    """Candidates of a quantised run's merge; no rows if none were compared.
+
+    Args:
+        made: Figures of what was made, by kind.
+    """
+    found = made.get("merged", {}).get("compared")
+    header = ["merged into", "KL to the trained function", "perplexity", ""]
+    if not found:
+        return [], header
+    rows = [
+        [
+            name,
+            f"{row['kl']:.2g}",
+            format_number(row["perplexity"]),
+            "written" if name == found["chosen"] else "",
+        ]
+        for name, row in found["candidates"].items()
+    ]
+    trained = ["as trained", "0", format_number(found["trained_perplexity"]), ""]
+    return [*rows, trained], header
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    if row["passes"]:
+        return "answers like the trained model"
+    found = []
+    if row["top1"] < row["least_top1"] or row["greedy"] < row["least_greedy"]:
+        found.append(
+            f"same next token {row['top1']:.3f} (at least {row['least_top1']}),"
+            f" same answer {row['greedy']:.3f} (at least {row['least_greedy']})"
+        )
+    if row["same_tokens"] < 1:
+        found.append(f"its tokenizer cuts {1 - row['same_tokens']:.0%} of the prompts differently")
+    if row["same_template"] is not True:
+        said = f": {row['same_template']}" if row["same_template"] else ""
+        found.append(f"llama.cpp cannot express the chat template{said}")
+    return "; ".join(found)
