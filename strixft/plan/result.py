@@ -19,7 +19,7 @@ from strixft.plan.advice import advise, cause
 from strixft.plan.boxes import share_figures
 from strixft.plan.choose import Choice, choose
 from strixft.plan.data_shape import DataShape
-from strixft.plan.phases import PROCESS, Phase, phases
+from strixft.plan.phases import PROCESS, Life, Phase, phases
 from strixft.plan.ways import ways_for
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe
@@ -148,9 +148,9 @@ def _assumptions(host: Host, limit: Budget, ways: Ways) -> list[dict[str, Any]]:
     ]
 
 
-def _warnings(life: dict[str, Phase], limit: Budget) -> Iterator[str]:
+def _warnings(peaks: dict[str, Phase], limit: Budget) -> Iterator[str]:
     """Phases other than training that need more than there is."""
-    for name, phase in life.items():
+    for name, phase in peaks.items():
         if name != "train" and phase["device_bytes"] > limit.num_bytes:
             yield f"{name} may need {format_gib(phase['device_bytes'])}, more than the budget"
 
@@ -188,7 +188,9 @@ def plan_figures(
         chosen = choose(recipe, config, host, limit, data)
     run = chosen.run
     updates = _updates(recipe, data, run.shape.rows * run.steps)
-    life = phases(recipe, config, host, run)
+    life = Life(recipe, config, host, run)
+    evaluated_rows = life.evaluated_rows(limit.num_bytes)
+    peaks = phases(life, evaluated_rows)
     shared = boxes != 1 and share_figures(recipe, config, host, limit, data, boxes)
     advice = [] if chosen.fits or shared else advise(recipe, config, host, limit.num_bytes, data)
     return {
@@ -198,16 +200,16 @@ def plan_figures(
         "reserved_bytes": run.reserved_bytes,
         "outside_bytes": int(host.outside_bytes.value),
         "parts": run.parts,
-        "phases": life,
+        "phases": peaks,
         "boxes": shared or None,
-        "choice": _choice(chosen, ways),
+        "choice": {**_choice(chosen, ways), "evaluated_rows": evaluated_rows},
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,
         **_times(chosen, data, updates),
         "frontier": [asdict(candidate) for candidate in chosen.frontier],
         "assumptions": _assumptions(host, limit, ways),
         "advice": [asdict(row) for row in advice],
-        "warnings": [*warnings_of(config, data.max_length), *_warnings(life, limit)],
+        "warnings": [*warnings_of(config, data.max_length), *_warnings(peaks, limit)],
     }
 
 
