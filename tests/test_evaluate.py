@@ -1,6 +1,7 @@
 """Evaluation: loss and answers of base and tuned on the held-out rows."""
 
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from strixft.model import load_adapter, load_base, load_tokenizer
 from strixft.plan import Plan
 from strixft.prepare import Prepared, prepare_recipe
 from strixft.recipe import load_recipe
+from strixft.report import render_report
 from strixft.runs import Run, open_run
 from strixft.step import MemoryTracker, batch_loss
 from strixft.train import ADAPTER
@@ -60,13 +62,24 @@ def test_base_and_tuned_are_measured_on_the_same_rows(tiny_run: Run) -> None:
     assert figures["least_left_bytes"] > 0
 
 
-def test_full_training_is_evaluated_from_its_own_weights(
-    write_recipe: WriteRecipe, tmp_path: Path
+def test_full_training_is_evaluated_from_its_own_weights_one_model_at_a_time(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = open_run(write_recipe(method="full"), tmp_path / "run")
     trained(run)
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[int] = []
+
+    def load(*of: Any) -> torch.nn.Module:
+        alive.append(sum(model() is not None for model in loaded))
+        model = load_base(*of)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("strixft.evaluate.sides.load_base", load)
     loss = evaluate_recipe(run).figures["metrics"]["loss"]
     assert loss["tuned"] < loss["base"]
+    assert alive == [0, 0]
 
 
 def test_answers_in_a_batch_are_the_answers_alone(shared_run: Run) -> None:
@@ -244,8 +257,9 @@ def test_prompts_of_ones_own_are_answered_side_by_side(
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     (answer,) = generate(model, tokenizer, [ids], 5)
     assert prompts[1]["base"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
-    assert "your prompt" in evaluated._repr_html_()
-    assert "Who &lt;are&gt; you?" in evaluated._repr_html_()
+    for page in (evaluated._repr_html_(), render_report(run)):
+        assert "your prompt" in page
+        assert "Who &lt;are&gt; you?" in page
 
 
 @pytest.mark.parametrize(

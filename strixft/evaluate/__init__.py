@@ -148,6 +148,16 @@ def _memory(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _sides(work: Work, folder: Path) -> dict[str, Side]:
+    if device_type() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    found = {}
+    for side, model in load_sides(work.recipe, folder):
+        found[side] = measure(work, model)
+        del model  # the next one may need its place
+    return found
+
+
 def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     prepared, trained, plan = run.require(Prepared), run.require(Trained), run.require(Plan)
     recipe, rows = run.recipe, _held_out(run, prepared)
@@ -158,8 +168,7 @@ def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     work = Work(recipe, plan, tokenizer, rows, general, names, tasks, watch)
     capped = cap(plan.figures["host"]["budget_bytes"], _needed_bytes(plan))
     with watch.watching_memory() as seen:
-        sides = load_sides(recipe, trained.folder / ADAPTER)
-        found = {side: measure(work, model) for side, model in sides}
+        found = _sides(work, trained.folder / ADAPTER)
     metrics, changes = _metrics(work, found)
     told = [_told(row) for row in work.answered]
     asked = [{"prompt": text} for text in recipe.evaluate.prompts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -32,7 +33,11 @@ def load_side(recipe: Recipe, adapter: Path, side: str) -> nn.Module:
 def load_sides(
     recipe: Recipe, folder: Path, sides: Sequence[str] = SIDES
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Base, then tuned; one of them in memory at a time where all weights were trained."""
+    """Base, then tuned.
+
+    Where all weights were trained, the base is given up before the tuned model is loaded; the
+    caller should do so too.
+    """
     device, host = device_type(), find_host(recipe.memory.host)
     dtype = native_dtype(device, bfloat16=host.bfloat16)
     model = load_base(recipe, device, dtype)
@@ -48,6 +53,7 @@ def load_sides(
         return
     if METHODS[recipe.method].adapter == "none":
         del model
+        gc.collect()
         model = load_base(recipe.model_copy(update={"model": str(folder)}), device, dtype)
     else:
         model = load_adapter(model, folder)

@@ -21,7 +21,7 @@ from strixft.units import MIB
 
 Phase = dict[str, int]
 
-MOST_EVALUATED = 16
+MOST_EVALUATED = 32
 """Rows of the full length that are evaluated at once where the budget has room for them."""
 PROCESS = Sourced(
     value=500 * MIB,
