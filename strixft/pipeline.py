@@ -17,6 +17,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from strixft.errors import FitError, StageError, Stopped, StrixftError, error_from_text
+from strixft.evaluate import check_evaluation
 from strixft.plan import Plan
 from strixft.recipe import shipped
 from strixft.runs import STAGES, Run, chosen_stages, remove_leftovers, set_aside, write_text
@@ -142,9 +143,12 @@ def run_stages(
     with run.driven(), _passing_signals_on(run) as signals:
         if first:
             set_aside(run, STAGES[STAGES.index(first) :])
+        stages = chosen_stages(None, last or run.last_stage)
+        if "evaluate" in stages and not run.is_done("evaluate"):
+            check_evaluation(run.recipe)
         interrupted = _interrupted(run)
         remove_leftovers(run.folder)
-        for stage in chosen_stages(None, last or run.last_stage):
+        for stage in stages:
             if signals.asked:
                 raise run.stopped(f"{signals.asked} came before stage {stage}")
             done = run.is_done(stage) and stage not in interrupted

@@ -221,7 +221,16 @@ class Evaluate(_Section):
     metrics: (
         Literal["auto"]
         | list[
-            Literal["loss", "exact_match", "json_valid", "json_equal", "number", "pattern", "chrf"]
+            Literal[
+                "loss",
+                "exact_match",
+                "json_valid",
+                "json_equal",
+                "number",
+                "pattern",
+                "chrf",
+                "rouge_l",
+            ]
         ]
     ) = "auto"
     """Measures besides the loss; `auto` looks at the references."""
@@ -229,6 +238,24 @@ class Evaluate(_Section):
     """Regular expression of the metric `pattern`: what it finds must be the reference's."""
     max_rows: int = Field(default=200, ge=1)
     """Held-out rows that are answered in full; the loss counts all of them."""
+    prompts: list[str] | str = Field(default=[])
+    """Prompts of your own, which base and tuned answer side by side: a list, or a text file with
+    one a line, relative to the recipe's file."""
+    prompt_answer_tokens: int = Field(default=256, ge=1, le=2**16)
+    """Longest answer to one of them."""
+    tasks: list[str] = Field(default=[])
+    """Tasks of lm-eval by name, such as `arc_easy`; needs the extra `eval`."""
+    task_rows: int = Field(default=200, ge=1)
+    """Most rows of each task."""
+    task_folder: str | None = None
+    """Folder with lm-eval tasks of your own (YAML), relative to the recipe's file."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _no_empty_prompt(cls, prompts: list[str] | str) -> list[str] | str:
+        if isinstance(prompts, list) and not all(prompt.strip() for prompt in prompts):
+            raise ValueError("holds an empty prompt")
+        return prompts
 
     @field_validator("pattern")
     @classmethod
@@ -577,6 +604,40 @@ def _located(source: str | list[Source], folder: Path) -> str | list[Source]:
     ]
 
 
+def _prompts(prompts: list[str] | str, folder: Path) -> list[str]:
+    """Prompts as a list: a file's lines become part of the recipe."""
+    if not isinstance(prompts, str):
+        return prompts
+    path = folder / Path(prompts).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"evaluate.prompts: {path} cannot be read: {getattr(error, 'strerror', error)}",
+            fix="evaluate.prompts: a text file with one prompt a line, or a list of prompts",
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _evaluation(asked: Evaluate, folder: Path) -> Evaluate:
+    """The section with its files found.
+
+    Raises:
+        RecipeError: One is not there.
+    """
+    tasks = asked.task_folder
+    if tasks is not None:
+        tasks = str((folder / Path(tasks).expanduser()).resolve())
+        if not os.path.isdir(tasks):
+            raise RecipeError(
+                f"evaluate.task_folder: {tasks} is no folder",
+                fix="evaluate.task_folder: a folder that holds YAML files of lm-eval",
+            )
+    return asked.model_copy(
+        update={"prompts": _prompts(asked.prompts, folder), "task_folder": tasks}
+    )
+
+
 def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe file, checked, with overrides put in and its data file found.
 
@@ -591,7 +652,10 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     recipe = check_recipe(_override(read_settings(path), overrides or {}), name=str(path))
     source = _located(recipe.dataset.source, path.parent)
     return recipe.model_copy(
-        update={"dataset": recipe.dataset.model_copy(update={"source": source})}
+        update={
+            "dataset": recipe.dataset.model_copy(update={"source": source}),
+            "evaluate": _evaluation(recipe.evaluate, path.parent),
+        }
     )
 
 

@@ -29,7 +29,7 @@ def _headline(evaluated: Evaluated | None) -> str:
         [name, format_number(values["base"]), format_number(values["tuned"])]
         for name, values in evaluated.figures["metrics"].items()
     ]
-    return views.table(rows, ["held-out rows", "base", "tuned"])
+    return views.table(rows, ["measure", "base", "tuned"])
 
 
 def _flag(trained: Trained | None) -> str:

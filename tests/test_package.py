@@ -86,3 +86,14 @@ def test_the_wheel_holds_no_tests_and_nothing_compiled(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if "test" in name]
     assert not [name for name in names if name.endswith(".pyc")]
+
+
+def test_everything_that_lies_beside_the_code_is_in_the_wheel(wheel: Path) -> None:
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    beside = [
+        path.relative_to(REPOSITORY).as_posix()
+        for path in (REPOSITORY / "strixft").rglob("*.*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    ]
+    assert "strixft/evaluate/general.jsonl" in beside
+    assert set(beside) <= packed

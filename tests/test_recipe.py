@@ -159,7 +159,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (
         {"evaluate.metrics": ["loss", "bleu"]},
         "evaluate.metrics.1: should be 'loss', 'exact_match', 'json_valid', 'json_equal',"
-        " 'number', 'pattern' or 'chrf', it is 'bleu'",
+        " 'number', 'pattern', 'chrf' or 'rouge_l', it is 'bleu'",
     ),
     ({"export.to": "gguf"}, "export.to: should be a list, it is 'gguf'"),
     ({"export.to": ["ggfu"]}, "export.to: there is no export 'ggfu'; did you mean 'gguf'?"),

@@ -167,7 +167,8 @@ def attend_eagerly(
         scores = softcap * torch.tanh(scores / softcap)
     seen = attention_mask
     if seen is None:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        cached = scores.shape[-1] - scores.shape[-2]  # tokens that all queries come after
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(cached)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), None

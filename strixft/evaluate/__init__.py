@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import torch
-from torch import nn
 
-from strixft import views
-from strixft.data import collate, on_device
 from strixft.errors import DataError
-from strixft.evaluate.generate import generate
-from strixft.evaluate.metrics import METRICS, scores, suiting
+from strixft.evaluate import show
+from strixft.evaluate.general import general_rows
+from strixft.evaluate.harness import check_tasks, compare_tasks, load_tasks
+from strixft.evaluate.losses import row_losses
+from strixft.evaluate.measure import Rows, Side, Work, measure
+from strixft.evaluate.metrics import chosen, require_libraries, scores
 from strixft.evaluate.paired import paired_change
-from strixft.guard import device_type, find_host
-from strixft.methods import METHODS
-from strixft.model import load_adapter, load_base, load_tokenizer, native_dtype
+from strixft.evaluate.sides import SIDES, load_side, load_sides
+from strixft.guard import StageWatch, cap, device_type
+from strixft.model import load_tokenizer
 from strixft.plan import Plan
 from strixft.prepare import Prepared
-from strixft.progress import progress_bar
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run, digest
-from strixft.step import batch_loss
 from strixft.train import ADAPTER, Trained
-from strixft.units import format_number
 
-SIDES = ("base", "tuned")
-SHOWN_ANSWERS = 8
+__all__ = ["Evaluated", "check_evaluation", "evaluate_recipe", "load_side", "row_losses"]
+
 SHOWN_WORST = 5
 LARGEST_LOSS = 700.0
 """Above it, a perplexity is larger than any float."""
-ANSWER_ROOM = 8
-"""Tokens an answer may have beyond the longest reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,112 +42,7 @@ class Evaluated(Result):
     name: ClassVar[str] = "evaluate"
 
     def _repr_html_(self) -> str:
-        figures = self.figures
-        rows = [
-            [name, *(format_number(values[side]) for side in SIDES), _told(figures, name)]
-            for name, values in figures["metrics"].items()
-        ]
-        answers = [
-            [row["row"], row["request"], row["reference"], row["base"], row["tuned"]]
-            for row in figures["answers"][:SHOWN_ANSWERS]
-        ]
-        header = ["row", "request", "reference", "base", "tuned"]
-        return (
-            views.table(rows, ["measure", *SIDES, "change, 95 % interval"])
-            + views.table(answers, header)
-            + self._worst_html()
-        )
-
-    def _worst_html(self) -> str:
-        worst = self.figures.get("worst", [])
-        if not worst:
-            return ""
-        rows = [
-            [row["row"], row["request"], row["reference"], *(f"{row[s]:.3f}" for s in SIDES)]
-            for row in worst
-        ]
-        text = f"{self.figures['rows_worse']} of {self.figures['rows_loss']} rows got a higher loss"
-        return views.note(f"{text}; the worst:") + views.table(
-            rows, ["row", "request", "reference", "base", "tuned"]
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """What was measured of base or tuned."""
-
-    losses: list[float]
-    answers: list[str]
-    speed: dict[str, Any]
-
-
-def _told(figures: dict[str, Any], name: str) -> str:
-    change = figures.get("changes", {}).get(name)
-    if change is None:
-        return ""
-    unclear = "" if change["clear"] else ", may be chance"
-    return f"{change['change']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f}){unclear}"
-
-
-@torch.no_grad()
-def row_losses(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Loss per trained token of each held-out row.
-
-    Args:
-        model: Base or tuned.
-        rows: Token rows.
-    """
-    device = next(model.parameters()).device
-    losses = []
-    for row in progress_bar(rows, unit="row", desc="loss"):
-        batch = on_device(collate([row]), device)
-        losses.append(float(batch_loss(model, batch, 1)) / len(batch["labels"]))
-    return losses
-
-
-def answer_rows(
-    model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
-) -> tuple[list[str], dict[str, Any]]:
-    """Greedy answers to the requests of rows, and how fast they were written."""
-    room = max(len(row["input_ids"]) - row["prompt_tokens"] for row in rows) + ANSWER_ROOM
-    prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
-    began = time.monotonic()
-    tokens = generate(model, tokenizer, prompts, room)
-    seconds = time.monotonic() - began
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    count = sum(map(len, tokens))
-    rate = round(count / seconds, 1)
-    return [text.strip() for text in texts], {"answer_tokens": count, "answer_tok_per_s": rate}
-
-
-def load_side(recipe: Recipe, adapter: Path, side: str) -> nn.Module:
-    """Base or tuned, in evaluation mode.
-
-    Args:
-        recipe: Of the run.
-        adapter: The trained weights.
-        side: One of `SIDES`.
-    """
-    *_, (_, model) = load_sides(recipe, adapter, SIDES[: SIDES.index(side) + 1])
-    return model
-
-
-def load_sides(
-    recipe: Recipe, folder: Path, sides: Sequence[str] = SIDES
-) -> Iterator[tuple[str, nn.Module]]:
-    """Base, then tuned; one of them in memory at a time where all weights were trained."""
-    device = device_type()
-    dtype = native_dtype(device, bfloat16=find_host(recipe.memory.host).bfloat16)
-    model = load_base(recipe, device, dtype)
-    yield "base", model.eval()
-    if "tuned" not in sides:
-        return
-    if METHODS[recipe.method].adapter == "none":
-        del model
-        model = load_base(recipe.model_copy(update={"model": str(folder)}), device, dtype)
-    else:
-        model = load_adapter(model, folder)
-    yield "tuned", model.eval()
+        return show.page(self.figures)
 
 
 def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
@@ -159,89 +50,143 @@ def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> fl
     return sum(v * w for v, w in zip(values, counts, strict=True)) / sum(counts)
 
 
+def _weights(rows: Rows) -> list[float]:
+    """Trained tokens of each row."""
+    return [float(sum(row["trained"])) for row in rows]
+
+
 def _metrics(
-    recipe: Recipe, found: Mapping[str, _Side], rows: Sequence[Mapping[str, Any]]
+    work: Work, found: Mapping[str, Side]
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """The measures of both sides, and the change from base to tuned with its interval."""
-    shown = rows[: recipe.evaluate.max_rows]
-    references = [row["answer"] for row in shown]
-    asked, tokens = recipe.evaluate.metrics, [float(sum(row["trained"])) for row in rows]
-    names = suiting(references) if asked == "auto" else [n for n in asked if n in METRICS]
-    values = {
-        name: {
-            s: scores(name, found[s].answers, references, recipe.evaluate.pattern) for s in SIDES
-        }
-        for name in names
+    references = [row["answer"] for row in work.answered]
+    pattern, seed = work.recipe.evaluate.pattern, work.recipe.train.seed
+    losses = {
+        "loss": ({s: found[s].losses for s in SIDES}, _weights(work.rows)),
+        "general_loss": ({s: found[s].general for s in SIDES}, _weights(work.general)),
     }
-    metrics = {name: {s: _mean(sides[s]) for s in SIDES} for name, sides in values.items()}
+    answers = {
+        name: ({s: scores(name, found[s].answers, references, pattern) for s in SIDES}, None)
+        for name in work.metrics
+    }
+    values: dict[str, tuple[dict[str, list[float]], list[float] | None]] = {**losses, **answers}
+    means = {name: {s: _mean(v[s], counts) for s in SIDES} for name, (v, counts) in values.items()}
     changes = {
-        name: paired_change(sides["base"], sides["tuned"], seed=recipe.train.seed)
-        for name, sides in values.items()
+        name: paired_change(v["base"], v["tuned"], counts, seed)
+        for name, (v, counts) in values.items()
     }
-    losses = {side: _mean(found[side].losses, tokens) for side in SIDES}
-    perplexity = {side: math.exp(min(loss, LARGEST_LOSS)) for side, loss in losses.items()}
-    base, tuned = (found[side].losses for side in SIDES)
-    changes["loss"] = paired_change(base, tuned, tokens, recipe.train.seed)
-    return {"loss": losses, "perplexity": perplexity, **metrics}, changes
+    perplexity = {s: math.exp(min(loss, LARGEST_LOSS)) for s, loss in means["loss"].items()}
+    return {"loss": means.pop("loss"), "perplexity": perplexity, **means}, changes
 
 
-def _worst(found: Mapping[str, _Side], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _worst(found: Mapping[str, Side], rows: Rows) -> dict[str, Any]:
     """The rows whose loss rose most, with their text."""
     pairs = zip(found["base"].losses, found["tuned"].losses, strict=True)
     rises = sorted(((tuned - base, i) for i, (base, tuned) in enumerate(pairs)), reverse=True)
     worse = [(rise, index) for rise, index in rises if rise > 0]
     listed = [
-        {
-            "row": rows[index]["row"],
-            "request": rows[index]["request"],
-            "reference": rows[index]["answer"],
-            **{side: found[side].losses[index] for side in SIDES},
-        }
+        {**_told(rows[index]), **{side: found[side].losses[index] for side in SIDES}}
         for _, index in worse[:SHOWN_WORST]
     ]
     return {"rows_worse": len(worse), "worst": listed}
 
 
-def _measured(recipe: Recipe, adapter: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, _Side]:
-    tokenizer, found = load_tokenizer(recipe), {}
-    for side, model in load_sides(recipe, adapter):
-        began = time.monotonic()
-        losses = row_losses(model, rows)
-        answers, speed = answer_rows(model, tokenizer, rows[: recipe.evaluate.max_rows])
-        speed["seconds"] = round(time.monotonic() - began, 3)
-        found[side] = _Side(losses, answers, speed)
-    return found
+def _told(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"row": row["row"], "request": row["request"], "reference": row["answer"]}
 
 
-def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    prepared, trained = run.require(Prepared), run.require(Trained)
-    run.require(Plan)
+def _general(found: Mapping[str, Side], rows: Rows) -> dict[str, Any]:
+    """Loss on general texts, by kind."""
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    by_kind = {}
+    for kind in kinds:
+        own = [index for index, row in enumerate(rows) if row["kind"] == kind]
+        counts = _weights([rows[index] for index in own])
+        by_kind[kind] = {s: _mean([found[s].general[i] for i in own], counts) for s in SIDES}
+    return {"texts": len(rows), "tokens": round(sum(_weights(rows))), "kinds": by_kind}
+
+
+def _side_by_side(texts: Rows, answers: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    return [
+        {**text, **{side: answers[side][index] for side in SIDES}}
+        for index, text in enumerate(texts)
+    ]
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Say now what would stop the evaluation after a night of training.
+
+    Raises:
+        HostError: A library of the extra `eval` is not installed.
+        RecipeError: lm-eval has no such task.
+    """
+    require_libraries(recipe.evaluate.metrics)
+    check_tasks(recipe)
+
+
+def _held_out(run: Run, prepared: Prepared) -> Rows:
     rows = list(prepared.token_rows(run.recipe.dataset).validation)
     if not rows:
         raise DataError(
             "no rows are held out, so there is nothing to evaluate on",
             fix="--set dataset.validation_fraction=0.05 --run-dir …",
         )
-    found = _measured(run.recipe, trained.folder / ADAPTER, rows)
-    metrics, changes = _metrics(run.recipe, found, rows)
-    shown = rows[: run.recipe.evaluate.max_rows]
-    listed = [
-        {
-            "row": row["row"],
-            "request": row["request"],
-            "reference": row["answer"],
-            **{side: found[side].answers[index] for side in SIDES},
-        }
-        for index, row in enumerate(shown)
-    ]
+    return rows
+
+
+def _needed_bytes(plan: Plan) -> int:
+    phases = plan.figures["phases"]
+    return max(int(phases[name]["device_bytes"]) for name in ("evaluate", "generate"))
+
+
+def _memory(plan: Plan) -> dict[str, Any]:
+    on_gpu = device_type() == "cuda"
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "planned_bytes": _needed_bytes(plan),
+        "resident_bytes": psutil.Process().memory_info().rss,
+    }
+
+
+def _sides(work: Work, folder: Path) -> dict[str, Side]:
+    if device_type() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    found = {}
+    for side, model in load_sides(work.recipe, folder):
+        found[side] = measure(work, model)
+        del model  # the next one may need its place
+    return found
+
+
+def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    prepared, trained, plan = run.require(Prepared), run.require(Trained), run.require(Plan)
+    recipe, rows = run.recipe, _held_out(run, prepared)
+    references = [row["answer"] for row in rows[: recipe.evaluate.max_rows]]
+    names, why = chosen(recipe.evaluate.metrics, references)
+    tokenizer, watch = load_tokenizer(recipe), StageWatch(run)
+    tasks, general = load_tasks(recipe), general_rows(tokenizer)
+    work = Work(recipe, plan, tokenizer, rows, general, names, tasks, watch)
+    capped = cap(plan.figures["host"]["budget_bytes"], _needed_bytes(plan))
+    with watch.watching_memory() as seen:
+        found = _sides(work, trained.folder / ADAPTER)
+    metrics, changes = _metrics(work, found)
+    told = [_told(row) for row in work.answered]
+    asked = [{"prompt": text} for text in recipe.evaluate.prompts]
     figures = {
         "metrics": metrics,
         "changes": changes,
+        "metrics_because": why,
         "rows_loss": len(rows),
-        "rows_answered": len(shown),
+        "rows_answered": len(told),
         "speed": {side: found[side].speed for side in SIDES},
+        **_memory(plan),
+        **seen,
+        "cap": capped.says,
+        "general": _general(found, general),
+        "tasks": compare_tasks({s: found[s].tasks for s in SIDES}, recipe.train.seed),
         **_worst(found, rows),
-        "answers": listed,
+        "prompts": _side_by_side(asked, {s: found[s].prompted for s in SIDES}),
+        "answers": _side_by_side(told, {s: found[s].answers for s in SIDES}),
     }
     return {"adapter_sha256": _adapter_digest(trained.folder / ADAPTER)}, figures
 
@@ -256,5 +201,8 @@ def evaluate_recipe(run: Run) -> Evaluated:
     Raises:
         StageError: An earlier stage has not run.
         DataError: No rows are held out.
+        HostError: A library of the extra `eval` is not installed.
+        RecipeError: lm-eval has no such task, or its data cannot be had.
+        FitError: The host is about to run out of memory.
     """
     return run.once(Evaluated, lambda folder: _evaluate(run, folder))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from strixft.evaluate.batches import groups_of
 from strixft.progress import progress_bar
 
 AT_ONCE = 16
-"""Prompts in one batch."""
+"""Prompts in one batch where nothing is said of the memory."""
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,12 @@ def _to_end(tokens: list[int], end: int) -> list[int]:
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    most_tokens: int | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Greedy answers as tokens, up to and with the end token; prompts of like length together.
 
@@ -57,11 +63,14 @@ def generate(
         tokenizer: Its tokenizer.
         prompts: Tokens of each prompt, up to where the answer starts.
         max_new_tokens: Longest answer.
+        most_tokens: Of a batch, padding and answers counted; `AT_ONCE` prompts if not given.
+        look: Called before each batch.
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    most = most_tokens if most_tokens is not None else AT_ONCE * max(lengths, default=0)
     found: dict[int, list[int]] = {}
-    for start in progress_bar(range(0, len(order), AT_ONCE), unit="batch", desc="answers"):
-        part = order[start : start + AT_ONCE]
-        answers = _batch(model, tokenizer, [prompts[index] for index in part], max_new_tokens)
-        found |= dict(zip(part, answers, strict=True))
+    for group in progress_bar(groups_of(lengths, most), unit="batch", desc="answers"):
+        look()
+        answers = _batch(model, tokenizer, [prompts[index] for index in group], max_new_tokens)
+        found |= dict(zip(group, answers, strict=True))
     return [found[index] for index in range(len(prompts))]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from strixft.errors import HostError
 
@@ -29,6 +31,14 @@ class Metric:
     score: Score
     suits: Callable[[Sequence[str]], bool]
     """Whether `auto` takes it for these references."""
+    because: str = ""
+    """Why it does."""
+    package: str | None = None
+    """The module that it needs, of the extra `eval`."""
+
+    def is_there(self) -> bool:
+        """What it needs is installed."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
 def _parsed(text: str) -> Any:
@@ -63,11 +73,25 @@ def _same_match(answer: str, reference: str, pattern: str) -> float:
 
 
 def _chrf(answer: str, reference: str, _: str) -> float:
-    try:
-        from sacrebleu import sentence_chrf
-    except ImportError as error:
-        raise HostError("chrf needs a library", fix="pip install 'strixft[eval]'") from error
+    from sacrebleu import sentence_chrf
+
     return float(sentence_chrf(answer, [reference]).score) / 100
+
+
+@functools.cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])
+
+
+def _rouge_l(answer: str, reference: str, _: str) -> float:
+    return float(_rouge().score(reference, answer)["rougeL"].fmeasure)
+
+
+def _are_long(references: Sequence[str]) -> bool:
+    words = sum(len(text.split()) for text in references)
+    return words >= LONG_WORDS * len(references) and not _mostly(_is_json)(references)
 
 
 def _mostly(test: Callable[[str], bool]) -> Callable[[Sequence[str]], bool]:
@@ -89,11 +113,13 @@ METRICS = {
             name="exact_match",
             score=lambda answer, reference, _: float(answer.strip() == reference.strip()),
             suits=lambda _: True,
+            because="every answer can be compared",
         ),
         Metric(
             name="json_valid",
             score=lambda answer, *_: float(_is_json(answer)),
             suits=_mostly(_is_json),
+            because="most references are JSON",
         ),
         Metric(
             name="json_equal",
@@ -101,18 +127,76 @@ METRICS = {
                 _is_json(answer) and _parsed(answer) == _parsed(reference)
             ),
             suits=_mostly(_is_json),
+            because="most references are JSON",
         ),
-        Metric(name="number", score=_same_number, suits=_mostly(_is_number)),
+        Metric(
+            name="number",
+            score=_same_number,
+            suits=_mostly(_is_number),
+            because="most references are numbers or end with ####",
+        ),
         Metric(name="pattern", score=_same_match, suits=_never),
-        Metric(name="chrf", score=_chrf, suits=_never),
+        Metric(
+            name="chrf",
+            score=_chrf,
+            suits=_are_long,
+            because="references are longer texts",
+            package="sacrebleu",
+        ),
+        Metric(
+            name="rouge_l",
+            score=_rouge_l,
+            suits=_are_long,
+            because="references are longer texts",
+            package="rouge_score",
+        ),
     )
 }
 """What a recipe's `evaluate.metrics` may name, besides `loss` and `perplexity`."""
 
 
-def suiting(references: Sequence[str]) -> list[str]:
-    """The metrics that suit references, by their shape."""
-    return [metric.name for metric in METRICS.values() if metric.suits(references)]
+def suiting(references: Sequence[str]) -> list[Metric]:
+    """The metrics that suit references, by their shape, installed or not."""
+    return [metric for metric in METRICS.values() if metric.suits(references)]
+
+
+def chosen(
+    asked: Literal["auto"] | Sequence[str], references: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The metrics to take, and why, in sentences.
+
+    Args:
+        asked: The recipe's `evaluate.metrics`.
+        references: What the rows' answers should be.
+
+    Raises:
+        HostError: The recipe names one whose library is not installed.
+    """
+    if asked != "auto":
+        require_libraries(asked)
+        return [name for name in asked if name in METRICS], []
+    suit = suiting(references)
+    told = [
+        f"{metric.name}: {metric.because}"
+        + ("" if metric.is_there() else "; left out, it needs pip install 'strixft[eval]'")
+        for metric in suit
+    ]
+    return [metric.name for metric in suit if metric.is_there()], told
+
+
+def require_libraries(asked: Literal["auto"] | Sequence[str]) -> None:
+    """Refuse metrics whose library is not installed.
+
+    Raises:
+        HostError: One is not.
+    """
+    named = [] if asked == "auto" else [METRICS[name] for name in asked if name in METRICS]
+    missing = [metric.name for metric in named if not metric.is_there()]
+    if missing:
+        raise HostError(
+            f"evaluate.metrics: {', '.join(missing)} needs a library that is not installed",
+            fix="pip install 'strixft[eval]'",
+        )
 
 
 def scores(

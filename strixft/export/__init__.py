@@ -15,7 +15,7 @@ from strixft.export.make import MAKE, Job
 from strixft.export.parity import Prompt, chosen_prompts, greedy_answers, measure_parity
 from strixft.export.result import Exported
 from strixft.exports import QUANTISATIONS, with_needs
-from strixft.guard import watching_memory
+from strixft.guard import StageWatch
 from strixft.llama import require_runtime
 from strixft.methods import METHODS
 from strixft.model import load_tokenizer, model_source
@@ -131,7 +131,7 @@ def _export(
     base = _require_same_base(run, trained)
     _refuse_early(job, kinds)
     made, is_served = {}, bool(set(kinds) & set(SERVED))
-    with watching_memory(run) as seen:
+    with StageWatch(run, looks=False).watching_memory() as seen:
         for count, kind in enumerate(kinds):
             run.report_progress(done=count, total=len(kinds) + is_served)
             made[kind] = MAKE[kind](job)

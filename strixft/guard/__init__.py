@@ -8,12 +8,13 @@ from strixft.guard.host import budget_for, device_type, find_host, training_host
 from strixft.guard.sleep import awake
 from strixft.guard.spikes import loss_spikes
 from strixft.guard.watch import MemoryWatch
-from strixft.guard.watches import Watches, watching_memory
+from strixft.guard.watches import StageWatch, Watches
 
 __all__ = [
     "Counters",
     "HangWatch",
     "MemoryWatch",
+    "StageWatch",
     "Watches",
     "awake",
     "budget_for",
@@ -25,5 +26,4 @@ __all__ = [
     "loss_spikes",
     "read_counters",
     "training_host",
-    "watching_memory",
 ]

@@ -21,28 +21,70 @@ ROOT = Path("/")
 """Where `/proc` and `/sys` are found."""
 
 
-class Watches:
-    """What asks a training to stop, and what was seen meanwhile."""
+class StageWatch:
+    """Watches over the host's memory during a stage, and says when the stage should end.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: Whose stage it is.
+        looks: The stage calls `look` or `is_asked` again and again; if not, this process ends
+            where it would be asked to, and the stage begins again next time.
+    """
+
+    def __init__(self, run: Run, *, looks: bool = True) -> None:
         self.run = run
         self.warnings: list[str] = []
         self.asked: StrixftError | None = None
-        """Why the host needs the training to stop."""
-        self.signals: Signals | None = None
-        stacks = run.stage_folder("train") / STACKS
-        self.hang = HangWatch(stacks, run.leave)
+        """Why the host needs the stage to end."""
+        ask = self._ask if looks else run.leave
         self.memory = MemoryWatch(
-            _reserve_bytes(run), warn=self.warn, ask=self._ask, leave=run.leave, root=ROOT
+            _reserve_bytes(run), warn=self.warn, ask=ask, leave=run.leave, root=ROOT
         )
 
     def warn(self, text: str) -> None:
-        """Tell the user of something that does not end the training."""
+        """Tell the user of something that does not end the stage."""
         self.warnings.append(text)
         self.run.tell(warnings=self.warnings)
 
     def _ask(self, error: StrixftError) -> None:
         self.asked = error
+
+    def look(self) -> None:
+        """Raise what the host asks for; between two batches of a stage that saves nothing.
+
+        Raises:
+            FitError: The host is about to run out of memory.
+        """
+        if self.asked is not None:
+            raise self.asked
+
+    @contextlib.contextmanager
+    def watching_memory(self) -> Iterator[dict[str, Any]]:
+        """Watch while a block runs.
+
+        Yields:
+            What was seen, complete after the block.
+
+        Raises:
+            FitError: The host has too little memory left to begin.
+        """
+        self.memory.require_reserve()
+        seen: dict[str, Any] = {}
+        with awake() as kept, self.memory:
+            yield seen
+        seen |= {
+            "kept_awake": kept,
+            "least_left_bytes": self.memory.least_left_bytes,
+            "warnings": self.warnings,
+        }
+
+
+class Watches(StageWatch):
+    """What asks a training to stop, and what was seen meanwhile."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.signals: Signals | None = None
+        self.hang = HangWatch(run.stage_folder("train") / STACKS, run.leave)
 
     def is_asked(self) -> bool:
         """Somebody wants the training to stop."""
@@ -72,42 +114,9 @@ class Watches:
         Raises:
             FitError: The host has too little memory left to begin.
         """
-        self.memory.require_reserve()
-        seen: dict[str, Any] = {}
-        with awake() as kept, self.memory, self.hang, on_signals(lambda _: None) as signals:
+        with self.watching_memory() as seen, self.hang, on_signals(lambda _: None) as signals:
             self.signals = signals
             yield seen
-        seen |= {
-            "kept_awake": kept,
-            "least_left_bytes": self.memory.least_left_bytes,
-            "warnings": self.warnings,
-        }
-
-
-@contextlib.contextmanager
-def watching_memory(run: Run) -> Iterator[dict[str, Any]]:
-    """Watch the host's memory while a stage works that has nothing to save.
-
-    Where training would be asked to stop, this process ends: the stage begins again next time.
-
-    Yields:
-        What was seen, complete after the block.
-
-    Raises:
-        FitError: The host has too little memory left to begin.
-    """
-    warnings: list[str] = []
-
-    def warn(text: str) -> None:
-        warnings.append(text)
-        run.tell(warnings=warnings)
-
-    watch = MemoryWatch(_reserve_bytes(run), warn=warn, ask=run.leave, leave=run.leave, root=ROOT)
-    watch.require_reserve()
-    seen: dict[str, Any] = {}
-    with watch:
-        yield seen
-    seen |= {"least_left_bytes": watch.least_left_bytes, "warnings": warnings}
 
 
 def _reserve_bytes(run: Run) -> int:

@@ -25,8 +25,8 @@ from strixft.units import MIB
 
 Phase = dict[str, int]
 
-ANSWERED_AT_ONCE = 16
-"""Rows of a batch of generation that the plan reckons with."""
+MOST_EVALUATED = 32
+"""Rows of the full length that are evaluated at once where the budget has room for them."""
 PROCESS = Sourced(
     value=500 * MIB,
     mark="measured",
@@ -115,6 +115,7 @@ class Life:
         self._tensors = Tensors.of(config, host)
         self._fixed = run.parts["weights"] + run.parts["adapter"]
         self._memo = memo or Memo()
+        self._forwards: dict[RowShape, int] = {}
 
     def load(self) -> Phase:
         """Weights come tensor by tensor, the embedding first, and are quantised one by one.
@@ -138,17 +139,27 @@ class Life:
         """What the allocator holds; the host has the process, and rows that do not count."""
         return self._phase(self._run.reserved_bytes, 0)
 
-    def evaluate(self) -> Phase:
-        """Weights, and a forward pass without gradients over a micro-batch, run dry."""
-        shape = self._run.shape
-        return self._phase(self._fixed + self._forward(shape), 0)
+    def evaluate(self, rows: int = MOST_EVALUATED) -> Phase:
+        """Weights, and a forward pass without gradients over rows trained whole, run dry."""
+        length = self._run.shape.length
+        return self._phase(self._fixed + self._forward(RowShape(rows, length, rows * length)), 0)
 
-    def generate(self) -> Phase:
+    def generate(self, rows: int = MOST_EVALUATED) -> Phase:
         """Weights, the prompts' forward pass, run dry, and keys and values up to `max_length`."""
         length = self._run.shape.length
-        cache = kv_cache_bytes(self._config, ANSWERED_AT_ONCE, length, self._element)
-        prompts = RowShape(ANSWERED_AT_ONCE, length, ANSWERED_AT_ONCE)
+        cache = kv_cache_bytes(self._config, rows, length, self._element)
+        prompts = RowShape(rows, length, rows)
         return self._phase(self._fixed + self._forward(prompts) + cache, 0)
+
+    def evaluated_rows(self, budget_bytes: int) -> int:
+        """Rows evaluated at once: the largest power of two that fits the budget, at least one."""
+        rows = MOST_EVALUATED
+        while rows > 1 and self._evaluation_bytes(rows) > budget_bytes:
+            rows //= 2
+        return rows
+
+    def _evaluation_bytes(self, rows: int) -> int:
+        return max(phase(rows)["device_bytes"] for phase in (self.evaluate, self.generate))
 
     def merge(self) -> Phase:
         """Tensor by tensor on the host: the largest merged one, or the largest that is copied."""
@@ -161,25 +172,23 @@ class Life:
         return self._phase(0, self._tensors.largest * CONVERTED_BYTES)
 
     def _forward(self, shape: RowShape) -> int:
-        workspace = int(self._host.workspace_bytes.value)
-        few = _one_of_each(self._config)
-        return workspace + forward_bytes(self._recipe, few, self._host, shape, self._memo)
+        if shape not in self._forwards:
+            few = _one_of_each(self._config)
+            self._forwards[shape] = forward_bytes(self._recipe, few, self._host, shape, self._memo)
+        return int(self._host.workspace_bytes.value) + self._forwards[shape]
 
     @staticmethod
     def _phase(device_bytes: int, host_bytes: int) -> Phase:
         return {"device_bytes": device_bytes, "host_bytes": int(PROCESS.value) + host_bytes}
 
 
-def phases(
-    recipe: Recipe, config: Any, host: Host, run: DryRun, memo: Memo | None = None
-) -> dict[str, Phase]:
+def phases(life: Life, evaluated_rows: int) -> dict[str, Phase]:
     """Device and host peak of each phase; see `Life` for each one's rule."""
-    life = Life(recipe, config, host, run, memo)
     return {
         "load": life.load(),
         "train": life.train(),
-        "evaluate": life.evaluate(),
-        "generate": life.generate(),
+        "evaluate": life.evaluate(evaluated_rows),
+        "generate": life.generate(evaluated_rows),
         "merge": life.merge(),
         "export": life.export(),
     }

@@ -23,7 +23,7 @@ from strixft.plan.choose import Choice, choose
 from strixft.plan.correction import Correction
 from strixft.plan.data_shape import DataShape
 from strixft.plan.measure import measure
-from strixft.plan.phases import PROCESS, Phase, phases
+from strixft.plan.phases import PROCESS, Life, Phase, phases
 from strixft.plan.ways import ways_for
 from strixft.prepare import Prepared
 from strixft.probe.ladder import probe_attention
@@ -175,13 +175,13 @@ def _require_this_machine(name: str) -> None:
         )
 
 
-def _warnings(life: dict[str, Phase], limit: Budget, known: Correction) -> Iterator[str]:
+def _warnings(peaks: dict[str, Phase], limit: Budget, known: Correction) -> Iterator[str]:
     """What was not measured, and phases other than training that need more than there is."""
     if known.source and known.peak is None:
         yield "memory was not measured: a CPU has no allocator to ask; the time was"
     if known.source and known.seconds is None:
         yield "the time is not corrected: no rates are known that it could be predicted with"
-    for name, phase in life.items():
+    for name, phase in peaks.items():
         if name != "train" and phase["device_bytes"] > limit.num_bytes:
             yield f"{name} may need {format_gib(phase['device_bytes'])}, more than the budget"
 
@@ -232,7 +232,9 @@ def plan_figures(
     known = correction.load(recipe, config, host)
     run = chosen.run
     updates = _updates(recipe, data, run.shape.rows * run.steps)
-    life = phases(recipe, config, host, run)
+    life = Life(recipe, config, host, run)
+    evaluated_rows = life.evaluated_rows(limit.num_bytes)
+    peaks = phases(life, evaluated_rows)
     shared = boxes != 1 and share_figures(recipe, config, host, limit, data, boxes)
     advice = [] if chosen.fits or shared else advise(recipe, config, host, limit.num_bytes, data)
     return {
@@ -242,9 +244,9 @@ def plan_figures(
         "reserved_bytes": run.reserved_bytes,
         "outside_bytes": int(host.outside_bytes.value),
         "parts": run.parts,
-        "phases": life,
+        "phases": peaks,
         "boxes": shared or None,
-        "choice": _choice(chosen, ways),
+        "choice": {**_choice(chosen, ways), "evaluated_rows": evaluated_rows},
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,
         **_times(chosen, data, updates),
@@ -254,7 +256,7 @@ def plan_figures(
             *known.assumptions(),
         ],
         "advice": [asdict(row) for row in advice],
-        "warnings": [*warnings_of(config, data.max_length), *_warnings(life, limit, known)],
+        "warnings": [*warnings_of(config, data.max_length), *_warnings(peaks, limit, known)],
     }
 
 

@@ -7,7 +7,7 @@ from strixft.step.layers import decoder_layers
 from strixft.step.loss import chunked_cross_entropy
 from strixft.step.peak import peak_memory
 from strixft.step.tracker import MemoryTracker, part
-from strixft.step.update import TrainingStep, Ways, batch_loss
+from strixft.step.update import TrainingStep, Ways, batch_loss, token_losses
 
 __all__ = [
     "MemoryTracker",
@@ -18,4 +18,5 @@ __all__ = [
     "decoder_layers",
     "part",
     "peak_memory",
+    "token_losses",
 ]

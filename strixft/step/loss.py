@@ -28,10 +28,10 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def _loss_and_gradient_(
+def _losses_and_gradient_(
     logits: Tensor, labels: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of raw logits (n, V), and its gradient, written over the logits.
+    """Losses of raw logits (n, V), (n, 1), and the gradient of their sum, written over the logits.
 
     Everything happens in place: torch's own `logsumexp` would copy the logits.
     """
@@ -40,10 +40,10 @@ def _loss_and_gradient_(
     logits.sub_(logits.amax(-1, keepdim=True))
     picked = logits.gather(-1, labels.unsqueeze(-1))
     sums = logits.exp_().sum(-1, keepdim=True)
-    loss = (sums.log() - picked).sum()
+    losses = sums.log() - picked
     probabilities = logits.div_(sums)
     probabilities.scatter_add_(-1, labels.unsqueeze(-1), torch.full_like(picked, -1))
-    return loss, probabilities if slope is None else probabilities.mul_(slope)
+    return losses, probabilities if slope is None else probabilities.mul_(slope)
 
 
 @torch.compile(dynamic=True)
@@ -83,8 +83,8 @@ def _gradient_of_chunk(
         found: tuple[Tensor, Tensor] = logits_gradient(logits, labels, softcap)
         return found
     logits = logits.float()
-    loss, gradient = _loss_and_gradient_(logits, labels, softcap)
-    return loss, gradient.to(hidden.dtype)
+    losses, gradient = _losses_and_gradient_(logits, labels, softcap)
+    return losses.sum(), gradient.to(hidden.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -149,3 +149,15 @@ def chunked_cross_entropy(
         hidden, weight, labels, softcap, compiled
     )
     return loss
+
+
+@torch.no_grad()
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None
+) -> Tensor:
+    """Loss of each token, (K,), in float32; arguments as `chunked_cross_entropy`."""
+    rows = chunk_rows(len(labels), len(weight)) or 1
+    chunks = zip(hidden.split(rows), labels.split(rows), strict=True)
+    return torch.cat(
+        [_losses_and_gradient_((h @ weight.T).float(), n, softcap)[0].view(-1) for h, n in chunks]
+    )

@@ -15,7 +15,7 @@ from strixft.families import family_of
 from strixft.model import base_of
 from strixft.recipe import Train
 from strixft.step.layers import compile_layers, keep_products, set_recompute
-from strixft.step.loss import chunked_cross_entropy
+from strixft.step.loss import chunked_cross_entropy, token_cross_entropy
 from strixft.step.tracker import part
 
 
@@ -38,13 +38,23 @@ class Ways:
         return RUNGS[self.attention]
 
 
-def _linear_head_loss(base: Any, batch: Batch, ways: Ways) -> Tensor:
+def _has_linear_head(base: Any) -> bool:
+    return family_of(base.config.model_type).head == "linear"
+
+
+def _trained_hidden(base: Any, batch: Batch, ways: Ways) -> Tensor:
+    """Hidden states that predict trained tokens, (K, C)."""
     inputs = attention_inputs(ways.rung, batch, base.config)
     decoder = base.get_decoder()
     hidden = decoder(input_ids=batch["input_ids"], use_cache=False, **inputs)[0]  # (B, T, C)
     with part("head"):
-        chosen = hidden.flatten(0, 1).index_select(0, batch["positions"])  # (K, C)
-        del hidden
+        chosen: Tensor = hidden.flatten(0, 1).index_select(0, batch["positions"])
+        return chosen
+
+
+def _linear_head_loss(base: Any, batch: Batch, ways: Ways) -> Tensor:
+    chosen = _trained_hidden(base, batch, ways)
+    with part("head"):
         softcap = getattr(base.config, "final_logit_softcapping", None)
         head = base.get_output_embeddings()
         return chunked_cross_entropy(
@@ -52,13 +62,32 @@ def _linear_head_loss(base: Any, batch: Batch, ways: Ways) -> Tensor:
         )
 
 
-def _own_head_loss(base: Any, batch: Batch, ways: Ways) -> Tensor:
+def _own_head_losses(base: Any, batch: Batch, ways: Ways, reduction: str) -> Tensor:
     inputs = attention_inputs(ways.rung, batch, base.config)
     logits = base(input_ids=batch["input_ids"], use_cache=False, **inputs).logits  # (B, T, V)
     with part("head"):
         chosen = logits.flatten(0, 1).index_select(0, batch["positions"])  # (K, V)
         del logits
-        return nn.functional.cross_entropy(chosen.float(), batch["labels"], reduction="sum")
+        return nn.functional.cross_entropy(chosen.float(), batch["labels"], reduction=reduction)
+
+
+@torch.no_grad()
+def token_losses(model: nn.Module, batch: Batch, ways: Ways = Ways()) -> Tensor:
+    """Loss of each trained token of a batch, (K,), in float32 and without gradients.
+
+    Args:
+        model: What `model.build` gave.
+        batch: See `strixft.data.Batch`.
+        ways: How it is computed.
+    """
+    base = base_of(model)
+    if not _has_linear_head(base):
+        return _own_head_losses(base, batch, ways, "none")
+    chosen = _trained_hidden(base, batch, ways)
+    softcap = getattr(base.config, "final_logit_softcapping", None)
+    return token_cross_entropy(
+        chosen, base.get_output_embeddings().weight, batch["labels"], softcap
+    )
 
 
 def batch_loss(
@@ -73,8 +102,9 @@ def batch_loss(
         ways: How it is computed.
     """
     base = base_of(model)
-    linear = family_of(base.config.model_type).head == "linear"
-    return (_linear_head_loss if linear else _own_head_loss)(base, batch, ways) / num_trained
+    if _has_linear_head(base):
+        return _linear_head_loss(base, batch, ways) / num_trained
+    return _own_head_losses(base, batch, ways, "sum") / num_trained
 
 
 class TrainingStep:

@@ -27,6 +27,9 @@ EVERY = 25
 SETTLED = 0.2
 """Share of the looks that is left out: allocators fill their pools at first."""
 
+EVALUATED_TOKENS = 1024
+"""In one batch of held-out rows."""
+
 
 class _Look(TrainerCallback):  # type: ignore[misc]
     """Notes memory, threads and open files; evaluates as often."""
@@ -40,7 +43,7 @@ class _Look(TrainerCallback):  # type: ignore[misc]
         if state.global_step % EVERY:
             return
         model.eval()
-        row_losses(model, self._rows)
+        row_losses(model, self._rows, EVALUATED_TOKENS)
         model.train()
         gc.collect()
         look = {

@@ -1,0 +1,172 @@
+"""Tasks of lm-eval (EleutherAI's evaluation harness) on base and tuned."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+
+from strixft.config import first_lines
+from strixft.errors import HostError, RecipeError
+from strixft.evaluate.paired import paired_change
+from strixft.evaluate.sides import SIDES
+from strixft.model import base_of
+from strixft.recipe import Evaluate, Recipe
+from strixft.tables import did_you_mean
+
+LONGEST = 4096
+"""Tokens of a prompt; longer ones lose their beginning."""
+LOGIT_BYTES = 8
+"""lm-eval keeps logits of all tokens of a batch, in float32, and their logarithmic softmax."""
+
+Values = dict[tuple[str, str], dict[int, float]]
+"""Task and metric → number of the row → what it scores."""
+
+
+@contextlib.contextmanager
+def _offline(offline: bool) -> Iterator[None]:
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _manager(asked: Evaluate) -> Any:
+    """What knows tasks: those of the recipe's folder, or all; reading all takes some seconds."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise HostError(
+            "evaluate.tasks needs lm-eval, which is not installed",
+            fix="pip install 'strixft[eval]'",
+        ) from error
+    if asked.task_folder:
+        own = TaskManager(include_path=asked.task_folder, include_defaults=False)
+        if own.all_tasks and set(asked.tasks) <= set(own.all_tasks):
+            return own
+    return TaskManager(include_path=asked.task_folder)
+
+
+def check_tasks(recipe: Recipe) -> Any:
+    """What knows the recipe's tasks; None where it names none. Nothing is downloaded.
+
+    Raises:
+        HostError: lm-eval is not installed.
+        RecipeError: There is no such task.
+    """
+    asked = recipe.evaluate
+    if not asked.tasks:
+        return None
+    manager = _manager(asked)
+    for name in asked.tasks:
+        if name not in manager.all_tasks:
+            near = did_you_mean(name, manager.all_tasks)
+            raise RecipeError(
+                f"evaluate.tasks: lm-eval has no task {name!r}",
+                fix=f"{near if near.startswith('did') else 'choose another'}"
+                "   lm_eval ls tasks   lists them; evaluate.task_folder: … holds your own",
+            )
+    return manager
+
+
+def load_tasks(recipe: Recipe) -> Any:
+    """As `check_tasks`, and their data are here, before any model is loaded.
+
+    Raises:
+        HostError: lm-eval is not installed.
+        RecipeError: There is no such task, its data cannot be had, or it would run generated code.
+    """
+    manager = check_tasks(recipe)
+    for name in recipe.evaluate.tasks:
+        try:
+            with _offline(recipe.offline):
+                found = manager.load([name])["tasks"]
+        except Exception as error:  # whatever a task's own code raises
+            raise RecipeError(
+                f"evaluate.tasks: {name!r} cannot be loaded: {first_lines(error)}",
+                fix="is the network there, or the task's data in the cache? else leave it out",
+            ) from error
+        if any(getattr(task, "UNSAFE_CODE", False) for task in found.values()):
+            raise RecipeError(
+                f"evaluate.tasks: {name!r} runs code that the model writes",
+                fix="leave it out here; lm_eval run --confirm_run_unsafe_code   in a container",
+            )
+    return manager
+
+
+def rows_at_once(plan: Mapping[str, Any], vocabulary: int) -> int:
+    """Rows of a batch whose logits fit beside the weights into the plan's budget.
+
+    Args:
+        plan: The plan's figures.
+        vocabulary: Tokens that the model knows.
+    """
+    left = plan["host"]["budget_bytes"] - plan["phases"]["evaluate"]["device_bytes"]
+    fit: int = left // (LOGIT_BYTES * vocabulary * LONGEST)
+    return max(1, min(int(plan["choice"]["evaluated_rows"]), fit))
+
+
+def run_tasks(
+    manager: Any, recipe: Recipe, model: Any, tokenizer: Any, rows_at_once: int
+) -> Values:
+    """The recipe's tasks on one model.
+
+    Args:
+        manager: What `load_tasks` gave.
+        recipe: Names the tasks, and how many rows of each count.
+        model: In evaluation mode.
+        tokenizer: Its tokenizer.
+        rows_at_once: Rows of a batch.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    base = base_of(model)
+    longest = min(LONGEST, getattr(base.config, "max_position_embeddings", LONGEST))
+    wrapped = HFLM(
+        pretrained=base, tokenizer=tokenizer, batch_size=rows_at_once, max_length=longest
+    )
+    with _offline(recipe.offline):
+        found = lm_eval.simple_evaluate(
+            wrapped,
+            tasks=list(recipe.evaluate.tasks),
+            task_manager=manager,
+            limit=recipe.evaluate.task_rows,
+            bootstrap_iters=0,  # the interval is ours, over pairs
+        )
+    return _values(found["samples"])
+
+
+def _values(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Values:
+    found: Values = {}
+    for task, rows in samples.items():
+        for row in rows:
+            for metric in row["metrics"]:
+                score, suffix = row[metric], row["filter"]
+                if isinstance(score, int | float):
+                    name = metric if suffix == "none" else f"{metric}, {suffix}"
+                    found.setdefault((task, name), {})[row["doc_id"]] = float(score)
+    return found
+
+
+def compare_tasks(found: Mapping[str, Values], seed: int) -> list[dict[str, Any]]:
+    """Base and tuned in one table: `task`, `metric`, `rows`, `base`, `tuned`, `change`.
+
+    Args:
+        found: What `run_tasks` gave, by side.
+        seed: Of the interval's draws.
+    """
+    rows = []
+    for (task, metric), base in found["base"].items():
+        tuned = found["tuned"][task, metric]
+        numbers = sorted(base.keys() & tuned.keys())
+        values = {side: [found[side][task, metric][n] for n in numbers] for side in SIDES}
+        means = {side: sum(scores) / len(scores) for side, scores in values.items()}
+        change = paired_change(values["base"], values["tuned"], seed=seed)
+        row = {"task": task, "metric": metric, "rows": len(numbers), **means, "change": change}
+        rows.append(row)
+    return rows

@@ -1,0 +1,63 @@
+"""Base and tuned, loaded one after the other."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from strixft.attention import Heads, ladder
+from strixft.guard import device_type, find_host
+from strixft.methods import METHODS
+from strixft.model import base_of, load_adapter, load_base, native_dtype
+from strixft.recipe import Recipe
+
+SIDES = ("base", "tuned")
+
+
+def load_side(recipe: Recipe, adapter: Path, side: str) -> nn.Module:
+    """Base or tuned, in evaluation mode.
+
+    Args:
+        recipe: Of the run.
+        adapter: The trained weights.
+        side: One of `SIDES`.
+    """
+    *_, (_, model) = load_sides(recipe, adapter, SIDES[: SIDES.index(side) + 1])
+    return model
+
+
+def load_sides(
+    recipe: Recipe, folder: Path, sides: Sequence[str] = SIDES
+) -> Iterator[tuple[str, nn.Module]]:
+    """Base, then tuned.
+
+    Where all weights were trained, the base is given up before the tuned model is loaded; the
+    caller should do so too.
+    """
+    device, host = device_type(), find_host(recipe.memory.host)
+    dtype = native_dtype(device, bfloat16=host.bfloat16)
+    model = load_base(recipe, device, dtype)
+    heads = Heads.of(model.config)
+    rung = ladder(heads, device, host.architecture, packing=False)[0]
+
+    def ready(model: nn.Module) -> nn.Module:
+        base_of(model).set_attn_implementation(rung.implementation)
+        return model.eval()
+
+    yield "base", ready(model)
+    if "tuned" not in sides:
+        return
+    if METHODS[recipe.method].adapter == "none":
+        del model
+        gc.collect()
+        model = load_base(recipe.model_copy(update={"model": str(folder)}), device, dtype)
+    else:
+        model = load_adapter(model, folder)
+        if dtype is torch.float32 and METHODS[recipe.method].base == "native":
+            # a third less work; float32 rounds too little to tell
+            model.merge_adapter()  # type: ignore[operator]
+    yield "tuned", ready(model)
