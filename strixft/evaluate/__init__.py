@@ -16,11 +16,13 @@ from strixft import views
 from strixft.data import collate
 from strixft.errors import DataError
 from strixft.evaluate.generate import generate
+from strixft.evaluate.judge import judge_answers
+from strixft.evaluate.judged import Judged
 from strixft.evaluate.metrics import METRICS, scores, suiting
 from strixft.evaluate.paired import paired_change
 from strixft.guard import device_type, find_host
 from strixft.methods import METHODS
-from strixft.model import load_adapter, load_base, load_tokenizer, native_dtype
+from strixft.model import cache_folder, load_adapter, load_base, load_tokenizer, native_dtype
 from strixft.plan import Plan
 from strixft.prepare import Prepared
 from strixft.progress import progress_bar
@@ -61,6 +63,12 @@ class Evaluated(Result):
             + views.table(answers, header)
             + self._worst_html()
         )
+
+    @property
+    def judged(self) -> Judged | None:
+        """What the judge says; None where the recipe has none."""
+        found = self.figures.get("judge")
+        return Judged(found, self.figures["answers"]) if found else None
 
     def _worst_html(self) -> str:
         worst = self.figures.get("worst", [])
@@ -243,6 +251,8 @@ def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         **_worst(found, rows),
         "answers": listed,
     }
+    if run.recipe.evaluate.judge is not None:
+        figures["judge"] = judge_answers(run.recipe, listed, cache_folder())
     return {"adapter_sha256": _adapter_digest(trained.folder / ADAPTER)}, figures
 
 
