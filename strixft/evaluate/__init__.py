@@ -252,6 +252,7 @@ def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "answers": listed,
     }
     if run.recipe.evaluate.judge is not None:
+        torch.cuda.empty_cache()  # a judge on the same device needs the room
         figures["judge"] = judge_answers(run.recipe, listed, cache_folder())
     return {"adapter_sha256": _adapter_digest(trained.folder / ADAPTER)}, figures
 
