@@ -21,7 +21,7 @@ from strixft.formats import Chat, RowFault
 from strixft.llama import served
 from strixft.model import _embedded_file
 from strixft.prepare import Prepared, prepare_recipe
-from strixft.prepare.augment import Original, _require_sendable
+from strixft.prepare.originals import Original, require_sendable
 from strixft.prepare.tasks import TASKS, last_exchange, prompt_for
 from strixft.recipe import Augment
 from strixft.report import render_report
@@ -263,9 +263,9 @@ def test_text_is_not_augmented(prepared: Write) -> None:
 def test_personal_data_do_not_leave_the_machine() -> None:
     messages = chat("Write to anna@mail.org.", "Done.")["messages"]
     original = Original("a.jsonl", 1, Chat(messages), {})
-    assert _require_sendable(original, leaves=False) == messages
+    assert require_sendable(original, leaves=False) == messages
     with pytest.raises(RowFault, match="personal data, and the server is another machine"):
-        _require_sendable(original, leaves=True)
+        require_sendable(original, leaves=True)
 
 
 def test_masked_data_are_sent_masked(prepared: Write) -> None:

@@ -11,19 +11,16 @@ import hashlib
 import json
 import re
 import time
-import urllib.error
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
 from strixft.completions.models import Listed, find_model, is_local, list_models, memory_warning
-from strixft.errors import HostError, StrixftError
+from strixft.completions.retries import TRIES, is_refusal, may_pass, status_of, wait_s
+from strixft.errors import HostError
 from strixft.formats import Message
 from strixft.recipe import Server
 from strixft.runs import now, write_json
@@ -31,15 +28,6 @@ from strixft.servers import ask
 from strixft.text import redact
 
 FOLDER = "answers"
-TRIES = 3
-FIRST_WAIT_S = 2.0
-"""Before the second try; twice as long before each further one."""
-LONGEST_WAIT_S = 120.0
-"""A server that asks for more is not waited for."""
-BUSY = (408, 429, 500, 502, 503, 504)
-"""Answers that may be another one a little later (RFC 9110)."""
-REFUSED = (400, 413, 422)
-"""Answers that blame this request, and say nothing of the next."""
 _THOUGHT = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 
 Schema = Mapping[str, Any]
@@ -55,47 +43,6 @@ class Answer:
     """It ended because it was as long as allowed."""
     date: str
     """UTC, ISO 8601."""
-
-
-def _status(error: BaseException) -> int | None:
-    cause = error.__cause__
-    return cause.code if isinstance(cause, urllib.error.HTTPError) else None
-
-
-def is_refusal(error: StrixftError) -> bool:
-    """The server refuses this request, such as one that is too long, and may answer others."""
-    return _status(error) in REFUSED
-
-
-def _asked_wait_s(error: BaseException) -> float | None:
-    """What a server asks for with `Retry-After`: seconds, or a date."""
-    cause = error.__cause__
-    text = cause.headers.get("Retry-After") if isinstance(cause, urllib.error.HTTPError) else None
-    if text is None:
-        return None
-    if text.strip().isdecimal():
-        return float(text)
-    try:
-        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return None
-
-
-def _may_pass(error: BaseException) -> bool:
-    """The same request may be answered a little later."""
-    if not isinstance(error, HostError):
-        return False
-    if (status := _status(error)) is not None:
-        return status in BUSY and (_asked_wait_s(error) or 0) <= LONGEST_WAIT_S
-    half = "no JSON that ends" in error.problem
-    return half or isinstance(error.__cause__, OSError | HTTPException)
-
-
-def _wait_s(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = None if error is None else _asked_wait_s(error)
-    growing = FIRST_WAIT_S * 2 ** (state.attempt_number - 1)
-    return growing if asked is None else asked
 
 
 def _read(url: str, data: Mapping[str, Any]) -> Answer:
@@ -143,9 +90,9 @@ class Client:
             )
         self._folder, self._takes_schemas = cache / FOLDER, True
         self._retrying = Retrying(
-            retry=retry_if_exception(_may_pass),
+            retry=retry_if_exception(may_pass),
             stop=stop_after_attempt(TRIES),
-            wait=_wait_s,
+            wait=wait_s,
             sleep=sleep,
             reraise=True,
         )
@@ -237,7 +184,7 @@ class Client:
 
     def _check_model(self, error: HostError) -> None:
         """Say so if the model that was there is gone."""
-        if _status(error) != 404:
+        if status_of(error) != 404:
             return
         try:
             left = [model.name for model in list_models(self.url)]

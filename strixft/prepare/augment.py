@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from strixft.completions import Answer, Client, is_local, is_refusal
 from strixft.completions.replies import find_object
-from strixft.data import Input, privacy
-from strixft.data.checks import texts_of
-from strixft.data.duplicates import SIMILAR, similarity, sketch
-from strixft.data.hashes import content_hash, question_hash
-from strixft.data.load import read_row, value_at
+from strixft.data import Input
+from strixft.data.load import read_row
 from strixft.data.split import Split
 from strixft.errors import DataError, HostError, StrixftError
-from strixft.formats import FORMATS, Chat, Message, RowFault
-from strixft.prepare.make import QUESTION
-from strixft.prepare.tasks import TASKS, last_exchange, loses_json, lost_numbers, prompt_for
+from strixft.formats import FORMATS, Message, RowFault
+from strixft.prepare.originals import Counts, Known, Original, read_originals, require_sendable
+from strixft.prepare.tasks import TASKS, loses_json, lost_numbers, prompt_for
 from strixft.progress import progress_bar
 from strixft.recipe import Augment, Recipe
 from strixft.runs import Run, write_text
@@ -38,21 +32,6 @@ SECTION = "dataset.augment"
 PROVENANCE = "provenance"
 SEEDS = 1000
 """Seeds that a recipe's seed stands for: one for each row that is written of one row."""
-
-Counts = Mapping[str, npt.NDArray[Any]]
-Place = tuple[int, int]
-"""Index of the input, and number of the row there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Original:
-    """A training row."""
-
-    file: str
-    row: int
-    chat: Chat
-    group: Mapping[str, Any]
-    """The column that decides its side of the split, which its new rows share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,43 +48,6 @@ class Provenance:
 
 
 @dataclass(slots=True)
-class Known:
-    """What the data say already."""
-
-    contents: set[int]
-    questions: set[int]
-    held_out: set[int]
-    """Questions of held-out rows."""
-    sketches: bytes = b""
-    """Of the held-out rows."""
-
-    @classmethod
-    def of(cls, counts: Counts, split: Split) -> Known:
-        """Known of the rows on disk, without the sketches."""
-        return cls(
-            set(counts["content"].tolist()),
-            set(counts["question"].tolist()),
-            set(counts["question"][split.validation].tolist()),
-        )
-
-    def refuse(self, chat: Chat, *, is_new_question: bool) -> None:
-        """Refuse what a held-out row or any other row says.
-
-        Raises:
-            RowFault: It does.
-        """
-        content, question = content_hash(chat), question_hash(chat)
-        if question in self.held_out:
-            raise RowFault("held_out", "asks what a held-out row asks")
-        if content in self.contents or (is_new_question and question in self.questions):
-            raise RowFault("duplicate", "says or asks what another row does")
-        if similarity(sketch(" ".join(texts_of(chat))), self.sketches) >= SIMILAR:
-            raise RowFault("near_held_out", "says nearly what a held-out row says")
-        self.contents.add(content)
-        self.questions.add(question)
-
-
-@dataclass(slots=True)
 class Augmented:
     """What was written, and what was not."""
 
@@ -119,65 +61,6 @@ class Augmented:
         self.refused.setdefault(fault.kind, {"rows": 0, "first": first})["rows"] += 1
 
 
-def _places(counts: Counts, rows: npt.NDArray[np.int64]) -> set[Place]:
-    return set(zip(counts["file"][rows].tolist(), counts["row"][rows].tolist(), strict=True))
-
-
-def _chosen(places: set[Place], most: int, seed: int) -> set[Place]:
-    """At most so many of the places, by the seed."""
-    order = sorted(places)
-    if len(order) <= most:
-        return places
-    picked = np.random.default_rng(seed).choice(len(order), most, replace=False)
-    return {order[index] for index in picked}
-
-
-def read_originals(
-    recipe: Recipe, inputs: Sequence[Input], counts: Counts, split: Split
-) -> tuple[list[Original], bytes]:
-    """Training rows to send, and sketches of the held-out ones.
-
-    Args:
-        recipe: With `dataset.augment`.
-        inputs: Where the rows come from.
-        counts: Columns of numbers of the prepared rows.
-        split: Which of them are trained, and which held out.
-    """
-    assert recipe.dataset.augment is not None
-    held_out = _places(counts, split.validation)
-    train = _places(counts, np.unique(split.train)) - held_out
-    chosen = _chosen(train, recipe.dataset.augment.max_rows, recipe.train.seed)
-    column, masks = recipe.dataset.group_by, recipe.dataset.personal_data == "mask"
-    originals, sketches = [], bytearray()
-    for file, one in enumerate(inputs):
-        for number, raw, _ in one.raw_rows():
-            if (file, number) not in held_out and (file, number) not in chosen:
-                continue
-            assert not isinstance(raw, RowFault)  # it became a token row
-            chat = read_row(one, raw)
-            chat = privacy.mask_chat(chat) if masks else chat
-            if (file, number) in held_out:
-                sketches += sketch(" ".join(texts_of(chat)))
-                continue
-            group = {column: value_at(raw, column)} if column not in (None, QUESTION) else {}
-            originals.append(Original(one.name, number, chat, group))
-    return originals, bytes(sketches)
-
-
-def _require_sendable(original: Original, *, leaves: bool) -> list[Message]:
-    """The messages of a row that may be sent.
-
-    Raises:
-        RowFault: It is not for this, or should not leave the machine.
-    """
-    messages = last_exchange(original.chat)
-    if messages is None:
-        raise RowFault("no_exchange", "uses tools, or does not end with a request and an answer")
-    if leaves and any(privacy.find(message["content"]) for message in messages):
-        raise RowFault("personal", "has personal data, and the server is another machine")
-    return messages
-
-
 class _Writer:
     def __init__(self, recipe: Recipe, augment: Augment, client: Client, known: Known) -> None:
         self.augment, self.client, self.known = augment, client, known
@@ -187,7 +70,7 @@ class _Writer:
     def add(self, original: Original) -> None:
         """Ask for the new rows of a row."""
         try:
-            messages = _require_sendable(original, leaves=self.leaves)
+            messages = require_sendable(original, leaves=self.leaves)
         except RowFault as fault:
             self.found.refuse(original, fault)
             return
