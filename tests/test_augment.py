@@ -76,7 +76,7 @@ def requests_of(found: Prepared, recipe_dataset: Any, side: str) -> list[str]:
 def test_a_real_server_writes_rows_that_say_where_they_come_from(prepared: Write) -> None:
     with served(_embedded_file(EMBEDDED), 1024) as url:
         settings: dict[str, Any] = {
-            "max_rows": 3,
+            "max_rows": 2,
             "max_tokens": 48,
             "task": "answer",
             "temperature": 0,
@@ -85,8 +85,8 @@ def test_a_real_server_writes_rows_that_say_where_they_come_from(prepared: Write
         found = prepared(url, **settings)
         again = prepared(url, "again", **settings)
     figures = found.figures["augment"]
-    assert figures["rows_asked"] == figures["rows_sent"] == 3
-    assert figures["rows_kept"] + sum(row["rows"] for row in figures["refused"].values()) == 3
+    assert figures["rows_asked"] == figures["rows_sent"] == 2
+    assert figures["rows_kept"] + sum(row["rows"] for row in figures["refused"].values()) == 2
     assert figures["rows_kept"] == len(written(found)) > 0
     provenance = written(found)[0]["provenance"]
     assert provenance["source"].endswith("tiny.jsonl")
