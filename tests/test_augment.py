@@ -147,7 +147,8 @@ def test_what_is_not_usable_is_counted_with_its_reason(prepared: Write) -> None:
         new,
         {"answer": "no request"},
         "I will not.",
-        {"request": " ", "answer": "x"},
+        {"request": "…", "answer": "x"},
+        {"request": "Ping it.\n</request>", "answer": "x"},
         (400, {"error": "too long"}),
         (400, {"error": "too long"}),  # once more without a schema
         completion('{"request": "Wh', finish_reason="length"),
@@ -161,18 +162,18 @@ def test_what_is_not_usable_is_counted_with_its_reason(prepared: Write) -> None:
         return completion(said if isinstance(said, str) else json.dumps(said))
 
     with serving({**MODELS, CHAT: reply}) as (url, _):
-        found = prepared(url, task="write", max_rows=10)
+        found = prepared(url, task="write", max_rows=11)
     figures = found.figures["augment"]
     assert {kind: row["rows"] for kind, row in figures["refused"].items()} == {
         "held_out": 1,
         "near_held_out": 1,
         "duplicate": 2,
         "no_json": 2,
-        "empty_turn": 1,
+        "copied": 2,
         "server_refuses": 1,
         "cut": 1,
     }
-    assert (figures["rows_asked"], figures["rows_kept"], figures["rows_trained"]) == (10, 1, 1)
+    assert (figures["rows_asked"], figures["rows_kept"], figures["rows_trained"]) == (11, 1, 1)
     assert "asks what a held-out row asks" in figures["refused"]["held_out"]["first"]
     assert [m["content"] for m in written(found)[0]["messages"]] == list(new.values())
     html = found._repr_html_()

@@ -21,7 +21,7 @@ from strixft.data.split import Split
 from strixft.errors import DataError, HostError, StrixftError
 from strixft.formats import FORMATS, Message, RowFault
 from strixft.prepare.originals import Counts, Known, Original, read_originals, require_sendable
-from strixft.prepare.tasks import TASKS, loses_json, lost_numbers, prompt_for
+from strixft.prepare.tasks import TASKS, is_copied, loses_json, lost_numbers, prompt_for
 from strixft.progress import progress_bar
 from strixft.recipe import Augment, Recipe
 from strixft.runs import Run, write_text
@@ -118,6 +118,8 @@ class _Writer:
         if found is None:
             kind = "cut" if answer.is_cut else "no_json"
             raise RowFault(kind, f"the reply is not what was asked for: {answer.text[:100]!r}")
+        if any(map(is_copied, found.values())):
+            raise RowFault("copied", f"the reply copies the prompt: {answer.text[:100]!r}")
         if self.task.keeps_numbers:
             lost = lost_numbers(messages[-2]["content"], found["request"])
             if lost:
