@@ -184,13 +184,17 @@ def recipe(
 @app.command()
 def prepare(
     recipe: RecipeArgument,
+    augment: Annotated[
+        bool, typer.Option("--augment", help="Train rows too that a server writes.")
+    ] = False,
     run_dir: RunDir = None,
     settings: Set = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Load, check, format and mask the data."""
-    _in_process(recipe, run_dir, settings, "prepare", as_json)
+    asked = ["dataset.augment.enabled=true"] if augment else []
+    _in_process(recipe, run_dir, [*(settings or []), *asked], "prepare", as_json)
 
 
 @app.command()

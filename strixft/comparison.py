@@ -77,5 +77,7 @@ def _results(run: Run) -> Iterator[tuple[str, str]]:
     for name, sides in evaluated.get("metrics", {}).items():
         for side, value in sides.items():
             yield f"{name}, {side}", format_number(value)
+    if preferred := evaluated.get("judge", {}).get("tuned_preferred"):
+        yield "tuned preferred by the judge", format_number(preferred["share"])
     for kind, row in _figures(run, "export").get("parity", {}).items():
         yield f"{kind}, same next token", format_number(row["top1"])

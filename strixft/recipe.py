@@ -12,7 +12,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -25,11 +26,12 @@ from pydantic import (
 )
 
 from strixft import sources
-from strixft.errors import FIX, RecipeError
+from strixft.errors import FIX, HostError, RecipeError
 from strixft.exports import KINDS, QUANTISATIONS
 from strixft.formats import FORMATS
 from strixft.hardware import HOSTS
 from strixft.methods import METHODS
+from strixft.servers import base_url
 from strixft.tables import did_you_mean
 
 HERE = Path(__file__).resolve().parent
@@ -100,6 +102,57 @@ def _check_columns(columns: dict[str, str] | None) -> dict[str, str] | None:
     return columns
 
 
+class Server(_Section):
+    """A model behind a server that speaks the OpenAI protocol."""
+
+    server: str
+    """Address of a server: Lemonade, FastFlowLM, llama.cpp, Ollama, vLLM or like it."""
+    model: str | None = None
+    """As the server calls it; not needed where it has one model, or one for the NPU."""
+    timeout_s: float = Field(default=120, gt=0, le=3600)
+    """How long one answer may take, loading the model included."""
+    max_tokens: int = Field(default=1024, ge=16, le=2**16)
+    """Longest answer in tokens, reasoning included."""
+
+    @field_validator("server")
+    @classmethod
+    def _is_address(cls, address: str) -> str:
+        try:
+            return base_url(address)
+        except HostError as error:
+            raise ValueError(f"{error.problem}; a key goes into STRIXFT_API_KEY") from None
+
+
+class Judge(Server):
+    """A model that says which of two answers is better."""
+
+    rubric: str = (
+        "The better answer is right and does what the request asks. Of two right answers the better"
+        " one is complete, has the form that the reference has, and says nothing else."
+    )
+    """What makes an answer the better one."""
+    max_rows: int = Field(default=50, ge=1)
+    """Held-out rows that are judged, each in both orders."""
+
+
+class Augment(Server):
+    """Rows that a server writes from training rows; held-out rows are never sent."""
+
+    enabled: bool = False
+    """Write and train them; `strixft prepare --augment` sets it."""
+    task: Literal["paraphrase", "answer", "write"] = "paraphrase"
+    """`paraphrase` says a request otherwise and keeps its answer; `answer` answers anew; `write`
+    makes a new request and answer like the row's."""
+    instruction: str | None = None
+    """What else the server is told, such as a language or a tone."""
+    per_row: int = Field(default=1, ge=1, le=100)
+    """Rows that are asked for each training row."""
+    max_rows: int = Field(default=200, ge=1)
+    """Training rows that are sent, chosen by the seed."""
+    temperature: float = Field(default=0.7, ge=0, le=2)
+    """How much the rows that are written for one training row differ."""
+
+
 class Dataset(_Section):
     """Where the rows come from and what is trained of them."""
 
@@ -130,6 +183,8 @@ class Dataset(_Section):
     """A column whose rows stay on one side of the split; `question`: rows that ask the same."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of rows held out for evaluation, chosen by a hash of their content."""
+    augment: Augment | None = None
+    """More training rows, written by a server."""
 
     @field_validator("format")
     @classmethod
@@ -249,6 +304,8 @@ class Evaluate(_Section):
     """Most rows of each task."""
     task_folder: str | None = None
     """Folder with lm-eval tasks of your own (YAML), relative to the recipe's file."""
+    judge: Judge | None = None
+    """A model that compares the answers of base and tuned."""
 
     @field_validator("prompts")
     @classmethod
@@ -480,7 +537,9 @@ def _override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
             )
         place: Any = result
         for section in sections:
-            place = place.setdefault(section, {})
+            if place.get(section) is None:  # `judge: null` is a section that is not there yet
+                place[section] = {}
+            place = place[section]
             if not isinstance(place, dict):
                 raise RecipeError(
                     f"{dotted}: {section!r} is not a section", fix="strixft recipe --explain"
@@ -521,10 +580,17 @@ def _shown(value: object) -> str:
     return "empty" if value is None else text if len(text) <= 60 else f"{text[:60]}…"
 
 
+def _as_section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, or may hold; None of a plain setting."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return found[0] if found else None
+
+
 def _section(section: Any, key: str | int) -> Any:
     """The section behind a key of a section; None where there is a plain setting or nothing."""
     field = section.model_fields.get(key) if section else None
-    return field.annotation if field and hasattr(field.annotation, "model_fields") else None
+    return _as_section(field.annotation) if field else None
 
 
 def _place(location: Sequence[str | int]) -> str:
@@ -678,9 +744,11 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def explain(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Each setting: dotted key, default, reason."""
     for name, field in model.model_fields.items():
-        kind: Any = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from explain(kind, f"{prefix}{name}.")
+        section = _as_section(field.annotation)
+        if section and not field.is_required() and field.default is None:
+            yield f"{prefix}{name}", "null", " ".join((field.description or "").split())
+        if section:
+            yield from explain(section, f"{prefix}{name}.")
         else:
             default = "required" if field.is_required() else json.dumps(field.default)
             yield f"{prefix}{name}", default, " ".join((field.description or "").split())

@@ -61,11 +61,13 @@ def render_report(run: Run) -> str:
     seconds = sum(result.seconds for result in results if result)
     lead = f"{run.recipe.method} on {run.recipe.model}, {format_seconds(seconds)} in all"
     answers = evaluated._repr_html_() if evaluated else views.note("Not done yet.")
+    judged = evaluated.judged if evaluated else None
     return views.page(
         run.name,
         lead,
         f"{_headline(evaluated)}{_flag(trained)}{_sections(run)}"
         f"<h2>Base against tuned</h2>{answers}"
+        f"{f'<h2>Judge</h2>{judged._repr_html_()}' if judged else ''}"
         f"{f'<h2>Export</h2>{exported._repr_html_()}' if exported else ''}"
         f"{_versions(run, next((r for r in reversed(results) if r), None))}",
     )

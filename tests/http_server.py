@@ -6,16 +6,32 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Body = dict[str, Any]
 Answer = Callable[[Body], Any]
-"""Takes a request's body; gives an object, a list of lines to stream, or a status and an object."""
+"""Takes a request's body; gives an object, a list of lines to stream, a `Raw`, or a status and an
+object."""
 
 
 class Cut:
     """Ends a streamed answer without its end."""
+
+
+@dataclass
+class Raw:
+    """An answer byte by byte, as no library would send it."""
+
+    text: bytes = b""
+    status: int = 200
+    kind: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+    missing_bytes: int = 0
+    """What the head promises and the body does not have."""
+    until: threading.Event | None = None
+    """The server says nothing before it is set."""
 
 
 def _handler(routes: Mapping[str, Answer], seen: list[tuple[str, Body]]) -> type:
@@ -39,6 +55,8 @@ def _handler(routes: Mapping[str, Answer], seen: list[tuple[str, Body]]) -> type
             answer = routes[self.path](body)
             if isinstance(answer, list):
                 return self._stream(answer)
+            if isinstance(answer, Raw):
+                return self._raw(answer)
             status, data = answer if isinstance(answer, tuple) else (200, answer)
             return self._whole(status, data)
 
@@ -48,6 +66,18 @@ def _handler(routes: Mapping[str, Answer], seen: list[tuple[str, Body]]) -> type
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
+
+        def _raw(self, answer: Raw) -> None:
+            if answer.until is not None:
+                answer.until.wait(60)
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.kind)
+            self.send_header("Content-Length", str(len(answer.text) + answer.missing_bytes))
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer.text)
+            self.close_connection = True
 
         def _stream(self, lines: list[Any]) -> None:
             self.send_response(200)

@@ -12,7 +12,7 @@ FLOORS = [
     ["hardware", "families", "methods", "formats", "sources", "exports", "download", "child"],
     ["recipe"],
     ["runs"],
-    ["rates", "comparison"],
+    ["rates", "comparison", "completions"],
     ["data", "attention", "guard", "int8", "config", "checkpoints", "stop"],
     ["loading"],
     ["model"],

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -47,8 +47,11 @@ def faults_of(changes: dict[str, Any]) -> list[str]:
     """Faults of the smallest recipe with some settings changed, by dotted key."""
     data: dict[str, Any] = yaml.safe_load(LEAST)
     for dotted, value in changes.items():
-        section, _, key = dotted.rpartition(".")
-        (data.setdefault(section, {}) if section else data)[key] = value
+        *sections, key = dotted.split(".")
+        place = data
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
     with pytest.raises(RecipeError) as caught:
         check_recipe(data, name="mine.yaml")
     return [line.strip() for line in caught.value.problem.splitlines()[1:]]
@@ -66,10 +69,14 @@ def refusal(path: Path) -> RecipeError:
 UNKNOWN = {
     "modle": "modle: there is no such setting; did you mean 'model'?",
     "dataset.sorce": "dataset.sorce: there is no such setting; did you mean 'source'?",
+    "dataset.augment.tasks": "dataset.augment.tasks: there is no such setting;"
+    " did you mean 'task'?",
     "lora.aplha": "lora.aplha: there is no such setting; did you mean 'alpha'?",
     "train.learning_rat": "train.learning_rat: there is no such setting;"
     " did you mean 'learning_rate'?",
     "evaluate.metric": "evaluate.metric: there is no such setting; did you mean 'metrics'?",
+    "evaluate.judge.rubrick": "evaluate.judge.rubrick: there is no such setting;"
+    " did you mean 'rubric'?",
     "export.too": "export.too: there is no such setting; did you mean 'to'?",
     "memory.hosts": "memory.hosts: there is no such setting; did you mean 'host'?",
 }
@@ -77,7 +84,9 @@ UNKNOWN = {
 
 @pytest.mark.parametrize(("key", "fault"), UNKNOWN.items(), ids=UNKNOWN)
 def test_a_misspelt_setting_names_the_near_one(key: str, fault: str) -> None:
-    assert faults_of({key: 1}) == [fault]
+    section = key.rpartition(".")[0]
+    server = {f"{section}.server": "localhost"} if section.count(".") else {}
+    assert faults_of({key: 1, **server}) == [fault]
 
 
 def test_misspelt_settings_are_tried_in_every_section() -> None:
@@ -493,7 +502,13 @@ def test_an_override_is_checked_like_the_file(write: Callable[[str], Path]) -> N
 
 def _count(model: type[BaseModel]) -> int:
     kinds: list[Any] = [field.annotation for field in model.model_fields.values()]
-    return sum(_count(kind) if hasattr(kind, "model_fields") else 1 for kind in kinds)
+    optional = [kind for kind in kinds if any(map(_is_section, get_args(kind)))]
+    inside = sum(_count(part) for kind in optional for part in get_args(kind) if _is_section(part))
+    return inside + sum(_count(kind) if _is_section(kind) else 1 for kind in kinds)
+
+
+def _is_section(kind: Any) -> bool:
+    return hasattr(kind, "model_fields")
 
 
 def test_every_setting_is_explained() -> None:
@@ -506,11 +521,16 @@ def test_every_setting_is_explained() -> None:
 
 def test_a_setting_without_a_default_is_said_to_be_required() -> None:
     required = [key for key, default, _ in explain() if default == "required"]
-    assert required == ["model", "dataset.source"]
+    optional = ["dataset.augment.server", "evaluate.judge.server"]  # within sections that are not
+    assert required == ["model", "dataset.source", *optional]
 
 
 def test_the_defaults_that_are_explained_are_those_that_are_used() -> None:
-    recipe = flatten(check_recipe(yaml.safe_load(LEAST), name="mine.yaml").to_dict())
+    least = yaml.safe_load(LEAST)
+    recipe = flatten(check_recipe(least, name="mine.yaml").to_dict())
+    least["dataset"]["augment"] = {"server": "localhost"}
+    least["evaluate"] = {"judge": {"server": "localhost"}}
+    recipe |= flatten(check_recipe(least, name="mine.yaml").to_dict())
     for key, default, _ in explain():
         if default != "required":
             assert yaml.safe_load(default) == recipe[key], key

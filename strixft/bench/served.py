@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from strixft.bench.generation import Generation, check_counters, prompt_text, require_tokens
 from strixft.bench.weights import Weights
+from strixft.completions import choose_name
 from strixft.errors import HostError, RecipeError
 from strixft.hardware import Host
 from strixft.servers import START_S, ask, base_url, stream
@@ -51,17 +52,7 @@ def find_model(url: str, api: Api, asked: str) -> str:
     path, key, name = LISTS[api]
     listed = ask(url + path, timeout=START_S).get(key)
     known = [str(model[name]) for model in listed or [] if name in model]
-    if not known:
-        raise HostError(f"{url} lists no model", fix="load or pull one, then type it again")
-    if not asked and len(known) == 1:
-        return known[0]
-    same = [model for model in known if asked in (model, model.removesuffix(":latest"))]
-    if same:
-        return same[0]
-    fix = did_you_mean(asked, known) if asked else f"--model with one of: {', '.join(known)}"
-    raise RecipeError(
-        f"{url} has no model {asked!r}" if asked else f"{url} has several models", fix=fix
-    )
+    return choose_name(url, asked, known, "--model with")
 
 
 @dataclass

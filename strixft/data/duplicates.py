@@ -40,6 +40,19 @@ def sketch(text: str) -> bytes:
     return bytes(mixed.min(axis=1).astype(np.uint32))
 
 
+def similarity(one: bytes, others: bytes) -> float:
+    """Share of word triples that a text has in common with the nearest of others, by MinHash.
+
+    Args:
+        one: The text's sketch.
+        others: Sketches of any number of texts.
+    """
+    if not others:
+        return 0.0
+    known = np.frombuffer(others, np.uint32).reshape(-1, NUM_PERMUTATIONS)
+    return float((known == np.frombuffer(one, np.uint32)).mean(axis=1).max())
+
+
 class Sketches:
     """MinHash sketches of texts (Broder 1997), from which near duplicates are found."""
 

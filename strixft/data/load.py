@@ -50,6 +50,8 @@ class Input:
     form: Format
     columns: Mapping[str, str]
     weight: float = 1.0
+    train_only: bool = False
+    """None of its rows is held out."""
 
     @property
     def name(self) -> str:

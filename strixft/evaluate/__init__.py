@@ -15,13 +15,15 @@ from strixft.errors import DataError
 from strixft.evaluate import show
 from strixft.evaluate.general import general_rows
 from strixft.evaluate.harness import check_tasks, compare_tasks, load_tasks
+from strixft.evaluate.judge import judge_answers
+from strixft.evaluate.judged import Judged
 from strixft.evaluate.losses import row_losses
 from strixft.evaluate.measure import Rows, Side, Work, measure
 from strixft.evaluate.metrics import chosen, require_libraries, scores
 from strixft.evaluate.paired import paired_change
 from strixft.evaluate.sides import SIDES, load_side, load_sides
 from strixft.guard import StageWatch, cap, device_type
-from strixft.model import load_tokenizer
+from strixft.model import cache_folder, load_tokenizer
 from strixft.plan import Plan
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe
@@ -43,6 +45,12 @@ class Evaluated(Result):
 
     def _repr_html_(self) -> str:
         return show.page(self.figures)
+
+    @property
+    def judged(self) -> Judged | None:
+        """What the judge says; None where the recipe has none."""
+        found = self.figures.get("judge")
+        return Judged(found, self.figures["answers"]) if found else None
 
 
 def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
@@ -188,6 +196,9 @@ def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "prompts": _side_by_side(asked, {s: found[s].prompted for s in SIDES}),
         "answers": _side_by_side(told, {s: found[s].answers for s in SIDES}),
     }
+    if run.recipe.evaluate.judge is not None:
+        torch.cuda.empty_cache()  # a judge on the same device needs the room
+        figures["judge"] = judge_answers(run.recipe, figures["answers"], cache_folder())
     return {"adapter_sha256": _adapter_digest(trained.folder / ADAPTER)}, figures
 
 

@@ -19,8 +19,10 @@ from strixft.data.pack import origins
 from strixft.data.preview import example, spread
 from strixft.data.words import Words, WordsDifferError
 from strixft.errors import DataError
-from strixft.model import load_tokenizer
+from strixft.model import cache_folder, load_tokenizer
 from strixft.prepare import show
+from strixft.prepare.augment import FILE, augment_rows
+from strixft.prepare.augmented import AugmentedRows
 from strixft.prepare.choose import Chosen, choose, figures_of
 from strixft.prepare.work import Work
 from strixft.progress import progress_bar
@@ -90,6 +92,11 @@ class Prepared(Result):
             f"{files[file]['path'] if files else f'source {file + 1}'}, row {', '.join(listed)}"
             for file, listed in by_file.items()
         ]
+
+    @property
+    def augmented(self) -> AugmentedRows | None:
+        """Rows that a server wrote; None where the recipe asks for none."""
+        return AugmentedRows(self.folder / FILE) if "augment" in self.figures else None
 
     def _repr_html_(self) -> str:
         return show.page(self.figures)
@@ -172,6 +179,9 @@ def _inputs(
     source_sha256, files = fingerprint(sources)
     hub = [one.source for one in inputs if isinstance(one.source, HubSet)]
     ignored = [name for source in sources for name in ignored_files(source)]
+    if (written := folder / FILE).is_file():
+        size = written.stat().st_size
+        files.append({"path": str(written), "bytes": size, "sha256": digest(written)})
     return {
         "source": ", ".join(sources),
         "source_sha256": source_sha256,
@@ -204,7 +214,7 @@ def _stream(run: Run | None, work: Work) -> float:
     return time.monotonic() - began
 
 
-def _write(
+def _write_once(
     recipe: Recipe, inputs: Sequence[Input], folder: Path, encoder: Encoder, run: Run | None
 ) -> tuple[Work, Chosen, float]:
     """One pass over the rows: what was done, what is used of it, and the seconds it took."""
@@ -215,6 +225,17 @@ def _write(
             seconds = _stream(run, work)
         account.check(writer.num_rows)
         return work, choose(recipe, inputs, account, rows_path, work.sketches), seconds
+
+
+def _write(
+    recipe: Recipe, inputs: Sequence[Input], folder: Path, encoder: Encoder, run: Run | None
+) -> tuple[Work, Chosen, float]:
+    try:
+        return _write_once(recipe, inputs, folder, encoder, run)
+    except WordsDifferError:  # so ask the tokenizer for whole texts, from the start
+        words = encoder.words.distrusted()
+        encoder = Encoder(encoder.tokenizer, encoder.loss_on, recipe.dataset.max_length, words)
+        return _write_once(recipe, inputs, folder, encoder, run)
 
 
 def _figures(
@@ -266,14 +287,20 @@ def prepare_data(
     inputs = open_inputs(dataset, offline=recipe.offline)
     loss_on = _loss_on(dataset, _kind(inputs))
     encoder = Encoder(tokenizer, loss_on, dataset.max_length, words)
-    try:
-        found = _write(recipe, inputs, folder, encoder, run)
-    except WordsDifferError:  # so ask the tokenizer for whole texts, from the start
-        encoder = Encoder(tokenizer, loss_on, dataset.max_length, encoder.words.distrusted())
-        found = _write(recipe, inputs, folder, encoder, run)
-    work, chosen, seconds = found
+    work, chosen, seconds = _write(recipe, inputs, folder, encoder, run)
+    written: dict[str, Any] = {}
+    (folder / FILE).unlink(missing_ok=True)  # of a run that was killed
+    if dataset.augment is not None and dataset.augment.enabled:
+        prepared = (chosen.counts, chosen.split)
+        more, written = augment_rows(recipe, inputs, prepared, folder, cache_folder(), run)
+        before, inputs = len(inputs), [*inputs, *more]
+        if more:
+            work, chosen, seconds = _write(recipe, inputs, folder, work.encoder, run)
+        files = chosen.counts["file"][chosen.split.train]
+        written["rows_trained"] = int(np.count_nonzero(files >= before))
     chosen.save(folder / ORDER_FILE)
     figures = _figures(recipe, inputs, work, chosen, seconds)
+    figures |= {"augment": written} if written else {}
     figures["examples"] = _examples(folder / ROWS_FILE, chosen, inputs, tokenizer)
     return _inputs(recipe, inputs, folder, tokenizer), figures
 

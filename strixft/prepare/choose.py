@@ -103,9 +103,12 @@ class _Chooser:
     def split(self) -> Split:
         """Training and validation."""
         weights = np.array([one.weight for one in self.inputs])[self.counts["file"]]
-        return split_rows(
-            self.counts["group"], self.kept, weights, self.dataset.validation_fraction
-        )
+        train_only = np.array([one.train_only for one in self.inputs])[self.counts["file"]]
+        divided = self.kept & ~train_only  # the split is the same as without the others
+        fraction = self.dataset.validation_fraction
+        split = split_rows(self.counts["group"], divided, weights, fraction)
+        added = np.flatnonzero(self.kept & train_only)
+        return Split(np.concatenate([split.train, added]), split.validation)
 
     def leaks(self, split: Split) -> int:
         """Validation rows that ask what a training row asks."""

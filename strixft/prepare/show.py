@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from strixft import views
+from strixft.prepare import augmented
 from strixft.text import visible
 from strixft.units import format_number
 
@@ -121,6 +122,7 @@ def page(figures: Figures) -> str:
     """All of it."""
     return (
         summary(figures)
+        + (augmented.summary(figures["augment"]) if "augment" in figures else "")
         + warnings(figures)
         + problems(figures)
         + lengths(figures)
