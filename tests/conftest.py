@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import yaml
 from strixft.runs import Run, open_run
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `&` and `nohup` ignore what tests send
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 REPOSITORY = Path(__file__).resolve().parent.parent
 EMBEDDED = "embedded:smollm2-135m"
 

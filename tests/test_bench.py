@@ -219,11 +219,11 @@ def test_a_model_is_decoded_from_an_empty_cache_and_behind_a_prompt(tiny_model: 
 
 
 def test_prompts_of_several_lengths_are_read(tiny_model: Path) -> None:
-    rows = run_bench("prefill", model=str(tiny_model), prompt_tokens="64,128", repeat=2).rows
+    rows = run_bench("prefill", model=str(tiny_model), prompt_tokens="64,128", repeat=3).rows
     assert [(row["test"], row["prompt_tokens"]) for row in rows] == [("pp64", 64), ("pp128", 128)]
     for row in rows:
-        spent = row["prompt_tokens"] / row["tok_per_s"]
-        assert row["first_token_s"] == pytest.approx(spent, rel=0.5)
+        spent = row["prompt_tokens"] / row["tok_per_s"]  # of the middle one of three, as below
+        assert row["first_token_s"] == pytest.approx(spent, rel=1e-6)
 
 
 def test_the_harness_and_a_bare_loop_make_the_same_tokens(tiny_model: Path) -> None:
