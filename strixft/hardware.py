@@ -370,6 +370,8 @@ def this_host(root: Path = Path("/"), *, device: str = "cpu") -> Host:
             memory_bytes=available_host_memory(root) if unified else driver,
             driver_bytes=driver if unified else None,
             bfloat16=True,
+            workspace_bytes=HIP_WORKSPACE,
+            outside_bytes=HIP_CONTEXT,
         )
     return Host(
         name=f"cpu ({platform.machine()})",

@@ -216,6 +216,15 @@ def test_gtt_larger_than_vram_is_unified_memory(tmp_path: Path) -> None:
     assert this_host(tmp_path, device="cuda").unified
 
 
+def test_this_machine_needs_what_its_row_in_the_table_needs_beside_tensors(tmp_path: Path) -> None:
+    record_meminfo(tmp_path, 120)
+    record_card(tmp_path, 0, gtt_gib=120, vram_gib=0.5)
+    here, row = this_host(tmp_path, device="cuda"), HOSTS["strix-halo-128"]
+    assert here.workspace_bytes == row.workspace_bytes
+    assert here.outside_bytes == row.outside_bytes
+    assert row.outside_bytes.value > 0
+
+
 def test_the_reserve_comes_off_what_is_available_and_not_off_gtt(tmp_path: Path) -> None:
     record_meminfo(tmp_path, 120)
     record_card(tmp_path, 0, gtt_gib=100, vram_gib=0.5)

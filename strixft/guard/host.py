@@ -9,7 +9,16 @@ import torch
 
 from strixft.environment import OVERRIDE, OVERRIDE_WHY
 from strixft.errors import HostError
-from strixft.hardware import HOSTS, Budget, Host, Sourced, budget, this_host
+from strixft.hardware import (
+    CUDA_WORKSPACE,
+    HIP_WORKSPACE,
+    HOSTS,
+    Budget,
+    Host,
+    Sourced,
+    budget,
+    this_host,
+)
 from strixft.rates import with_rates
 from strixft.recipe import Memory
 
@@ -32,6 +41,7 @@ def _discrete_gpu() -> Host:
             source="torch.cuda.mem_get_info",
         ),
         bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
+        workspace_bytes=CUDA_WORKSPACE if torch.version.hip is None else HIP_WORKSPACE,
     )
 
 
@@ -55,8 +65,8 @@ def _architecture() -> str:
 
 def _this_gpu() -> Host:
     _refuse_override()
-    host = this_host(device="cuda")
-    found = host if host.device == "cuda" else _discrete_gpu()
+    amd = this_host(device="cuda") if torch.version.hip is not None else None
+    found = amd if amd is not None and amd.device == "cuda" else _discrete_gpu()
     return replace(found, architecture=_architecture())
 
 
