@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args
@@ -37,6 +38,8 @@ from strixft.tables import did_you_mean
 HERE = Path(__file__).resolve().parent
 LARGEST = 2**31 - 1
 """Largest whole number that a recipe may hold."""
+NEAR = 0.8
+"""How alike two names of settings are that are taken for one, 0 to 1."""
 SHOWN_FAULTS = 20
 
 
@@ -606,12 +609,12 @@ def _place(location: Sequence[str | int]) -> str:
 
 def _near_setting(location: Sequence[str | int]) -> str:
     *parents, word = location
-    elsewhere = [key for key, *_ in explain() if key.endswith(f".{word}")]
-    if elsewhere:
-        return f"did you mean {elsewhere[0]!r}?"
     section: Any = Recipe
     for key in parents:
         section = _section(section, key)
+    elsewhere = [key for key, *_ in explain() if key.endswith(f".{word}")]
+    if elsewhere and not get_close_matches(str(word), section.model_fields, cutoff=NEAR):
+        return f"did you mean {elsewhere[0]!r}?"
     return did_you_mean(str(word), section.model_fields)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from strixft.data import collate
+from strixft.data import collate, on_device
 from strixft.export.layerwise import Checkpoint, Streamed, merged_function, trained_function
 from strixft.export.merge import read_updates
 from strixft.guard import device_type, find_host
@@ -103,7 +103,7 @@ def _chunks(batch: Mapping[str, Tensor], vocabulary: int) -> Iterator[tuple[Tens
 
 def _measured(functions: Mapping[str, Streamed], rows: Sequence[Row]) -> dict[str, Any]:
     device = device_type()
-    batches = [{k: v.to(device) for k, v in collate([row]).items()} for row in rows]
+    batches = [on_device(collate([row]), device) for row in rows]
     states = last_states(functions, [batch["input_ids"] for batch in batches])
     vocabulary = base_of(functions[TRAINED].model).config.get_text_config().vocab_size
     totals = dict.fromkeys(functions, (0.0, 0.0))

@@ -60,7 +60,7 @@ def load_weights(source: str, folder: Path | None, config: Any, target: Target) 
         say(f"weights are loaded by transformers, not streamed: {hindrance}")
         return None
     model = _quantised(source, folder, paths, config, target)
-    model.config.name_or_path = source
+    model.config.name_or_path = model.name_or_path = source  # PEFT writes the second down
     _use_generation_settings(model, folder)
     loaded: nn.Module = model
     return loaded

@@ -105,11 +105,12 @@ class Schedule:
         """
         if seconds is None:
             return None
-        times = self._times(sizes, steps)
-        device, launch = (
-            np.bincount(self._places, each * times) for each in (seconds.device, seconds.launch)
-        )
-        return float(np.maximum(device, launch).sum())
+        counts, is_update = self._counts
+        more_bytes, more_tensors = self._trained_growth(sizes)
+        device = np.where(is_update, more_bytes, steps * counts) * seconds.device
+        launch = np.where(is_update, more_tensors, steps * counts) * seconds.launch
+        places = (np.bincount(self._places, each) for each in (device, launch))
+        return float(np.maximum(*places).sum())
 
     @cached_property
     def _places(self) -> Ints:
@@ -117,11 +118,6 @@ class Schedule:
         numbers: dict[Place, int] = {}
         found = [numbers.setdefault(place, len(numbers)) for place, _ in self.trace.work]
         return np.array(found, dtype=np.int64)
-
-    def _times(self, sizes: Ints, steps: int) -> Floats:
-        """How often an update does each piece of the trace's work."""
-        counts, is_update = self._counts
-        return np.where(is_update, self._trained_growth(sizes), steps * counts)
 
     @cached_property
     def _counts(self) -> tuple[Floats, npt.NDArray[np.bool_]]:
@@ -142,10 +138,10 @@ class Schedule:
         counts = [self._count(self.trace.storages[i].born.layer) for i in trained]
         return np.array(trained, dtype=np.int64), np.array(counts, dtype=np.int64)
 
-    def _trained_growth(self, sizes: Ints) -> float:
-        """Trained bytes of the deep model ÷ those of the trace."""
+    def _trained_growth(self, sizes: Ints) -> tuple[float, float]:
+        """Trained bytes of the deep model ÷ those of the trace; the same for trained tensors."""
         trained, counts = self._trained
-        return float(sizes[trained] @ counts / sizes[trained].sum())
+        return float(sizes[trained] @ counts / sizes[trained].sum()), float(counts.mean())
 
 
 @dataclass(frozen=True, slots=True)
