@@ -1,6 +1,7 @@
 """The plan against a GPU: predicted and measured memory of the same training step.
 
     python dev/plan_accuracy.py predict > dev/plan-accuracy-predicted.json    # on any machine
+    python dev/plan_accuracy.py predict lora,dora                             # these methods alone
     python dev/plan_accuracy.py measure dev/plan-accuracy-predicted.json      # with a GPU
     python dev/plan_accuracy.py table measured.jsonl                          # as Markdown
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from strixft.families import MODELS
 from strixft.hardware import HOSTS
-from strixft.recipe import Dataset, Recipe
+from strixft.recipe import Dataset, Recipe, Train
 
 HOST = HOSTS["h200-141"]
 UPDATES = 3
@@ -42,7 +43,13 @@ class Case:
         return self.rows * self.length // 2
 
     def recipe(self) -> Recipe:
-        return Recipe(model=self.model, method=self.method, dataset=Dataset(source="none"))
+        """Rows that are padded, and layers that are not compiled."""
+        return Recipe(
+            model=self.model,
+            method=self.method,
+            dataset=Dataset(source="none", packing=False),
+            train=Train(compile="none"),
+        )
 
     def config(self) -> Any:
         from transformers import AutoConfig
@@ -83,6 +90,9 @@ CASES = [
     Case("Qwen/Qwen3-8B", "lora", 2, 2048, 9),
     Case("Qwen/Qwen3-8B", "dora", 1, 2048, 36),
     Case(MISTRAL_24B, "lora", 1, 2048, 40),
+    # 8-bit bases, predicted with the base of LoRA in bf16
+    Case(LLAMA_8B, "int8-lora", 2, 2048, 0),
+    Case("Qwen/Qwen3-14B", "int8-lora", 1, 2048, 40),
 ]
 
 
@@ -109,11 +119,13 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
 
     from strixft.data import shape_batch
     from strixft.model import random_model
+    from strixft.plan.ways import ways_for
     from strixft.step import TrainingStep
 
     case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
     model = random_model(case.recipe(), case.config(), "cuda", torch.bfloat16)
-    step = TrainingStep(model, case.recipe().train, recomputed_layers=case.recomputed)
+    ways = ways_for(case.recipe(), case.config(), HOST, recomputed_layers=case.recomputed)
+    step = TrainingStep(model, case.recipe().train, ways)
     batch = shape_batch(case.rows, case.length, case.trained, "cuda")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -153,7 +165,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(act: str, argument: str = "") -> None:
     """Do one of the acts above."""
     if act == "predict":
-        print(json.dumps([predict(case) for case in CASES], indent=1))
+        methods = argument.split(",") if argument else [case.method for case in CASES]
+        print(json.dumps([predict(case) for case in CASES if case.method in methods], indent=1))
     elif act == "one":
         print(json.dumps(measure(json.loads(argument))), flush=True)
     elif act == "measure":

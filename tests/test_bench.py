@@ -410,3 +410,24 @@ def test_attention_is_tried_anew_and_every_way_has_a_verdict(tiny_model: Path) -
         else:
             assert (row["verdict"], row["reason"]) == ("no way", "no gradients on cpu")
     assert read_store().results[-1].bench == "attention"
+
+
+def test_neighbours_of_a_choice_fit_and_are_others() -> None:
+    from strixft.bench.train import TrainBench, bench_config, bench_recipe
+    from strixft.hardware import HOSTS, Budget
+
+    recipe = bench_recipe(
+        "meta-llama/Llama-3.2-1B-Instruct", "qlora", 512, tokens_per_update=4096, compile="none"
+    )
+    config, limit = (
+        bench_config("meta-llama/Llama-3.2-1B-Instruct"),
+        Budget(4 * 10**9, "--budget-gb"),
+    )
+    bench = TrainBench(recipe, config, HOSTS["h200-141"], limit, updates=1)
+    runs = bench.plans(4)
+    assert len({(run.shape.rows, run.recomputed_layers) for run in runs}) == len(runs) == 5
+    assert max(run.reserved_bytes for run in runs) <= limit.num_bytes
+    rates = [bench.planned_tok_per_s(run) or 0 for run in runs]
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert max(rates) <= rates[0] * 1.01
+    assert bench.plans(0) == runs[:1]

@@ -15,6 +15,7 @@ import numpy as np
 
 from strixft.bench import sets
 from strixft.bench.gemm import product
+from strixft.bench.neighbours import neighbours
 from strixft.bench.result import Row
 from strixft.bench.timing import Sample, seconds_of, time_work
 from strixft.data import (
@@ -30,10 +31,10 @@ from strixft.families import MODELS
 from strixft.guard import budget_for, cap, find_host
 from strixft.hardware import Budget, Host
 from strixft.model import native_dtype, random_model
-from strixft.plan import Choice, DataShape, Planner
+from strixft.plan import DataShape, DryRun, Planner
 from strixft.plan.ways import ways_for
 from strixft.recipe import Dataset, Recipe, Train
-from strixft.step import TrainingStep, peak_memory
+from strixft.step import TrainingStep, peak_memory, release_memory
 
 MODEL = {"cuda": "meta-llama/Llama-3.1-8B-Instruct", "cpu": "meta-llama/Llama-3.2-1B-Instruct"}
 LAYERS = {"cuda": 0, "cpu": 2}
@@ -44,7 +45,8 @@ WARM = 3
 GB = 1e9
 
 
-def _config(model: str, layers: int) -> Any:
+def bench_config(model: str, layers: int = 0) -> Any:
+    """Of a model that planning knows; 0 layers are all of them."""
     from transformers import AutoConfig
 
     config = dict(MODELS[model].config)
@@ -70,7 +72,8 @@ def _chats(num_tokens: int, length: int, vocabulary: int) -> PackedRows:
     return PackedRows(rows, pack(lengths, length))
 
 
-def _recipe(model: str, method: str, length: int, **train: Any) -> Recipe:
+def bench_recipe(model: str, method: str, length: int, **train: Any) -> Recipe:
+    """A recipe without data: its rows are made here."""
     return Recipe(
         model=model,
         method=method,
@@ -80,10 +83,10 @@ def _recipe(model: str, method: str, length: int, **train: Any) -> Recipe:
 
 
 def _updates(
-    rows: PackedRows, choice: Choice, order: list[int], shape: PackedShape, device: str
+    rows: PackedRows, run: DryRun, order: list[int], shape: PackedShape, device: str
 ) -> Iterator[list[Batch]]:
     """Batches of one update after the other, on the device."""
-    size, steps = choice.run.shape.rows, choice.run.steps
+    size, steps = run.shape.rows, run.steps
     batches = (order[start : start + size] for start in range(0, len(order), size))
     made = (collate([rows[number] for number in numbers], shape) for numbers in batches)
     placed = (on_device(batch, device) for batch in made)
@@ -138,9 +141,9 @@ def _timed(step: TrainingStep, updates: Iterator[list[Batch]], count: int, devic
 
 
 def _row(
-    step: TrainingStep, choice: Choice, figures: dict[str, Any], flop_per_s: float
+    step: TrainingStep, run: DryRun, figures: dict[str, Any], flop_per_s: float
 ) -> dict[str, Any]:
-    run, ways = choice.run, step.ways
+    ways = step.ways
     rate = figures["tok_per_s"]
     per_token = (4 if not _trains_all(step) else 6) * _linear_weights(step.model)
     return {
@@ -152,7 +155,6 @@ def _row(
         **figures,
         "planned_peak_gb": run.peak_bytes / GB,
         "planned_reserved_gb": run.reserved_bytes / GB,
-        "planned_s_per_update": run.seconds_per_update,
         "product_tflop_per_s": flop_per_s / 1e12,
         "share_of_product_rate": rate * per_token / flop_per_s,
     }
@@ -160,10 +162,6 @@ def _row(
 
 def _trains_all(step: TrainingStep) -> bool:
     return all(parameter.requires_grad for parameter in step.model.parameters())
-
-
-def _choose(recipe: Recipe, config: Any, host: Host, limit: Budget, data: DataShape) -> Choice:
-    return Planner(recipe, config, host, data).choose(limit)
 
 
 def bench_train(
@@ -178,6 +176,7 @@ def bench_train(
     tokens: int = 0,
     updates: int = 15,
     layers: int = 0,
+    neighbours: int = 0,
 ) -> list[Row]:
     """Time the training step as the plan would run it, on random weights and packed chats.
 
@@ -193,12 +192,13 @@ def bench_train(
         tokens: Trained tokens of an update; 0 is 65,536, on a CPU 512.
         updates: Timed updates; three more come before them.
         layers: Layers of the model; 0 is all of them, on a CPU two.
+        neighbours: Plans near the choice to time as well: is it the fastest here too?
     """
     host = find_host("auto")
     device = host.device
     name, length = MODEL[device] if model == "auto" else model, length or LENGTH[device]
     tokens = tokens or (65_536 if device == "cuda" else 512)
-    recipe = _recipe(
+    recipe = bench_recipe(
         name,
         method,
         length,
@@ -210,38 +210,71 @@ def bench_train(
     )
     limit = Budget(int(budget_gb * GB), "--budget-gb")
     limit = limit if budget_gb else budget_for(recipe.memory, host)
-    return [_measure(recipe, _config(name, layers or LAYERS[device]), host, limit, updates)]
+    config = bench_config(name, layers or LAYERS[device])
+    return TrainBench(recipe, config, host, limit, updates).rows(neighbours)
 
 
-def _measure(recipe: Recipe, config: Any, host: Host, limit: Budget, updates: int) -> Row:
-    device, length = host.device, recipe.dataset.max_length
-    tokens = int(recipe.train.tokens_per_update)
-    chats = _chats((updates + WARM + 2) * (tokens + length), length, config.vocab_size)
-    data = DataShape.of_packed(length, chats)
-    choice = _choose(recipe, config, host, limit, data)
-    cap(limit.num_bytes, choice.run.reserved_bytes)
-    dtype = native_dtype(device, bfloat16=host.bfloat16)
-    flop_per_s = _product_flop_per_s(device, str(dtype).removeprefix("torch."))
-    ways = ways_for(recipe, config, host, recomputed_layers=choice.run.recomputed_layers)
-    step = TrainingStep(random_model(recipe, config, device, dtype), recipe.train, ways)
-    shape = choice.run.shape.packed
-    assert shape is not None
-    batches = _updates(chats, choice, training_order(data.lengths, len(chats), 0), shape, device)
-    with peak_memory(step.model) as memory:
-        first = _timed(step, batches, 1, device)
-        _timed(step, batches, WARM - 1, device)
-        timed = _timed(step, batches, updates, device)
-    places = updates * choice.run.steps * choice.run.shape.rows * length
-    figures = {
-        **timed.figures(),
-        "first_update_s": first.seconds[0],
-        "fill": sum(timed.tokens) / places,
-        "peak_gb": _gb(memory["peak_bytes"]),
-        "reserved_gb": _gb(memory["reserved_bytes"]),
-    }
-    return {"model": recipe.model, "method": recipe.method} | _row(
-        step, choice, figures, flop_per_s
-    )
+class TrainBench:
+    """One model on this device, and plans of its training to be timed one after the other."""
+
+    def __init__(
+        self, recipe: Recipe, config: Any, host: Host, limit: Budget, updates: int
+    ) -> None:
+        self.recipe, self.config, self.host, self.limit = recipe, config, host, limit
+        self.updates = updates
+        length, tokens = recipe.dataset.max_length, int(recipe.train.tokens_per_update)
+        most = tokens * 4 // 3 + length  # rounding to whole micro-batches adds up to a third
+        self.chats = _chats((updates + WARM + 2) * most, length, config.vocab_size)
+        self.data = DataShape.of_packed(length, self.chats)
+
+    def plans(self, num_neighbours: int) -> list[DryRun]:
+        """The plan's choice, then its neighbours."""
+        planner = Planner(self.recipe, self.config, self.host, self.data)
+        choice = planner.choose(self.limit)
+        return [choice.run, *neighbours(planner, choice, self.limit, num_neighbours)]
+
+    def planned_tok_per_s(self, run: DryRun) -> float | None:
+        """Real tokens; None where no time is predicted."""
+        tokens = run.steps * run.shape.rows * self.data.mean_length()
+        return tokens / run.seconds_per_update if run.seconds_per_update else None
+
+    def rows(self, num_neighbours: int) -> list[Row]:
+        """Plans as predicted and as measured."""
+        device, runs = self.host.device, self.plans(num_neighbours)
+        cap(self.limit.num_bytes, max(run.reserved_bytes for run in runs))
+        dtype = native_dtype(device, bfloat16=self.host.bfloat16)
+        flop_per_s = _product_flop_per_s(device, str(dtype).removeprefix("torch."))
+        model = random_model(self.recipe, self.config, device, dtype)
+        return [self._row(model, run, flop_per_s) for run in runs]
+
+    def _row(self, model: Any, run: DryRun, flop_per_s: float) -> Row:
+        layers = run.recomputed_layers
+        ways = ways_for(self.recipe, self.config, self.host, recomputed_layers=layers)
+        step = TrainingStep(model, self.recipe.train, ways)
+        figures = self._timed(step, run)
+        figures["planned_tok_per_s"] = self.planned_tok_per_s(run)
+        found = _row(step, run, figures, flop_per_s)
+        del step
+        release_memory()
+        return {"model": self.recipe.model, "method": self.recipe.method} | found
+
+    def _timed(self, step: TrainingStep, run: DryRun) -> dict[str, Any]:
+        device, chats, shape = self.host.device, self.chats, run.shape.packed
+        assert shape is not None
+        order = training_order(self.data.lengths, len(chats), 0)
+        batches = _updates(chats, run, order, shape, device)
+        with peak_memory(step.model) as memory:
+            first = _timed(step, batches, 1, device)
+            _timed(step, batches, WARM - 1, device)
+            timed = _timed(step, batches, self.updates, device)
+        places = self.updates * run.steps * run.shape.rows * run.shape.length
+        return {
+            **timed.figures(),
+            "first_update_s": first.seconds[0],
+            "fill": sum(timed.tokens) / places,
+            "peak_gb": _gb(memory["peak_bytes"]),
+            "reserved_gb": _gb(memory["reserved_bytes"]),
+        }
 
 
 def _gb(num_bytes: int | None) -> float | None:

@@ -28,6 +28,7 @@ from strixft.plan import Plan
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run, digest
+from strixft.step import release_memory
 from strixft.train import ADAPTER, Trained
 
 __all__ = ["Evaluated", "check_evaluation", "evaluate_recipe", "load_side", "row_losses"]
@@ -197,7 +198,7 @@ def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "answers": _side_by_side(told, {s: found[s].answers for s in SIDES}),
     }
     if run.recipe.evaluate.judge is not None:
-        torch.cuda.empty_cache()  # a judge on the same device needs the room
+        release_memory()  # a judge on the same device needs the room
         figures["judge"] = judge_answers(run.recipe, figures["answers"], cache_folder())
     return {"adapter_sha256": _adapter_digest(trained.folder / ADAPTER)}, figures
 

@@ -7,7 +7,6 @@ both take beyond it counts once.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from strixft.plan.dry_run import DryRun, dry_run, with_layers
 from strixft.plan.trace import RowShape
 from strixft.plan.ways import ways_for
 from strixft.recipe import Recipe
-from strixft.step import TrainingStep, peak_memory
+from strixft.step import TrainingStep, peak_memory, release_memory
 from strixft.units import format_gib
 
 LAYERS = (2, 4)
@@ -105,8 +104,7 @@ def _point(
     _require_room(planned, host, limit)
     cap(limit.num_bytes, planned.reserved_bytes)
     peak_bytes, seconds = _measured(recipe, small, host, run.shape, recomputed)
-    gc.collect()  # the next model is not to find this one's memory taken
-    torch.cuda.empty_cache()
+    release_memory()  # the next model is not to find this one's memory taken
     return _Point(planned, peak_bytes, seconds)
 
 

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, C channels, K trained tokens, V vocabulary.
 
 from strixft.step.layers import decoder_layers
 from strixft.step.loss import chunked_cross_entropy
-from strixft.step.peak import peak_memory
+from strixft.step.peak import peak_memory, release_memory
 from strixft.step.tracker import MemoryTracker, part
 from strixft.step.update import TrainingStep, Ways, batch_loss, token_losses
 
@@ -18,5 +18,6 @@ __all__ = [
     "decoder_layers",
     "part",
     "peak_memory",
+    "release_memory",
     "token_losses",
 ]

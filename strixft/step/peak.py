@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,3 +35,10 @@ def peak_memory(model: nn.Module) -> Iterator[dict[str, Any]]:
             yield found
         found["peak_bytes"], found["peak_parts"] = tracker.peak_bytes, tracker.peak
     found["resident_bytes"] = psutil.Process().memory_info().rss
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more, so that whatever comes next finds it free."""
+    gc.collect()
+    if device_type() == "cuda":
+        torch.cuda.empty_cache()
