@@ -55,6 +55,12 @@ LAUNCH = Sourced(
     source="time ÷ operators of eager steps on an H200, the least of nine, docs/plan-accuracy.md;"
     " not measured on other hosts",
 )
+UNPACK = Sourced(
+    value=0.4,
+    mark="derived",
+    source="bitsandbytes on an H200, 1.5 ps a weight: what a micro-batch takes whatever its rows,"
+    " docs/plan-accuracy.md; not measured on other hosts",
+)
 NO_LAUNCH = Sourced(value=0, mark="derived", source="a CPU computes where it launches")
 
 
@@ -86,6 +92,8 @@ class Host:
     """Rate of large square products by dtype."""
     launch_s: Sourced = LAUNCH
     """What an operator takes the processor to launch, Python included."""
+    unpack_share: Sourced = UNPACK
+    """Share of the bandwidth at which 4-bit matrices are written out to be multiplied."""
     bus_bytes_per_s: Sourced | None = None
     """What the memory bus can move at most, by its width and clock."""
     peak_flop_per_s: Sourced | None = None
@@ -209,9 +217,15 @@ HOSTS: Table[Host] = Table(
         memory_bytes=Sourced(value=143771 * MIB, mark="measured", source="nvidia-smi, H200"),
         bfloat16=True,
         workspace_bytes=CUDA_WORKSPACE,
-        bandwidth_bytes_per_s=Sourced(value=4.8e12, mark="vendor", source="H200 datasheet"),
+        bandwidth_bytes_per_s=Sourced(
+            value=4.25e12, mark="measured", source="strixft bench bandwidth, torch 2.11"
+        ),
         matmul_flop_per_s={
-            "bfloat16": Sourced(value=780e12, mark="measured", source="8192³ torch.mm, torch 2.11")
+            "bfloat16": Sourced(
+                value=680e12,
+                mark="measured",
+                source="strixft bench gemm, 8192³, torch 2.11: 664 to 697 on five cards at 700 W",
+            )
         },
         bus_bytes_per_s=Sourced(value=4.8e12, mark="vendor", source="H200 datasheet"),
         peak_flop_per_s=Sourced(value=989e12, mark="vendor", source="H200 datasheet"),

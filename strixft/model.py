@@ -376,17 +376,29 @@ def _use_master_weights(model: nn.Module) -> None:
                     module.__class__ = _MasterLinear
 
 
-def _scale_inside(model: nn.Module) -> None:
-    """Multiply A by α/r, not what B gives: a product the size of a layer's output less each time.
+class _ScaledInside:
+    """How PEFT's layers with LoRA add up what A and B give, where A is multiplied by α/r.
 
-    In backward a scaled copy of the gradient of every layer's output would be written out.
+    A factor behind B, be it 1, would write out a scaled copy of the gradient of every layer's
+    output. Takes the place of a `LoraVariant` in PEFT.
     """
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        """Base and adapter, (…, C)."""
+        adapter: torch.Tensor = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        return result + adapter
+
+
+def _scale_inside(model: nn.Module) -> None:
     from peft.tuners.lora import LoraLayer
 
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and not layer.use_dora[ADAPTER_NAME]:
             layer.lora_A[ADAPTER_NAME].factor = layer.scaling[ADAPTER_NAME]
-            layer.scaling[ADAPTER_NAME] = 1.0
+            layer.lora_variant[ADAPTER_NAME] = _ScaledInside()
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ class Rates:
     flop_per_s: dict[str, float]
     """By dtype."""
     launch_s: float
+    unpack_share: float
+    """Of the bandwidth, where a 4-bit matrix is written out."""
 
     @classmethod
     def of(cls, host: Host) -> Rates | None:
@@ -41,11 +43,15 @@ class Rates:
         if host.bandwidth_bytes_per_s is None or not host.matmul_flop_per_s:
             return None
         rates = {dtype: rate.value for dtype, rate in host.matmul_flop_per_s.items()}
-        return cls(host.bandwidth_bytes_per_s.value, rates, host.launch_s.value)
+        bandwidth, launch = host.bandwidth_bytes_per_s.value, host.launch_s.value
+        return cls(bandwidth, rates, launch, host.unpack_share.value)
 
     def of_dtype(self, dtype: str) -> float:
         """Matrix rate of a dtype; the fastest known where it was not measured."""
         return self.flop_per_s.get(dtype) or max(self.flop_per_s.values())
+
+
+UNTYPED, UNPACKED = "none", "4-bit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +80,21 @@ VARLEN_PRODUCTS = {aten._flash_attention_forward: 2, aten._flash_attention_backw
 """Products of queries and keys, or the like, in attention over documents laid end to end."""
 SEEN = 4
 """A token sees about a quarter of the longest document: short ones fill a kernel's blocks badly."""
+PADDED = "aten._scaled_dot_product"
+"""How the names of all operators of attention over padded rows begin."""
 
 
 def _varlen_flop(packet: Any, args: Any) -> int:
     forward = packet is aten._flash_attention_forward
     query, longest = (args[0], args[5]) if forward else (args[1], args[8])
     return int(2 * VARLEN_PRODUCTS[packet] * query.numel() * longest // SEEN)
+
+
+def _padded_flop(packet: Any, args: Any) -> int:
+    """As torch counts it from 2.12 on; 2.11 refuses heads that share keys."""
+    backward = str(packet).endswith("backward")
+    query, key = args[1:3] if backward else args[:2]  # (B, H, T, D)
+    return int(2 * (5 if backward else 2) * query.numel() * key.shape[-2])
 
 
 def count_flop(func: Any, args: Any, kwargs: Any, result: Any) -> int:
@@ -93,6 +108,8 @@ def count_flop(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     packet = getattr(func, "overloadpacket", None)
     if packet in VARLEN_PRODUCTS:
         return _varlen_flop(packet, args)
+    if str(packet).startswith(PADDED):
+        return _padded_flop(packet, args)
     counter = flop_registry.get(packet)
     return int(counter(*args, **kwargs, out_val=result)) if counter else 0
 
@@ -102,18 +119,28 @@ def count_moved(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, ..
     if getattr(func, "is_view", False):
         return ()
     tensors = (t for t in tree_iter((result, args, kwargs)) if isinstance(t, Tensor))
-    moved = tuple(t.numel() * t.element_size() for t in tensors)
-    if is_4bit_product(func):  # the weight is written out and read again
-        rows, columns = weight_of_4bit(args)
-        moved += (2 * rows * columns * args[0].element_size(),)
-    return moved
+    return tuple(_bytes_of(tensor) for tensor in tensors)
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def kernel_cost(read: Sequence[Tensor], written: Sequence[Tensor]) -> Cost:
+    """Cost of a generated kernel."""
+    return Cost(0, tuple(map(_bytes_of, (*read, *written))), UNTYPED)
+
+
+def unpack_cost(packed: Tensor, weight: Tensor) -> Cost:
+    """Cost of writing a 4-bit matrix out, before it is multiplied."""
+    return Cost(0, (_bytes_of(packed), _bytes_of(weight)), UNPACKED)
 
 
 def operator_cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost:
     """Cost of one operator."""
     first = next((t for t in tree_iter(result) if isinstance(t, Tensor)), None)
     if first is None:
-        return Cost(0, (), "none")
+        return Cost(0, (), UNTYPED)
     flop = count_flop(func, args, kwargs, result)
     moved = count_moved(func, args, kwargs, result)
     return Cost(flop, moved, str(first.dtype).removeprefix("torch."))
@@ -154,5 +181,7 @@ class Work:
         if rates is None:
             return None
         flop_per_s = np.array([rates.of_dtype(dtype) for dtype in self.dtypes])
-        each: Floats = np.maximum(self.flop / flop_per_s, self.moved / rates.bytes_per_s)
+        share = np.array([rates.unpack_share if d == UNPACKED else 1.0 for d in self.dtypes])
+        moving_s = self.moved / (rates.bytes_per_s * share)
+        each: Floats = np.maximum(self.flop / flop_per_s, moving_s)
         return Seconds(each * repeats, np.where(self.moved > 0, rates.launch_s, 0.0) * repeats)

@@ -20,12 +20,20 @@ from strixft.data import PackedShape, shape_batch
 from strixft.hardware import Host
 from strixft.model import build, native_dtype
 from strixft.plan.compiled import num_compiled, planned_kernels
-from strixft.plan.cost import Cost, is_4bit_product, operator_cost, weight_of_4bit
+from strixft.plan.cost import (
+    Cost,
+    is_4bit_product,
+    kernel_cost,
+    operator_cost,
+    unpack_cost,
+    weight_of_4bit,
+)
+from strixft.plan.kernels import KERNEL
 from strixft.plan.memo import Memo
 from strixft.plan.ways import ways_for
 from strixft.recipe import Recipe
 from strixft.step import MemoryTracker, TrainingStep, Ways, batch_loss, decoder_layers
-from strixft.step.tracker import is_counted
+from strixft.step.tracker import current_part, is_counted
 
 aten = torch.ops.aten
 
@@ -114,6 +122,8 @@ class _Recorder(MemoryTracker):
         if func is aten._fused_adamw_.default:  # works in place, on five lists of tensors
             self.trace.work.append((self.place, operator_cost(func, args, kwargs, args[0])))
             return None
+        if func is KERNEL:
+            return self._note_kernel(*args)
         if is_4bit_product(func) and self._on_gpu:
             return self._run_4bit_product(func, args, kwargs)
         if func is aten.add.Tensor and self._adds_embedding_gradient(args):
@@ -126,6 +136,11 @@ class _Recorder(MemoryTracker):
             self.trace.work.append((self.place, cost))
         return result
 
+    def _note_kernel(self, read: list[Tensor], written: list[Tensor]) -> None:
+        for tensor in written:
+            self.watch(tensor, current_part())
+        self.trace.work.append((self.place, kernel_cost(read, written)))
+
     def _run_4bit_product(self, func: Any, args: Any, kwargs: Any) -> Any:
         """It writes the whole weight out inside, where no tracker sees it.
 
@@ -133,6 +148,7 @@ class _Recorder(MemoryTracker):
         """
         weight = torch.empty(weight_of_4bit(args), dtype=args[0].dtype, device="meta")
         self.watch(weight, "workspace")
+        self.trace.work.append((self.place, unpack_cost(args[1], weight)))
         return self._counted(func, args, kwargs)
 
     def watch_model(self, model: nn.Module) -> None:

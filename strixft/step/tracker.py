@@ -54,6 +54,11 @@ def part(name: str) -> Iterator[None]:
         _part.reset(token)
 
 
+def current_part() -> str:
+    """What is allocated now belongs to it."""
+    return _part.get()
+
+
 def rounded(num_bytes: int) -> int:
     """Bytes of the allocator's block."""
     return -(-num_bytes // BLOCK) * BLOCK
@@ -136,7 +141,7 @@ class MemoryTracker(TorchDispatchMode):
             return result
         for value in tree_iter(result):
             if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._storages:
-                self.watch(value, _part.get())
+                self.watch(value, current_part())
         return result
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
