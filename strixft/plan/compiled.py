@@ -57,12 +57,21 @@ def _compile(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
     return run
 
 
-_backend = aot_autograd(
-    fw_compiler=_compile,
-    bw_compiler=_compile,
-    partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
-    decompositions=select_decomp_table(),
-)
+def make_backend(compile_graph: Callable[..., Any]) -> Any:
+    """A backend for `torch.compile` that splits and decomposes graphs as inductor does.
+
+    Args:
+        compile_graph: Takes a graph, of forward or of backward, and gives what runs it.
+    """
+    return aot_autograd(
+        fw_compiler=compile_graph,
+        bw_compiler=compile_graph,
+        partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+        decompositions=select_decomp_table(),
+    )
+
+
+_backend = make_backend(_compile)
 
 
 def _forget(like: Hashable = None) -> None:
