@@ -19,7 +19,7 @@ from strixft.plan.phases import MERGED_BYTES, PROCESS, Life, Tensors, kv_cache_b
 from strixft.plan.result import read_config
 from strixft.plan.trace import forward_bytes
 from strixft.recipe import load_recipe
-from strixft.step import MemoryTracker, batch_loss
+from strixft.step import MemoryTracker, token_losses
 from strixft.units import GIB
 
 GEMMA = {
@@ -66,7 +66,7 @@ def real_forward(model: nn.Module) -> int:
     tracker.watch_model(model)
     before = tracker.live_bytes
     with torch.no_grad(), tracker:
-        batch_loss(model, shape_batch(3, 120, 200, "cpu"), 1)
+        token_losses(model, shape_batch(3, 120, 200, "cpu"))
     return tracker.peak_bytes - before
 
 

@@ -47,11 +47,7 @@ def _compile(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
     _compiled.num_graphs += 1
 
     def run(args: list[Any]) -> Any:
-        values = list(args)
-        args.clear()  # the caller's references would keep what backward needs no more
-        result = kernels.boxed_run(values)
-        kernels.env, kernels.args_iter = {}, iter(())  # or it would keep them till the next run
-        return result
+        return kernels(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run

@@ -8,9 +8,8 @@ that writes whatever runs over as many elements and reads the same.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -76,6 +75,10 @@ class Units:
                 self.inlined.add(node)
             elif not _is_view(node):
                 self._add(node)
+        self._read_from: dict[fx.Node, list[fx.Node]] = {}
+        for reader in self._unit:
+            for value in self.values[reader]:
+                self._read_from.setdefault(value, []).append(reader)
 
     def _read_by(self, source: fx.Node) -> Iterable[fx.Node]:
         return self.values[source] if self.passes(source) else (source,)
@@ -147,73 +150,97 @@ class Units:
         """Whether it is never written: computed again, or read by its own kernel alone."""
         if not _is_generated(node):
             return False
-        return node in self.inlined or all(
-            self.passes(reader) or self._unit[reader] is self._unit[node]
-            for reader in _readers(node)
-        )
+        unit = self._unit.get(node)
+        return all(self._unit[reader] is unit for reader in self._read_from.get(node, ()))
 
 
-class Kernels(fx.Interpreter):
-    """Runs a graph as its kernels would; a dispatch mode is told of them by `KERNEL`."""
+Env = dict[fx.Node, Any]
+
+
+class _Kernel:
+    """Makes what a kernel writes, and tells a dispatch mode of it."""
+
+    def __init__(self, unit: list[fx.Node], units: Units) -> None:
+        read = {value for node in unit for value in units.values[node]} - {*unit}
+        self._read = [node for node in sorted(read) if _is_tensor(node)]
+        self._written = [node for node in unit if not units.stays_inside(node)]
+        values = (node.meta["val"] for node in self._written)
+        self._made = [(v.shape, v.stride(), v.dtype) for v in values]
+
+    def __call__(self, env: Env) -> None:
+        with uncounted():
+            made = [torch.empty_strided(*m[:2], dtype=m[2], device="meta") for m in self._made]
+        env.update(zip(self._written, made, strict=True))
+        KERNEL([env[node] for node in self._read], made)
+
+
+class _Operator:
+    """Runs one node of the graph."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self._node, self._target = node, cast("Callable[..., Any]", node.target)
+
+    def __call__(self, env: Env) -> None:
+        args, kwargs = fx.map_arg((self._node.args, self._node.kwargs), env.__getitem__)
+        env[self._node] = self._target(*args, **kwargs)
+
+
+class Kernels:
+    """Runs a graph on `meta` as its kernels would; a dispatch mode is told of them by `KERNEL`."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         units = Units(module.graph)
-        self._generated = set(filter(_is_generated, module.graph.nodes))
-        self._kernels = {unit[-1]: unit for unit in units.all() if unit[-1] in self._generated}
-        self._units = units
-        order = units.in_order()
-        _reorder(order, units)
-        super().__init__(module)
-        self.user_to_last_uses = _last_uses(order, units)
+        nodes = list(module.graph.nodes)
+        self._inputs = [node for node in nodes if node.op == "placeholder"]
+        self._constants = {n: getattr(module, n.target) for n in nodes if n.op == "get_attr"}
+        self._output = nodes[-1].args
+        self._steps = list(_steps(units))
 
-    def run_node(self, node: fx.Node) -> Any:
-        """Results of generated code count when their kernel has run."""
-        if node not in self._generated:
-            return super().run_node(node)
-        with uncounted():
-            self.env[node] = super().run_node(node)
-        if node in self._kernels:
-            self._tell(self._kernels[node])
-        return self.env[node]
-
-    def _tell(self, unit: list[fx.Node]) -> None:
-        read = {value for node in unit for value in self._units.values[node]} - {*unit}
-        written = [node for node in unit if not self._units.stays_inside(node)]
-        KERNEL(self._tensors(sorted(read)), self._tensors(written))
-
-    def _tensors(self, nodes: Iterable[fx.Node]) -> list[torch.Tensor]:
-        values = (self.env[node] for node in nodes)
-        return [value for value in values if isinstance(value, torch.Tensor)]
+    def __call__(self, values: list[Any]) -> Any:
+        """Take the inputs out of a list, so that what backward needs no more is freed."""
+        env: Env = {**self._constants, **dict(zip(self._inputs, values, strict=True))}
+        values.clear()
+        for run, done_with in self._steps:
+            run(env)
+            for node in done_with:
+                del env[node]
+        return fx.map_arg(self._output, env.__getitem__)[0]
 
 
-def _reorder(order: list[list[fx.Node]], units: Units) -> None:
-    placed = dict.fromkeys(node for unit in order for node in _with_passed(unit, units))
-    for before, after in itertools.pairwise(placed):
-        before.append(after)
+def _steps(units: Units) -> Iterator[tuple[Callable[[Env], None], list[fx.Node]]]:
+    """What to run, each with what nobody reads after it."""
+    parts = [part for unit in units.in_order() for part in _parts(unit, units)]
+    last = {node: number for number, (_, read) in enumerate(parts) for node in read}
+    done_with: dict[int, list[fx.Node]] = {}
+    for node, number in last.items():
+        done_with.setdefault(number, []).append(node)
+    for number, (run, _) in enumerate(parts):
+        if run is not None:
+            yield run, done_with.get(number, [])
 
 
-def _last_uses(order: list[list[fx.Node]], units: Units) -> dict[fx.Node, list[fx.Node]]:
-    """After the last node of a unit goes what no later unit reads."""
-    last = {
-        node: unit[-1] for unit in order for node in _with_passed(unit, units) if node not in unit
-    }
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node, user in last.items():
-        found.setdefault(user, []).append(node)
-    return found
+def _parts(
+    unit: list[fx.Node], units: Units
+) -> Iterator[tuple[Callable[[Env], None] | None, list[fx.Node]]]:
+    """A unit with the views that it reads; None for what is there, and for what is asked for."""
+    if _is_generated(unit[0]):
+        read = {value for node in unit for value in units.values[node]} - {*unit}
+        yield _Kernel(unit, units), [*read]
+        return
+    views = _views(unit[0], units)
+    yield from ((_Operator(view), view.all_input_nodes) for view in views)
+    is_operator = unit[0].op == "call_function"
+    yield _Operator(unit[0]) if is_operator else None, [*views, *unit[0].all_input_nodes]
 
 
-def _with_passed(unit: list[fx.Node], units: Units) -> list[fx.Node]:
-    """A unit's nodes with all that they read, sources first."""
+def _views(node: fx.Node, units: Units) -> list[fx.Node]:
+    """Views that a node reads, the innermost first."""
     found = dict[fx.Node, None]()
-
-    def visit(node: fx.Node) -> None:
-        for source in node.all_input_nodes:
-            if units.passes(source):
-                visit(source)
-            found[source] = None
-        found[node] = None
-
-    for node in unit:
-        visit(node)
+    for source in node.all_input_nodes:
+        if units.passes(source):
+            found |= dict.fromkeys([*_views(source, units), source])
     return list(found)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)

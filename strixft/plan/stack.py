@@ -109,24 +109,24 @@ class Schedule:
         more_bytes, more_tensors = self._trained_growth(sizes)
         device = np.where(is_update, more_bytes, steps * counts) * seconds.device
         launch = np.where(is_update, more_tensors, steps * counts) * seconds.launch
-        places = (np.bincount(self._places, each) for each in (device, launch))
+        places = (np.bincount(self._places[1], each) for each in (device, launch))
         return float(np.maximum(*places).sum())
 
     @cached_property
-    def _places(self) -> Ints:
-        """A number of the place of each piece of work."""
+    def _places(self) -> tuple[list[Place], Ints]:
+        """Places of the work, and for each piece of it the place's number."""
         numbers: dict[Place, int] = {}
         found = [numbers.setdefault(place, len(numbers)) for place, _ in self.trace.work]
-        return np.array(found, dtype=np.int64)
+        return list(numbers), np.array(found, dtype=np.int64)
 
     @cached_property
     def _counts(self) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """For each piece of work, layers that do it in the last micro-batch; and the update's."""
-        last = max((place.micro_batch for place, _ in self.trace.work), default=0)
-        counted = {place: float(self._count(place.layer)) for place, _ in self.trace.work}
-        of_last = [counted[p] if p.micro_batch == last else 0.0 for p, _ in self.trace.work]
-        updates = [p.micro_batch == last and p.phase == "update" for p, _ in self.trace.work]
-        return np.array(of_last), np.array(updates)
+        places, numbers = self._places
+        last = max((place.micro_batch for place in places), default=0)
+        of_last = [self._count(p.layer) if p.micro_batch == last else 0 for p in places]
+        updates = [p.micro_batch == last and p.phase == "update" for p in places]
+        return np.array(of_last, dtype=np.float64)[numbers], np.array(updates, dtype=bool)[numbers]
 
     def _count(self, layer: int | None) -> int:
         return 1 if layer is None or self._stands_for is None else self._stands_for.count(layer)

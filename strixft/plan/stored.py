@@ -66,7 +66,7 @@ def save(name: str, trace: Trace) -> None:
         "num_layers": trace.num_layers,
         "storages": [[s.num_bytes, s.part, number(s.born), number(s.died)] for s in trace.storages],
         "events": [[number(place), index, born] for place, index, born in trace.events],
-        "work": [[number(place), *astuple(cost)] for place, cost in trace.work],
+        "work": [[number(place), c.flop, c.moved, c.dtype] for place, c in trace.work],
     }
     data["places"] = [astuple(place) for place in places]
     path = _path(name)

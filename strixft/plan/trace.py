@@ -32,7 +32,7 @@ from strixft.plan.kernels import KERNEL
 from strixft.plan.memo import Memo
 from strixft.plan.ways import ways_for
 from strixft.recipe import Recipe
-from strixft.step import MemoryTracker, TrainingStep, Ways, batch_loss, decoder_layers
+from strixft.step import MemoryTracker, TrainingStep, Ways, decoder_layers, token_losses
 from strixft.step.tracker import current_part, is_counted
 
 aten = torch.ops.aten
@@ -328,6 +328,6 @@ def forward_bytes(recipe: Recipe, config: Any, host: Host, shape: RowShape, memo
     before = recorder.live_bytes
     batch = shape_batch(shape.rows, shape.length, shape.trained, "meta")
     with planned_for(host.device), torch.no_grad(), recorder:
-        batch_loss(model, batch, 1)
+        token_losses(model, batch)
     recorder.ended = True
     return recorder.peak_bytes - before
