@@ -288,6 +288,14 @@ def measured(**changes: Any) -> Measured:
     return Measured(**(data | changes))
 
 
+def test_a_wide_table_is_shown_on_its_side() -> None:
+    wide = [{"model": name, **{f"figure_{n}": n for n in range(12)}} for name in "ab"]
+    rows, header = measured(rows=wide).table()
+    assert header == ["model", "a", "b"]
+    assert rows[-1] == ["figure_11", "11", "11"]
+    assert measured().table() == ([["copy", "200"]], ["work", "gb_per_s"])
+
+
 def test_results_are_appended_and_read_again() -> None:
     first = run_bench("bandwidth", size_gib=0.001, repeat=1)
     run_bench("bandwidth", size_gib=0.001, repeat=1, save=False)

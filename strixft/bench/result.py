@@ -13,6 +13,9 @@ from strixft.units import format_figure
 FORMAT = 1
 """Of a line in the store; a later version that means other things by its keys adds one."""
 
+MOST_COLUMNS = 12
+"""A table with more is shown with a column for each figure instead of a row."""
+
 COUNTERS = ("tokens", "load_s", "prompt_s", "prompt_tok_per_s", "decode_s", "total_s", "server")
 """Columns that are shown below the table of a generation, not in it."""
 
@@ -52,10 +55,14 @@ class Measured:
         return cls(**data)
 
     def table(self) -> tuple[list[list[str]], list[str]]:
-        """Rows of text, and their header."""
+        """Rows of text, and their header; on its side where it would be too wide."""
         hidden = COUNTERS if self._generated() else ()
         header = [key for key in (self.rows[0] if self.rows else ()) if key not in hidden]
-        return [[format_figure(row.get(key)) for key in header] for row in self.rows], header
+        rows = [[format_figure(row.get(key)) for key in header] for row in self.rows]
+        if len(header) <= MOST_COLUMNS:
+            return rows, header
+        first, *others = zip(header, *rows, strict=True)
+        return [list(line) for line in others], list(first)
 
     def says(self) -> str:
         """One line: where and when."""
