@@ -18,7 +18,7 @@ from strixft.methods import METHODS
 from strixft.model import attach_adapter, base_of, model_source
 from strixft.recipe import Lora, Train
 from strixft.step import MemoryTracker, TrainingStep, Ways, chunked_cross_entropy, part
-from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
+from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows, rows_of_whole_chunks
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -278,3 +278,10 @@ def test_the_tracker_counts_what_is_alive() -> None:
         assert tracker.live_bytes == 4096
     assert tracker.peak == {"activations": 4096, "head": 4096}
     assert c.sum() == 1000
+
+
+@pytest.mark.parametrize("most", [1, 100, 682, 683, 1400, 8192])
+def test_no_rows_have_larger_chunks_than_whole_ones(most: int) -> None:
+    vocabulary = 49_152
+    largest = chunk_rows(rows_of_whole_chunks(most, vocabulary), vocabulary)
+    assert max(chunk_rows(rows, vocabulary) for rows in range(1, most + 1)) == largest

@@ -21,6 +21,7 @@ from strixft.plan.memo import Memo
 from strixft.plan.stack import sample_layers
 from strixft.plan.trace import RowShape, forward_bytes
 from strixft.recipe import Recipe
+from strixft.step import rows_of_whole_chunks
 from strixft.units import MIB
 
 Phase = dict[str, int]
@@ -141,8 +142,9 @@ class Life:
 
     def evaluate(self, rows: int = MOST_EVALUATED) -> Phase:
         """Weights, and a forward pass without gradients over rows trained whole, run dry."""
-        length = self._run.shape.length
-        return self._phase(self._fixed + self._forward(RowShape(rows, length, rows * length)), 0)
+        length, vocabulary = self._run.shape.length, self._config.vocab_size
+        trained = rows_of_whole_chunks(rows * (length - 1), vocabulary)
+        return self._phase(self._fixed + self._forward(RowShape(rows, length, trained)), 0)
 
     def generate(self, rows: int = MOST_EVALUATED) -> Phase:
         """Weights, the prompts' forward pass, run dry, and keys and values up to `max_length`."""

@@ -24,6 +24,12 @@ def chunk_rows(num_rows: int, vocabulary: int) -> int:
     return -(-num_rows // chunks) if chunks else 1
 
 
+def rows_of_whole_chunks(most_rows: int, vocabulary: int) -> int:
+    """Of up to so many rows, the most that fill their chunks: no other number has larger ones."""
+    whole = max(1, CHUNK_ELEMENTS // vocabulary)
+    return most_rows - most_rows % whole if most_rows > whole else most_rows
+
+
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
