@@ -248,14 +248,13 @@ class TrainBench:
         return [self._row(model, run, flop_per_s) for run in runs]
 
     def _row(self, model: Any, run: DryRun, flop_per_s: float) -> Row:
+        release_memory()  # what was measured before is not to count
         layers = run.recomputed_layers
         ways = ways_for(self.recipe, self.config, self.host, recomputed_layers=layers)
         step = TrainingStep(model, self.recipe.train, ways)
         figures = self._timed(step, run)
         figures["planned_tok_per_s"] = self.planned_tok_per_s(run)
         found = _row(step, run, figures, flop_per_s)
-        del step
-        release_memory()
         return {"model": self.recipe.model, "method": self.recipe.method} | found
 
     def _timed(self, step: TrainingStep, run: DryRun) -> dict[str, Any]:
