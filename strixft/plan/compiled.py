@@ -21,6 +21,8 @@ from torch._inductor.decomposition import select_decomp_table
 
 from strixft.plan.kernels import Kernels
 from strixft.step import layers
+from strixft.step.products import rewrite
+from strixft.step.tracker import uncounted
 
 
 @dataclass(slots=True)
@@ -43,6 +45,8 @@ def num_compiled() -> int:
 
 
 def _compile(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+    with uncounted():
+        rewrite(module.graph)
     kernels = Kernels(module)
     _compiled.num_graphs += 1
 

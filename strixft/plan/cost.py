@@ -80,6 +80,8 @@ VARLEN_PRODUCTS = {aten._flash_attention_forward: 2, aten._flash_attention_backw
 """Products of queries and keys, or the like, in attention over documents laid end to end."""
 SEEN = 4
 """A token sees about a quarter of the longest document: short ones fill a kernel's blocks badly."""
+IN_PLACE = {aten.addmm_: aten.addmm}
+"""Products that compiled layers add up, and what torch counts them as."""
 PADDED = "aten._scaled_dot_product"
 """How the names of all operators of attention over padded rows begin."""
 
@@ -105,7 +107,8 @@ def count_flop(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         return 2 * tokens * rows * columns
     if str(func).startswith("bitsandbytes.int8_linear_matmul"):
         return int(2 * args[0].numel() * len(args[1]))
-    packet = getattr(func, "overloadpacket", None)
+    packet: Any = getattr(func, "overloadpacket", None)
+    packet = IN_PLACE.get(packet, packet)
     if packet in VARLEN_PRODUCTS:
         return _varlen_flop(packet, args)
     if str(packet).startswith(PADDED):
@@ -143,7 +146,8 @@ def operator_cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost:
         return Cost(0, (), UNTYPED)
     flop = count_flop(func, args, kwargs, result)
     moved = count_moved(func, args, kwargs, result)
-    return Cost(flop, moved, str(first.dtype).removeprefix("torch."))
+    is_unpacked = str(func).startswith("bitsandbytes.dequantize_4bit")
+    return Cost(flop, moved, UNPACKED if is_unpacked else str(first.dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ def _kernel(read: list[torch.Tensor], written: list[torch.Tensor]) -> None:
     pass
 
 
+UNPACK = "bitsandbytes::dequantize_4bit"
 MOST_READS = 4
 """A result made of more tensors than this is written if it is used twice, whoever uses it."""
 
@@ -37,9 +38,11 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _is_generated(node: fx.Node) -> bool:
-    """Whether the compiler writes the kernel: elementwise, or a sum along a row."""
+    """Whether the compiler writes the kernel: elementwise, a sum along a row, 4-bit weights."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
+    if node.target.name() == UNPACK:
+        return True
     tags = node.target.tags
     fusible = torch.Tag.pointwise in tags or torch.Tag.reduction in tags
     return fusible and not _is_view(node)

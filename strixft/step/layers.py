@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._functorch import config as partitioner
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -17,7 +17,17 @@ from torch.utils.flop_counter import flop_registry
 
 from strixft.model import base_of
 
-BACKEND: Any = "inductor"
+
+def _inductor(module: fx.GraphModule, inputs: Any) -> Any:
+    from torch._inductor.compile_fx import compile_fx
+
+    from strixft.step.products import Products
+
+    patches = {"post_grad_custom_post_pass": Products(), "reorder_for_peak_memory": False}
+    return compile_fx(module, inputs, config_patches=patches)
+
+
+BACKEND: Any = _inductor
 """What compiles the layers; a plan names another one, which decides alike what is kept."""
 
 

@@ -52,7 +52,9 @@ def _losses_and_gradient_(
     return losses, probabilities if slope is None else probabilities.mul_(slope)
 
 
-@torch.compile(dynamic=True)
+@torch.compile(
+    options={"split_reductions": False}
+)  # a row is read once for its largest and its sum
 def _in_one_pass(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     scores = logits.float()
     capped = scores if softcap is None else softcap * torch.tanh(scores / softcap)
@@ -72,6 +74,8 @@ def logits_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> tu
 
     An operator of its own, so that a plan sees what it returns and nothing of what it fuses.
     """
+    for rows in (logits, labels):  # their number differs, the vocabulary does not
+        torch._dynamo.maybe_mark_dynamic(rows, 0)
     return _in_one_pass(logits, labels, softcap)
 
 

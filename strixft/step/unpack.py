@@ -1,0 +1,120 @@
+"""4-bit weights in compiled layers: written out by a generated kernel, then multiplied.
+
+bitsandbytes does so inside its product, at half of an H200's bandwidth (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import bitsandbytes  # noqa: F401  # defines its operators
+import torch
+from bitsandbytes.backends.utils import CODE
+from torch import fx
+from torch._inductor import ir
+from torch._inductor.lowering import fallback_handler, register_lowering, view
+from torch._inductor.virtualized import ops
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+from strixft.step.graphs import call, calls, replace, value_of
+
+aten, bnb = torch.ops.aten, torch.ops.bitsandbytes
+UNPACK = bnb.dequantize_4bit.default
+MOST_FUSED_ROWS = 1536
+"""Tokens up to which bitsandbytes may multiply without writing the weights out (0.50)."""
+
+
+def split_products(graph: fx.Graph) -> None:
+    """Let the weights be written out, and be multiplied by an ordinary product."""
+    for node in calls(graph, bnb.gemm_4bit.default):
+        tokens = value_of(node).numel() // value_of(node).shape[-1]
+        has_bias = len(node.args) > 6 and node.args[6] is not None
+        if tokens > MOST_FUSED_ROWS and not has_bias:
+            _split(node)
+
+
+def _split(node: fx.Node) -> None:
+    x, packed, shape, scales, block, kind, _, small, codes, offset = (*node.args, *[None] * 4)[:10]
+    graph, source = node.graph, cast("fx.Node", x)
+    with graph.inserting_before(node):
+        if small is not None:  # the scales are quantised too
+            nested = (small, scales, codes, 256, torch.float32)
+            large = call(graph, bnb.dequantize_blockwise.default, *nested)
+            scales = call(graph, aten.add.Tensor, large, offset)
+        stored = (packed, scales, block, kind, shape, value_of(source).dtype)
+        weight = call(graph, UNPACK, *stored)  # (N, K)
+        columns = call(graph, aten.permute.default, weight, [1, 0])
+        rows = call(graph, aten.view.default, source, [-1, value_of(weight).shape[1]])
+        product = call(graph, aten.mm.default, rows, columns)
+        result = call(graph, aten.view.default, product, list(value_of(node).shape))
+    replace(node, result)
+
+
+def unpack_late(graph: fx.Graph) -> None:
+    """Write weights out right before they are multiplied."""
+    for weight in calls(graph, UNPACK):
+        user = _product_of(weight)
+        if user is not None:
+            for source in user.all_input_nodes:
+                if source is weight or weight in source.all_input_nodes:
+                    _bring(source, user)
+
+
+def _product_of(weight: fx.Node) -> fx.Node | None:
+    users = list(weight.users)
+    if len(users) == 1 and users[0].target is aten.permute.default:
+        users = list(users[0].users)
+    return users[0] if len(users) == 1 else None
+
+
+def _bring(node: fx.Node, place: fx.Node) -> None:
+    for source in node.all_input_nodes:
+        if source.op == "call_function" and len(source.users) == 1:
+            _bring(source, place)
+    place.prepend(node)
+
+
+# Generated code
+
+
+@register_lowering(UNPACK, type_promotion_kind=None)
+def _generate(
+    packed: Any, scales: Any, block: int, kind: str, shape: Sequence[int], dtype: torch.dtype
+) -> Any:
+    """What the compiler generates for weights, (N, K)."""
+    if kind != "nf4":  # bitsandbytes has other values for FP4 on each device
+        return fallback_handler(UNPACK, add_to_fallback_set=False)(
+            packed, scales, block, kind, shape, dtype
+        )
+    value = _value_at(view(packed, [-1]).make_loader(), scales.make_loader(), block, kind)
+
+    def at(index: Sequence[Any]) -> Any:
+        return ops.to_dtype(value(index[0] * shape[1] + index[1]), dtype)
+
+    return ir.Pointwise.create(
+        device=packed.get_device(), dtype=dtype, inner_fn=at, ranges=list(shape)
+    )
+
+
+def _value_at(load_pair: Any, load_scale: Any, block: int, kind: str) -> Callable[[Any], Any]:
+    """A weight by its place: two of them are in a byte, the first in its upper half."""
+    table = CODE[kind].tolist()
+
+    def value(place: Any) -> Any:
+        pair = ops.to_dtype(load_pair([FloorDiv(place, 2)]), torch.int32)
+        shift = ops.index_expr(4 - 4 * ModularIndexing(place, 1, 2), torch.int32)
+        code = _look_up(table, ops.bitwise_right_shift(pair, shift))
+        return ops.mul(code, load_scale([FloorDiv(place, block)]))
+
+    return value
+
+
+def _look_up(table: Sequence[float], index: Any) -> Any:
+    """An entry of a table of 2ⁿ numbers, chosen bit by bit: no memory is read."""
+    if len(table) == 1:
+        return ops.constant(table[0], torch.float32)
+    half = len(table) // 2
+    bit = ops.bitwise_and(index, ops.constant(half, torch.int32))
+    is_set = ops.ne(bit, ops.constant(0, torch.int32))
+    return ops.where(is_set, _look_up(table[half:], index), _look_up(table[:half], index))

@@ -1,0 +1,203 @@
+"""Products of compiled layers: what the rewritten graphs compute, and how."""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
+from torch import Tensor, fx, nn
+
+from strixft.plan.compiled import make_backend
+from strixft.step.layers import BACKEND
+from strixft.step.products import rewrite
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU"
+)
+TOKENS, SIDE, RANK = 96, 80, 4
+
+
+class Linear(nn.Module):
+    """A frozen matrix with an adapter."""
+
+    def __init__(self, side: int = SIDE) -> None:
+        super().__init__()
+        self.base = nn.Linear(SIDE, side, bias=False).requires_grad_(False)
+        self.down, self.up = nn.Linear(SIDE, RANK, bias=False), nn.Linear(RANK, side, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x) + self.up(self.down(x))
+        return result
+
+
+class Three(nn.Module):
+    """As q, k and v: one input, one gradient of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(Linear() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.sin()
+        q, k, v = (linear(normed) for linear in self.linears)
+        attended: Tensor = x + (q * k.tanh()).cos() * v
+        return attended
+
+
+def rewritten(counts: list[Counter[str]]) -> Any:
+    """A backend that rewrites graphs and runs them as they are."""
+
+    def run(module: fx.GraphModule, _: Any) -> Any:
+        rewrite(module.graph)
+        module.graph.lint()
+        module.recompile()
+        counts.append(Counter(str(node.target) for node in module.graph.nodes))
+        return make_boxed_func(module.forward)
+
+    return make_backend(run)
+
+
+def outcome(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Result and all gradients."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    result = run(x)
+    return [result, *torch.autograd.grad(result.square().sum(), [x, *weights])]
+
+
+def both(module: nn.Module, x: Tensor) -> list[Counter[str]]:
+    """Compare a module with itself rewritten; what the graphs call."""
+    torch.compiler.reset()
+    counts: list[Counter[str]] = []
+    compiled = torch.compile(module, backend=rewritten(counts))
+    wanted, found = outcome(module, module, x), outcome(compiled, module, x)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert len(counts) == 2
+    return counts
+
+
+def an_input() -> Tensor:
+    return torch.randn(2, TOKENS // 2, SIDE, dtype=torch.float64, requires_grad=True)
+
+
+def test_thin_products_of_one_input_are_one_and_sums_are_added_up_in_place() -> None:
+    torch.manual_seed(0)
+    forward, backward = both(Three().double(), an_input())
+    assert forward["aten.mm.default"] == 1 + 3  # all three A at once, then each B
+    assert forward["aten.addmm_.default"] == 3  # the bases, added to them
+    # each B and its input; all three A, and their input; then the bases, added to that
+    assert backward["aten.mm.default"] == 3 + 3 + 1 + 1
+    assert backward["aten.addmm_.default"] == 3
+
+
+def test_what_is_seen_elsewhere_too_is_not_written_over() -> None:
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(SIDE, SIDE, bias=False)
+            self.two = nn.Linear(SIDE, SIDE, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.one(x), self.two(x)
+            result: Tensor = (first + second) * first.exp() + second.tanh()
+            return result
+
+    torch.manual_seed(0)
+    forward, _ = both(Seen().double(), an_input())
+    assert forward["aten.addmm_.default"] == 0
+
+
+def test_a_thin_product_that_another_one_needs_is_not_joined_with_it() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.thin = nn.Parameter(torch.randn(TOKENS, RANK))
+
+        def forward(self, x: Tensor) -> Tensor:
+            matrix = x.flatten(0, 1) @ x.flatten(0, 1).T / SIDE  # (T, T)
+            first = matrix @ self.thin
+            return first + (matrix @ first.tanh()).sin()
+
+    torch.manual_seed(0)
+    forward, _ = both(Chain().double(), an_input())
+    assert forward["aten.mm.default"] == 3
+
+
+def test_a_sum_that_broadcasts_is_left_as_it_is() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(SIDE, SIDE, bias=False)
+            self.two = nn.Linear(SIDE, SIDE, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.one(x) + self.two(x[:, :1])
+            return result
+
+    torch.manual_seed(0)
+    forward, _ = both(Wide().double(), an_input())
+    assert forward["aten.addmm_.default"] == 0
+
+
+@needs_compiler
+def test_generated_code_computes_the_same() -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    module, x = Three().double(), an_input()
+    compiled = torch.compile(module, backend=BACKEND)
+    wanted, found = outcome(module, module, x), outcome(compiled, module, x)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_generated_code_writes_4_bit_weights_out_as_bitsandbytes_does(dtype: torch.dtype) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from strixft.step import unpack
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    weight = torch.randn(96, 192, dtype=dtype)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4")
+
+    def write_out(packed: Tensor, scales: Tensor) -> Tensor:
+        weight: Tensor = unpack.UNPACK(packed, scales, 64, "nf4", [96, 192], dtype)
+        return weight.clone()
+
+    found = torch.compile(write_out, backend=BACKEND)(packed, state.absmax)
+    assert torch.equal(found, functional.dequantize_4bit(packed, state))
+
+
+@needs_compiler
+def test_a_compiled_step_over_4_bit_weights_is_the_eager_one() -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoConfig
+
+    from strixft.data import collate
+    from strixft.model import random_model
+    from strixft.recipe import Dataset, Recipe, Train
+    from strixft.step import TrainingStep, Ways
+    from strixft.step.unpack import MOST_FUSED_ROWS
+
+    torch.compiler.reset()
+    sides = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 128}
+    config = AutoConfig.for_model("llama", **sides, **heads)
+    recipe = Recipe(model="x", method="qlora", dataset=Dataset(source="none"))
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [(7 * i + row) % 128 for i in range(400)], "trained": [True] * 400}
+        for row in range(4)
+    ]
+    assert MOST_FUSED_ROWS < 4 * 400
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = random_model(recipe, config, "cpu", torch.float32)
+        step = TrainingStep(model, Train(learning_rate=1e-3), Ways(compiled=compiled))
+        losses.append([float(step.update([collate(rows)])) for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[0][2] < losses[0][0]
