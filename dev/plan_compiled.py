@@ -1,7 +1,7 @@
 """The plan of compiled layers against a GPU, and the planner's choice beside its neighbours.
 
     python dev/plan_compiled.py predict > dev/plan-compiled-predicted.json    # on any machine
-    python dev/plan_compiled.py measure > measured.jsonl                      # with a GPU
+    python dev/plan_compiled.py measure > measured.jsonl    # with a GPU; `measure 8B`: of 8B only
     python dev/plan_compiled.py table measured.jsonl                          # as Markdown
 
 What is measured is `strixft bench train`, capped at 120 GB, each model in a process of its own.
@@ -118,7 +118,8 @@ def main(act: str, argument: str = "") -> None:
         print(json.dumps([row for group in GROUPS for row in predict(group)], indent=1))
     elif act == "measure":
         for group in GROUPS:
-            measure(group)
+            if argument in group.model:
+                measure(group)
     else:
         print(table([json.loads(line) for line in Path(argument).read_text().splitlines()]))
 

@@ -6,6 +6,7 @@ bitsandbytes does so inside its product, at half of an H200's bandwidth (docs/pe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, cast
 
 import bitsandbytes  # noqa: F401  # defines its operators
@@ -14,7 +15,7 @@ from bitsandbytes.backends.utils import CODE
 from torch import fx
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, register_lowering, view
-from torch._inductor.virtualized import ops
+from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from strixft.step.graphs import call, calls, replace, value_of
@@ -87,34 +88,33 @@ def _generate(
         return fallback_handler(UNPACK, add_to_fallback_set=False)(
             packed, scales, block, kind, shape, dtype
         )
-    value = _value_at(view(packed, [-1]).make_loader(), scales.make_loader(), block, kind)
+    device = packed.get_device()
+    table = V.graph.add_tensor_constant(_table(device), "nf4")
+    value = _value_at(view(packed, [-1]).make_loader(), scales.make_loader(), block, table)
 
     def at(index: Sequence[Any]) -> Any:
         return ops.to_dtype(value(index[0] * shape[1] + index[1]), dtype)
 
-    return ir.Pointwise.create(
-        device=packed.get_device(), dtype=dtype, inner_fn=at, ranges=list(shape)
-    )
+    return ir.Pointwise.create(device=device, dtype=dtype, inner_fn=at, ranges=list(shape))
 
 
-def _value_at(load_pair: Any, load_scale: Any, block: int, kind: str) -> Callable[[Any], Any]:
+def _value_at(load_pair: Any, load_scale: Any, block: int, table: Any) -> Callable[[Any], Any]:
     """A weight by its place: two of them are in a byte, the first in its upper half."""
-    table = CODE[kind].tolist()
+    load_code = table.make_loader()
 
     def value(place: Any) -> Any:
         pair = ops.to_dtype(load_pair([FloorDiv(place, 2)]), torch.int32)
         shift = ops.index_expr(4 - 4 * ModularIndexing(place, 1, 2), torch.int32)
-        code = _look_up(table, ops.bitwise_right_shift(pair, shift))
-        return ops.mul(code, load_scale([FloorDiv(place, block)]))
+        shifted = ops.bitwise_right_shift(pair, shift)
+        code = ops.bitwise_and(shifted, ops.constant(15, torch.int32))
+        entry = ops.indirect_indexing(code, 16, check=False, wrap_neg=False)
+        return ops.mul(load_code([entry]), load_scale([FloorDiv(place, block)]))
 
     return value
 
 
-def _look_up(table: Sequence[float], index: Any) -> Any:
-    """An entry of a table of 2ⁿ numbers, chosen bit by bit: no memory is read."""
-    if len(table) == 1:
-        return ops.constant(table[0], torch.float32)
-    half = len(table) // 2
-    bit = ops.bitwise_and(index, ops.constant(half, torch.int32))
-    is_set = ops.ne(bit, ops.constant(0, torch.int32))
-    return ops.where(is_set, _look_up(table[half:], index), _look_up(table[:half], index))
+@cache
+def _table(device: torch.device) -> torch.Tensor:
+    """The sixteen values of NF4."""
+    values: torch.Tensor = CODE["nf4"].to(device)
+    return values
