@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoConfig
 
 from strixft.hardware import HOSTS
-from strixft.plan import RowShape, Step, stored, traces
+from strixft.plan import RowShape, Step, phases, stored, traces
+from strixft.plan.phases import Life
 from strixft.plan.scale import Regime
 from strixft.plan.traces import Traces
 from strixft.recipe import Dataset, Lora, Recipe, Train
@@ -61,6 +62,26 @@ def test_a_damaged_file_is_made_anew(damage: str, cache: Path) -> None:
     file.write_text(damage)
     assert Traces(a_recipe(), CONFIG, HOST).dry_run(STEP) == first
     assert file.read_text() == whole
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null"])
+def test_a_number_is_found_once(damage: str, cache: Path) -> None:
+    found = iter((7, 8))
+    assert [stored.number("forward", lambda: next(found)) for _ in range(2)] == [7, 7]
+    (cache / "forward.json").write_text(damage)
+    assert [stored.number("forward", lambda: next(found)) for _ in range(2)] == [8, 8]
+
+
+def test_a_forward_pass_is_planned_from_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = a_recipe(), CONFIG, HOST
+    run = Traces(*of).dry_run(STEP)
+    first = Life(*of, run)
+    found = first.evaluate(4), first.generate(4)
+    monkeypatch.setattr(phases, "forward_bytes", None)
+    again = Life(*of, run)
+    assert (again.evaluate(4), again.generate(4)) == found
+    with pytest.raises(TypeError, match="not callable"):
+        again.evaluate(2)
 
 
 def test_a_cache_that_cannot_be_written_is_none(cache: Path) -> None:

@@ -16,6 +16,7 @@ from strixft.loading.cache import FILE_BYTES
 from strixft.loading.streamed import PIECE_BYTES
 from strixft.methods import METHODS, Method
 from strixft.model import native_dtype, shape_base
+from strixft.plan import stored
 from strixft.plan.dry_run import DryRun, layer_kinds, with_layers
 from strixft.plan.memo import Memo
 from strixft.plan.stack import sample_layers
@@ -175,8 +176,11 @@ class Life:
 
     def _forward(self, shape: RowShape) -> int:
         if shape not in self._forwards:
-            few = _one_of_each(self._config)
-            self._forwards[shape] = forward_bytes(self._recipe, few, self._host, shape, self._memo)
+            of = self._recipe, _one_of_each(self._config), self._host
+            name = stored.name_of(*of, shape, "forward")
+            self._forwards[shape] = stored.number(
+                name, lambda: forward_bytes(*of, shape, self._memo)
+            )
         return int(self._host.workspace_bytes.value) + self._forwards[shape]
 
     @staticmethod

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from strixft.plan.cost import Floats, Seconds
-from strixft.plan.trace import Place, Trace
+from strixft.plan.trace import Place, Segment, Trace
 from strixft.step.tracker import BLOCK
 
 Kind = Hashable
@@ -109,20 +109,13 @@ class Schedule:
         more_bytes, more_tensors = self._trained_growth(sizes)
         device = np.where(is_update, more_bytes, steps * counts) * seconds.device
         launch = np.where(is_update, more_tensors, steps * counts) * seconds.launch
-        places = (np.bincount(self._places[1], each) for each in (device, launch))
+        places = (np.bincount(self.trace.work_places[1], each) for each in (device, launch))
         return float(np.maximum(*places).sum())
-
-    @cached_property
-    def _places(self) -> tuple[list[Place], Ints]:
-        """Places of the work, and for each piece of it the place's number."""
-        numbers: dict[Place, int] = {}
-        found = [numbers.setdefault(place, len(numbers)) for place, _ in self.trace.work]
-        return list(numbers), np.array(found, dtype=np.int64)
 
     @cached_property
     def _counts(self) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """For each piece of work, layers that do it in the last micro-batch; and the update's."""
-        places, numbers = self._places
+        places, numbers = self.trace.work_places
         last = max((place.micro_batch for place in places), default=0)
         of_last = [self._count(p.layer) if p.micro_batch == last else 0 for p in places]
         updates = [p.micro_batch == last and p.phase == "update" for p in places]
@@ -144,22 +137,11 @@ class Schedule:
         return float(sizes[trained] @ counts / sizes[trained].sum()), float(counts.mean())
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    place: Place
-    events: list[tuple[int, bool]]
-
-
-def _segments(trace: Trace) -> list[_Segment]:
-    groups = groupby(trace.events, key=lambda event: event[0])
-    return [_Segment(place, [(i, born) for _, i, born in events]) for place, events in groups]
-
-
-def _passes(trace: Trace, stands_for: Sequence[int]) -> Iterator[tuple[int, _Segment, int | None]]:
+def _passes(trace: Trace, stands_for: Sequence[int]) -> Iterator[tuple[int, Segment, int | None]]:
     """Segments of the trace with the deep layers they are emitted for, numbered, in order."""
     layers = range(len(stands_for))
     by_pass = groupby(
-        enumerate(_segments(trace)),
+        enumerate(trace.segments),
         key=lambda s: (s[1].place.micro_batch, s[1].place.phase, s[1].place.layer is None),
     )
     for (_, phase, is_global), group in by_pass:
@@ -237,7 +219,7 @@ class _Stack:
         self._uses[index] += 1
         return self._uses[index] == self._stands_for.count(self._stands_for[layer])
 
-    def _emit_update(self, segment: _Segment) -> None:
+    def _emit_update(self, segment: Segment) -> None:
         """The optimiser's states of every layer are born, the gradients of every layer die."""
         for index, born in segment.events:
             of_layer = self._trace.storages[index].born.layer
@@ -260,9 +242,7 @@ class _Stack:
         return self._deep
 
 
-def _change_of(
-    trace: Trace, segment: _Segment, stands_for: Sequence[int], *, is_last: bool
-) -> Ints:
+def _change_of(trace: Trace, segment: Segment, stands_for: Sequence[int], *, is_last: bool) -> Ints:
     """Storages born in a segment, and `~storage` of those that die in it."""
     found: list[int] = []
     for index, born in segment.events:

@@ -1,14 +1,15 @@
 """Traces on disk: a trace says the same for every micro-batch of its regime, and for every run.
 
-A file's name is a digest of all that a trace depends on: the model's sides, method, adapter, the
-ways of the step, the device's type, the versions of the libraries, and our own source.
+So does a number that took a forward pass to find. A file's name is a digest of all that they depend
+on: the model's sides, method, adapter, the ways of the step, the device's type, the versions of the
+libraries, and our own source.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple
 from functools import cache
 from pathlib import Path
@@ -55,8 +56,18 @@ def _path(name: str) -> Path:
     return cache_folder() / FOLDER / f"{name}.json"
 
 
+def _write(name: str, data: Any) -> None:
+    """Write a file; a cache that cannot be written is none."""
+    path = _path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(data, separators=(",", ":")))
+    except OSError:
+        return
+
+
 def save(name: str, trace: Trace) -> None:
-    """Write a trace; a cache that cannot be written is none."""
+    """Write a trace."""
     places: dict[Place, int] = {}
 
     def number(place: Place | None) -> int | None:
@@ -68,22 +79,29 @@ def save(name: str, trace: Trace) -> None:
         "events": [[number(place), index, born] for place, index, born in trace.events],
         "work": [[number(place), c.flop, c.moved, c.dtype] for place, c in trace.work],
     }
-    data["places"] = [astuple(place) for place in places]
-    path = _path(name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(data, separators=(",", ":")))
-    except OSError:
-        return
+    _write(name, data | {"places": [astuple(place) for place in places]})
+
+
+def _read(name: str) -> Any:
+    return json.loads(_path(name).read_text(encoding="utf-8"))
 
 
 def load(name: str) -> Trace | None:
     """A trace from disk; None where there is none, or the file is damaged."""
     try:
-        data = json.loads(_path(name).read_text(encoding="utf-8"))
-        return _trace(data)
+        return _trace(_read(name))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
+
+
+def number(name: str, find: Callable[[], int]) -> int:
+    """A number from disk; found and kept where there is none, or the file is damaged."""
+    try:
+        return int(_read(name))
+    except (OSError, ValueError, TypeError):
+        found = find()
+        _write(name, found)
+        return found
 
 
 def _trace(data: dict[str, Any]) -> Trace:

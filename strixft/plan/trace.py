@@ -10,8 +10,12 @@ import contextlib
 import importlib
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -74,7 +78,16 @@ class Storage:
     died: Place | None = None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What happens at one place before another one's turn."""
+
+    place: Place
+    events: list[tuple[int, bool]]
+    """Index of the storage, whether it is allocated."""
+
+
+@dataclass
 class Trace:
     """Allocations and frees of a training step, in order."""
 
@@ -84,6 +97,19 @@ class Trace:
     """Place, index of the storage, whether it is allocated."""
     work: list[tuple[Place, Cost]] = field(default_factory=list)
     """What each operator computes and moves, in order."""
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The events, place by place, once they are recorded."""
+        groups = groupby(self.events, key=lambda event: event[0])
+        return [Segment(place, [(i, born) for _, i, born in events]) for place, events in groups]
+
+    @cached_property
+    def work_places(self) -> tuple[list[Place], npt.NDArray[np.int64]]:
+        """Places of the work, and for each piece of it the place's number."""
+        numbers: dict[Place, int] = {}
+        found = [numbers.setdefault(place, len(numbers)) for place, _ in self.work]
+        return list(numbers), np.array(found, dtype=np.int64)
 
 
 def one_step(trace: Trace) -> Trace:
