@@ -59,6 +59,25 @@ def test_moving_a_slider_changes_the_answer(planner: Planner) -> None:
     assert shown.value == explorer.answer(4, 300, 5)._repr_html_()
 
 
+def test_a_move_is_answered_at_once_and_then_exactly(planner: Planner) -> None:
+    explorer = Explorer(planner, Budget(GIB, "test"))
+    rows, *_, shown = explorer.sliders().children
+    seen: list[str] = []
+    shown.observe(lambda change: seen.append(change["new"]), "value")
+    rows.value = 8
+    at_once, exactly = seen
+    assert "at least" in at_once
+    assert exactly == explorer.answer(8, 512, 0)._repr_html_()
+
+
+@pytest.mark.parametrize("sides", [(2, 512, 3), (4, 300, 0), (8, 256, 6)])
+def test_what_is_said_at_once_is_never_more(planner: Planner, sides: tuple[int, int, int]) -> None:
+    explorer = Explorer(planner, Budget(GIB, "test"))
+    least, exact = explorer.at_least(*sides), explorer.answer(*sides)
+    assert 0.9 * exact.need_bytes < least.need_bytes <= exact.need_bytes
+    assert least.tok_per_s == exact.tok_per_s
+
+
 def test_whether_it_fits_goes_by_the_budget(planner: Planner) -> None:
     need = Explorer(planner, Budget(GIB, "test")).answer(4, 512, 0).need_bytes
     assert Explorer(planner, Budget(need, "test")).answer(4, 512, 0).fits

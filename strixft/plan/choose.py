@@ -124,13 +124,17 @@ class Planner:
         return run.reserved_bytes + self.outside_bytes
 
     def _candidate(self, rows: int, layers: int) -> Candidate:
-        found = self.traces.estimate(self.step(rows, layers))
-        steps = self.steps(rows)
+        return self.candidate_of(self.step(rows, layers), self.data)
+
+    def candidate_of(self, step: Step, data: DataShape) -> Candidate:
+        """A step's figures without the allocator's rules, in milliseconds once traced."""
+        found = self.traces.estimate(step)
+        rows, steps = step.shape.rows, step.steps
         seconds = self.correction.time(found.seconds_per_update, steps)
-        tokens = rows * steps * self.data.mean_length()
+        rate = rows * steps * data.mean_length() / seconds if seconds else None
         more = self.correction.bytes_more(found.asked_bytes)
         need = found.asked_bytes + more + self.outside_bytes
-        return Candidate(rows, layers, steps, need, seconds, tokens / seconds if seconds else None)
+        return Candidate(rows, step.recomputed_layers, steps, need, seconds, rate)
 
     def fewest_recomputed(self, rows: int, limit: Budget) -> Candidate:
         """The fewest layers recomputed with which so many rows can fit; else the most."""

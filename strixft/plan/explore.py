@@ -8,7 +8,7 @@ from typing import Any
 from strixft import views
 from strixft.guard import budget_for, find_host
 from strixft.hardware import Budget
-from strixft.plan.choose import Planner
+from strixft.plan.choose import Candidate, Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import Step
 from strixft.plan.result import read_config
@@ -57,12 +57,29 @@ class Explorer:
     def answer(self, rows: int, length: int, recomputed_layers: int) -> Answer:
         """What a step needs: the data's own at their full length, filled rows at any other."""
         planner, data = self._planner, self._data(length)
-        steps = planner.steps(rows)
-        step = Step(data.largest(planner.recipe, rows), recomputed_layers, steps)
-        run = planner.dry_run_of(step)
+        run = planner.dry_run_of(self._step(data, rows, recomputed_layers))
         need, seconds = planner.need_bytes(run), run.seconds_per_update
-        rate = rows * steps * data.mean_length() / seconds if seconds else None
+        rate = rows * run.steps * data.mean_length() / seconds if seconds else None
         return Answer(run.peak_bytes, need, rate, need <= self._limit.num_bytes)
+
+    def at_least(self, rows: int, length: int, recomputed_layers: int) -> Candidate:
+        """What a step asks for, without what the allocator holds beyond: for a slider's move."""
+        data = self._data(length)
+        return self._planner.candidate_of(self._step(data, rows, recomputed_layers), data)
+
+    def _step(self, data: DataShape, rows: int, recomputed_layers: int) -> Step:
+        shape = data.largest(self._planner.recipe, rows)
+        return Step(shape, recomputed_layers, self._planner.steps(rows))
+
+    def _at_once(self, **chosen: int) -> str:
+        found = self.at_least(**chosen)
+        return views.mapping(
+            {
+                "fits": "…" if found.need_bytes <= self._limit.num_bytes else "NO",
+                "needed": f"at least {format_gib(found.need_bytes)}",
+                "tokens per second, predicted": format_number(found.tok_per_s, 1),
+            }
+        )
 
     def _data(self, length: int) -> DataShape:
         data = self._planner.data
@@ -111,6 +128,7 @@ class Explorer:
 
         def show(_: Any = None) -> None:
             chosen = {name: control.value for name, control in controls.items()}
+            shown.value = self._at_once(**chosen)
             shown.value = self.answer(**chosen)._repr_html_()
 
         for control in controls.values():
