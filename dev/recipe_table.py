@@ -19,8 +19,9 @@ Copy one, set `dataset.source`, and run it.
 
 The figures are **predicted** for `{host}`, a budget of {budget}: rows of `max_length` without
 a gap, and every operator at the rate that the host's row in `strixft/hardware.py` names. Of plans
-that are as fast but for 1 % the table has the smallest ([plan.md](plan.md)). Memory was
-within 1 % wherever it was compared with a GPU ([plan-accuracy.md](plan-accuracy.md)). Time has not
+that are as fast but for 1 % the table has the smallest ([plan.md](plan.md)). Beside a
+GPU the plan of now is within 0.4 % of allocated and 1.8 % of reserved memory
+([plan-accuracy.md](plan-accuracy.md)). Time has not
 been measured on this host; work that is not large matrix products will be slower than this.
 
     python dev/recipe_table.py {host} > docs/recipes.md

@@ -6,15 +6,14 @@ recorded machine can be read as well. Below torch: nothing here needs it.
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from strixft.errors import FitError, HostError
-from strixft.tables import Table
+from strixft.errors import FitError, HostError, RecipeError
+from strixft.tables import Table, did_you_mean
 from strixft.units import GIB, MIB, format_gib
 
 Mark = Literal["measured", "vendor", "derived", "read here"]
@@ -205,7 +204,7 @@ HOSTS: Table[Host] = Table(
         workspace_bytes=CUDA_WORKSPACE,
         bandwidth_bytes_per_s=Sourced(value=3.35e12, mark="vendor", source="H100 SXM datasheet"),
         matmul_flop_per_s={
-            "bfloat16": Sourced(value=778e12, mark="measured", source="8192³ torch.mm, torch 2.11")
+            "bfloat16": Sourced(value=680e12, mark="derived", source="as an H200, the same chip")
         },
         bus_bytes_per_s=Sourced(value=3.35e12, mark="vendor", source="H100 SXM datasheet"),
         peak_flop_per_s=Sourced(value=989e12, mark="vendor", source="H100 SXM datasheet"),
@@ -231,6 +230,21 @@ HOSTS: Table[Host] = Table(
         peak_flop_per_s=Sourced(value=989e12, mark="vendor", source="H200 datasheet"),
     ),
 )
+
+THIS_MACHINE = ("auto", "cpu")
+"""Names that stand for this machine, and for its CPU alone."""
+
+
+def known_host(name: str) -> str:
+    """A host's name, if there is such a host.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    names = [*THIS_MACHINE, *HOSTS]
+    if name not in names:
+        raise RecipeError(f"there is no host {name!r}", fix=did_you_mean(name, names))
+    return name
 
 
 def budget(host: Host, reserve_gib: float) -> Budget:
@@ -388,7 +402,7 @@ def this_host(root: Path = Path("/"), *, device: str = "cpu") -> Host:
             outside_bytes=HIP_CONTEXT,
         )
     return Host(
-        name=f"cpu ({platform.machine()})",
+        name="cpu",
         device="cpu",
         unified=True,
         memory_bytes=available_host_memory(root),

@@ -30,7 +30,7 @@ from strixft import sources
 from strixft.errors import FIX, HostError, RecipeError
 from strixft.exports import KINDS, QUANTISATIONS
 from strixft.formats import FORMATS
-from strixft.hardware import HOSTS
+from strixft.hardware import known_host
 from strixft.methods import METHODS
 from strixft.servers import base_url
 from strixft.tables import did_you_mean
@@ -241,10 +241,10 @@ class Train(_Section):
     tokens_per_update: int | Literal["auto"] = "auto"
     """Trained tokens in one update; `auto` aims at 200 updates in all."""
     micro_batch: int | Literal["auto"] = "auto"
-    """Rows in one forward pass; `auto` is the largest power of two that fits."""
+    """Rows in one forward pass; `auto`: of plans as fast but for 1 %, the one that needs least."""
     recompute: int | Literal["auto", "none", "elementwise", "all"] = "auto"
-    """Layers whose activations are computed again in backward; `auto` only where memory asks;
-    `elementwise` norms and activations of all, and no product."""
+    """Layers whose activations are computed again in backward; `elementwise` norms and activations
+    of all, and no product; `auto` by the plan, and elementwise where layers are compiled."""
     attention: str = "auto"
     """How attention is computed; `auto` is the fastest that is right on the device."""
     compile: Literal["auto", "layers", "none"] = "auto"
@@ -359,7 +359,7 @@ class Memory(_Section):
     @field_validator("host")
     @classmethod
     def _known_host(cls, name: str) -> str:
-        return name if name in ("auto", "cpu") else HOSTS[name].name
+        return known_host(name)
 
 
 class Recipe(_Section):

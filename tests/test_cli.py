@@ -178,6 +178,8 @@ def test_an_unknown_host(enter: Type, write_recipe: WriteRecipe) -> None:
     problem, fix = refusal(enter("plan", write_recipe(), "--host", "h100"), 2)
     assert problem == "there is no host 'h100'"
     assert fix == "did you mean 'h100-80'?"
+    _, fix = refusal(enter("plan", write_recipe(), "--host", "cpu (x86_64)"), 2)
+    assert fix.startswith("choose one of: auto, cpu, strix-halo-128, ")
 
 
 # Runs.

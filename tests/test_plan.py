@@ -116,6 +116,17 @@ def test_auto_aims_at_two_hundred_updates(write_recipe: WriteRecipe) -> None:
     assert data.tokens_per_update(recipe) == 3000
 
 
+@pytest.mark.parametrize(("epochs", "tokens", "few"), [(1, "auto", 1), (99, "auto", 0), (1, 64, 0)])
+def test_few_updates_are_said(
+    write_recipe: WriteRecipe, tmp_path: Path, epochs: int, tokens: int | str, few: int
+) -> None:
+    train = {"epochs": epochs, "tokens_per_update": tokens}
+    run = open_run(write_recipe(train=train), tmp_path / "run")
+    found = plan_figures(run.recipe, prepared=prepare_recipe(run))
+    said = f"only {found['updates']} updates, of at least a row each: more rows, or --set train."
+    assert [text.startswith(said) for text in found["warnings"]] == [True] * few
+
+
 def test_a_run_that_does_not_fit_says_what_helps(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     memory = {"host": "strix-halo-64", "reserve_gib": 61}
     run = open_run(write_recipe(memory=memory, train={"micro_batch": 1024}), tmp_path / "run")

@@ -115,7 +115,7 @@ KNOWN_BAD = (
         rungs=_AOTRITON,
         model_types=("qwen3_5", "qwen3_5_text"),
         what="crash in Qwen3.5",
-        source="h34v3nzc0dex/strix-halo-guide",
+        source="h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md",
     ),
     KnownBad(
         device="gfx1151",

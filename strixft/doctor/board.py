@@ -9,7 +9,7 @@ from strixft.doctor.finding import Finding, Fix
 from strixft.doctor.view import HostView
 
 DMI = "/sys/class/dmi/id"
-POWER_GUIDE = "kyuz0/strixhalo-homelab: Guides/Power_Modes_and_Performance.md (measured)"
+POWER_GUIDE = "deseven/strixhalo-homelab: Guides/Power_Modes_and_Performance.md (measured)"
 ANY_BIOS = (
     "look for UMA Frame Buffer Size or iGPU Memory Size, often under Advanced → AMD CBS → NBIO →"
     " GFX Configuration"
@@ -43,7 +43,7 @@ BOARDS = (
         words=("ms-s1 max", "ms-s1max"),
         bios=f"Del at start; {ANY_BIOS}",
         power="modes in the BIOS; its 10G network needs kernel 6.17.11 or 6.18",
-        source="kyuz0/strixhalo-homelab: Hardware/PCs/Minisforum_MS-S1_MAX.md",
+        source="deseven/strixhalo-homelab: Hardware/PCs/Minisforum_MS-S1_MAX.md",
     ),
     Board(
         name="Sixunited AXB35 (GMKtec EVO-X2, Bosgame M5, FEVM FA-EX9, NIMO)",
@@ -51,7 +51,7 @@ BOARDS = (
         bios="Del at start → Advanced → GFX Configuration → iGPU Configuration: UMA_SPECIFIED →"
         " UMA Frame buffer Size: 512M",
         power="55, 85 or 120 W by the button, the BIOS or the module ec_su_axb35",
-        source="kyuz0/strixhalo-homelab: Hardware/Boards/Sixunited_AXB35.md",
+        source="deseven/strixhalo-homelab: Hardware/Boards/Sixunited_AXB35.md",
     ),
     Board(
         name="Beelink GTR9 Pro",

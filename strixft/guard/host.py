@@ -17,6 +17,7 @@ from strixft.hardware import (
     Host,
     Sourced,
     budget,
+    known_host,
     this_host,
 )
 from strixft.rates import with_rates
@@ -79,7 +80,7 @@ def find_host(name: str) -> Host:
     Raises:
         HostError: ROCm is told to take this GPU for another one.
     """
-    if name not in ("auto", "cpu"):
+    if known_host(name) in HOSTS:
         return HOSTS[name]
     on_cpu = name == "cpu" or device_type() == "cpu"
     found = this_host(device="cpu") if on_cpu else _this_gpu()

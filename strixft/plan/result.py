@@ -13,7 +13,7 @@ from strixft.config import first_lines, warnings_of
 from strixft.errors import FitError, RecipeError, StrixftError
 from strixft.families import MODELS
 from strixft.guard import budget_for, find_host
-from strixft.hardware import Budget, Host, Sourced
+from strixft.hardware import THIS_MACHINE, Budget, Host, Sourced
 from strixft.methods import METHODS
 from strixft.model import load_config
 from strixft.plan import correction, show
@@ -169,11 +169,19 @@ def _attention(heads: Heads, host: Host, ways: Ways) -> Iterator[dict[str, Any]]
 
 
 def _require_this_machine(name: str) -> None:
-    if name not in ("auto", "cpu"):
+    if name not in THIS_MACHINE:
         raise RecipeError(
             f"--measure runs on this machine, it cannot measure {name}",
             fix="--host auto --measure",
         )
+
+
+FEW_UPDATES = 50
+
+
+def _few(recipe: Recipe, updates: int | None) -> Iterator[str]:
+    if recipe.train.tokens_per_update == "auto" and updates and updates < FEW_UPDATES:
+        yield f"only {updates} updates, of at least a row each: more rows, or --set train.epochs=…"
 
 
 def _warnings(peaks: dict[str, Phase], limit: Budget, known: Correction) -> Iterator[str]:
@@ -257,7 +265,11 @@ def plan_figures(
             *known.assumptions(),
         ],
         "advice": [asdict(row) for row in advice],
-        "warnings": [*warnings_of(config, data.max_length), *_warnings(peaks, limit, known)],
+        "warnings": [
+            *warnings_of(config, data.max_length),
+            *_few(recipe, updates),
+            *_warnings(peaks, limit, known),
+        ],
     }
 
 
