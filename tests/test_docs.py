@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 
 import pytest
 from conftest import REPOSITORY
@@ -11,6 +12,8 @@ from strixft.doctor import CHECKS
 from strixft.doctor.board import BOARDS
 from strixft.doctor.kernel import BAD_FIRMWARE
 from strixft.doctor.packages import ROCM_INDEX, ROCM_TORCH
+from strixft.plan import plan_figures
+from strixft.recipe import load_recipe
 
 DOCS = REPOSITORY / "docs"
 GUIDE = (DOCS / "strix-halo.md").read_text()
@@ -62,3 +65,10 @@ def test_boards_and_checks_have_names_of_their_own() -> None:
     for rows in (BOARDS, CHECKS):
         names = [row.name for row in rows]
         assert len(names) == len(set(names))
+
+
+def test_the_page_of_recipes_is_what_is_planned() -> None:
+    """One row of it: `python dev/recipe_table.py strix-halo-128 > docs/recipes.md` makes all."""
+    name, page = "gemma-3-1b-lora", (DOCS / "recipes.md").read_text()
+    row = runpy.run_path(str(REPOSITORY / "dev/recipe_table.py"))["row"]
+    assert row(name, plan_figures(load_recipe(name), "strix-halo-128")) in page.splitlines()
