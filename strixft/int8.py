@@ -43,7 +43,7 @@ def _product(x: Tensor, integers: Tensor, scales: Tensor) -> Tensor:
     del rest
     sums = _int8.int8_linear_matmul(rounded, integers)  # (N, D), int32
     product: Tensor = _int8.int8_mm_dequant(sums, row_scales, scales, dtype=x.dtype)
-    return product.add_(unrounded)
+    return product + unrounded
 
 
 class _Int8Linear(torch.autograd.Function):

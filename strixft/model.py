@@ -409,6 +409,16 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _refuse_adapted_head(model: Any) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise RecipeError(
+            "lora.target_modules: the head cannot have an adapter, its product is part of the loss",
+            fix="leave lm_head out, or lora.target_modules: all-linear",
+        )
+
+
 def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
     """The model with its trainable weights: a frozen base with an adapter, or all of it.
 
@@ -429,6 +439,7 @@ def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
     )
     with _quiet():
         adapted: nn.Module = get_peft_model(model, config)
+    _refuse_adapted_head(model)
     _use_master_weights(adapted)
     _scale_inside(adapted)
     return adapted

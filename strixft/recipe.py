@@ -248,9 +248,9 @@ class Train(_Section):
     attention: str = "auto"
     """How attention is computed; `auto` is the fastest that is right on the device."""
     compile: Literal["auto", "layers", "none"] = "auto"
-    """Run decoder layers as generated kernels; `auto` does on a GPU."""
+    """Run decoder layers as generated kernels; `auto` does on a GPU where rows are packed."""
     optimizer: Literal["adamw"] = "adamw"
-    """AdamW with float32 state."""
+    """AdamW; its state has the type of what is trained: float32 for adapters."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

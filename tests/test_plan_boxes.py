@@ -53,6 +53,17 @@ def test_fsdp_holds_a_part_of_what_ddp_holds_whole() -> None:
     assert whole["device_bytes"] - part["device_bytes"] == pytest.approx(saved, abs=8)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_layers_and_what_is_outside_are_held_whole(method: str) -> None:
+    recipe = RECIPE.model_copy(update={"method": method})
+    limit = Budget(100 * GIB, "test")
+    found = share_figures(recipe, CONFIG, HOST, limit, DATA, 2)["shares"]
+    (parts,) = (share["parts"] for share in found if share["way"] == "fsdp")
+    whole = 2 * (parts["weights"] + parts["adapter"])
+    outside = 2 * 2 * 2000 * 512  # embedding and head, in bf16
+    assert parts["gathered"] == pytest.approx(2 * (whole - outside) / 8 + outside, rel=0.01)
+
+
 def test_more_machines_hold_less_each() -> None:
     assert shares(8)["fsdp"]["device_bytes"] < shares(2)["fsdp"]["device_bytes"]
 

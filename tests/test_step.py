@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from strixft.data import Batch, PackedShape, collate
 from strixft.data.batches import PAD
+from strixft.errors import RecipeError
 from strixft.methods import METHODS
-from strixft.model import attach_adapter, base_of, model_source
-from strixft.recipe import Lora, Train
+from strixft.model import attach_adapter, base_of, model_source, random_model
+from strixft.recipe import Dataset, Lora, Recipe, Train
 from strixft.step import MemoryTracker, TrainingStep, Ways, chunked_cross_entropy, part
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows, rows_of_whole_chunks
 
@@ -29,6 +31,15 @@ ROWS: list[dict[str, Any]] = [
 ]
 TRAIN = Train(learning_rate=2e-4, max_grad_norm=1.0)
 LORA = Lora(r=4, alpha=8)
+SIDES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+CONFIG = AutoConfig.for_model("llama", **SIDES, initializer_range=0.1)
 
 
 def load(folder: Path) -> Any:
@@ -192,13 +203,18 @@ def test_recomputed_layers_give_the_same_losses(tiny_model: Path) -> None:
         assert float(keep.update([collate(ROWS)])) == float(again.update([collate(ROWS)]))
 
 
-def test_products_are_kept_and_the_rest_is_computed_again(tiny_model: Path) -> None:
-    keep, again = (
-        TrainingStep(adapted(tiny_model), TRAIN, Ways(elementwise=elementwise))
-        for elementwise in (False, True)
-    )
-    for _ in range(3):
-        assert float(keep.update([collate(ROWS)])) == float(again.update([collate(ROWS)]))
+@pytest.mark.parametrize("method", [*METHODS])
+def test_products_are_kept_and_the_rest_is_computed_again(method: str) -> None:
+    recipe = Recipe(model="none", method=method, dataset=Dataset(source="none"), lora=LORA)
+    losses = []
+    for elementwise in (False, True):
+        torch.manual_seed(1)
+        model = random_model(recipe, CONFIG, "cpu", torch.float32)
+        train = Train(learning_rate=1e-2)
+        step = TrainingStep(model, train, Ways(elementwise=elementwise))
+        losses.append([float(step.update([collate(ROWS)])) for _ in range(3)])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 3
 
 
 @pytest.mark.parametrize("attention", ["sdpa-packed", "eager"])
@@ -285,3 +301,21 @@ def test_no_rows_have_larger_chunks_than_whole_ones(most: int) -> None:
     vocabulary = 49_152
     largest = chunk_rows(rows_of_whole_chunks(most, vocabulary), vocabulary)
     assert max(chunk_rows(rows, vocabulary) for rows in range(1, most + 1)) == largest
+
+
+def test_the_head_takes_no_adapter() -> None:
+    lora = Lora(r=4, alpha=8, target_modules=["q_proj", "lm_head"])
+    recipe = Recipe(model="none", method="lora", dataset=Dataset(source="none"), lora=lora)
+    with pytest.raises(RecipeError, match="the head cannot have an adapter") as caught:
+        random_model(recipe, CONFIG, "cpu", torch.float32)
+    assert caught.value.fix == "leave lm_head out, or lora.target_modules: all-linear"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_learned_sinks_are_refused(attention: str) -> None:
+    config = AutoConfig.for_model("gpt_oss", **SIDES, num_local_experts=4, head_dim=32)
+    recipe = Recipe(model="none", method="lora", dataset=Dataset(source="none"), lora=LORA)
+    model = random_model(recipe, config, "cpu", torch.float32)
+    step = TrainingStep(model, TRAIN, Ways(attention=attention))
+    with pytest.raises(RecipeError, match="has learned sinks"):
+        step.update([collate(ROWS)])

@@ -21,6 +21,8 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from strixft.errors import RecipeError
+
 NAME = "strixft"
 """What `attn_implementation` is called."""
 EAGER_NAME = "strixft-eager"
@@ -103,6 +105,14 @@ def varlen(
     return output.view(rows, length, *output.shape[1:])
 
 
+def _refuse_sinks(options: dict[str, Any]) -> None:
+    if options.get("s_aux") is not None:
+        raise RecipeError(
+            "the model's attention has learned sinks, which no way of computing it here has",
+            fix="another model",
+        )
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -127,6 +137,7 @@ def attend(
     Returns:
         (B, T, H, D), and no weights.
     """
+    _refuse_sinks(options)
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
@@ -157,9 +168,10 @@ def attend_eagerly(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """As `attend`, by plain products and a softmax in float32; knows tanh-capped scores."""
+    _refuse_sinks(options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)  # (B, H, T, T)

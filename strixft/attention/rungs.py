@@ -136,6 +136,15 @@ def window_sizes(config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+"""Kinds of layers that see nothing but what attention lets them see."""
+
+
+def _carries_state(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    return not ATTENTION_LAYERS.issuperset(kinds or ())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
     """What attention has to compute in a model."""
@@ -149,6 +158,8 @@ class Heads:
     """Scores are softcap × tanh(scores / softcap)."""
     windowed: bool
     """Some layers look back only so far."""
+    carries_state: bool = False
+    """Some layers are no attention: what they carry on would reach the next document of a row."""
 
     @classmethod
     def of(cls, config: Any) -> Heads:
@@ -162,6 +173,7 @@ class Heads:
             key_heads=getattr(text, "num_key_value_heads", None) or heads,
             softcap=getattr(text, "attn_logit_softcapping", None),
             windowed=any(window_sizes(text).values()),
+            carries_state=_carries_state(text),
         )
 
 
@@ -175,6 +187,8 @@ def cannot(rung: Rung, heads: Heads, device_type: str) -> str | None:
     """
     if device_type not in rung.devices:
         return f"no gradients on {device_type}"
+    if rung.packed and heads.carries_state:
+        return "layers that are no attention would carry on from one document to the next"
     if heads.softcap is not None and rung.name not in CAPS_SCORES:
         return "leaves out the cap of the scores"
     if rung.name == "varlen" and heads.head_size > LARGEST_FLASH_HEAD:

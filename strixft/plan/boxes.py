@@ -64,7 +64,8 @@ class _Model:
     @classmethod
     def of(cls, run: DryRun, config: Any, host: Host) -> _Model:
         outside = outside_layers_bytes(config, host)
-        return cls((run.parts["weights"] - outside) // run.num_layers, outside)
+        weights = run.parts["weights"] + run.parts["adapter"]
+        return cls((weights - outside) // run.num_layers, outside)
 
     @property
     def gathered_bytes(self) -> int:

@@ -86,12 +86,13 @@ class Planner:
         self.traces = Traces(recipe, config, host)
         self.correction = correction.load(recipe, config, host)
         self._per_update = data.rows_per_update(recipe)
+        self.steps = cache(self._steps)
         self.step = cache(self._step)
         self.candidate = cache(self._candidate)
 
-    def steps(self, rows: int) -> int:
+    def _steps(self, rows: int) -> int:
         """Micro-batches of an update."""
-        return max(1, round(self._per_update / rows))
+        return self.data.steps(self.recipe, rows)
 
     def rows(self) -> list[int]:
         """Rows to choose from, most first."""

@@ -79,6 +79,17 @@ class DataShape:
         mean = sum(self.trained) / len(self.trained)
         return max(1, min(len(self.trained), round(tokens / mean)))
 
+    def steps(self, recipe: Recipe, rows: int) -> int:
+        """Micro-batches of so many rows in an update."""
+        return max(1, round(self.rows_per_update(recipe) / rows))
+
+    def updates(self, recipe: Recipe, rows: int) -> int | None:
+        """Updates of a run in micro-batches of so many rows; None before the data are prepared."""
+        if not self.lengths:
+            return None
+        per_update = rows * self.steps(recipe, rows)
+        return max(1, round(len(self.lengths) * recipe.train.epochs / per_update))
+
     def mean_length(self) -> float:
         """Real tokens of a row, on average."""
         return sum(self.lengths) / len(self.lengths) if self.lengths else self.max_length
@@ -92,10 +103,11 @@ class DataShape:
 
     def largest(self, recipe: Recipe, rows: int) -> RowShape:
         """The largest micro-batch of so many rows that the run will meet."""
-        if not self.lengths:
+        updates = self.updates(recipe, rows)
+        if updates is None:
             packed = self._packed_shape([0] * rows, rows)
             return RowShape(rows, self.max_length, rows * (self.max_length - 1), packed)
-        num_rows = max(rows, round(len(self.lengths) * recipe.train.epochs))
+        num_rows = updates * self.steps(recipe, rows) * rows
         order = training_order(self.lengths, num_rows, recipe.train.seed)
         length, trained = largest_batch(self.lengths, self.trained, order, rows)
         packed = self._packed_shape(order, rows)

@@ -124,12 +124,6 @@ def _choice(chosen: Choice, ways: Ways) -> dict[str, Any]:
     }
 
 
-def _updates(recipe: Recipe, data: DataShape, rows_per_update: int) -> int | None:
-    if not data.lengths:
-        return None
-    return max(1, round(len(data.lengths) * recipe.train.epochs / rows_per_update))
-
-
 def _assumption(what: str, number: Sourced | None) -> dict[str, Any]:
     if number is None:
         return {"what": what, "value": None, "mark": None, "source": "not known for this host"}
@@ -177,6 +171,15 @@ def _require_this_machine(name: str) -> None:
 
 
 FEW_UPDATES = 50
+
+
+def _require_master_weights(recipe: Recipe, host: Host) -> None:
+    if METHODS[recipe.method].adapter == "none" and host.device == "cuda" and not host.bfloat16:
+        raise RecipeError(
+            f"method: {recipe.method} trains weights in float16 on {host.name}, which has no bf16:"
+            " small updates would be lost, and scaled gradients cannot be undone",
+            fix="--set method=lora",
+        )
 
 
 def _few(recipe: Recipe, updates: int | None) -> Iterator[str]:
@@ -227,6 +230,7 @@ def plan_figures(
         _require_this_machine(name)
     host = find_host(name)
     limit = budget_for(recipe.memory, host)
+    _require_master_weights(recipe, host)
     config = read_config(recipe)
     if host.here:
         require_right(Heads.of(config), METHODS[recipe.method], host)
@@ -240,7 +244,7 @@ def plan_figures(
         chosen = choose(recipe, config, host, limit, data)
     known = correction.load(recipe, config, host)
     run = chosen.run
-    updates = _updates(recipe, data, run.shape.rows * run.steps)
+    updates = data.updates(recipe, run.shape.rows)
     life = Life(recipe, config, host, run)
     evaluated_rows = life.evaluated_rows(limit.num_bytes)
     peaks = phases(life, evaluated_rows)

@@ -241,15 +241,32 @@ class _Recorder(MemoryTracker):
 
 
 @contextlib.contextmanager
-def _fused_on_meta() -> Iterator[None]:
-    """Lets the fused optimiser run on `meta`, which torch does not list among its devices."""
-    adam: Any = importlib.import_module("torch.optim.adam")
-    check = adam._device_dtype_check_for_fused
-    adam._device_dtype_check_for_fused = lambda *_, **__: None
+def _instead(owner: Any, name: str, by: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, by)
     try:
         yield
     finally:
-        adam._device_dtype_check_for_fused = check
+        setattr(owner, name, before)
+
+
+def _adapted_experts(proxy: Any, weight: Tensor) -> Tensor:
+    return torch.baddbmm(weight, proxy.lhs, proxy.rhs, alpha=proxy.scaling)
+
+
+@contextlib.contextmanager
+def _known_on_meta() -> Iterator[None]:
+    """Lets run on `meta` what asks for its device: the fused optimiser, and PEFT's expert adapters.
+
+    torch does not list it, and PEFT 0.21 turns autocast off around these, which it has not.
+    """
+    adam: Any = importlib.import_module("torch.optim.adam")
+    layer: Any = importlib.import_module("peft.tuners.lora.layer")
+    with (
+        _instead(adam, "_device_dtype_check_for_fused", lambda *_, **__: None),
+        _instead(layer._LoraFactorsProxy, "forward", _adapted_experts),
+    ):
+        yield
 
 
 class _TracedStep(TrainingStep):
@@ -293,7 +310,7 @@ def trace_step(
         return _record(recipe, config, host, shape, ways, steps, memo)
 
     memo = memo or Memo()
-    with _fused_on_meta(), planned_for(host.device):
+    with _known_on_meta(), planned_for(host.device):
         if not ways.compiled:
             return record(memo)
         with planned_kernels(_like(recipe, config, shape, ways)):
@@ -353,7 +370,7 @@ def forward_bytes(recipe: Recipe, config: Any, host: Host, shape: RowShape, memo
     recorder.watch_model(model)
     before = recorder.live_bytes
     batch = shape_batch(shape.rows, shape.length, shape.trained, "meta")
-    with planned_for(host.device), torch.no_grad(), recorder:
+    with _known_on_meta(), planned_for(host.device), torch.no_grad(), recorder:
         token_losses(model, batch)
     recorder.ended = True
     return recorder.peak_bytes - before

@@ -48,7 +48,8 @@ def ways_for(recipe: Recipe, config: Any, host: Host, *, recomputed_layers: int 
         found = [rung for rung in found if rung.name == train.attention]
     if not found:
         raise _no_choice(train.attention, heads, host)
-    compiled = on_gpu if train.compile == "auto" else train.compile == "layers"
+    one_length = found[0].packed  # each other length is compiled for itself
+    compiled = on_gpu and one_length if train.compile == "auto" else train.compile == "layers"
     return Ways(
         attention=found[0].name,
         compiled=compiled,

@@ -74,6 +74,8 @@ def compile_layers(model: nn.Module, recomputed_layers: int, *, elementwise: boo
         recomputed_layers: The first so many layers keep nothing, and are run again in backward.
         elementwise: Whether the others may compute norms and activations again.
     """
+    if partitioner.ban_recompute_materialized_backward == elementwise:
+        torch._dynamo.reset()  # what is compiled does not remember it
     partitioner.ban_recompute_materialized_backward = not elementwise
     layer: Any
     for index, layer in enumerate(decoder_layers(model)):

@@ -133,7 +133,8 @@ def _terms(node: fx.Node) -> Iterator[fx.Node]:
 def _product_in(term: fx.Node, root: fx.Node) -> fx.Node | None:
     """The product that a term of a sum is."""
     source = _source(term)
-    is_whole = value_of(term).shape == value_of(root).shape
+    shapes = {(value_of(n).shape[-1:], value_of(n).numel()) for n in (term, source, root)}
+    is_whole = len(shapes) == 1 and value_of(term).shape == value_of(root).shape
     is_own = source.target is aten.mm.default and len(source.users) == 1
     return source if is_whole and is_own else None
 
@@ -143,7 +144,7 @@ def _add_up(root: fx.Node, joins: _Joins) -> None:
     terms = list(_terms(root))
     found = {term: _product_in(term, root) for term in terms}
     products = sorted(filter(None, found.values()))
-    if len(products) < 2:
+    if len(products) < 2 or len(found) < len(terms):  # a term that is added twice
         return
     graph, total = root.graph, _total(products, joins)
     with graph.inserting_before(root):

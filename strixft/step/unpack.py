@@ -84,7 +84,8 @@ def _generate(
     packed: Any, scales: Any, block: int, kind: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Any:
     """What the compiler generates for weights, (N, K)."""
-    if kind != "nf4":  # bitsandbytes has other values for FP4 on each device
+    # bitsandbytes has other values for FP4 on each device, and may store bytes as other types
+    if kind != "nf4" or packed.get_dtype() != torch.uint8:
         return fallback_handler(UNPACK, add_to_fallback_set=False)(
             packed, scales, block, kind, shape, dtype
         )
