@@ -11,8 +11,8 @@ import torch
 from conftest import WriteRecipe
 from transformers import AutoConfig
 
-from strixft.data import Batch, PackedShape, shape_batch
-from strixft.errors import FitError, StageError
+from strixft.data import Batch, PackedShape, shape_batch, training_order
+from strixft.errors import FitError, RecipeError, StageError
 from strixft.guard import find_host
 from strixft.hardware import HOSTS, Budget
 from strixft.methods import METHODS
@@ -31,6 +31,15 @@ from strixft.runs import open_run
 from strixft.step import MemoryTracker, TrainingStep
 from strixft.units import GIB
 
+SMALL_SIDES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SMALL = AutoConfig.for_model("llama", **SMALL_SIDES)
 PACKED = RowShape(2, 128, 200, PackedShape(128, 5, 60))
 
 
@@ -125,6 +134,57 @@ def test_few_updates_are_said(
     found = plan_figures(run.recipe, prepared=prepare_recipe(run))
     said = f"only {found['updates']} updates, of at least a row each: more rows, or --set train."
     assert [text.startswith(said) for text in found["warnings"]] == [True] * few
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_micro_batch_of_training_is_within_the_planned_one(seed: int) -> None:
+    rng = Random(seed)
+    rows_in_all = range(rng.randrange(8, 60))
+    documents, trained = ([rng.randrange(1, 20) for _ in rows_in_all] for _ in range(2))
+    data = DataShape(64, [64] * len(documents), trained, documents, longest=60)
+    epochs, rows = rng.choice([0.5, 1.0, 1.7, 3.0]), 2 ** rng.randrange(4)
+    train = Train(epochs=epochs, tokens_per_update=rng.randrange(1, 200), seed=seed)
+    recipe = Recipe(model="none", method="lora", dataset=Dataset(source="none"), train=train)
+    updates, steps = data.updates(recipe, rows), data.steps(recipe, rows)
+    assert updates is not None
+    order = training_order(data.lengths, updates * steps * rows, seed)
+    planned = data.largest(recipe, rows)
+    for start in range(0, len(order), rows):
+        batch = order[start : start + rows]
+        assert sum(trained[row] for row in batch) <= planned.trained
+        assert planned.packed is not None
+        assert sum(documents[row] for row in batch) <= planned.packed.documents
+
+
+@pytest.mark.parametrize(("packing", "compiled"), [(True, True), (False, False)])
+def test_layers_are_compiled_where_all_rows_have_one_length(packing: bool, compiled: bool) -> None:
+    dataset = Dataset(source="none", packing=packing)
+    recipe = Recipe(model="none", method="lora", dataset=dataset)
+    assert ways_for(recipe, SMALL, HOSTS["strix-halo-128"]).compiled == compiled
+
+
+def test_rows_are_not_packed_where_layers_carry_a_state() -> None:
+    recipe = Recipe(model="none", method="lora", dataset=Dataset(source="none"))
+    host = HOSTS["strix-halo-128"]
+    assert ways_for(recipe, SMALL, host).rung.packed
+    conv = AutoConfig.for_model("lfm2", **SMALL_SIDES, layer_types=["conv", "full_attention"])
+    assert not ways_for(recipe, conv, host).rung.packed
+
+
+@pytest.mark.parametrize("layers", ["none", "layers"])
+def test_mixtures_of_experts_are_planned(layers: Any) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = AutoConfig.for_model("qwen3_moe", **SMALL_SIDES, **experts, head_dim=16)
+    train = Train(compile=layers)
+    recipe = Recipe(model="none", method="lora", dataset=Dataset(source="none"), train=train)
+    run = dry_run(recipe, config, HOSTS["strix-halo-128"], RowShape(1, 64, 63))
+    assert run.parts["adapter"] > 0
+
+
+def test_all_weights_are_not_trained_in_float16(write_recipe: WriteRecipe) -> None:
+    with pytest.raises(RecipeError, match="in float16 on v100-32, which has no bf16") as caught:
+        plan_figures(load_recipe(write_recipe(method="full")), "v100-32")
+    assert caught.value.fix == "--set method=lora"
 
 
 def test_a_run_that_does_not_fit_says_what_helps(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -256,6 +256,6 @@ def test_a_compiled_step_over_4_bit_weights_is_the_eager_one() -> None:
         loss = step.loss(batch, len(batch["labels"]))
         found.append([loss.detach(), *torch.autograd.grad(loss, step.trainable())])
     assert float(found[1][0]) == pytest.approx(float(found[0][0]), rel=1e-5)
-    for eager, compiled in zip(found[0][1:], found[1][1:], strict=True):
+    for eager, generated in zip(found[0][1:], found[1][1:], strict=True):
         assert float(eager.norm()) > 1e-3
-        assert float((eager - compiled).norm() / eager.norm()) < 5e-3
+        assert float((eager - generated).norm() / eager.norm()) < 5e-3
