@@ -21,9 +21,10 @@ from strixft.evaluate.losses import row_losses
 from strixft.evaluate.measure import ANSWER_ROOM
 from strixft.evaluate.sides import load_sides
 from strixft.model import load_tokenizer
+from strixft.opening import find_run
 from strixft.plan import Plan
 from strixft.prepare import Prepared
-from strixft.runs import Run, find_run
+from strixft.runs import Run
 from strixft.train import ADAPTER
 
 PHASES = ("loss", "general", "answers")

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from strixft.export import export_recipe as export_recipe
     from strixft.lab import list_recipes as list_recipes
     from strixft.lab import run_recipe as run_recipe
+    from strixft.opening import find_runs as find_runs
+    from strixft.opening import open_run as open_run
     from strixft.plan import explore_plan as explore_plan
     from strixft.plan import plan_recipe as plan_recipe
     from strixft.prepare import prepare_recipe as prepare_recipe
     from strixft.recipe import load_recipe as load_recipe
     from strixft.report import write_report as write_report
-    from strixft.runs import find_runs as find_runs
-    from strixft.runs import open_run as open_run
     from strixft.train import train_recipe as train_recipe
 
 _HOME = {
@@ -32,11 +32,11 @@ _HOME = {
     "evaluate_recipe": "evaluate",
     "explore_plan": "plan",
     "export_recipe": "export",
-    "find_runs": "runs",
+    "find_runs": "opening",
     "list_recipes": "lab",
     "load_recipe": "recipe",
     "open_benchmarks": "bench.page",
-    "open_run": "runs",
+    "open_run": "opening",
     "plan_recipe": "plan",
     "predict_training": "bench.predicted",
     "prepare_recipe": "prepare",

@@ -32,7 +32,9 @@ class Chat:
     """
 
     def __init__(self, run: Run, *, base: bool = False) -> None:
-        adapter = run.require(Trained).folder / ADAPTER
+        trained = run.require(Trained)
+        trained.require_same_base(run.recipe)
+        adapter = trained.folder / ADAPTER
         self.model: Any = load_side(run.recipe, adapter, "base" if base else "tuned")
         self.tokenizer = load_tokenizer(run.recipe)
         self.messages: list[Message] = []

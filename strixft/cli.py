@@ -67,11 +67,13 @@ def _overrides(settings: list[str] | None) -> dict[str, Any]:
     return dict(parse_override(text) for text in settings or [])
 
 
-def _open(recipe: str, run_dir: Path | None, settings: list[str] | None, *, redo: bool) -> Run:
-    from strixft.runs import open_run
+def _open(
+    recipe: str, run_dir: Path | None, settings: list[str] | None, first: str | None = None
+) -> Run:
+    from strixft.opening import open_run
 
     folder = run_dir.absolute() if run_dir else None  # --run-dir is relative to where it is typed
-    return open_run(recipe, folder, _overrides(settings), redo=redo)
+    return open_run(recipe, folder, _overrides(settings), first=first)
 
 
 def _table(rows: list[list[str]], header: list[str]) -> None:
@@ -211,11 +213,11 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say whether the run fits, before anything is loaded; writes nothing."""
+    from strixft.opening import read_recipe, run_folder
     from strixft.plan import plan_figures, require_fit
     from strixft.plan.show import tables
     from strixft.prepare import Prepared
     from strixft.recipe import find_recipe, load_recipe
-    from strixft.runs import read_recipe, run_folder
 
     loaded = load_recipe(recipe, _overrides(settings))
     folder = run_dir.absolute() if run_dir else run_folder(find_recipe(recipe), None)
@@ -271,7 +273,7 @@ def export(
     from strixft.exports import KINDS
 
     kinds = tuple(KINDS[kind].name for kind in to or ())
-    run = _open(recipe, run_dir, settings, redo=False)
+    run = _open(recipe, run_dir, settings)
     from strixft.export import export_recipe
 
     with _stop_told(run, as_json):
@@ -295,7 +297,7 @@ def _in_process(
     import strixft
     from strixft.runs import chosen_stages
 
-    run = _open(recipe, run_dir, settings, redo=False)
+    run = _open(recipe, run_dir, settings)
     with _stop_told(run, as_json):
         for stage in chosen_stages(None, last):
             result = getattr(strixft, f"{stage}_recipe")(run)
@@ -319,7 +321,7 @@ def run_command(
     from strixft.runs import chosen_stages
 
     chosen_stages(first, last)
-    run = _open(recipe, run_dir, settings, redo=first == "prepare")
+    run = _open(recipe, run_dir, settings, first)
     with _stop_told(run, as_json), _followed(run) as bar:
         from strixft.pipeline import run_stages
         from strixft.report import write_report
@@ -368,13 +370,13 @@ def runs(
     debug: Debug = False,
 ) -> None:
     """List the runs; compare those that are named."""
-    from strixft.runs import find_run, find_runs
+    from strixft.opening import find_run, list_runs
 
     if names:
         _compare([find_run(name) for name in names], page, as_json)
         return
 
-    found = [{"run": run.name, **run.status(), "folder": str(run.folder)} for run in find_runs()]
+    found = list_runs()
     if as_json:
         _print_json(found)
     else:
@@ -390,8 +392,7 @@ def _compare(found: list[Run], page: Path | None, as_json: bool) -> None:
     names = [run.name for run in found]
     if page is not None:
         text = views.page(" against ".join(names), "", compared._repr_html_())
-        page.write_text(text, encoding="utf-8")
-        _note(f"page: {page}")
+        _note(f"page: {views.write_page(page, text)}")
     if as_json:
         _print_json(compared.to_dict())
         return
@@ -407,7 +408,7 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk to the trained model; end with Ctrl-D."""
-    from strixft.runs import find_run
+    from strixft.opening import find_run
 
     found = find_run(run)
     from strixft.chat import Chat
@@ -423,7 +424,7 @@ def chat(
 @app.command()
 def stop(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
     """Stop a run cleanly: its last finished update is saved, the same command goes on."""
-    from strixft.runs import find_run
+    from strixft.opening import find_run
     from strixft.stop import stop_run
 
     found = find_run(run)
@@ -516,8 +517,8 @@ def published(
 @app.command()
 def report(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
     """Write one HTML page from a run folder."""
+    from strixft.opening import find_run
     from strixft.report import write_report
-    from strixft.runs import find_run
 
     path = write_report(find_run(run))
     _print_json({"report": str(path)}) if as_json else print(path)

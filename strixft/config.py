@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from strixft.errors import RecipeError
 from strixft.families import FAMILIES
@@ -24,8 +27,18 @@ MOST = {
 """Largest sensible value of each side; the least is 1."""
 OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
 """May be null: transformers derives them, or does without."""
-NEEDED = ("hidden_size", "num_hidden_layers")
-"""No default of transformers would be right."""
+NEEDED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "num_attention_heads",
+    "intermediate_size",
+)
+"""No default of transformers would be right; `save_pretrained` leaves none of them out."""
+NEEDED_INSIDE = ("hidden_size", "num_hidden_layers")
+"""In a `text_config`, from which defaults are left out."""
+SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
+"""Kinds of rotary positions that stretch by a factor."""
 STORED_AS = ("bitsandbytes",)
 """Quantised checkpoints that can be trained."""
 
@@ -47,6 +60,45 @@ def _number_faults(sides: Raw) -> Iterator[str]:
             yield f"{name} should be a whole number from 1 to {most:,}, it is {value!r:.60}"
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _rotary_faults(sides: Raw) -> Iterator[str]:
+    for place in ("rope_parameters", "rope_scaling"):
+        rotary = sides.get(place) or {}
+        if not isinstance(rotary, Mapping):
+            yield f"{place} should hold settings, it is {rotary!r:.60}"
+            continue
+        kind = rotary.get("rope_type", rotary.get("type"))
+        if kind in SCALED_BY_FACTOR and not _is_number(rotary.get("factor")):
+            yield f"{place} is of type {kind}, and its factor is {rotary.get('factor')!r:.60}"
+    thetas = [sides.get("rope_theta"), (sides.get("rope_parameters") or {}).get("rope_theta")]
+    for theta in thetas:
+        if theta is not None and (not _is_number(theta) or theta <= 0):
+            yield f"rope_theta should be a number above 0, it is {theta!r:.60}"
+
+
+def _word_faults(sides: Raw) -> Iterator[str]:
+    from transformers.activations import ACT2FN
+
+    for name in ("hidden_act", "hidden_activation"):
+        value = sides.get(name)
+        if value is not None and (not isinstance(value, str) or value not in ACT2FN):
+            yield f"{name}: transformers knows no {value!r:.60}; {did_you_mean(str(value), ACT2FN)}"
+    for name in ("dtype", "torch_dtype"):
+        value = sides.get(name) or "auto"
+        if value != "auto" and not isinstance(getattr(torch, str(value), None), torch.dtype):
+            yield f"{name}: torch has no {value!r:.60}"
+
+
+def _dropout_faults(sides: Raw) -> Iterator[str]:
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
+        value = sides.get(name, 0)
+        if value is not None and (not _is_number(value) or not 0 <= value < 1):
+            yield f"{name} should be a share below 1, it is {value!r:.60}"
+
+
 def _relation_faults(sides: Raw) -> Iterator[str]:
     heads, groups = sides.get("num_attention_heads"), sides.get("num_key_value_heads")
     if heads and groups and heads % groups:
@@ -62,8 +114,11 @@ def _relation_faults(sides: Raw) -> Iterator[str]:
 def _faults(raw: Raw) -> list[str]:
     """What is wrong with a configuration."""
     sides = _sides(raw)
-    missing = [f"{name} is missing" for name in NEEDED if name not in sides and not _renamed(raw)]
-    numbers = list(_number_faults(sides))
+    if not isinstance(raw.get("text_config") or {}, Mapping):
+        return [f"text_config should hold settings, it is {raw['text_config']!r:.60}"]
+    missing = [f"{name} is missing" for name in _needed(raw) if name not in sides]
+    checks = (_number_faults, _rotary_faults, _word_faults, _dropout_faults)
+    numbers = [fault for check in checks for fault in check(sides)]
     stored = raw.get("quantization_config")
     kind = stored.get("quant_method") if isinstance(stored, Mapping) else None
     quantised = (
@@ -74,9 +129,12 @@ def _faults(raw: Raw) -> list[str]:
     return [*missing, *(numbers or _relation_faults(sides)), *quantised]
 
 
-def _renamed(raw: Raw) -> bool:
-    """Whether this type of model calls its sides otherwise, as GPT-2 does (`n_embd`)."""
-    return bool(_config_class(raw["model_type"]).attribute_map)
+def _needed(raw: Raw) -> list[str]:
+    """Sides that have to be there; a type may have none of them, or call them otherwise (GPT-2)."""
+    kind = _config_class(raw["model_type"])
+    names = NEEDED_INSIDE if "text_config" in raw else NEEDED
+    known = kind().get_text_config()
+    return [name for name in names if not kind.attribute_map and hasattr(known, name)]
 
 
 def _config_class(model_type: str) -> Any:
@@ -154,7 +212,16 @@ def read_config(source: str, *, offline: bool, trust_remote_code: bool = False) 
     from transformers import AutoConfig, PreTrainedConfig
 
     place = place_of(source)
-    raw, _ = PreTrainedConfig.get_config_dict(source, local_files_only=offline)
+    if Path(source).is_dir() and not Path(place).is_file():
+        raise RecipeError(
+            f"{place} is missing",
+            fix="a model's folder holds config.json, its tokenizer and *.safetensors:"
+            f" hf download ORG/NAME --local-dir {source}",
+        )
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(source, local_files_only=offline)
+    except RecursionError:
+        raise RecipeError(f"{place} is nested too deeply", fix=f"write {place} anew") from None
     check_raw(raw, place)
     try:
         return AutoConfig.from_pretrained(

@@ -16,10 +16,10 @@ from typing import Any
 
 from strixft import views
 from strixft.environment import BEFORE_TORCH
+from strixft.opening import open_run
 from strixft.pipeline import run_stages
 from strixft.recipe import find_recipe, find_recipes, parse_overrides, shipped, workspace
 from strixft.report import write_report
-from strixft.runs import open_run
 
 ADDRESS = "127.0.0.1"
 START = "notebooks/start-here.ipynb"

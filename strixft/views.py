@@ -6,8 +6,10 @@ import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strixft.errors import HostError
 from strixft.text import visible
 
 if TYPE_CHECKING:
@@ -82,6 +84,35 @@ def new_figure(width: float = 6.4, height: float = 2.8) -> tuple[Figure, Any]:
     return figure, axes
 
 
+GENERATOR = '<meta name="generator" content="strixft">'
+"""By what a page of ours is known."""
+
+
+def write_page(path: Path, html: str) -> Path:
+    """Write a page where a user wants it: over an older one of ours, and over nothing else.
+
+    Args:
+        path: Where; `~` is the home folder.
+        html: What `page` gave.
+
+    Raises:
+        HostError: Another file is there, or the place cannot be written.
+    """
+    target = path.expanduser()
+    try:
+        if target.exists() and GENERATOR not in target.read_text(
+            encoding="utf-8", errors="replace"
+        ):
+            raise HostError(f"{target} exists and is no page of strixft", fix="another name")
+        target.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise HostError(
+            f"{target} cannot be written: {error.strerror}",
+            fix=f"the name of a file in a folder that exists: mkdir -p {target.parent}",
+        ) from error
+    return target
+
+
 def page(title: str, lead: str, body: str, width_rem: int = 60) -> str:
     """A page that stands alone.
 
@@ -92,7 +123,7 @@ def page(title: str, lead: str, body: str, width_rem: int = 60) -> str:
         width_rem: Widest that it gets.
     """
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{GENERATOR}'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
         f'<body style="max-width: {width_rem}rem"><h1>{escape(title)}</h1>'
         f'<p class="lead">{escape(lead)}</p>{body}</body></html>\n'

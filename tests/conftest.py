@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from strixft.runs import Run, open_run
+from strixft.opening import open_run
+from strixft.runs import Run
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait
 signal.signal(signal.SIGINT, signal.default_int_handler)  # `&` and `nohup` ignore what tests send

@@ -20,12 +20,12 @@ from strixft.errors import DataError, HostError, RecipeError
 from strixft.formats import Chat, RowFault
 from strixft.llama import served
 from strixft.model import _embedded_file
+from strixft.opening import open_run
 from strixft.prepare import Prepared, prepare_recipe
 from strixft.prepare.originals import Original, require_sendable
 from strixft.prepare.tasks import TASKS, last_exchange, prompt_for
 from strixft.recipe import Augment
 from strixft.report import render_report
-from strixft.runs import open_run
 
 LONG = "{} of them, from one to the last, in their order and without a gap between any two"
 ROWS = [chat(f"Please name all the numbers up to {n} now.", LONG.format(n)) for n in range(20, 50)]

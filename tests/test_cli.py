@@ -14,8 +14,8 @@ import pytest
 from conftest import WriteRecipe, chat, chats
 
 from strixft.cli import main
+from strixft.opening import open_run
 from strixft.recipe import Recipe, explain, load_recipe
-from strixft.runs import open_run
 
 ENTRY = "from strixft.cli import main; main()"
 
@@ -187,14 +187,17 @@ def test_an_unknown_host(enter: Type, write_recipe: WriteRecipe) -> None:
 
 def test_a_run_name_that_is_taken(enter: Type, write_recipe: WriteRecipe) -> None:
     path = write_recipe()
-    open_run(path, Path("taken").absolute())
-    answer = enter("prepare", path, "--run-dir", "taken", "--set", "lora.r=8")
+    assert enter("prepare", path, "--run-dir", "taken").code == 0
+    answer = enter("prepare", path, "--run-dir", "taken", "--set", "dataset.max_length=64")
     problem, fix = refusal(answer, 2)
     assert problem == (
         f"{Path.cwd()}/taken is taken by a run of another recipe; these keys differ:\n"
-        "  lora.r: 4 there, 8 here"
+        "  dataset.max_length: 256 there, 64 here"
     )
-    assert fix == f"--run-dir {Path.cwd()}/taken-2"
+    assert fix == (
+        f"--run-dir {Path.cwd()}/taken-2   for a run of its own; or, with strixft run,"
+        " --from prepare   does prepare and what follows again"
+    )
 
 
 def test_a_run_folder_is_relative_to_where_it_is_typed(

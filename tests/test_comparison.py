@@ -6,7 +6,7 @@ from conftest import WriteRecipe
 from test_train import trained
 
 from strixft.comparison import Comparison
-from strixft.runs import open_run
+from strixft.opening import open_run
 
 
 def test_only_what_differs_is_listed(write_recipe: WriteRecipe, tmp_path: Path) -> None:

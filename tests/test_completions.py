@@ -18,8 +18,9 @@ from test_judge import CHAT, MODELS, completion
 from strixft.completions import Client, choose_name, find_model, is_refusal
 from strixft.completions.models import Listed, memory_warning
 from strixft.errors import HostError, RecipeError
+from strixft.opening import open_run
 from strixft.recipe import Server, load_recipe
-from strixft.runs import open_run, write_json
+from strixft.runs import write_json
 
 ASKED = [{"role": "user", "content": "Hi"}]
 GOOD = json.dumps(completion("Hello.")).encode()

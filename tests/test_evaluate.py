@@ -24,11 +24,12 @@ from strixft.evaluate.paired import paired_change
 from strixft.evaluate.sides import load_side
 from strixft.guard import MemoryWatch, watches
 from strixft.model import load_adapter, load_base, load_tokenizer
+from strixft.opening import open_run
 from strixft.plan import Plan
 from strixft.prepare import Prepared, prepare_recipe
 from strixft.recipe import load_recipe
 from strixft.report import render_report
-from strixft.runs import Run, open_run
+from strixft.runs import Run
 from strixft.step import MemoryTracker, batch_loss
 from strixft.train import ADAPTER
 

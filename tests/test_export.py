@@ -22,10 +22,11 @@ from strixft.export.texts import modelfile
 from strixft.exports import QUANTISATIONS
 from strixft.llama import served
 from strixft.model import load_tokenizer
+from strixft.opening import open_run
 from strixft.prepare import Prepared
 from strixft.recipe import load_recipe
 from strixft.report import render_report
-from strixft.runs import Run, open_run
+from strixft.runs import Run
 from strixft.servers import ask
 
 

@@ -27,10 +27,11 @@ from strixft.export.layerwise import Checkpoint
 from strixft.export.merge import merge
 from strixft.methods import METHODS
 from strixft.model import load_adapter, load_base
+from strixft.opening import open_run
 from strixft.prepare import Prepared
 from strixft.recipe import load_recipe
 from strixft.report import render_report
-from strixft.runs import Run, open_run
+from strixft.runs import Run
 from strixft.train import ADAPTER
 
 IDS = torch.arange(100, 140).unsqueeze(0)

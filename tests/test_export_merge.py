@@ -18,8 +18,9 @@ from strixft.errors import HostError, StageError
 from strixft.export import export_recipe
 from strixft.export.merge import as_stored, merge, read_updates
 from strixft.model import load_adapter, load_base
+from strixft.opening import open_run
 from strixft.recipe import load_recipe
-from strixft.runs import Run, open_run
+from strixft.runs import Run
 from strixft.train import ADAPTER
 
 PEAK = """

@@ -307,15 +307,19 @@ PLAN: dict[str, Any] = {
 
 def test_the_two_settings_that_help_most_follow_from_the_plan() -> None:
     text = less_memory(RECIPE, PLAN)
-    assert "--set train.micro_batch=1 or --set train.recompute=all, with" in text
+    assert text == (
+        "close other programs, or add --set train.micro_batch=1 --from plan"
+        " or --set train.recompute=all --from plan"
+    )
     weights = {**PLAN, "parts": {"weights": 90, "activations": 5}}
-    assert "--set method=qlora or --set train.micro_batch=1, with" in less_memory(RECIPE, weights)
+    text = less_memory(RECIPE, weights)
+    assert "--set method=qlora --from plan or --set train.micro_batch=1 --from plan" in text
 
 
 def test_settings_that_are_used_up_are_not_advised() -> None:
     choice = {**PLAN["choice"], "micro_batch_rows": 1, "recomputed_layers": 8}
     text = less_memory(RECIPE, {**PLAN, "choice": choice})
-    assert "--set dataset.max_length=2048 or --set method=qlora" in text
+    assert "--set dataset.max_length=2048 --from prepare or --set method=qlora" in text
 
 
 def test_advice_follows_the_known_causes() -> None:

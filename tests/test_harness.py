@@ -11,9 +11,9 @@ from test_train import trained
 from strixft.errors import HostError, RecipeError
 from strixft.evaluate import check_evaluation, evaluate_recipe
 from strixft.evaluate.harness import LOGIT_BYTES, LONGEST, compare_tasks, load_tasks, rows_at_once
+from strixft.opening import open_run
 from strixft.pipeline import run_stages
 from strixft.recipe import load_recipe
-from strixft.runs import open_run
 
 TASKS = Path(__file__).parent / "tasks"
 

@@ -17,9 +17,9 @@ from conftest import WriteRecipe, chat, chats
 
 import strixft
 from strixft.errors import RecipeError, StrixftError
+from strixft.opening import open_run, run_folder
 from strixft.pipeline import run_notebook
 from strixft.report import write_report
-from strixft.runs import open_run, run_folder
 
 SCRIPT = "<script>alert(1)</script>"
 IMAGE = '"><img src=x onerror=alert(2)>'

@@ -19,9 +19,10 @@ from strixft.evaluate.judge import judge_answers, messages_for, read_verdict, su
 from strixft.evaluate.judged import Judged
 from strixft.llama import served
 from strixft.model import _embedded_file
+from strixft.opening import open_run
 from strixft.recipe import Judge, Recipe, load_recipe
 from strixft.report import render_report
-from strixft.runs import Run, open_run, write_json
+from strixft.runs import Run, write_json
 
 CHAT = "/v1/chat/completions"
 MODELS = {"/v1/models": lambda _: {"data": [{"id": "m", "recipe": "flm"}]}}

@@ -30,7 +30,7 @@ from strixft.lab import (
     put_notebooks,
     write_kernel,
 )
-from strixft.runs import open_run
+from strixft.opening import open_run
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 

@@ -13,8 +13,9 @@ import pytest
 from conftest import REPOSITORY, WriteRecipe, chats, write_lines
 
 from strixft.errors import DataError, StageError
+from strixft.opening import open_run
 from strixft.pipeline import notebook_of, run_notebook, run_stages
-from strixft.runs import STAGES, Result, Run, chosen_stages, open_run
+from strixft.runs import STAGES, Result, Run, chosen_stages
 
 RUN = [sys.executable, "-m", "strixft", "run"]
 

@@ -17,6 +17,7 @@ from strixft.guard import find_host
 from strixft.hardware import HOSTS, Budget
 from strixft.methods import METHODS
 from strixft.model import build, load_config
+from strixft.opening import open_run
 from strixft.plan import DataShape, RowShape, choose, dry_run, plan_figures, plan_recipe
 from strixft.plan.choose import AS_FAST, Planner
 from strixft.plan.cost import Rates, Work
@@ -27,7 +28,6 @@ from strixft.plan.traces import Traces
 from strixft.plan.ways import ways_for
 from strixft.prepare import prepare_recipe
 from strixft.recipe import Dataset, Recipe, Train, load_recipe
-from strixft.runs import open_run
 from strixft.step import MemoryTracker, TrainingStep
 from strixft.units import GIB
 

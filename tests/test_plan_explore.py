@@ -8,11 +8,11 @@ from transformers import AutoConfig
 
 from strixft.errors import StageError
 from strixft.hardware import HOSTS, Budget
+from strixft.opening import open_run
 from strixft.plan import DataShape, Planner, explore_plan
 from strixft.plan.explore import Explorer
 from strixft.prepare import prepare_recipe
 from strixft.recipe import Dataset, Recipe, Train
-from strixft.runs import open_run
 from strixft.units import GIB
 
 CONFIG = AutoConfig.for_model(

@@ -16,10 +16,11 @@ from conftest import WriteRecipe, chat, chats
 
 from strixft.data import collate
 from strixft.errors import DataError, HostError
+from strixft.opening import open_run, set_aside
 from strixft.prepare import PROBLEMS_FILE, Prepared, prepare_data, prepare_recipe
 from strixft.prepare import work as works
 from strixft.recipe import check_recipe
-from strixft.runs import Run, open_run, set_aside
+from strixft.runs import Run
 
 REAL = os.environ.get("STRIXFT_TEST_DATA")
 needs_real = pytest.mark.skipif(not REAL, reason="STRIXFT_TEST_DATA names no folder of real data")
@@ -539,7 +540,7 @@ def test_a_file_that_is_added_to_a_folder_is_noticed(
     with pytest.raises(DataError, match="has changed since"):
         open_run(recipe, tmp_path / "run")
     set_aside(run, ("prepare",))
-    again = prepare_recipe(open_run(recipe, tmp_path / "run", redo=True))
+    again = prepare_recipe(open_run(recipe, tmp_path / "run", first="prepare"))
     assert again.figures["rows_read"] == 13
 
 

@@ -13,13 +13,14 @@ import torch
 from conftest import WriteRecipe
 from torch import Tensor, nn
 
-from strixft.attention import RUNGS, Heads, Rung, documents_of, known_bad, ladder
+from strixft.attention import RUNGS, Heads, Rung, cannot, documents_of, known_bad, ladder
 from strixft.attention.core import attend_eagerly
 from strixft.attention.masks import dense_mask
 from strixft.child import Probe
 from strixft.errors import HostError
 from strixft.guard import find_host
 from strixft.methods import METHODS
+from strixft.opening import open_run
 from strixft.plan import plan_figures, plan_recipe
 from strixft.prepare import prepare_recipe
 from strixft.probe import ladder as probe_ladder
@@ -32,7 +33,6 @@ from strixft.probe.numbers import allowed_error, judged, largest_error
 from strixft.probe.right import fastest_blas, require_attention, require_right
 from strixft.probe.traps import TRAPS
 from strixft.recipe import load_recipe
-from strixft.runs import open_run
 from strixft.train import train_recipe
 
 HEADS = Heads(
@@ -193,6 +193,19 @@ def timed(forward_ms: float, error: float = 1e-3) -> dict[str, Any]:
     return {**judged(error, 0.06), "forward_ms": forward_ms, "backward_ms": 2 * forward_ms}
 
 
+def test_kernels_of_a_package_need_the_package() -> None:
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("it is installed here")
+    assert cannot(RUNGS["varlen-fa4"], HEADS, "cuda") == "flash-attn-4 is not installed"
+    assert "varlen-fa4" not in [rung.name for rung in ladder(HEADS, "cuda", "gfx1151")]
+
+
+def test_no_machine_is_planned_with_kernels_that_were_not_tried_there() -> None:
+    with_package = [rung.name for rung in RUNGS.values() if rung.package]
+    assert with_package == ["varlen-fa4"]
+    assert ladder(HEADS, "cuda")[0].name == "varlen"
+
+
 def test_a_way_gives_way_to_a_faster_one_that_keeps_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -205,6 +218,7 @@ def test_a_way_gives_way_to_a_faster_one_that_keeps_no_more(
     }
     verdicts = judge(monkeypatch, figures)
     assert {name: v.outcome for name, v in verdicts.items()} == {
+        "varlen-fa4": "no way",
         "varlen": "slower",
         "flex": "right",
         "sdpa-packed": "right",

@@ -6,8 +6,9 @@ from conftest import WriteRecipe, chat, chats
 from test_train import trained
 
 from strixft.evaluate import evaluate_recipe
+from strixft.opening import open_run
 from strixft.report import write_report
-from strixft.runs import Run, open_run
+from strixft.runs import Run
 
 HOSTILE = "<script>alert(1)</script>"
 

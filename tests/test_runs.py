@@ -16,24 +16,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from strixft import runs
+from strixft import opening, runs
 from strixft.errors import DataError, FitError, RecipeError, StageError, Stopped
 from strixft.locks import read_owner, this_process
+from strixft.opening import find_run, find_runs, free_name, open_run, set_aside
 from strixft.recipe import load_recipe
-from strixft.runs import (
-    Result,
-    Run,
-    digest,
-    find_run,
-    find_runs,
-    free_name,
-    now,
-    open_run,
-    set_aside,
-    versions,
-    write_json,
-    write_text,
-)
+from strixft.runs import Result, Run, digest, now, versions, write_json, write_text
 
 RECIPE = "model: m\ndataset: {source: rows.jsonl}\ntrain: {epochs: 3}\n"
 
@@ -43,6 +31,13 @@ class Prepared(Result):
     """The first stage."""
 
     name: ClassVar[str] = "prepare"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(Result):
+    """The second stage."""
+
+    name: ClassVar[str] = "plan"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +192,7 @@ def test_a_result_has_what_every_stage_reports(run: Run) -> None:
         "host",
         "inputs",
         "figures",
+        "files",
     }
     assert (written["stage"], written["figures"]) == ("prepare", {"rows": 1})
 
@@ -251,7 +247,7 @@ def test_the_status_tells_why_a_stage_failed(run: Run) -> None:
 LEAVE = """
 import sys
 from strixft.errors import FitError
-from strixft.runs import find_run
+from strixft.opening import find_run
 run = find_run(sys.argv[1])
 with run.owned(), run._status("train"):
     run.leave(FitError("no memory \\x1b[2J", fix="buy some"))
@@ -317,7 +313,7 @@ def test_of_two_that_start_at_once_the_second_keeps_the_firsts_recipe(
 ) -> None:
     first = open_run(recipe, tmp_path / "run")
     with pytest.raises(RecipeError, match=r"train\.epochs: 3\.0 there, 4\.0 here"):
-        runs._create(first.folder, load_recipe(recipe, {"train.epochs": 4}))
+        opening._create(first.folder, load_recipe(recipe, {"train.epochs": 4}))
     assert load_recipe(first.folder / "recipe.yaml").train.epochs == 3
 
 
@@ -388,6 +384,7 @@ def test_the_complete_recipe_of_a_run_opens_it_too(run: Run) -> None:
 
 
 def test_a_run_that_is_taken_names_the_keys_that_differ(recipe: Path, run: Run) -> None:
+    run.once(Planned, lambda _: ({"rows": "1"}, {"fits": True}))
     with pytest.raises(RecipeError) as caught:
         open_run(recipe, run.folder, {"train.epochs": 4, "lora.r": 8})
     assert caught.value.problem == (
@@ -395,7 +392,10 @@ def test_a_run_that_is_taken_names_the_keys_that_differ(recipe: Path, run: Run) 
         "  lora.r: 16 there, 8 here\n"
         "  train.epochs: 3.0 there, 4.0 here"
     )
-    assert caught.value.fix == f"--run-dir {run.folder}-2"
+    assert caught.value.fix == (
+        f"--run-dir {run.folder}-2   for a run of its own; or, with strixft run,"
+        " --from plan   does plan and what follows again"
+    )
 
 
 def test_overrides_of_a_notebook_may_be_text(recipe: Path, tmp_path: Path) -> None:
@@ -411,6 +411,7 @@ def test_the_run_folder_to_type_is_free(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_taken_is_left_as_it_is(recipe: Path, run: Run) -> None:
+    run.once(Planned, lambda _: ({"rows": "1"}, {"fits": True}))
     before = (run.folder / "recipe.yaml").read_bytes()
     with pytest.raises(RecipeError):
         open_run(recipe, run.folder, {"train.epochs": 4})
@@ -438,7 +439,7 @@ def test_data_that_changed_before_they_were_prepared_do_not_matter(recipe: Path,
 def test_data_that_changed_are_taken_where_they_are_prepared_again(recipe: Path, run: Run) -> None:
     prepare(run)
     Path(str(run.recipe.dataset.source)).write_text("other rows\n")
-    assert open_run(recipe, run.folder, redo=True) == run
+    assert open_run(recipe, run.folder, first="prepare") == run
 
 
 def test_data_that_are_gone_do_not_hinder_what_comes_after(recipe: Path, run: Run) -> None:
@@ -535,7 +536,7 @@ def test_stages_that_are_not_named_stay(run: Run) -> None:
 
 HOLD = """
 import sys
-from strixft.runs import find_run
+from strixft.opening import find_run
 
 with find_run(sys.argv[1]).owned():
     print("held", flush=True)
@@ -547,7 +548,8 @@ import sys
 from pathlib import Path
 from dataclasses import dataclass
 from typing import ClassVar
-from strixft.runs import Result, find_run
+from strixft.opening import find_run
+from strixft.runs import Result
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Result):
@@ -556,7 +558,7 @@ class Prepared(Result):
 def work(folder):
     print("at work", flush=True)
     sys.stdin.read()
-    return {}, {"by": "the other process"}
+    return {"rows": "1"}, {"by": "the other process"}
 
 find_run(sys.argv[1]).once(Prepared, work)
 """

@@ -82,8 +82,8 @@ def test_chunks_change_neither_loss_nor_gradients(
 
 
 def test_chunks_are_equal_and_bounded() -> None:
-    assert chunk_rows(1000, 2**25) == 1
-    assert chunk_rows(100, 2**20) == 25
+    assert chunk_rows(1000, CHUNK_ELEMENTS) == 1
+    assert chunk_rows(100, CHUNK_ELEMENTS // 32) == 25
     assert chunk_rows(5, 10) == 5
 
 

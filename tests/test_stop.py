@@ -14,7 +14,8 @@ import pytest
 from conftest import REPOSITORY, WriteRecipe, chats
 
 from strixft.errors import StageError
-from strixft.runs import Run, find_run
+from strixft.opening import find_run
+from strixft.runs import Run
 from strixft.stop import stop_run
 
 COMMAND = [sys.executable, "-m", "strixft"]

@@ -19,9 +19,10 @@ from transformers import AutoTokenizer
 from strixft.data import Batch, largest_batch, training_order
 from strixft.errors import FitError, StageError
 from strixft.model import model_source
+from strixft.opening import open_run
 from strixft.plan import Plan, plan_recipe
 from strixft.prepare import prepare_recipe
-from strixft.runs import Run, open_run
+from strixft.runs import Run
 from strixft.step import TrainingStep, batch_loss
 from strixft.train import ADAPTER, CHECKPOINTS, Trained, train_recipe
 

@@ -1,6 +1,11 @@
 """No text from data, models or recipes becomes markup."""
 
+from pathlib import Path
+
+import pytest
+
 from strixft import views
+from strixft.errors import HostError
 
 HOSTILE = "<script>alert('1')</script>&\""
 ESCAPED = "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;&amp;&quot;"
@@ -38,3 +43,20 @@ def test_the_text_beside_a_picture_cannot_leave_its_attribute() -> None:
 def test_a_picture_is_inside_the_page() -> None:
     figure, _ = views.new_figure()
     assert 'src="data:image/png;base64,iVBORw0KGgo' in views.picture(figure, "empty axes")
+
+
+def test_a_page_is_written_over_a_page_of_ours_alone(tmp_path: Path) -> None:
+    page = views.page("A title", "", "body")
+    assert views.write_page(tmp_path / "a.html", page).read_text() == page
+    assert views.write_page(tmp_path / "a.html", views.page("B", "", "")).is_file()
+    (tmp_path / "recipe.yaml").write_text("model: m\n")
+    with pytest.raises(HostError, match=r"recipe\.yaml exists and is no page of strixft"):
+        views.write_page(tmp_path / "recipe.yaml", page)
+    assert (tmp_path / "recipe.yaml").read_text() == "model: m\n"
+
+
+@pytest.mark.parametrize("place", ["", "missing/a.html"])
+def test_a_page_that_cannot_be_written_says_where(tmp_path: Path, place: str) -> None:
+    with pytest.raises(HostError, match="cannot be written") as caught:
+        views.write_page(tmp_path / place, "page")
+    assert "mkdir -p" in caught.value.fix

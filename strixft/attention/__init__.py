@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, H heads, D head size, N documents.
 """
 
-from strixft.attention.core import NAME, attend, planned_for
+from strixft.attention.core import NAME, attend, planned_for, use_kernels, use_rung
 from strixft.attention.masks import attention_inputs, documents_of
 from strixft.attention.rungs import (
     LADDER,
@@ -31,5 +31,7 @@ __all__ = [
     "known_bad",
     "ladder",
     "planned_for",
+    "use_kernels",
+    "use_rung",
     "window_sizes",
 ]

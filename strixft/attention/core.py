@@ -21,6 +21,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from strixft.attention.rungs import Rung
 from strixft.errors import RecipeError
 
 NAME = "strixft"
@@ -30,6 +31,7 @@ EAGER_NAME = "strixft-eager"
 
 aten = torch.ops.aten
 _planned_device = "cpu"
+_kernels: str | None = None
 
 
 @contextlib.contextmanager
@@ -45,6 +47,34 @@ def planned_for(device: str) -> Iterator[None]:
         yield
     finally:
         _planned_device = before
+
+
+def use_kernels(name: str | None) -> None:
+    """Let flash attention of this process take the kernels of a package, or torch's own again.
+
+    Args:
+        name: What torch's registry calls them, such as `FA4`; None for torch's own.
+    """
+    global _kernels
+    if name == _kernels:
+        return
+    if name is not None:
+        nn.attention.activate_flash_attention_impl(name)
+    elif restore := getattr(nn.attention, "restore_flash_attention_impl", None):
+        restore()
+    _kernels = name
+
+
+def use_rung(base: Any, rung: Rung) -> None:
+    """Let a model compute attention by a rung.
+
+    Args:
+        base: A transformers model.
+        rung: How.
+    """
+    base.set_attn_implementation(rung.implementation)
+    if base.device.type == "cuda":
+        use_kernels(rung.kernels)
 
 
 def _on_meta(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -7,6 +7,7 @@ for, it is the first that nothing speaks against.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Literal
 
 from strixft.tables import Table
@@ -27,6 +28,10 @@ class Rung:
     """Its name in transformers' attention interface; see `core`."""
     module: str = "strixft.attention.core"
     """What registers it there when it is imported."""
+    kernels: str | None = None
+    """Flash kernels of a package, as torch's registry calls them; None for torch's own."""
+    package: str | None = None
+    """What has these kernels; it need not be installed."""
     keeps_scores: bool = False
     """Memory grows with T × T of every head, so it gives way to all that keep less."""
     why: str
@@ -35,6 +40,16 @@ class Rung:
 
 RUNGS: Table[Rung] = Table(
     "attention",
+    Rung(
+        name="varlen-fa4",
+        packed=True,
+        mask="lengths",
+        devices=("cuda",),
+        kernels="FA4",
+        package="flash-attn-4",
+        why="varlen with the kernels of FlashAttention-4, which Hopper and Blackwell have",
+        source="torch.nn.attention.activate_flash_attention_impl; PyPI flash-attn-4",
+    ),
     Rung(
         name="varlen",
         packed=True,
@@ -177,6 +192,13 @@ class Heads:
         )
 
 
+def _is_missing(package: str | None) -> bool:
+    try:
+        return package is not None and not metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return True
+
+
 def cannot(rung: Rung, heads: Heads, device_type: str) -> str | None:
     """Why a rung is no way at all for a model on a type of device; None if it is one.
 
@@ -187,11 +209,13 @@ def cannot(rung: Rung, heads: Heads, device_type: str) -> str | None:
     """
     if device_type not in rung.devices:
         return f"no gradients on {device_type}"
+    if _is_missing(rung.package):
+        return f"{rung.package} is not installed"
     if rung.packed and heads.carries_state:
         return "layers that are no attention would carry on from one document to the next"
     if heads.softcap is not None and rung.name not in CAPS_SCORES:
         return "leaves out the cap of the scores"
-    if rung.name == "varlen" and heads.head_size > LARGEST_FLASH_HEAD:
+    if rung.mask == "lengths" and heads.head_size > LARGEST_FLASH_HEAD:
         return f"heads of {heads.head_size} are too large for flash attention"
     return None
 
@@ -236,7 +260,8 @@ def ladder(heads: Heads, device_type: str, device: str = "", *, packing: bool = 
     return [
         rung
         for rung in RUNGS.values()
-        if is_wanted(rung, packing=packing)
+        if rung.package is None  # whether its kernels do here is known once they were tried
+        and is_wanted(rung, packing=packing)
         and cannot(rung, heads, device_type) is None
         and known_bad(rung, heads, device) is None
     ]

@@ -27,8 +27,8 @@ from strixft.model import (
     native_dtype,
     shape_base,
 )
+from strixft.opening import find_run
 from strixft.recipe import Recipe, check_recipe
-from strixft.runs import find_run
 from strixft.train import ADAPTER, Trained
 from strixft.units import format_gib
 

@@ -20,7 +20,6 @@ from strixft.bench.published import (
 from strixft.bench.store import Stored, read_store
 from strixft.bench.weights import WEIGHTS, file_bytes
 from strixft.hardware import HOSTS
-from strixft.runs import write_text
 from strixft.units import format_figure, format_number, format_seconds
 
 SPARK = "dgx-spark"
@@ -239,10 +238,8 @@ class Benchmarks:
         return views.page("Benchmarks", lead, body, width_rem=80)
 
     def write(self, path: str | Path) -> Path:
-        """Write the page."""
-        target = Path(path).expanduser()
-        write_text(target, self.page())
-        return target
+        """Write the page; see `views.write_page`."""
+        return views.write_page(Path(path), self.page())
 
 
 RATES = ["model", "host", "tokens/s", "ceiling", "share", "verdict", "settings", "source"]

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from strixft.errors import HostError, RecipeError
-from strixft.runs import find_runs
+from strixft.opening import find_runs
 from strixft.servers import START_S, ask
 from strixft.tables import did_you_mean
 from strixft.units import format_gib

@@ -133,14 +133,20 @@ def check_evaluation(recipe: Recipe) -> None:
     check_tasks(recipe)
 
 
-def _held_out(run: Run, prepared: Prepared) -> Rows:
-    rows = list(prepared.token_rows(run.recipe.dataset).validation)
-    if not rows:
-        raise DataError(
-            "no rows are held out, so there is nothing to evaluate on",
-            fix="--set dataset.validation_fraction=0.05 --run-dir …",
-        )
-    return rows
+def require_held_out(prepared: Prepared) -> None:
+    """Say after the preparation what would stop the evaluation after a night of training.
+
+    Raises:
+        DataError: No rows are held out.
+    """
+    if prepared.figures["rows_validation"]:
+        return
+    more = "--set dataset.validation_fraction=0.05 --from prepare"
+    raise DataError(
+        "no rows are held out, so there is nothing to evaluate on",
+        fix=f"{more if prepared.figures['rows_train'] > 1 else 'more rows'}, or --to train"
+        "   trains without an evaluation",
+    )
 
 
 def _needed_bytes(plan: Plan) -> int:
@@ -169,7 +175,9 @@ def _sides(work: Work, folder: Path) -> dict[str, Side]:
 
 def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     prepared, trained, plan = run.require(Prepared), run.require(Trained), run.require(Plan)
-    recipe, rows = run.recipe, _held_out(run, prepared)
+    require_held_out(prepared)
+    trained.require_same_base(run.recipe)
+    recipe, rows = run.recipe, list(prepared.token_rows(run.recipe.dataset).validation)
     references = [row["answer"] for row in rows[: recipe.evaluate.max_rows]]
     names, why = chosen(recipe.evaluate.metrics, references)
     tokenizer, watch = load_tokenizer(recipe), StageWatch(run)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from strixft.attention import Heads, ladder
+from strixft.attention import Heads, ladder, use_rung
 from strixft.guard import device_type, find_host
 from strixft.methods import METHODS
 from strixft.model import base_of, load_adapter, load_base, native_dtype
@@ -45,7 +45,7 @@ def load_sides(
     rung = ladder(heads, device, host.architecture, packing=False)[0]
 
     def ready(model: nn.Module) -> nn.Module:
-        base_of(model).set_attn_implementation(rung.implementation)
+        use_rung(base_of(model), rung)
         return model.eval()
 
     yield "base", ready(model)

@@ -19,9 +19,10 @@ from strixft.guard import StageWatch
 from strixft.llama import require_runtime
 from strixft.methods import METHODS
 from strixft.model import load_tokenizer, model_source
-from strixft.runs import Run, set_aside, write_text
+from strixft.opening import set_aside
+from strixft.runs import Run, write_text
 from strixft.train import ADAPTER, Trained
-from strixft.weights import fingerprint_base, model_folder
+from strixft.weights import model_folder
 
 __all__ = ["Exported", "export_recipe"]
 
@@ -41,21 +42,6 @@ def _base_folder(run: Run) -> Path:
             fix=f"hf download {run.recipe.model}",
         )
     return folder
-
-
-def _require_same_base(run: Run, trained: Trained) -> dict[str, str]:
-    found = fingerprint_base(model_source(run.recipe.model))
-    then = trained.inputs.get("base", found)
-    changed = sorted(
-        name for name in then.keys() | found.keys() if then.get(name) != found.get(name)
-    )
-    if changed:
-        raise StageError(
-            f"the adapter was trained on another base model: {', '.join(changed)} of"
-            f" {run.recipe.model} changed since",
-            fix=f"{run.resume_command} --from train",
-        )
-    return found
 
 
 def _needed_bytes(run: Run, kinds: tuple[str, ...], base_folder: Path) -> int:
@@ -128,7 +114,7 @@ def _export(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     trained = run.require(Trained)
     job = Job(run, folder, _base_folder(run), trained.folder / ADAPTER)
-    base = _require_same_base(run, trained)
+    base = trained.require_same_base(run.recipe)
     _refuse_early(job, kinds)
     made, is_served = {}, bool(set(kinds) & set(SERVED))
     with StageWatch(run, looks=False).watching_memory() as seen:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from strixft import views
 from strixft.errors import StageError
-from strixft.runs import Result
+from strixft.runs import Result, resume_command
 from strixft.units import format_gib, format_number
 
 Table = tuple[list[list[str]], list[str]]
@@ -17,7 +17,9 @@ _TEMPLATE_FIX = (
     "give the server one that it can: llama-server --jinja --chat-template-file FILE; or serve the"
     " merged folder: --to vllm"
 )
-_NUMBERS_FIX = "--set export.gguf=[f16] --run-dir …, or serve the merged folder: --to vllm"
+NOT_ROUNDED = ("f16", "gguf-lora")
+"""Files whose weights are those of the merged model: if they differ, finer ones do not help."""
+_MERGED_FIX = "serve the merged folder: --to vllm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +43,16 @@ class Exported(Result):
             return
         rows = {kind: self.figures["parity"][kind] for kind in self.differs}
         told = "; ".join(f"{kind}: {_told(row)}" for kind, row in rows.items())
-        template = any(row["same_template"] is not True for row in rows.values())
-        raise StageError(
-            f"the export differs from the trained model; {told}",
-            fix=_TEMPLATE_FIX if template else _NUMBERS_FIX,
-        )
+        raise StageError(f"the export differs from the trained model; {told}", fix=self._fix(rows))
+
+    def _fix(self, differing: Mapping[str, Any]) -> str:
+        if any(row["same_template"] is not True for row in differing.values()):
+            return _TEMPLATE_FIX
+        rounded = differing.keys().isdisjoint(NOT_ROUNDED)
+        if not rounded or any(row["same_tokens"] < 1 for row in differing.values()):
+            return _MERGED_FIX
+        command = f"{resume_command(self.folder.parent)} --from export"
+        return f"{command} --set 'export.gguf=[f16]', or {_MERGED_FIX}"
 
     def tables(self) -> list[Table]:
         """What was made; the merges that were compared; the files beside the trained model."""

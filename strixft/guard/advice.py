@@ -6,25 +6,26 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from strixft.methods import METHODS
+from strixft.opening import begin_again
 from strixft.recipe import Recipe
 
 _ATTENTION_SWITCH = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
 
 
-def _less_memory(recipe: Recipe, plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Part of the peak that a setting lessens, and the setting."""
+def _less_memory(recipe: Recipe, plan: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Part of the peak that a setting lessens, the setting's key, and its value."""
     choice, method = plan["choice"], METHODS[recipe.method]
     if choice["micro_batch_rows"] > 1:
-        yield "activations", "--set train.micro_batch=1"
+        yield "activations", "train.micro_batch", 1
     if choice["recomputed_layers"] < choice["num_layers"]:
-        yield "activations", "--set train.recompute=all"
+        yield "activations", "train.recompute", "all"
     if method.base != "nf4":
-        yield "weights", "--set method=qlora"
+        yield "weights", "method", "qlora"
     if method.adapter == "none":
-        yield "optimizer", "--set method=lora"
-    yield "activations", f"--set dataset.max_length={max(8, choice['max_length'] // 2)}"
+        yield "optimizer", "method", "lora"
+    yield "activations", "dataset.max_length", max(8, choice["max_length"] // 2)
     if method.adapter != "none" and recipe.lora.r > 4:
-        yield "adapter", f"--set lora.r={recipe.lora.r // 4}"
+        yield "adapter", "lora.r", recipe.lora.r // 4
 
 
 def less_memory(recipe: Recipe, plan: Mapping[str, Any]) -> str:
@@ -36,8 +37,8 @@ def less_memory(recipe: Recipe, plan: Mapping[str, Any]) -> str:
     """
     found = list(_less_memory(recipe, plan))
     found.sort(key=lambda row: -plan["parts"].get(row[0], 0))
-    settings = " or ".join(setting for _, setting in found[:2])
-    return f"close other programs, or {settings}, with a new --run-dir"
+    settings = [f"--set {key}={value} {begin_again([key])}" for _, key, value in found[:2]]
+    return f"close other programs, or add {' or '.join(settings)}"
 
 
 def finite_again(
@@ -64,5 +65,6 @@ def finite_again(
         tries.append("the base itself: no weight had been changed yet")
     else:
         rate = recipe.train.learning_rate / 10
-        tries.append(f"a lower rate: --set train.learning_rate={rate:g} with a new --run-dir")
+        key = "train.learning_rate"
+        tries.append(f"a lower rate: add --set {key}={rate:g} {begin_again([key])}")
     return "\n     or ".join(tries)

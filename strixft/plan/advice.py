@@ -14,6 +14,8 @@ from strixft.recipe import Recipe
 from strixft.units import format_gib
 
 Change = tuple[str, Recipe]
+SMALLEST = "--set train.micro_batch=1 --set train.recompute=all"
+"""What takes the least memory and changes no result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +35,18 @@ def _with(recipe: Recipe, section: str, **settings: Any) -> Recipe:
 
 def _changes(recipe: Recipe) -> Iterator[Change]:
     smallest = _with(recipe, "train", micro_batch=1, recompute="all")
-    yield "--set train.micro_batch=1 --set train.recompute=all", smallest
+    yield SMALLEST, smallest
     length = recipe.dataset.max_length // 2
     shorter = _with(smallest, "dataset", max_length=length)
-    yield f"--set dataset.max_length={length}, with the smallest micro-batch", shorter
+    yield f"--set dataset.max_length={length} {SMALLEST}", shorter
     method = METHODS[recipe.method]
     lighter = {"native": ("qlora", "int8-lora"), "int8": ("qlora",), "nf4": ()}[method.base]
     for name in (*(("lora",) if method.adapter == "none" else ()), *lighter):
         changed = smallest.model_copy(update={"method": name})
-        yield f"--set method={name}, with the smallest micro-batch", changed
+        yield f"--set method={name} {SMALLEST}", changed
     if method.adapter != "none" and recipe.lora.r > 4:
         rank = recipe.lora.r // 4
-        yield f"--set lora.r={rank}, with the smallest micro-batch", _with(smallest, "lora", r=rank)
+        yield f"--set lora.r={rank} {SMALLEST}", _with(smallest, "lora", r=rank)
 
 
 def cause(parts: Mapping[str, int], budget_bytes: int) -> str:

@@ -129,7 +129,7 @@ def advice(figures: Figures) -> str:
         time = f", {format_seconds(seconds)} an update" if seconds else ""
         end = max(size, figures["host"]["budget_bytes"] / GIB)  # clear of the budget's line
         axes.annotate(f" {size:.1f} GiB{time}", (end, place), va="center", fontsize=7.5)
-    changes = [row["change"].removeprefix("--set ").split(",")[0] for row in reversed(rows)]
+    changes = [row["change"].removeprefix("--set ").split(" --set ")[0] for row in reversed(rows)]
     axes.set_yticks(range(len(rows)), changes, fontsize=7.5)
     _budget_line(axes, figures)
     axes.margins(x=0.35)

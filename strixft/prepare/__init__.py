@@ -42,6 +42,7 @@ class Prepared(Result):
     """What was read, what is left out and why, and what is trained."""
 
     name: ClassVar[str] = "prepare"
+    artefacts: ClassVar[tuple[str, ...]] = (ROWS_FILE, ORDER_FILE)
 
     def _order(self) -> dict[str, Any]:
         with np.load(self.folder / ORDER_FILE, allow_pickle=False) as order:

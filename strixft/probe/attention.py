@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from strixft.attention import Heads, Rung, attention_inputs
+from strixft.attention import Heads, Rung, attention_inputs, use_kernels
 from strixft.child import Figures
 from strixft.probe.numbers import allowed_error, judged, largest_error, milliseconds
 
@@ -242,6 +242,7 @@ def measure_rung(
     """
     way_of, model, kind = Rung(**rung), Heads(**heads), getattr(torch, dtype)
     importlib.import_module(way_of.module)
+    use_kernels(way_of.kernels)
     subject, due = _case(model, device, kind, windowed=False)
     way = Way(way_of, subject, device)
     error = largest_error(way.results(), due)

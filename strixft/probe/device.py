@@ -16,7 +16,7 @@ from strixft import attention
 from strixft.rates import cpu_name
 from strixft.runs import versions
 
-PACKAGES = ("torch", "transformers", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "bitsandbytes", "flash-attn-4")
 VARIABLES = (
     "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",
     "TORCH_BLAS_PREFER_HIPBLASLT",

@@ -61,6 +61,7 @@ def attention_tasks(heads: Heads, host: Host, *, peak: bool = False) -> list[Tas
         peak: Count the peak of memory on a CPU too.
     """
     rungs = [rung for rung in RUNGS.values() if cannot(rung, heads, host.device) is None]
+    rungs.sort(key=lambda rung: rung.kernels is not None)  # torch 2.11 cannot give its own back
     return [_task(rung, heads, host, peak=peak) for rung in rungs]
 
 

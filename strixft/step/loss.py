@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**25
-"""Logits in one chunk: 128 MiB in float32."""
+CHUNK_ELEMENTS = 2**27
+"""Logits in one chunk: 512 MiB in float32."""
 
 
 def chunk_rows(num_rows: int, vocabulary: int) -> int:

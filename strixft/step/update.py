@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strixft.attention import RUNGS, Rung, attention_inputs
+from strixft.attention import RUNGS, Rung, attention_inputs, use_rung
 from strixft.data import Batch
 from strixft.families import family_of
 from strixft.model import base_of
@@ -118,7 +118,7 @@ class TrainingStep:
 
     def __init__(self, model: nn.Module, settings: Train, ways: Ways = Ways()) -> None:
         self.model, self.settings, self.ways = model, settings, ways
-        base_of(model).set_attn_implementation(ways.rung.implementation)
+        use_rung(base_of(model), ways.rung)
         self._prepare_layers()
         model.train()
         self.optimizer = self._build_optimizer()

@@ -15,7 +15,7 @@ from strixft.checkpoints import Checkpoints
 from strixft.guard import MemoryWatch, watches
 from strixft.guard.counters import read_counters
 from strixft.guard.watch import level_of
-from strixft.runs import find_run
+from strixft.opening import find_run
 
 MOST_S = 2.0
 """Between the threshold and the request to stop."""
