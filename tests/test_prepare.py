@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -15,11 +16,13 @@ import yaml
 from conftest import WriteRecipe, chat, chats
 
 from strixft.data import collate
+from strixft.data.readers import raw_rows
 from strixft.errors import DataError, HostError
 from strixft.prepare import PROBLEMS_FILE, Prepared, prepare_data, prepare_recipe
 from strixft.prepare import work as works
 from strixft.recipe import check_recipe
 from strixft.runs import Run, open_run, set_aside
+from strixft.sources import SourceFile
 
 REAL = os.environ.get("STRIXFT_TEST_DATA")
 needs_real = pytest.mark.skipif(not REAL, reason="STRIXFT_TEST_DATA names no folder of real data")
@@ -134,6 +137,29 @@ def test_more_bad_rows_than_allowed_fail_and_the_fix_names_the_setting(stage: St
     assert caught.value.fix.endswith("--set dataset.max_bad_fraction=0.1")
     assert [p["row"] for p in stage.problems()] == [21, 22]
     assert stage.run(rows, max_bad_fraction=0.1)["rows_bad"] == 2
+
+
+def test_a_quote_that_is_never_closed_names_its_row_and_the_lines_it_hides(stage: Stage) -> None:
+    rows = ["prompt,completion", 'q1,"a1', *(f"q{n},a{n}" for n in range(2, 100))]
+    with pytest.raises(DataError) as caught:
+        stage.run(source=str(stage.source(rows, "rows.csv")), max_bad_fraction=1)
+    assert caught.value.problem.endswith(
+        "rows.csv, row 2: has a quote that is never closed; the lines 3 to 100 after it cannot be"
+        " read"
+    )
+    assert caught.value.fix == (
+        f"sed -n 2p {stage.folder / 'rows.csv'}   shows where the row begins; close its quote"
+        ' (one in a cell is "")'
+    )
+
+
+def test_a_quote_that_the_next_one_closes_is_to_be_corrected_not_left_out(stage: Stage) -> None:
+    rows = ["prompt,completion", *(f"q{n},a{n}" for n in range(1, 100))]
+    rows[2], rows[80] = 'q2,"a2', 'q80,"a80"'
+    with pytest.raises(DataError) as caught:
+        stage.run(source=str(stage.source(rows, "rows.csv")))
+    assert "rows.csv, row 3: has a quote that stays open to line 81: " in caught.value.problem
+    assert caught.value.fix.startswith(f"sed -n 3p {stage.folder / 'rows.csv'}   shows where")
 
 
 def test_many_bad_rows_are_listed_in_part_and_kept_in_full(stage: Stage) -> None:
@@ -579,6 +605,17 @@ def test_real_preferences_can_be_read_as_chats(stage: Stage, name: str, form: st
     assert figures["kind"] == "chat"
     rows = stage.prepared(figures).token_rows(stage.recipe.dataset)
     assert len(rows.train) == figures["rows_train"] > 100
+
+
+@needs_real
+def test_real_answers_of_many_lines_are_read_from_csv_as_they_were(tmp_path: Path) -> None:
+    rows = json.loads(Path(str(REAL), "alpaca_en_demo.json").read_text(encoding="utf-8"))
+    with (path := tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["instruction", "input", "output"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert sum(row["output"].count("\n") > 5 for row in rows) > 50
+    assert [row for _, row, _ in raw_rows(SourceFile(path, "csv"))] == rows
 
 
 @needs_real

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from strixft.data.corrections import close_quote
 from strixft.data.load import Problem
 from strixft.errors import DataError
 from strixft.recipe import Dataset
@@ -34,6 +35,7 @@ class Account:
         """Tokens of the rows that are too long, as far as they were counted."""
         self.kinds: dict[str, dict[str, Any]] = {}
         self._shown: dict[str, list[Problem]] = {BAD: [], TOO_LONG: []}
+        self._open_quote: Problem | None = None
         self._temporary = path.with_name(f".{path.name}.new")
         self._file = self._temporary.open("w", encoding="utf-8")
 
@@ -58,6 +60,8 @@ class Account:
             self.rows_too_long += 1
             self.long_lengths.append(num_tokens)
         self.rows_bad += weight == BAD
+        if problem.kind == "open_quote":
+            self._open_quote = self._open_quote or problem
         self.rows_left_out += weight == "left_out"
         if weight in self._shown and len(self._shown[weight]) < SHOWN_PROBLEMS:
             self._shown[weight].append(problem)
@@ -72,6 +76,12 @@ class Account:
             fix=fix,
         )
 
+    def _fix_of_bad(self) -> str:
+        if self._open_quote:  # good rows stand in it, so it is not left out
+            return close_quote(self._open_quote.file, self._open_quote.row)
+        least = -(-self.rows_bad * 100 // self.rows_read) / 100
+        return f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
+
     def check(self, rows_kept: int) -> None:
         """Raise if more is wrong than the recipe allows, or nothing is left.
 
@@ -79,9 +89,7 @@ class Account:
             DataError: With the first rows of each kind, and the setting that allows them.
         """
         if self.rows_bad > self.dataset.max_bad_fraction * self.rows_read:
-            least = -(-self.rows_bad * 100 // self.rows_read) / 100
-            fix = f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
-            self._refuse(self._shown[BAD], self.rows_bad, fix)
+            self._refuse(self._shown[BAD], self.rows_bad, self._fix_of_bad())
         long = self._shown[TOO_LONG]
         if long and self.dataset.too_long == "error":
             fix = "--set dataset.too_long=drop   or a larger dataset.max_length"
