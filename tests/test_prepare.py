@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,65 @@ def test_a_quote_that_the_next_one_closes_is_to_be_corrected_not_left_out(stage:
         stage.run(source=str(stage.source(rows, "rows.csv")))
     assert "rows.csv, row 3: has a quote that stays open to line 81: " in caught.value.problem
     assert caught.value.fix.startswith(f"sed -n 3p {stage.folder / 'rows.csv'}   shows where")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.json", "rows.jsonl.gz"])
+def test_text_that_is_not_utf8_comes_with_a_command_that_converts_it(
+    stage: Stage, name: str
+) -> None:
+    rows = [{"prompt": f"Grüße {n}", "completion": "Schön."} for n in range(20)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    tables = [",".join(row.values()) for row in [{"a": "prompt", "b": "completion"}, *rows]]
+    text = "\n".join(tables if name.endswith("csv") else lines)
+    content = (f"[{','.join(lines)}]" if name.endswith("json") else text).encode("cp1252")
+    path = stage.folder / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(DataError, match="is not UTF-8 text") as caught:
+        stage.run(source=str(path))
+    command, _, then = caught.value.fix.partition("   ")
+    assert then == "makes it UTF-8 if it is Windows-1252"
+    subprocess.run(command, shell=True, cwd=stage.folder, check=True)
+    (made,) = stage.folder.glob("NEW.*")
+    assert stage.run(source=str(made))["rows_read"] == 20
+
+
+def test_one_row_that_is_not_utf8_is_converted_corrected_or_left_out(stage: Stage) -> None:
+    path = stage.folder / "rows.csv"
+    path.write_bytes(b"prompt,completion\n" + b"q,a\n" * 9 + b"q,gr\xfcn\n")
+    with pytest.raises(DataError) as caught:
+        stage.run(source=str(path))
+    assert caught.value.fix == (
+        f"iconv -f WINDOWS-1252 -t UTF-8 {path} > NEW.csv   makes it UTF-8 if it is Windows-1252;"
+        " else correct these rows, or leave them out: --set dataset.max_bad_fraction=0.1"
+    )
+
+
+def test_names_of_columns_that_are_not_utf8_are_told(stage: Stage) -> None:
+    path = stage.folder / "rows.csv"
+    path.write_bytes(b"prompt,completion,gr\xfcn\nq,a,b\n")
+    with pytest.raises(DataError, match="row 1: the header is not UTF-8 text") as caught:
+        stage.run(source=str(path))
+    assert caught.value.fix.startswith("iconv -f WINDOWS-1252 -t UTF-8 ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem", "fix"),
+    [
+        ("a.csv", "prompt,completion\n", "holds no rows", "put a line of column names into it"),
+        ("b.csv", "a,b\n1\n2\n", "none of the first 2 rows", "put a line of column names into it"),
+        ("c.csv", 'a,b\n"1\n"2,3\n', "stays open to line 3", "sed -n 2p "),
+        ("d.txt", " \n", "holds no rows", "put paragraphs into it"),
+        ("e.jsonl", "one\ntwo\n", "none of the first 2 rows", "put one JSON object per line"),
+        ("f.json", "[]", "holds no rows", "put an array of JSON objects into it"),
+    ],
+)
+def test_a_file_without_a_row_that_can_be_read_says_what_it_should_hold(
+    stage: Stage, name: str, content: str, problem: str, fix: str
+) -> None:
+    (stage.folder / name).write_text(content)
+    with pytest.raises(DataError, match=problem) as caught:
+        stage.run(source=str(stage.folder / name), max_bad_fraction=1)
+    assert caught.value.fix.startswith(fix)
 
 
 def test_many_bad_rows_are_listed_in_part_and_kept_in_full(stage: Stage) -> None:

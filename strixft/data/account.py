@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from strixft.data.corrections import close_quote
+from strixft.data.corrections import close_quote, to_utf8
 from strixft.data.load import Problem
 from strixft.errors import DataError
 from strixft.recipe import Dataset
@@ -35,7 +35,7 @@ class Account:
         """Tokens of the rows that are too long, as far as they were counted."""
         self.kinds: dict[str, dict[str, Any]] = {}
         self._shown: dict[str, list[Problem]] = {BAD: [], TOO_LONG: []}
-        self._open_quote: Problem | None = None
+        self._first_bad: dict[str, Problem] = {}
         self._temporary = path.with_name(f".{path.name}.new")
         self._file = self._temporary.open("w", encoding="utf-8")
 
@@ -60,8 +60,8 @@ class Account:
             self.rows_too_long += 1
             self.long_lengths.append(num_tokens)
         self.rows_bad += weight == BAD
-        if problem.kind == "open_quote":
-            self._open_quote = self._open_quote or problem
+        if weight == BAD:
+            self._first_bad.setdefault(problem.kind, problem)
         self.rows_left_out += weight == "left_out"
         if weight in self._shown and len(self._shown[weight]) < SHOWN_PROBLEMS:
             self._shown[weight].append(problem)
@@ -77,10 +77,14 @@ class Account:
         )
 
     def _fix_of_bad(self) -> str:
-        if self._open_quote:  # good rows stand in it, so it is not left out
-            return close_quote(self._open_quote.file, self._open_quote.row)
+        if quote := self._first_bad.get("open_quote"):  # good rows stand in it: not left out
+            return close_quote(quote.file, quote.row)
         least = -(-self.rows_bad * 100 // self.rows_read) / 100
-        return f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
+        fix = f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
+        other = self._first_bad.get("not_utf8")
+        if other and (convert := to_utf8(other.file)):
+            return f"{convert}; else {fix}"
+        return fix
 
     def check(self, rows_kept: int) -> None:
         """Raise if more is wrong than the recipe allows, or nothing is left.

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from strixft.data.checks import check_chat
+from strixft.data.corrections import close_quote, to_utf8
 from strixft.data.hub import HubSet, open_hub
 from strixft.data.readers import RawRow, raw_rows
 from strixft.errors import DataError
@@ -21,6 +22,14 @@ from strixft.sources import SourceFile, find_files, is_hub
 
 LOOKED_AT = 1000
 """Rows that are looked at for one that shows the format."""
+ROWS_OF = {
+    "jsonl": "put one JSON object per line into it",
+    "json": "put an array of JSON objects into it, or one object per line",
+    "csv": "put a line of column names into it, and rows with as many cells",
+    "parquet": "put rows into it",
+    "text": "put paragraphs into it, with a blank line between them",
+}
+"""Kind of a file → what it should hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,15 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return {**row, **{ours: value_at(row, theirs) for ours, theirs in columns.items()}}
 
 
+def _fix_of_first(source: SourceFile | HubSet, row: int, kind: str) -> str:
+    """What to type where no row of a source can be read; of the first one, its fault."""
+    if kind == "open_quote":
+        return close_quote(source.name, row)
+    if kind == "not_utf8" and (convert := to_utf8(source.name)):
+        return convert
+    return ROWS_OF.get(source.kind if isinstance(source, SourceFile) else "", ROWS_OF["jsonl"])
+
+
 def _first_row(source: SourceFile | HubSet) -> tuple[int, Row]:
     """The first row that can be read.
 
@@ -102,18 +120,19 @@ def _first_row(source: SourceFile | HubSet) -> tuple[int, Row]:
         DataError: There is none.
     """
     first: tuple[int, RowFault] | None = None
-    for count, (number, row, _) in enumerate(_raw_rows(source)):
+    count = 0
+    for count, (number, row, _) in enumerate(_raw_rows(source), start=1):
         if not isinstance(row, RowFault):
             return number, row
         first = first or (number, row)
         if count >= LOOKED_AT:
             break
     if first is None:
-        raise DataError(f"{source.name} holds no rows", fix="put one JSON object per line into it")
+        raise DataError(f"{source.name} holds no rows", fix=_fix_of_first(source, 1, "no_rows"))
+    more = f"; none of the first {count} rows can be read" if count > 1 else ""
     raise DataError(
-        f"{source.name}, row {first[0]}: {first[1].problem}; no row before row {LOOKED_AT}"
-        " can be read",
-        fix="put one JSON object per line into it",
+        f"{source.name}, row {first[0]}: {first[1].problem}{more}",
+        fix=_fix_of_first(source, first[0], first[1].kind),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from strixft.data.corrections import close_quote
+from strixft.data.corrections import close_quote, to_utf8
 from strixft.data.streams import (
     MAX_RATIO,
     MAX_ROW_BYTES,
@@ -239,6 +239,11 @@ def _delimiter(header: str, file: SourceFile) -> str:
 
 def _header(cells: list[str], file: SourceFile) -> list[str]:
     names = [cell.strip() for cell in cells]
+    if any(_HALF.search(name) for name in names):
+        raise DataError(
+            f"{file.name}, row 1: the header is not UTF-8 text",
+            fix=to_utf8(file.name) or "save it as UTF-8",
+        )
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise DataError(
