@@ -223,6 +223,38 @@ def test_a_file_without_a_row_that_can_be_read_says_what_it_should_hold(
     assert caught.value.fix.startswith(fix)
 
 
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_where_all_rows_are_bad_the_fix_shows_columns_and_an_example(
+    stage: Stage, allowed: float
+) -> None:
+    rows = [{"prompt": f"q{n}", "completion": ""} for n in range(3)]
+    with pytest.raises(DataError, match="3 of 3 rows") as caught:
+        stage.run(rows, max_bad_fraction=allowed)
+    assert caught.value.fix.startswith(
+        "correct the rows, or --set 'dataset.columns={completion: …, prompt: …}'   or another"
+        " dataset.format: row 1 has the columns 'prompt', 'completion'; the format"
+        ' prompt-completion reads rows such as {"prompt": "Ping nas.", "completion": '
+    )
+
+
+def test_where_a_format_was_named_that_no_row_has_the_fix_names_the_right_one(
+    stage: Stage,
+) -> None:
+    rows = [{"prompt": f"q{n}", "completion": "a"} for n in range(3)]
+    with pytest.raises(DataError, match="3 of 3 rows") as caught:
+        stage.run(rows, format="alpaca")
+    assert caught.value.fix.startswith(
+        "correct the rows, or --set dataset.format=prompt-completion: row 1 has the columns"
+        " 'prompt', 'completion'; the format alpaca reads rows such as "
+    )
+
+
+def test_where_bad_rows_and_long_ones_leave_nothing_no_share_is_offered(stage: Stage) -> None:
+    with pytest.raises(DataError, match="1 of 2 rows") as caught:
+        stage.run([chat("Hi", "x " * 400), chat("a", "")])
+    assert caught.value.fix == "check the rows, dataset.format and dataset.max_length"
+
+
 def test_many_bad_rows_are_listed_in_part_and_kept_in_full(stage: Stage) -> None:
     with pytest.raises(DataError) as caught:
         stage.run([*chats(3), *["{no"] * 40])

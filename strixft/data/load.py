@@ -6,6 +6,7 @@ of its own, unless the recipe names one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -140,8 +141,11 @@ def _set_format(forms: list[Format]) -> str:
     return "   or   ".join(f"--set dataset.format={form.name}" for form in forms)
 
 
+def _columns(row: Row) -> str:
+    return ", ".join(shown(column, 40) for column in list(row)[:30])
+
+
 def _no_format(name: str, number: int, row: Row) -> DataError:
-    columns = ", ".join(shown(column, 40) for column in list(row)[:30])
     mapping = suggest_columns(row)
     known = "; ".join(
         f"{form.name} ({', '.join(sorted(form.columns))})"
@@ -153,7 +157,7 @@ def _no_format(name: str, number: int, row: Row) -> DataError:
         fix = f"--set 'dataset.columns={{{written}}}'"
     else:
         fix = f"--set 'dataset.columns={{prompt: …, completion: …}}'   formats are {known}"
-    return DataError(f"{name}, row {number}: no format has the columns {columns}", fix=fix)
+    return DataError(f"{name}, row {number}: no format has the columns {_columns(row)}", fix=fix)
 
 
 def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, str]) -> Format:
@@ -180,6 +184,19 @@ def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, st
     raise DataError(
         f"{source.name}, row {number}: the columns {', '.join(sorted(row))} fit {names}",
         fix=_set_format(forms),
+    )
+
+
+def expected_rows(one: Input) -> str:
+    """The fix for an input of which no row can be used: its columns, and what its format reads."""
+    number, raw = _first_row(one.source)
+    fits = fitting(renamed(raw, one.columns), frozenset(one.columns))
+    named = ", ".join(f"{name}: …" for name in sorted(one.form.columns))
+    other = f"--set 'dataset.columns={{{named}}}'   or another dataset.format"
+    typed = other if one.form in fits or not fits else _set_format(fits)
+    return (
+        f"correct the rows, or {typed}: row {number} has the columns {_columns(raw)}; the format"
+        f" {one.form.name} reads rows such as {json.dumps(one.form.example)}"
     )
 
 
