@@ -37,7 +37,7 @@ from strixft.tables import did_you_mean
 
 HERE = Path(__file__).resolve().parent
 LARGEST = 2**31 - 1
-"""Largest whole number that a recipe may hold."""
+"""Largest number that a recipe may hold."""
 NEAR = 0.8
 """How alike two names of settings are that are taken for one, 0 to 1."""
 SHOWN_FAULTS = 20
@@ -63,7 +63,7 @@ class _Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _in_bounds(cls, value: object) -> object:
-        if isinstance(value, int) and abs(value) > LARGEST:
+        if isinstance(value, int | float) and abs(value) > LARGEST:
             raise ValueError(f"should be {LARGEST} or less, it is {_shown(value)}")
         if isinstance(value, str) and (not value.strip() or "\0" in value):
             raise ValueError(f"should be text, it is {_shown(value)}")

@@ -118,6 +118,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"lora.r": True}, "lora.r: should not be true or false"),
     ({"lora.r": 0}, "lora.r: should be 1 or more, it is 0"),
     ({"lora.r": LARGEST + 1}, f"lora.r: should be {LARGEST} or less, it is {LARGEST + 1}"),
+    (
+        {"memory.reserve_gib": 1e308},
+        f"memory.reserve_gib: should be {LARGEST} or less, it is 1e+308",
+    ),
     ({"train.epochs": True}, "train.epochs: should not be true or false"),
     ({"train.epochs": "many"}, "train.epochs: should be a number, it is 'many'"),
     ({"train.epochs": 0}, "train.epochs: should be more than 0, it is 0"),
