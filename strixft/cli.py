@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 import threading
@@ -413,6 +414,8 @@ def chat(
     from strixft.chat import Chat
 
     talk = Chat(found, base=base)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text end no conversation
     for line in sys.stdin:
         if line.strip():
             for piece in talk.ask(line.strip()):
