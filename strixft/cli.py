@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from strixft.errors import Stopped, StrixftError
+from strixft.errors import HostError, Stopped, StrixftError
 from strixft.text import visible
 
 if TYPE_CHECKING:
@@ -414,6 +415,8 @@ def chat(
     from strixft.chat import Chat
 
     talk = Chat(found, base=base)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text end no conversation
     for line in sys.stdin:
         if line.strip():
             for piece in talk.ask(line.strip()):
@@ -600,6 +603,12 @@ def main() -> None:
 
 
 def _unexpected(error: Exception) -> StrixftError:
+    if isinstance(error, OSError) and error.filename is not None:
+        place = error.filename2 or error.filename  # a rename is told by where it leads
+        return HostError(
+            f"{place} cannot be used: {error.strerror}",
+            fix=f"ls -ld {place}   shows what is there, and whose it is; --debug where it failed",
+        )
     return StrixftError(
         f"strixft failed: {type(error).__name__}: {error}",
         fix="type it again with --debug, and report what it shows",

@@ -1,4 +1,4 @@
-"""Room on disk: how much is left, and errors that mean that none is."""
+"""Room on disk: the cache, how much is left, and errors that mean that none is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,23 @@ _WORDS = ("No space left on device", "os error 28", "PytorchStreamWriter failed 
 """How libraries that are not written in Python say it (safetensors 0.7, torch 2.13)."""
 NOTHING_BYTES = 2**20
 """With less than this left, an error that nobody expected is taken to come of it."""
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `$STRIXFT_CACHE`, or `~/.cache/strixft`.
+
+    Raises:
+        HostError: A file is in the way.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    root = Path(os.environ.get("STRIXFT_CACHE") or Path(cache, "strixft"))
+    there = next(path for path in (root, *root.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise HostError(
+            f"the cache {root} is no folder: {there} is a file",
+            fix="export STRIXFT_CACHE=…   and a folder that can be written",
+        )
+    return root
 
 
 def free_bytes(folder: Path) -> int:

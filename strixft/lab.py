@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from strixft import views
+from strixft.disk import cache_folder
 from strixft.environment import BEFORE_TORCH
 from strixft.opening import open_run
 from strixft.pipeline import run_stages
@@ -34,8 +35,7 @@ def kernel_folder() -> Path:
 
     Not in the environment itself, which a container's user may not write.
     """
-    cache = Path(os.environ.get("STRIXFT_CACHE") or Path.home() / ".cache/strixft")
-    return cache / "jupyter" / hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
+    return cache_folder() / "jupyter" / hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
 
 
 def write_kernel(folder: Path) -> Path:

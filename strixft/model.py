@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import shutil
 import tempfile
 import warnings
@@ -21,6 +20,7 @@ from torch import nn
 
 from strixft import attention, int8
 from strixft.config import first_lines, read_config
+from strixft.disk import cache_folder as cache_folder  # others find it here
 from strixft.download import fetch
 from strixft.errors import HostError, RecipeError
 from strixft.loading import Target, load_weights
@@ -38,14 +38,6 @@ ADAPTER_NAME = "default"
 _NESTED = "bnb_4bit_use_double_quant"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", _NESTED: True}
 """QLoRA's storage (arXiv:2305.14314, section 3)."""
-
-
-def cache_folder() -> Path:
-    """Where unpacked models lie: `$STRIXFT_CACHE`, or `~/.cache/strixft`."""
-    root = os.environ.get("STRIXFT_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "strixft"
-    )
-    return Path(root)
 
 
 def _embedded_file(name: str) -> Path:

@@ -37,7 +37,7 @@ from strixft.tables import did_you_mean
 
 HERE = Path(__file__).resolve().parent
 LARGEST = 2**31 - 1
-"""Largest whole number that a recipe may hold."""
+"""Largest number that a recipe may hold."""
 NEAR = 0.8
 """How alike two names of settings are that are taken for one, 0 to 1."""
 SHOWN_FAULTS = 20
@@ -63,7 +63,7 @@ class _Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _in_bounds(cls, value: object) -> object:
-        if isinstance(value, int) and abs(value) > LARGEST:
+        if isinstance(value, int | float) and abs(value) > LARGEST:
             raise ValueError(f"should be {LARGEST} or less, it is {_shown(value)}")
         if isinstance(value, str) and (not value.strip() or "\0" in value):
             raise ValueError(f"should be text, it is {_shown(value)}")
@@ -555,6 +555,7 @@ def _override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
 WANTED = {
     "bool_parsing": "true or false",
     "bool_type": "true or false",
+    "dict_type": "a section",
     "finite_number": "a finite number",
     "float_parsing": "a number",
     "float_type": "a number",
@@ -596,22 +597,36 @@ def _section(section: Any, key: str | int) -> Any:
     return _as_section(field.annotation) if field else None
 
 
-def _place(location: Sequence[str | int]) -> str:
-    """Dotted key, and the index of a list; the branch of a union, which pydantic adds, is none."""
-    section: Any = Recipe
+def _items(section: Any, key: str | int) -> Any:
+    """The section of which a key of a section holds a list; None where it holds none."""
+    field = section.model_fields.get(key) if section else None
+    lists = [kind for kind in get_args(field.annotation) if get_args(kind)] if field else []
+    return next((found for kind in lists if (found := _as_section(get_args(kind)[0]))), None)
+
+
+def _walk(location: Sequence[str | int]) -> tuple[list[str], Any]:
+    """Keys and indices on the way to a setting, and the section that the last is looked up in.
+
+    The branch of a union, which pydantic adds, is no part of the way.
+    """
+    inner: Any = Recipe
+    section = items = None
     parts = []
     for part in location:
-        if section or isinstance(part, int):
+        if inner or isinstance(part, int):
             parts.append(str(part))
-        section = _section(section, part)
-    return ".".join(parts)
+        section, items = inner, _items(inner, part) or items
+        inner = items if isinstance(part, int) else _section(section, part)
+    return parts, section
+
+
+def _place(location: Sequence[str | int]) -> str:
+    """Dotted key, and the index of a list."""
+    return ".".join(_walk(location)[0])
 
 
 def _near_setting(location: Sequence[str | int]) -> str:
-    *parents, word = location
-    section: Any = Recipe
-    for key in parents:
-        section = _section(section, key)
+    word, (_, section) = location[-1], _walk(location)
     elsewhere = [key for key, *_ in explain() if key.endswith(f".{word}")]
     if elsewhere and not get_close_matches(str(word), section.model_fields, cutoff=NEAR):
         return f"did you mean {elsewhere[0]!r}?"
@@ -636,8 +651,9 @@ def _faults(error: ValidationError) -> list[str]:
     by_place: dict[str, list[Mapping[str, Any]]] = {}
     for row in error.errors(include_url=False):
         by_place.setdefault(_place(row["loc"]), []).append(row)
-    inner = {place.rpartition(".")[0] for place in by_place}  # a list's item says more than it
-    return [_fault(place, rows) for place, rows in by_place.items() if place not in inner]
+    # a list's item says more than the list
+    outer = {place[:end] for place in by_place for end, sign in enumerate(place) if sign == "."}
+    return [_fault(place, rows) for place, rows in by_place.items() if place not in outer]
 
 
 def check_recipe(data: Mapping[str, Any], *, name: str) -> Recipe:

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from strixft import views
+from strixft.errors import HostError
 from strixft.evaluate import Evaluated
 from strixft.export import Exported
 from strixft.plan import Plan, compare
@@ -74,7 +75,18 @@ def render_report(run: Run) -> str:
 
 
 def write_report(run: Run) -> Path:
-    """Write `report.html` into the run folder and return its path."""
+    """Write `report.html` into the run folder and return its path.
+
+    Raises:
+        HostError: It cannot be written there.
+    """
     path = run.folder / "report.html"
-    write_text(path, render_report(run))
+    html = render_report(run)
+    try:
+        write_text(path, html)
+    except OSError as error:
+        raise HostError(
+            f"{path} cannot be written: {error.strerror}",
+            fix=f"ls -ld {run.folder} {path}   shows what is there, and whose it is",
+        ) from error
     return path

@@ -278,7 +278,18 @@ class Run:
                     f"stage {stage} of {self.folder} has no memory left: {error}",
                     fix="close other programs, then type the same command again",
                 ) from error
+            if isinstance(error, OSError) and error.filename is not None:
+                raise self._in_the_way(stage, error) from error
             raise
+
+    def _in_the_way(self, stage: str, error: OSError) -> StageError:
+        """The error of a file or folder that a stage cannot use."""
+        place = error.filename2 or error.filename
+        return StageError(
+            f"stage {stage} of {self.folder} cannot use {place}: {error.strerror}",
+            fix=f"ls -ld {place}   shows what is there, and whose it is; after that:"
+            f" {self.resume_command}",
+        )
 
     @property
     def last_stage(self) -> str:

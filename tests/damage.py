@@ -354,6 +354,17 @@ def _whole_file_cases(rng: random.Random) -> list[Case]:
         Case("csv-header-only", _file("h.csv", b"prompt,completion\n"), refused="holds no rows"),
         Case("csv-column-twice", _file("t.csv", b"text,text\na,b\n"), refused="'text' twice"),
         Case(
+            "csv-quote-never-closed",
+            _file("q.csv", b'prompt,completion\nq1,a1\nq2,"a2\nq3,a3\nq4,a4\n'),
+            refused="q.csv, row 3: has a quote that is never closed; the lines 4 to 5 after it",
+        ),
+        Case(
+            "csv-quote-not-closed-in-a-row",
+            _file("r.csv", b'prompt,completion\nq1,a1\nq2,"a2\n' + b"q3,a3\n" * (3 * MIB)),
+            refused="r.csv, row 3: has a quote that is never closed; the lines 4 to",
+            large=True,
+        ),
+        Case(
             "csv-long-line",
             _file("l.csv", b'prompt,completion\na,"' + b"x" * (50 * MIB)),
             refused="more than 16 MiB",

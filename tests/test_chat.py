@@ -1,9 +1,14 @@
 """Chat: answers come in pieces, and the conversation is remembered."""
 
+import subprocess
+import sys
+
+from test_cli import ENTRY
 from test_train import trained
 
 from strixft.chat import Chat, ChatBox, transcript
 from strixft.runs import Run
+from strixft.text import visible
 
 
 def test_a_conversation_is_remembered(tiny_run: Run) -> None:
@@ -15,6 +20,17 @@ def test_a_conversation_is_remembered(tiny_run: Run) -> None:
     assert talk.messages[1]["content"] == first
     base = Chat(tiny_run, base=True)
     assert "".join(base.ask("Count to 3.")) != first
+
+
+def test_bytes_that_are_no_text_do_not_end_a_conversation(tiny_run: Run) -> None:
+    trained(tiny_run)
+    command = [sys.executable, "-c", ENTRY, "chat", str(tiny_run.folder)]
+    typed = "Gr\u00fc\u00dfe\n".encode("latin-1") + b"Count to 3.\n"
+    done = subprocess.run(command, input=typed, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    talk = Chat(tiny_run)
+    answers = ["".join(talk.ask(text)) for text in ("Gr\ufffd\ufffde", "Count to 3.")]
+    assert done.stdout.decode() == "".join(f"{visible(answer)}\n" for answer in answers)
 
 
 def test_a_box_answers_as_the_chat_does(tiny_run: Run) -> None:

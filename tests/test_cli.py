@@ -415,6 +415,28 @@ def test_an_unknown_option_is_refused(enter: Type) -> None:
     assert "No such option: --jsn" in answer.err
 
 
+@pytest.mark.parametrize("words", [("mkl",), ("lab", "--no-browser"), ("plan", "demo")])
+def test_a_cache_that_is_a_file(
+    enter: Type, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "file"))
+    answer = enter(*words)
+    problem = f"the cache {tmp_path / 'file'} is no folder: {tmp_path / 'file'} is a file"
+    assert answer.code == 1
+    assert answer.err.splitlines()[-2:] == [
+        problem,
+        "fix: export STRIXFT_CACHE=…   and a folder that can be written",
+    ]
+
+
+def test_a_page_whose_name_is_a_folder(enter: Type, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    problem, fix = refusal(enter("bench", "published", "--page", "folder"), 1)
+    assert problem == "folder cannot be written: Is a directory"
+    assert fix == "ls -ld folder   shows what is there, and whose it is; --debug where it failed"
+
+
 def test_a_pipe_that_closes_early_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -70,7 +70,8 @@ def check_rows(case: Case, source: Path, folder: Path, tokenizer: Any) -> None:
             prepare_data(recipe_for(source), folder, tokenizer)
         for row in case.bad:
             assert f"{source.name}, row {row}: " in caught.value.problem
-        assert "--set dataset.max_bad_fraction=" in caught.value.fix
+        left = max_fraction(case) is not None
+        assert ("--set dataset.max_bad_fraction=" in caught.value.fix) == left
     fraction = max_fraction(case)
     if fraction is None:  # every row is bad: nothing is left to train on
         return

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from strixft.disk import folder_bytes, is_full, require_room
-from strixft.errors import HostError
+from strixft.disk import cache_folder, folder_bytes, is_full, require_room
+from strixft.errors import HostError, StageError
+from strixft.prepare import prepare_recipe
 from strixft.runs import Run
 
 
@@ -35,6 +36,30 @@ def test_other_errors_are_no_full_disk(
     assert not is_full(HostError("told already", fix="none"), tmp_path)
 
 
+@pytest.mark.parametrize("below", ["", "deeper/cache"])
+def test_a_file_where_the_cache_should_be_is_told(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "file" / below))
+    with pytest.raises(HostError) as caught:
+        cache_folder()
+    assert caught.value.problem == (
+        f"the cache {tmp_path / 'file' / below} is no folder: {tmp_path / 'file'} is a file"
+    )
+    assert caught.value.fix == "export STRIXFT_CACHE=…   and a folder that can be written"
+
+
+def test_a_cache_that_is_not_there_yet_may_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "a" / "b"))
+    assert cache_folder() == tmp_path / "a" / "b"
+    monkeypatch.delenv("STRIXFT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "strixft"
+
+
 def test_room_that_is_not_there_is_refused(tmp_path: Path) -> None:
     require_room(tmp_path, 1)
     with pytest.raises(HostError, match=r"GiB left, and 4294967296\.00 GiB are needed"):
@@ -59,3 +84,18 @@ def test_a_stage_on_a_full_disk_ends_with_an_error_of_ours(tiny_run: Run) -> Non
     assert caught.value.problem.startswith(f"the disk of {tiny_run.folder} is full: ")
     assert caught.value.fix.startswith(f"df -h {tiny_run.folder}; make room")
     assert tiny_run.status()["state"] == "failed"
+
+
+@pytest.mark.parametrize("name", ["prepare", "prepare/result.json", "prepare/problems.jsonl"])
+def test_what_stands_in_the_way_of_a_stage_is_named(tiny_run: Run, name: str) -> None:
+    path = tiny_run.folder / name
+    path.mkdir(parents=True) if "/" in name else path.touch()
+    with pytest.raises(StageError) as caught:
+        prepare_recipe(tiny_run)
+    assert caught.value.problem.startswith(
+        f"stage prepare of {tiny_run.folder} cannot use {path}: "
+    )
+    assert caught.value.fix == (
+        f"ls -ld {path}   shows what is there, and whose it is; after that:"
+        f" {tiny_run.resume_command}"
+    )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,14 @@ import yaml
 from conftest import WriteRecipe, chat, chats
 
 from strixft.data import collate
+from strixft.data.readers import raw_rows
 from strixft.errors import DataError, HostError
 from strixft.opening import open_run, set_aside
 from strixft.prepare import PROBLEMS_FILE, Prepared, prepare_data, prepare_recipe
 from strixft.prepare import work as works
 from strixft.recipe import check_recipe
 from strixft.runs import Run
+from strixft.sources import SourceFile
 
 REAL = os.environ.get("STRIXFT_TEST_DATA")
 needs_real = pytest.mark.skipif(not REAL, reason="STRIXFT_TEST_DATA names no folder of real data")
@@ -135,6 +140,120 @@ def test_more_bad_rows_than_allowed_fail_and_the_fix_names_the_setting(stage: St
     assert caught.value.fix.endswith("--set dataset.max_bad_fraction=0.1")
     assert [p["row"] for p in stage.problems()] == [21, 22]
     assert stage.run(rows, max_bad_fraction=0.1)["rows_bad"] == 2
+
+
+def test_a_quote_that_is_never_closed_names_its_row_and_the_lines_it_hides(stage: Stage) -> None:
+    rows = ["prompt,completion", 'q1,"a1', *(f"q{n},a{n}" for n in range(2, 100))]
+    with pytest.raises(DataError) as caught:
+        stage.run(source=str(stage.source(rows, "rows.csv")), max_bad_fraction=1)
+    assert caught.value.problem.endswith(
+        "rows.csv, row 2: has a quote that is never closed; the lines 3 to 100 after it cannot be"
+        " read"
+    )
+    assert caught.value.fix == (
+        f"sed -n 2p {stage.folder / 'rows.csv'}   shows where the row begins; close its quote"
+        ' (one in a cell is "")'
+    )
+
+
+def test_a_quote_that_the_next_one_closes_is_to_be_corrected_not_left_out(stage: Stage) -> None:
+    rows = ["prompt,completion", *(f"q{n},a{n}" for n in range(1, 100))]
+    rows[2], rows[80] = 'q2,"a2', 'q80,"a80"'
+    with pytest.raises(DataError) as caught:
+        stage.run(source=str(stage.source(rows, "rows.csv")))
+    assert "rows.csv, row 3: has a quote that stays open to line 81: " in caught.value.problem
+    assert caught.value.fix.startswith(f"sed -n 3p {stage.folder / 'rows.csv'}   shows where")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.json", "rows.jsonl.gz"])
+def test_text_that_is_not_utf8_comes_with_a_command_that_converts_it(
+    stage: Stage, name: str
+) -> None:
+    rows = [{"prompt": f"Grüße {n}", "completion": "Schön."} for n in range(20)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    tables = [",".join(row.values()) for row in [{"a": "prompt", "b": "completion"}, *rows]]
+    text = "\n".join(tables if name.endswith("csv") else lines)
+    content = (f"[{','.join(lines)}]" if name.endswith("json") else text).encode("cp1252")
+    path = stage.folder / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(DataError, match="is not UTF-8 text") as caught:
+        stage.run(source=str(path))
+    command, _, then = caught.value.fix.partition("   ")
+    assert then == "makes it UTF-8 if it is Windows-1252"
+    subprocess.run(command, shell=True, cwd=stage.folder, check=True)
+    (made,) = stage.folder.glob("NEW.*")
+    assert stage.run(source=str(made))["rows_read"] == 20
+
+
+def test_one_row_that_is_not_utf8_is_converted_corrected_or_left_out(stage: Stage) -> None:
+    path = stage.folder / "rows.csv"
+    path.write_bytes(b"prompt,completion\n" + b"q,a\n" * 9 + b"q,gr\xfcn\n")
+    with pytest.raises(DataError) as caught:
+        stage.run(source=str(path))
+    assert caught.value.fix == (
+        f"iconv -f WINDOWS-1252 -t UTF-8 {path} > NEW.csv   makes it UTF-8 if it is Windows-1252;"
+        " else correct these rows, or leave them out: --set dataset.max_bad_fraction=0.1"
+    )
+
+
+def test_names_of_columns_that_are_not_utf8_are_told(stage: Stage) -> None:
+    path = stage.folder / "rows.csv"
+    path.write_bytes(b"prompt,completion,gr\xfcn\nq,a,b\n")
+    with pytest.raises(DataError, match="row 1: the header is not UTF-8 text") as caught:
+        stage.run(source=str(path))
+    assert caught.value.fix.startswith("iconv -f WINDOWS-1252 -t UTF-8 ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem", "fix"),
+    [
+        ("a.csv", "prompt,completion\n", "holds no rows", "put a line of column names into it"),
+        ("b.csv", "a,b\n1\n2\n", "none of the first 2 rows", "put a line of column names into it"),
+        ("c.csv", 'a,b\n"1\n"2,3\n', "stays open to line 3", "sed -n 2p "),
+        ("d.txt", " \n", "holds no rows", "put paragraphs into it"),
+        ("e.jsonl", "one\ntwo\n", "none of the first 2 rows", "put one JSON object per line"),
+        ("f.json", "[]", "holds no rows", "put an array of JSON objects into it"),
+    ],
+)
+def test_a_file_without_a_row_that_can_be_read_says_what_it_should_hold(
+    stage: Stage, name: str, content: str, problem: str, fix: str
+) -> None:
+    (stage.folder / name).write_text(content)
+    with pytest.raises(DataError, match=problem) as caught:
+        stage.run(source=str(stage.folder / name), max_bad_fraction=1)
+    assert caught.value.fix.startswith(fix)
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_where_all_rows_are_bad_the_fix_shows_columns_and_an_example(
+    stage: Stage, allowed: float
+) -> None:
+    rows = [{"prompt": f"q{n}", "completion": ""} for n in range(3)]
+    with pytest.raises(DataError, match="3 of 3 rows") as caught:
+        stage.run(rows, max_bad_fraction=allowed)
+    assert caught.value.fix.startswith(
+        "correct the rows, or --set 'dataset.columns={completion: …, prompt: …}'   or another"
+        " dataset.format: row 1 has the columns 'prompt', 'completion'; the format"
+        ' prompt-completion reads rows such as {"prompt": "Ping nas.", "completion": '
+    )
+
+
+def test_where_a_format_was_named_that_no_row_has_the_fix_names_the_right_one(
+    stage: Stage,
+) -> None:
+    rows = [{"prompt": f"q{n}", "completion": "a"} for n in range(3)]
+    with pytest.raises(DataError, match="3 of 3 rows") as caught:
+        stage.run(rows, format="alpaca")
+    assert caught.value.fix.startswith(
+        "correct the rows, or --set dataset.format=prompt-completion: row 1 has the columns"
+        " 'prompt', 'completion'; the format alpaca reads rows such as "
+    )
+
+
+def test_where_bad_rows_and_long_ones_leave_nothing_no_share_is_offered(stage: Stage) -> None:
+    with pytest.raises(DataError, match="1 of 2 rows") as caught:
+        stage.run([chat("Hi", "x " * 400), chat("a", "")])
+    assert caught.value.fix == "check the rows, dataset.format and dataset.max_length"
 
 
 def test_many_bad_rows_are_listed_in_part_and_kept_in_full(stage: Stage) -> None:
@@ -580,6 +699,17 @@ def test_real_preferences_can_be_read_as_chats(stage: Stage, name: str, form: st
     assert figures["kind"] == "chat"
     rows = stage.prepared(figures).token_rows(stage.recipe.dataset)
     assert len(rows.train) == figures["rows_train"] > 100
+
+
+@needs_real
+def test_real_answers_of_many_lines_are_read_from_csv_as_they_were(tmp_path: Path) -> None:
+    rows = json.loads(Path(str(REAL), "alpaca_en_demo.json").read_text(encoding="utf-8"))
+    with (path := tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["instruction", "input", "output"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert sum(row["output"].count("\n") > 5 for row in rows) > 50
+    assert [row for _, row, _ in raw_rows(SourceFile(path, "csv"))] == rows
 
 
 @needs_real

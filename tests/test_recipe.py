@@ -118,6 +118,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"lora.r": True}, "lora.r: should not be true or false"),
     ({"lora.r": 0}, "lora.r: should be 1 or more, it is 0"),
     ({"lora.r": LARGEST + 1}, f"lora.r: should be {LARGEST} or less, it is {LARGEST + 1}"),
+    (
+        {"memory.reserve_gib": 1e308},
+        f"memory.reserve_gib: should be {LARGEST} or less, it is 1e+308",
+    ),
     ({"train.epochs": True}, "train.epochs: should not be true or false"),
     ({"train.epochs": "many"}, "train.epochs: should be a number, it is 'many'"),
     ({"train.epochs": 0}, "train.epochs: should be more than 0, it is 0"),
@@ -184,6 +188,25 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": " "}, "model: should be text, it is ' '"),
     ({"dataset": "rows.jsonl"}, "dataset: should be a section, it is 'rows.jsonl'"),
     ({"dataset.source": "a\0b"}, r"dataset.source: should be text, it is 'a\x00b'"),
+    (
+        {"dataset.source": [{"source": "a", "wieght": 2}]},
+        "dataset.source.0.wieght: there is no such setting; did you mean 'weight'?",
+    ),
+    (
+        {"dataset.source": [{"source": "a"}, {"source": "b", "weight": "two"}]},
+        "dataset.source.1.weight: should be a number, it is 'two'",
+    ),
+    ({"dataset.source": [{"weight": 2}]}, "dataset.source.0.source: is missing"),
+    ({"dataset.source": ["a"]}, "dataset.source.0: should be a section, it is 'a'"),
+    (
+        {"dataset.source": [{"source": "a", "format": "mesages"}]},
+        "dataset.source.0.format: there is no format 'mesages'; did you mean 'messages'?",
+    ),
+    (
+        {"dataset.source": [{"source": "a", "epochs": 2}]},
+        "dataset.source.0.epochs: there is no such setting; did you mean 'train.epochs'?",
+    ),
+    ({"dataset.source": 3}, "dataset.source: should be text or a list, it is 3"),
     ({"train": None}, "train: should be a section, it is empty"),
     ({"method": "qlorra"}, "method: there is no method 'qlorra'; did you mean 'qlora'?"),
     (
@@ -228,6 +251,17 @@ def test_all_faults_are_told_at_once() -> None:
         "  lora.r: should be 1 or more, it is 0"
     )
     assert caught.value.fix == "strixft recipe --explain   shows every setting"
+
+
+def test_faults_of_several_sources_are_told_at_once() -> None:
+    sources = [{"source": "a", "weight": -1}, {"path": "b", "wieght": 2}]
+    assert faults_of({"dataset.source": sources}) == [
+        "dataset.source.0.weight: should be more than 0, it is -1",
+        "dataset.source.1.source: is missing",
+        "dataset.source.1.path: there is no such setting; choose one of: source, weight, split,"
+        " format, columns",
+        "dataset.source.1.wieght: there is no such setting; did you mean 'weight'?",
+    ]
 
 
 def test_one_fault_is_not_called_faults() -> None:

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import WriteRecipe, chat, chats
 from test_train import trained
 
+from strixft.errors import HostError
 from strixft.evaluate import evaluate_recipe
 from strixft.opening import open_run
 from strixft.report import write_report
@@ -33,6 +35,17 @@ def test_the_report_shows_every_stage_and_stands_alone(tiny_run: Run) -> None:
     assert "http" not in html.replace("https://docs", "")
     assert 'src="data:image/png;base64,' in html
     assert "Not done yet." not in html
+
+
+def test_a_report_that_cannot_be_written_says_where(tiny_run: Run) -> None:
+    path = tiny_run.folder / "report.html"
+    path.mkdir()
+    with pytest.raises(HostError) as caught:
+        write_report(tiny_run)
+    assert caught.value.problem == f"{path} cannot be written: Is a directory"
+    assert caught.value.fix == (
+        f"ls -ld {tiny_run.folder} {path}   shows what is there, and whose it is"
+    )
 
 
 def test_text_of_the_data_is_escaped(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from strixft.data.load import Problem
+from strixft.data.corrections import close_quote, to_utf8
+from strixft.data.load import Input, Problem, expected_rows
 from strixft.errors import DataError
 from strixft.recipe import Dataset
 
@@ -34,6 +35,7 @@ class Account:
         """Tokens of the rows that are too long, as far as they were counted."""
         self.kinds: dict[str, dict[str, Any]] = {}
         self._shown: dict[str, list[Problem]] = {BAD: [], TOO_LONG: []}
+        self._first_bad: dict[str, Problem] = {}
         self._temporary = path.with_name(f".{path.name}.new")
         self._file = self._temporary.open("w", encoding="utf-8")
 
@@ -58,6 +60,8 @@ class Account:
             self.rows_too_long += 1
             self.long_lengths.append(num_tokens)
         self.rows_bad += weight == BAD
+        if weight == BAD:
+            self._first_bad.setdefault(problem.kind, problem)
         self.rows_left_out += weight == "left_out"
         if weight in self._shown and len(self._shown[weight]) < SHOWN_PROBLEMS:
             self._shown[weight].append(problem)
@@ -72,16 +76,37 @@ class Account:
             fix=fix,
         )
 
-    def check(self, rows_kept: int) -> None:
+    def _nothing_left(self, inputs: Sequence[Input]) -> str:
+        """The fix where leaving rows out would leave none."""
+        if self.rows_bad < max(1, self.rows_read):
+            return "check the rows, dataset.format and dataset.max_length"
+        first = next(iter(self._first_bad.values()))
+        return expected_rows(next(one for one in inputs if one.name == first.file))
+
+    def _fix_of_bad(self, rows_kept: int, inputs: Sequence[Input]) -> str:
+        if quote := self._first_bad.get("open_quote"):  # good rows stand in it: not left out
+            return close_quote(quote.file, quote.row)
+        least = -(-self.rows_bad * 100 // self.rows_read) / 100
+        fix = f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
+        if rows_kept == 0:
+            fix = self._nothing_left(inputs)
+        other = self._first_bad.get("not_utf8")
+        if other and (convert := to_utf8(other.file)):
+            return f"{convert}; else {fix}"
+        return fix
+
+    def check(self, rows_kept: int, inputs: Sequence[Input]) -> None:
         """Raise if more is wrong than the recipe allows, or nothing is left.
+
+        Args:
+            rows_kept: Token rows that were made.
+            inputs: What the rows were read from.
 
         Raises:
             DataError: With the first rows of each kind, and the setting that allows them.
         """
         if self.rows_bad > self.dataset.max_bad_fraction * self.rows_read:
-            least = -(-self.rows_bad * 100 // self.rows_read) / 100
-            fix = f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
-            self._refuse(self._shown[BAD], self.rows_bad, fix)
+            self._refuse(self._shown[BAD], self.rows_bad, self._fix_of_bad(rows_kept, inputs))
         long = self._shown[TOO_LONG]
         if long and self.dataset.too_long == "error":
             fix = "--set dataset.too_long=drop   or a larger dataset.max_length"
@@ -89,7 +114,7 @@ class Account:
         if rows_kept == 0:
             problems = [*self._shown[BAD], *long][:SHOWN_PROBLEMS]
             count = self.rows_bad + self.rows_too_long
-            fix = "check the rows, dataset.format and dataset.max_length"
+            fix = self._nothing_left(inputs)
             self._refuse(problems, count or self.rows_read, fix)
 
     def __enter__(self) -> Account:

@@ -6,11 +6,13 @@ of its own, unless the recipe names one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from strixft.data.checks import check_chat
+from strixft.data.corrections import close_quote, to_utf8
 from strixft.data.hub import HubSet, open_hub
 from strixft.data.readers import RawRow, raw_rows
 from strixft.errors import DataError
@@ -21,6 +23,14 @@ from strixft.sources import SourceFile, find_files, is_hub
 
 LOOKED_AT = 1000
 """Rows that are looked at for one that shows the format."""
+ROWS_OF = {
+    "jsonl": "put one JSON object per line into it",
+    "json": "put an array of JSON objects into it, or one object per line",
+    "csv": "put a line of column names into it, and rows with as many cells",
+    "parquet": "put rows into it",
+    "text": "put paragraphs into it, with a blank line between them",
+}
+"""Kind of a file → what it should hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +105,15 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return {**row, **{ours: value_at(row, theirs) for ours, theirs in columns.items()}}
 
 
+def _fix_of_first(source: SourceFile | HubSet, row: int, kind: str) -> str:
+    """What to type where no row of a source can be read; of the first one, its fault."""
+    if kind == "open_quote":
+        return close_quote(source.name, row)
+    if kind == "not_utf8" and (convert := to_utf8(source.name)):
+        return convert
+    return ROWS_OF.get(source.kind if isinstance(source, SourceFile) else "", ROWS_OF["jsonl"])
+
+
 def _first_row(source: SourceFile | HubSet) -> tuple[int, Row]:
     """The first row that can be read.
 
@@ -102,18 +121,19 @@ def _first_row(source: SourceFile | HubSet) -> tuple[int, Row]:
         DataError: There is none.
     """
     first: tuple[int, RowFault] | None = None
-    for count, (number, row, _) in enumerate(_raw_rows(source)):
+    count = 0
+    for count, (number, row, _) in enumerate(_raw_rows(source), start=1):
         if not isinstance(row, RowFault):
             return number, row
         first = first or (number, row)
         if count >= LOOKED_AT:
             break
     if first is None:
-        raise DataError(f"{source.name} holds no rows", fix="put one JSON object per line into it")
+        raise DataError(f"{source.name} holds no rows", fix=_fix_of_first(source, 1, "no_rows"))
+    more = f"; none of the first {count} rows can be read" if count > 1 else ""
     raise DataError(
-        f"{source.name}, row {first[0]}: {first[1].problem}; no row before row {LOOKED_AT}"
-        " can be read",
-        fix="put one JSON object per line into it",
+        f"{source.name}, row {first[0]}: {first[1].problem}{more}",
+        fix=_fix_of_first(source, first[0], first[1].kind),
     )
 
 
@@ -121,8 +141,11 @@ def _set_format(forms: list[Format]) -> str:
     return "   or   ".join(f"--set dataset.format={form.name}" for form in forms)
 
 
+def _columns(row: Row) -> str:
+    return ", ".join(shown(column, 40) for column in list(row)[:30])
+
+
 def _no_format(name: str, number: int, row: Row) -> DataError:
-    columns = ", ".join(shown(column, 40) for column in list(row)[:30])
     mapping = suggest_columns(row)
     known = "; ".join(
         f"{form.name} ({', '.join(sorted(form.columns))})"
@@ -134,7 +157,7 @@ def _no_format(name: str, number: int, row: Row) -> DataError:
         fix = f"--set 'dataset.columns={{{written}}}'"
     else:
         fix = f"--set 'dataset.columns={{prompt: …, completion: …}}'   formats are {known}"
-    return DataError(f"{name}, row {number}: no format has the columns {columns}", fix=fix)
+    return DataError(f"{name}, row {number}: no format has the columns {_columns(row)}", fix=fix)
 
 
 def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, str]) -> Format:
@@ -161,6 +184,19 @@ def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, st
     raise DataError(
         f"{source.name}, row {number}: the columns {', '.join(sorted(row))} fit {names}",
         fix=_set_format(forms),
+    )
+
+
+def expected_rows(one: Input) -> str:
+    """The fix for an input of which no row can be used: its columns, and what its format reads."""
+    number, raw = _first_row(one.source)
+    fits = fitting(renamed(raw, one.columns), frozenset(one.columns))
+    named = ", ".join(f"{name}: …" for name in sorted(one.form.columns))
+    other = f"--set 'dataset.columns={{{named}}}'   or another dataset.format"
+    typed = other if one.form in fits or not fits else _set_format(fits)
+    return (
+        f"correct the rows, or {typed}: row {number} has the columns {_columns(raw)}; the format"
+        f" {one.form.name} reads rows such as {json.dumps(one.form.example)}"
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from strixft.data.corrections import close_quote, to_utf8
 from strixft.data.streams import (
     MAX_RATIO,
     MAX_ROW_BYTES,
@@ -36,6 +37,8 @@ RawRow = tuple[int, Row | RowFault, int]
 """Number, row or fault, and about how many bytes it takes."""
 PARQUET_ROWS_AT_ONCE = 64
 CHAT_COLUMNS = {"messages", "conversations", "chosen"}
+NOT_CLOSED = ("unexpected end of data", "field larger than field limit")
+"""What the CSV reader says of a quote that nothing closes, in the file or in `MAX_ROW_BYTES`."""
 _BLANK = " \t\r\n\ufeff"
 _HALF = re.compile("[\udc80-\udcff]")
 """What `surrogateescape` makes of bytes that are no UTF-8."""
@@ -236,6 +239,11 @@ def _delimiter(header: str, file: SourceFile) -> str:
 
 def _header(cells: list[str], file: SourceFile) -> list[str]:
     names = [cell.strip() for cell in cells]
+    if any(_HALF.search(name) for name in names):
+        raise DataError(
+            f"{file.name}, row 1: the header is not UTF-8 text",
+            fix=to_utf8(file.name) or "save it as UTF-8",
+        )
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise DataError(
@@ -250,6 +258,24 @@ def _cells(cells: list[str], header: list[str]) -> Row:
     if any(not cell.isascii() and _HALF.search(cell) for cell in cells):
         raise RowFault("not_utf8", "is not UTF-8 text")
     return dict(zip(header, cells, strict=True))
+
+
+def _csv_fault(error: csv.Error, first: int, last: int, file: SourceFile) -> RowFault:
+    """The fault of a row that takes these lines.
+
+    Raises:
+        DataError: Nothing says where its quote should close, so all that follows stands in it.
+    """
+    hidden = last - first
+    if not hidden:
+        return RowFault("not_csv", f"is not CSV: {error}")
+    if str(error).startswith(NOT_CLOSED):
+        raise DataError(
+            f"{file.name}, row {first}: has a quote that is never closed; the lines"
+            f" {first + 1} to {last} after it cannot be read",
+            fix=close_quote(file.name, first),
+        )
+    return RowFault("open_quote", f"has a quote that stays open to line {last}: {error}")
 
 
 def _read_csv(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
@@ -272,7 +298,7 @@ def _read_csv(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, RowFault("not_csv", f"is not CSV: {error}"), 0
+            yield number, _csv_fault(error, number, reader.line_num, file), 0
         except RowFault as fault:
             yield number, fault, 0
 

@@ -7,12 +7,12 @@ and most environments for AMD GPUs have no MKL at all, which is said first.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from strixft.disk import cache_folder
 from strixft.mkl.find import Processor, Target, find_blas, find_mkl, read_processor
 from strixft.mkl.measure import Gemm, Measured, build_hook, measure
 from strixft.units import format_number
@@ -92,17 +92,13 @@ def _advice(measured: tuple[Measured, ...]) -> str:
     return "This MKL does not ask the functions that the library answers; it changes nothing."
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("STRIXFT_CACHE") or Path.home() / ".cache/strixft")
-
-
 @dataclass(frozen=True)
 class MklCheck:
     """Where to look and where to build; `check_mkl` fills in this machine."""
 
     prefix: Path = field(default_factory=lambda: Path(sys.prefix))
     root: Path = Path("/")
-    folder: Path = field(default_factory=lambda: _cache() / "mkl")
+    folder: Path = field(default_factory=lambda: cache_folder() / "mkl")
 
     def run(self) -> MklReport:
         """Find, build, measure, advise."""

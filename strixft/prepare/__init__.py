@@ -224,7 +224,7 @@ def _write_once(
         with RowWriter(rows_path) as writer:
             work = Work(recipe.dataset, inputs, encoder, account, writer)
             seconds = _stream(run, work)
-        account.check(writer.num_rows)
+        account.check(writer.num_rows, inputs)
         return work, choose(recipe, inputs, account, rows_path, work.sketches), seconds
 
 
