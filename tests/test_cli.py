@@ -434,7 +434,7 @@ def test_a_page_whose_name_is_a_folder(enter: Type, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     problem, fix = refusal(enter("bench", "published", "--page", "folder"), 1)
     assert problem == "folder cannot be written: Is a directory"
-    assert fix == "ls -ld folder   shows what is there, and whose it is; --debug where it failed"
+    assert fix == "the name of a file in a folder that exists: mkdir -p ."
 
 
 def test_a_pipe_that_closes_early_is_no_error() -> None:
