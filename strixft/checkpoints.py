@@ -111,9 +111,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
         self.folder, self.inputs = folder, redact_all(dict(inputs))  # as it is written and read
-        self.torn: list[str] = []
-        """Checkpoints that were set aside, each with the reason."""
         folder.mkdir(parents=True, exist_ok=True)
+        before = sorted(path.name for path in folder.glob("*.torn*"))
+        self.torn = [f"{name}: before this start" for name in before]
+        """Checkpoints that were set aside, each with the reason."""
         self.remove_leftovers()
 
     def remove_leftovers(self) -> None:

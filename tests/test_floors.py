@@ -7,11 +7,13 @@ import strixft
 
 FLOORS = [
     ["text", "units", "environment"],
-    ["errors", "views", "progress"],
+    ["errors", "progress"],
+    ["views"],
     ["tables", "servers", "llama", "locks", "stopping", "disk", "memory", "weights"],
     ["hardware", "families", "methods", "formats", "sources", "exports", "download", "child"],
     ["recipe"],
     ["runs"],
+    ["opening"],
     ["rates", "comparison", "completions"],
     ["data", "attention", "guard", "int8", "config", "checkpoints", "stop"],
     ["loading"],

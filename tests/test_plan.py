@@ -1,6 +1,6 @@
 """The plan: what the dry run says is what the tracker counts over real tensors."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,6 +22,7 @@ from strixft.plan import DataShape, RowShape, choose, dry_run, plan_figures, pla
 from strixft.plan.choose import AS_FAST, Planner
 from strixft.plan.cost import Rates, Work
 from strixft.plan.dry_run import DryRun, Step, run_schedule, trace_run
+from strixft.plan.scale import Regime, sample
 from strixft.plan.stack import Schedule, rounded_all
 from strixft.plan.trace import trace_step
 from strixft.plan.traces import Traces
@@ -252,6 +253,18 @@ def test_stacked_compiled_layers_are_the_whole_model() -> None:
     whole = Schedule(trace_step(recipe, config, HOST, rows, 3, 1))
     ours, theirs = (figures_of(trace, Step(rows, 3, 1)) for trace in (stacked, whole))
     assert ours.peak_bytes == pytest.approx(theirs.peak_bytes, rel=1e-3)
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 49_152, 131_072, 151_936, 200_000, 262_144])
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_the_sides_of_a_sample_share_no_prime(vocabulary: int, chunks: int) -> None:
+    config = AutoConfig.for_model(**LLAMA | {"vocab_size": vocabulary})
+    found = sample(config, Regime(False, (), chunks, False), 64 * 160)
+    assert found is not None
+    for at, prime in enumerate(found.primes):
+        divided = [side % prime == 0 for side in astuple(found.sides)[:5]]
+        assert prime == 1 or divided[at]
+        assert prime == 1 or chunks == 1 or sum(divided) == 1
 
 
 @SHAPES

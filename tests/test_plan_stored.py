@@ -85,8 +85,8 @@ def test_a_forward_pass_is_planned_from_disk(cache: Path, monkeypatch: pytest.Mo
 
 
 def test_a_cache_that_cannot_be_written_is_none(cache: Path) -> None:
-    cache.parent.parent.mkdir(exist_ok=True)
-    cache.parent.write_text("a file where the folder should be")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text("a file where the folder should be")
     assert Traces(a_recipe(), CONFIG, HOST).dry_run(STEP).peak_bytes > 0
 
 

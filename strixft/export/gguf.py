@@ -11,6 +11,7 @@ from pathlib import Path
 
 from strixft.errors import HostError, StageError
 from strixft.model import cache_folder
+from strixft.runs import temporary_name
 
 LLAMA_CPP = "STRIXFT_LLAMA_CPP"
 """Variable with a folder of llama.cpp's sources, which is preferred."""
@@ -63,7 +64,7 @@ def _given() -> Path | None:
 
 def _convert(script: Path, words: list[str], target: Path) -> None:
     """Run a converter; its file gets its name when it is whole."""
-    temporary = target.with_name(f".{target.name}")
+    temporary = temporary_name(target)
     environment = {**os.environ, "PYTHONPATH": str(script.parent), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(script), *words, "--outfile", str(temporary)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -134,7 +135,7 @@ def require_tools(kinds: tuple[str, ...], quantisations: list[str]) -> None:
 
 def quantise(source: Path, target: Path, kind: str) -> None:
     """Write a float GGUF file in fewer bits."""
-    temporary = target.with_name(f".{target.name}")
+    temporary = temporary_name(target)
     command = [_quantizer(), str(source), str(temporary), kind.upper()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

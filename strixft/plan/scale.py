@@ -131,15 +131,22 @@ def _told_apart(numbers: Sequence[int], primes: Sequence[int], taken: int) -> bo
 
 
 def _trained(
-    regime: Regime, vocabulary: int, taken: int
+    regime: Regime, vocabulary: int, taken: int, others: int
 ) -> Iterator[tuple[Sides, tuple[int, ...]]]:
-    """Trained tokens in as many chunks as the regime says, with primes of K, n and m."""
+    """Trained tokens in as many chunks as the regime says, with primes of K, n and m.
+
+    Args:
+        regime: What the micro-batch should be an instance of.
+        vocabulary: Logits of a token.
+        taken: A product of sides that their primes should not divide.
+        others: A product of the primes of the other sides, which should divide none of them.
+    """
     most = max(1, CHUNK_ELEMENTS // vocabulary)
     for trained in range(regime.chunks * most, (regime.chunks - 1) * most, -1):
         sides = Sides.of(RowShape(1, 1, trained), vocabulary)
         numbers = [trained, sides.chunk, sides.last_chunk][: 1 if regime.chunks == 1 else 3]
         primes = list(map(_largest_prime_factor, numbers))
-        if _told_apart(numbers, primes, taken):
+        if _told_apart(numbers, primes, taken) and math.gcd(others, math.prod(numbers)) == 1:
             yield sides, (*primes, 1, 1)[:3]
 
 
@@ -158,7 +165,8 @@ def sample(config: Any, regime: Regime, taken: int) -> Sample | None:
     taken *= longest_prime
     for length, prime in _lengths(_windows(config), regime.beyond):
         if taken % prime:
-            for sides, primes in _trained(regime, config.vocab_size, taken * prime):
+            others = rows * prime * longest_prime
+            for sides, primes in _trained(regime, config.vocab_size, taken * prime, others):
                 found = replace(sides, rows=rows, length=length, longest=longest)
                 return Sample(found, (rows, prime, *primes, longest_prime))
     return None
