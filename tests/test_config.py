@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import WriteRecipe
 
-from strixft.config import MOST, warnings_of
+from strixft.config import MOST, check_raw, warnings_of
 from strixft.errors import RecipeError
 from strixft.model import load_config
 from strixft.plan import plan_figures
@@ -24,6 +24,8 @@ GOOD: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 ABSURD = [-1, 0, "many", 1.5, [3], True, 10**12]
+GPT2 = {"model_type": "gpt2", "vocab_size": 100, "n_embd": 64, "n_layer": 2, "n_head": 4}
+MIXTRAL = GOOD | {"model_type": "mixtral", "num_local_experts": 4}
 GEMMA = GOOD | {"model_type": "gemma3_text"}
 
 
@@ -143,6 +145,12 @@ WORDS = [
     ({"rope_parameters": {"rope_theta": 0}}, "rope_theta should be a number above 0, it is 0"),
     ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is of type yarn, and its factor is None"),
     ({"rope_scaling": [1]}, "rope_scaling should hold settings, it is [1]"),
+    (
+        {"rope_scaling": {"type": "yarn", "factor": 0}},
+        "rope_scaling is of type yarn, and its factor",
+    ),
+    ({"rope_parameters": [1]}, "rope_parameters should hold settings, it is [1]"),
+    ({"activation_function": "gelo"}, "activation_function: transformers knows no 'gelo'; did you"),
     ({"text_config": [1]}, "text_config should hold settings, it is [1]"),
 ]
 
@@ -161,8 +169,46 @@ def test_a_side_that_is_missing_is_not_made_up(name: str, recipe_of: Any) -> Non
 
 
 def test_a_type_that_calls_its_sides_otherwise_is_read(recipe_of: Any) -> None:
-    gpt2 = {"model_type": "gpt2", "vocab_size": 100, "n_embd": 64, "n_layer": 2, "n_head": 4}
-    assert load_config(recipe_of(gpt2)).hidden_size == 64
+    assert load_config(recipe_of(GPT2)).hidden_size == 64
+
+
+OLD = [
+    {"model_type": "bloom", "vocab_size": 9, "n_embed": 64, "n_layer": 2, "n_head": 4},
+    {"model_type": "lfm2", "block_ff_dim": 160}
+    | {key: value for key, value in GOOD.items() if key not in ("model_type", "intermediate_size")},
+]
+
+
+@pytest.mark.parametrize("config", OLD, ids=["bloom", "lfm2"])
+def test_an_old_name_of_a_side_is_read(config: Any) -> None:
+    check_raw(config, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(GPT2, name) for name in ("n_embd", "n_layer", "n_head", "vocab_size")]
+    + [(MIXTRAL, name) for name in ("vocab_size", "num_attention_heads", "intermediate_size")],
+)
+def test_a_missing_side_is_called_as_its_type_calls_it(
+    config: dict[str, Any], name: str, recipe_of: Any
+) -> None:
+    rest = {key: value for key, value in config.items() if key != name}
+    with pytest.raises(RecipeError, match=f"describes no model: {name} is missing") as caught:
+        load_config(recipe_of(rest))
+    assert caught.value.fix.endswith("model/config.json, or download the model again")
+
+
+def test_a_window_that_is_off_may_be_zero() -> None:
+    window = {"use_sliding_window": False, "sliding_window": 0}
+    check_raw(GOOD | {"model_type": "qwen2_moe"} | window, "config.json")
+
+
+def test_what_a_kind_of_rotary_positions_lacks_is_named(recipe_of: Any) -> None:
+    scaling = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    with pytest.raises(RecipeError, match=r"config\.json describes no model: .*low_freq") as caught:
+        load_config(recipe_of(GOOD | scaling))
+    assert caught.value.fix.startswith("correct ")
+    assert caught.value.fix.endswith("model/config.json")
 
 
 def test_what_the_hub_leaves_out_of_a_text_config_is_read(recipe_of: Any) -> None:
