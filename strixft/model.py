@@ -417,16 +417,17 @@ def _is_linear(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
-def _require_targets(model: nn.Module, targets: str | list[str]) -> None:
-    """Every name means a layer; PEFT is content if one of them does."""
+def _require_targets(model: Any, targets: str | list[str]) -> None:
+    """Every name means a linear layer; PEFT is content if one of them does, and stops at others."""
     asked = [] if isinstance(targets, str) else targets
-    modules = {f".{name}": module for name, module in model.named_modules()}
-    unknown = [name for name in asked if not any(path.endswith(f".{name}") for path in modules)]
+    linear = {f".{name}": module for name, module in model.named_modules() if _is_linear(module)}
+    unknown = [name for name in asked if not any(path.endswith(f".{name}") for path in linear)]
     if unknown:
-        linear = (path for path, module in modules.items() if _is_linear(module))
-        known = dict.fromkeys(path.rpartition(".")[2] for path in linear)
+        head = model.get_output_embeddings()
+        paths = (path for path, module in linear.items() if module is not head)
+        known = dict.fromkeys(path.rpartition(".")[2] for path in paths)
         raise RecipeError(
-            f"lora.target_modules: the model has no layer {', '.join(map(repr, unknown))};"
+            f"lora.target_modules: the model has no linear layer {', '.join(map(repr, unknown))};"
             f" its layers are {', '.join(known)}",
             fix=did_you_mean(unknown[0], known),
         )

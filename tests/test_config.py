@@ -248,13 +248,33 @@ def test_a_model_lies_beside_its_recipe(
     assert load_recipe(path, {"model": "org/name"}).model == "org/name"
 
 
-def test_a_layer_that_the_model_does_not_have_is_named(recipe_of: Any) -> None:
-    recipe = recipe_of(GOOD)
-    lora = recipe.lora.model_copy(update={"target_modules": ["q_proj", "v_porj"]})
+def plan_with(recipe: Recipe, *targets: str) -> dict[str, Any]:
+    lora = recipe.lora.model_copy(update={"target_modules": list(targets)})
+    return plan_figures(recipe.model_copy(update={"lora": lora}), "cpu")
+
+
+LINEAR = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+UNKNOWN = [
+    (["q_proj", "v_porj"], "'v_porj'", "did you mean 'v_proj'?"),
+    (["nope", "xyz"], "'nope', 'xyz'", f"choose one of: {LINEAR}"),
+    (["q_proj", "mlp"], "'mlp'", f"choose one of: {LINEAR}"),
+    (["q_proj", "embed_tokens"], "'embed_tokens'", f"choose one of: {LINEAR}"),
+    (["input_layernorm"], "'input_layernorm'", f"choose one of: {LINEAR}"),
+    ([""], "''", f"choose one of: {LINEAR}"),
+]
+
+
+@pytest.mark.parametrize(("targets", "unknown", "fix"), UNKNOWN)
+def test_a_linear_layer_that_the_model_does_not_have_is_named(
+    targets: list[str], unknown: str, fix: str, recipe_of: Any
+) -> None:
     with pytest.raises(RecipeError) as caught:
-        plan_figures(recipe.model_copy(update={"lora": lora}), "cpu")
+        plan_with(recipe_of(GOOD), *targets)
     assert caught.value.problem == (
-        "lora.target_modules: the model has no layer 'v_porj'; its layers are q_proj, k_proj,"
-        " v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
+        f"lora.target_modules: the model has no linear layer {unknown}; its layers are {LINEAR}"
     )
-    assert caught.value.fix == "did you mean 'v_proj'?"
+    assert caught.value.fix == fix
+
+
+def test_a_layer_may_be_named_by_the_end_of_its_path(recipe_of: Any) -> None:
+    assert plan_with(recipe_of(GOOD), "self_attn.q_proj", "layers.0.mlp.up_proj")["fits"]
