@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import shutil
 import tempfile
 import warnings
@@ -94,11 +95,23 @@ def model_source(name: str) -> str:
                 f"there is no embedded model {name!r}", fix=f"model: {next(iter(EMBEDDED))}"
             )
         return str(_embedded_folder(name))
-    path = Path(name).expanduser()
-    return str(path) if path.is_dir() else name
+    path = os.path.expanduser(name)
+    return path if os.path.isdir(path) else name
+
+
+def _no_folder(path: Path) -> RecipeError:
+    beside = [file.parent.name for file in sorted(path.parent.glob("*/config.json"))]
+    near = did_you_mean(path.name, beside) if beside else "a folder that holds config.json"
+    return RecipeError(
+        f"model: {path} is no folder",
+        fix=f"{near}   (a relative path starts at the recipe's file, of --set where it is typed)",
+    )
 
 
 def _cannot_load(name: str, error: Exception) -> RecipeError:
+    path = os.path.expanduser(name)
+    if os.path.isabs(path) and not os.path.isdir(path):
+        return _no_folder(Path(path))
     if "trust_remote_code" in str(error):
         return RecipeError(
             f"model {name!r} runs Python code of its own when it is loaded",

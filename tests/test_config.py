@@ -1,6 +1,7 @@
 """A damaged `config.json` is refused with its place and what to do, never with a traceback."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,37 @@ def test_a_model_lies_beside_its_recipe(
     assert load_recipe(path).model == str(tmp_path / "model")
     assert load_recipe(path, {"model": "model"}).model == str(tmp_path / "else" / "model")
     assert load_recipe(path, {"model": "org/name"}).model == "org/name"
+
+
+@pytest.mark.parametrize("name", ["./modle", "../modle", "~nobody-here/modle"])
+def test_a_folder_that_is_not_there_is_told_where_it_would_be(name: str, tmp_path: Path) -> None:
+    for folder in (tmp_path / "model", tmp_path / "recipes" / "model"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(GOOD))
+    path = tmp_path / "recipes" / "mine.yaml"
+    path.write_text(f"model: {name}\ndataset: {{source: rows.jsonl}}\n")
+    recipe = load_recipe(path)
+    assert recipe.model == os.path.realpath(path.parent / name)
+    with pytest.raises(RecipeError) as caught:
+        load_config(recipe)
+    assert caught.value.problem == f"model: {recipe.model} is no folder"
+    near = "a folder that holds config.json" if name[0] == "~" else "did you mean 'model'?"
+    assert caught.value.fix == (
+        f"{near}   (a relative path starts at the recipe's file, of --set where it is typed)"
+    )
+
+
+def test_a_folder_where_the_command_is_typed_is_found_too(
+    recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_of(GOOD)
+    (tmp_path / "recipes").mkdir()
+    path = tmp_path / "recipes" / "mine.yaml"
+    path.write_text("model: ./model\ndataset: {source: rows.jsonl}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(path).model == str(tmp_path / "model")
+    missing = load_recipe(path, {"model": "./else"}).model
+    assert missing == str(tmp_path / "else")
 
 
 def plan_with(recipe: Recipe, *targets: str) -> dict[str, Any]:
