@@ -126,7 +126,7 @@ def _relation_faults(sides: Raw) -> Iterator[str]:
 def _faults(raw: Raw) -> list[str]:
     """What is wrong with a configuration."""
     sides = _sides(raw)
-    if not isinstance(raw.get("text_config") or {}, Mapping):
+    if not isinstance(raw.get("text_config", {}), Mapping | None):
         return [f"text_config should hold settings, it is {raw['text_config']!r:.60}"]
     missing = list(_missing(raw))
     checks = (_number_faults, _rotary_faults, _word_faults, _dropout_faults)

@@ -152,6 +152,8 @@ WORDS = [
     ),
     ({"rope_parameters": [1]}, "rope_parameters should hold settings, it is [1]"),
     ({"activation_function": "gelo"}, "activation_function: transformers knows no 'gelo'; did you"),
+    ({"text_config": []}, "text_config should hold settings, it is []"),
+    ({"text_config": 0}, "text_config should hold settings, it is 0"),
     ({"text_config": [1]}, "text_config should hold settings, it is [1]"),
 ]
 
