@@ -37,6 +37,11 @@ NEEDED = (
 """No default of transformers would be right; `save_pretrained` leaves none of them out."""
 NEEDED_INSIDE = ("hidden_size", "num_hidden_layers")
 """In a `text_config`, from which defaults are left out."""
+OLD_NAMES = {
+    "hidden_size": ("n_embed",),
+    "intermediate_size": ("block_ff_dim", "dense_intermediate_size"),
+}
+"""What transformers 5.23 reads besides `attribute_map`: Bloom and Falcon, LFM2, Inkling."""
 SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 """Kinds of rotary positions that stretch by a factor."""
 STORED_AS = ("bitsandbytes",)
@@ -56,6 +61,8 @@ def _number_faults(sides: Raw) -> Iterator[str]:
         value = sides.get(name, 1)
         if value is None and name in OPTIONAL:
             continue
+        if name == "sliding_window" and sides.get("use_sliding_window") is False:
+            continue  # Qwen2-MoE writes 0 then
         if type(value) is not int or not 1 <= value <= most:
             yield f"{name} should be a whole number from 1 to {most:,}, it is {value!r:.60}"
 
@@ -64,25 +71,30 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
 def _rotary_faults(sides: Raw) -> Iterator[str]:
+    thetas = [sides.get("rope_theta")]
     for place in ("rope_parameters", "rope_scaling"):
         rotary = sides.get(place) or {}
         if not isinstance(rotary, Mapping):
             yield f"{place} should hold settings, it is {rotary!r:.60}"
             continue
-        kind = rotary.get("rope_type", rotary.get("type"))
-        if kind in SCALED_BY_FACTOR and not _is_number(rotary.get("factor")):
-            yield f"{place} is of type {kind}, and its factor is {rotary.get('factor')!r:.60}"
-    thetas = [sides.get("rope_theta"), (sides.get("rope_parameters") or {}).get("rope_theta")]
+        kind, factor = rotary.get("rope_type", rotary.get("type")), rotary.get("factor")
+        if kind in SCALED_BY_FACTOR and not _is_positive(factor):
+            yield f"{place} is of type {kind}, and its factor is {factor!r:.60}"
+        thetas.append(rotary.get("rope_theta"))
     for theta in thetas:
-        if theta is not None and (not _is_number(theta) or theta <= 0):
+        if theta is not None and not _is_positive(theta):
             yield f"rope_theta should be a number above 0, it is {theta!r:.60}"
 
 
 def _word_faults(sides: Raw) -> Iterator[str]:
     from transformers.activations import ACT2FN
 
-    for name in ("hidden_act", "hidden_activation"):
+    for name in ("hidden_act", "hidden_activation", "activation_function"):
         value = sides.get(name)
         if value is not None and (not isinstance(value, str) or value not in ACT2FN):
             yield f"{name}: transformers knows no {value!r:.60}; {did_you_mean(str(value), ACT2FN)}"
@@ -114,9 +126,9 @@ def _relation_faults(sides: Raw) -> Iterator[str]:
 def _faults(raw: Raw) -> list[str]:
     """What is wrong with a configuration."""
     sides = _sides(raw)
-    if not isinstance(raw.get("text_config") or {}, Mapping):
+    if not isinstance(raw.get("text_config", {}), Mapping | None):
         return [f"text_config should hold settings, it is {raw['text_config']!r:.60}"]
-    missing = [f"{name} is missing" for name in _needed(raw) if name not in sides]
+    missing = list(_missing(raw))
     checks = (_number_faults, _rotary_faults, _word_faults, _dropout_faults)
     numbers = [fault for check in checks for fault in check(sides)]
     stored = raw.get("quantization_config")
@@ -129,18 +141,31 @@ def _faults(raw: Raw) -> list[str]:
     return [*missing, *(numbers or _relation_faults(sides)), *quantised]
 
 
-def _needed(raw: Raw) -> list[str]:
-    """Sides that have to be there; a type may have none of them, or call them otherwise (GPT-2)."""
-    kind = _config_class(raw["model_type"])
+def _missing(raw: Raw) -> Iterator[str]:
+    """Sides of this type that are not there by any name, called as the type calls them."""
     names = NEEDED_INSIDE if "text_config" in raw else NEEDED
-    known = kind().get_text_config()
-    return [name for name in names if not kind.attribute_map and hasattr(known, name)]
+    known = _text_class(raw["model_type"])
+    sides, saved = _sides(raw), known().to_dict()
+    for name in names:
+        own = known.attribute_map.get(name, name)  # GPT-2: `n_embd`
+        called = {name, own, *OLD_NAMES.get(name, ())}
+        if not called & sides.keys() and {name, own} & saved.keys():
+            yield f"{own} is missing"
 
 
 def _config_class(model_type: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return CONFIG_MAPPING[model_type]
+
+
+def _text_class(model_type: str) -> Any:
+    """The class of the text model's part; of a type with several, of the whole."""
+    kind = _config_class(model_type)
+    try:
+        return type(kind().get_text_config())
+    except ValueError:  # a type with several text models, such as musicgen
+        return kind
 
 
 def _check_type(raw: Raw, place: str) -> None:
@@ -227,7 +252,7 @@ def read_config(source: str, *, offline: bool, trust_remote_code: bool = False) 
         return AutoConfig.from_pretrained(
             source, local_files_only=offline, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         raise
     except Exception as error:  # whatever the class of a configuration raises
         raise RecipeError(

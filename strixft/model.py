@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import shutil
 import tempfile
 import warnings
@@ -94,11 +95,23 @@ def model_source(name: str) -> str:
                 f"there is no embedded model {name!r}", fix=f"model: {next(iter(EMBEDDED))}"
             )
         return str(_embedded_folder(name))
-    path = Path(name).expanduser()
-    return str(path) if path.is_dir() else name
+    path = os.path.expanduser(name)
+    return path if os.path.isdir(path) else name
+
+
+def _no_folder(path: Path) -> RecipeError:
+    beside = [file.parent.name for file in sorted(path.parent.glob("*/config.json"))]
+    near = did_you_mean(path.name, beside) if beside else "a folder that holds config.json"
+    return RecipeError(
+        f"model: {path} is no folder",
+        fix=f"{near}   (a relative path starts at the recipe's file, of --set where it is typed)",
+    )
 
 
 def _cannot_load(name: str, error: Exception) -> RecipeError:
+    path = os.path.expanduser(name)
+    if os.path.isabs(path) and not os.path.isdir(path):
+        return _no_folder(Path(path))
     if "trust_remote_code" in str(error):
         return RecipeError(
             f"model {name!r} runs Python code of its own when it is loaded",
@@ -417,16 +430,17 @@ def _is_linear(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
-def _require_targets(model: nn.Module, targets: str | list[str]) -> None:
-    """Every name means a layer; PEFT is content if one of them does."""
+def _require_targets(model: Any, targets: str | list[str]) -> None:
+    """Every name means a linear layer; PEFT is content if one of them does, and stops at others."""
     asked = [] if isinstance(targets, str) else targets
-    modules = {f".{name}": module for name, module in model.named_modules()}
-    unknown = [name for name in asked if not any(path.endswith(f".{name}") for path in modules)]
+    linear = {f".{name}": module for name, module in model.named_modules() if _is_linear(module)}
+    unknown = [name for name in asked if not any(path.endswith(f".{name}") for path in linear)]
     if unknown:
-        linear = (path for path, module in modules.items() if _is_linear(module))
-        known = dict.fromkeys(path.rpartition(".")[2] for path in linear)
+        head = model.get_output_embeddings()
+        paths = (path for path, module in linear.items() if module is not head)
+        known = dict.fromkeys(path.rpartition(".")[2] for path in paths)
         raise RecipeError(
-            f"lora.target_modules: the model has no layer {', '.join(map(repr, unknown))};"
+            f"lora.target_modules: the model has no linear layer {', '.join(map(repr, unknown))};"
             f" its layers are {', '.join(known)}",
             fix=did_you_mean(unknown[0], known),
         )

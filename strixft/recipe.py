@@ -690,9 +690,15 @@ def _located(source: str | list[Source], folder: Path) -> str | list[Source]:
 
 
 def _model(name: str, folder: Path) -> str:
-    """A model's folder as an absolute path: beside the recipe, or where the command is typed."""
-    places = [place / os.path.expanduser(name) for place in (folder, Path.cwd()) if name]
-    return next((str(place.resolve()) for place in places if os.path.isdir(place)), name)
+    """A model's folder as an absolute path: beside the recipe, or where the command is typed.
+
+    What can only be a path starts at the recipe, there or not; other names may be the hub's.
+    """
+    places = [place / os.path.expanduser(name) for place in (folder, Path.cwd())]
+    found = [place for place in places if os.path.isdir(place)]
+    if not found and name.startswith(("./", "../", "~")):
+        found = places
+    return os.path.realpath(found[0]) if found else name
 
 
 def _prompts(prompts: list[str] | str, folder: Path) -> list[str]:

@@ -84,8 +84,39 @@ def new_figure(width: float = 6.4, height: float = 2.8) -> tuple[Figure, Any]:
     return figure, axes
 
 
-GENERATOR = '<meta name="generator" content="strixft">'
-"""By what a page of ours is known."""
+START = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="generator" content="strixft">'
+)
+"""What a page of ours begins with, and by which it is known."""
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(START)) == START.encode()
+
+
+def _free_name(path: Path) -> Path:
+    """The first of `page-2.html`, `page-3.html`, … that does not exist."""
+    number = 2
+    while (free := path.with_stem(f"{path.stem}-{number}")).exists():
+        number += 1
+    return free
+
+
+def _refuse_other(target: Path) -> None:
+    """Raise where something else than a page of ours is, or no folder to write in."""
+    if target.is_dir():
+        raise HostError(f"{target} is a folder", fix=f"--page {target / 'page.html'}")
+    if target.exists() and not (target.is_file() and _is_ours(target)):
+        fix = f"--page {_free_name(target)}"
+        raise HostError(f"{target} exists and is no page of strixft", fix=fix)
+    if target.parent.exists() and not target.parent.is_dir():
+        fix = f"--page {target.name}   writes it here"
+        raise HostError(f"{target.parent} is no folder", fix=fix)
+    if not target.parent.is_dir():
+        fix = f"mkdir -p {target.parent}   and type it again"
+        raise HostError(f"there is no folder {target.parent}", fix=fix)
 
 
 def write_page(path: Path, html: str) -> Path:
@@ -100,15 +131,12 @@ def write_page(path: Path, html: str) -> Path:
     """
     target = path.expanduser()
     try:
-        if target.exists() and GENERATOR not in target.read_text(
-            encoding="utf-8", errors="replace"
-        ):
-            raise HostError(f"{target} exists and is no page of strixft", fix="another name")
+        _refuse_other(target)
         target.write_text(html, encoding="utf-8")
     except OSError as error:
         raise HostError(
             f"{target} cannot be written: {error.strerror}",
-            fix=f"the name of a file in a folder that exists: mkdir -p {target.parent}",
+            fix=f"ls -ld {target.parent}   shows whose it is; or --page and a file elsewhere",
         ) from error
     return target
 
@@ -123,8 +151,7 @@ def page(title: str, lead: str, body: str, width_rem: int = 60) -> str:
         width_rem: Widest that it gets.
     """
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{GENERATOR}'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"{START}<title>{escape(title)}</title><style>{STYLE}</style></head>"
         f'<body style="max-width: {width_rem}rem"><h1>{escape(title)}</h1>'
         f'<p class="lead">{escape(lead)}</p>{body}</body></html>\n'
     )

@@ -433,8 +433,16 @@ def test_a_cache_that_is_a_file(
 def test_a_page_whose_name_is_a_folder(enter: Type, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     problem, fix = refusal(enter("bench", "published", "--page", "folder"), 1)
-    assert problem == "folder cannot be written: Is a directory"
-    assert fix == "the name of a file in a folder that exists: mkdir -p ."
+    assert problem == "folder is a folder"
+    assert fix == "--page folder/page.html"
+
+
+def test_a_page_over_a_file_of_the_user(enter: Type, tmp_path: Path) -> None:
+    (tmp_path / "mine.html").write_text("mine")
+    problem, fix = refusal(enter("bench", "published", "--page", "mine.html"), 1)
+    assert problem == "mine.html exists and is no page of strixft"
+    assert fix == "--page mine-2.html"
+    assert (tmp_path / "mine.html").read_text() == "mine"
 
 
 def test_a_pipe_that_closes_early_is_no_error() -> None:

@@ -1,13 +1,14 @@
 """A damaged `config.json` is refused with its place and what to do, never with a traceback."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import WriteRecipe
 
-from strixft.config import MOST, warnings_of
+from strixft.config import MOST, check_raw, warnings_of
 from strixft.errors import RecipeError
 from strixft.model import load_config
 from strixft.plan import plan_figures
@@ -24,6 +25,8 @@ GOOD: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 ABSURD = [-1, 0, "many", 1.5, [3], True, 10**12]
+GPT2 = {"model_type": "gpt2", "vocab_size": 100, "n_embd": 64, "n_layer": 2, "n_head": 4}
+MIXTRAL = GOOD | {"model_type": "mixtral", "num_local_experts": 4}
 GEMMA = GOOD | {"model_type": "gemma3_text"}
 
 
@@ -143,6 +146,14 @@ WORDS = [
     ({"rope_parameters": {"rope_theta": 0}}, "rope_theta should be a number above 0, it is 0"),
     ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is of type yarn, and its factor is None"),
     ({"rope_scaling": [1]}, "rope_scaling should hold settings, it is [1]"),
+    (
+        {"rope_scaling": {"type": "yarn", "factor": 0}},
+        "rope_scaling is of type yarn, and its factor",
+    ),
+    ({"rope_parameters": [1]}, "rope_parameters should hold settings, it is [1]"),
+    ({"activation_function": "gelo"}, "activation_function: transformers knows no 'gelo'; did you"),
+    ({"text_config": []}, "text_config should hold settings, it is []"),
+    ({"text_config": 0}, "text_config should hold settings, it is 0"),
     ({"text_config": [1]}, "text_config should hold settings, it is [1]"),
 ]
 
@@ -161,8 +172,46 @@ def test_a_side_that_is_missing_is_not_made_up(name: str, recipe_of: Any) -> Non
 
 
 def test_a_type_that_calls_its_sides_otherwise_is_read(recipe_of: Any) -> None:
-    gpt2 = {"model_type": "gpt2", "vocab_size": 100, "n_embd": 64, "n_layer": 2, "n_head": 4}
-    assert load_config(recipe_of(gpt2)).hidden_size == 64
+    assert load_config(recipe_of(GPT2)).hidden_size == 64
+
+
+OLD = [
+    {"model_type": "bloom", "vocab_size": 9, "n_embed": 64, "n_layer": 2, "n_head": 4},
+    {"model_type": "lfm2", "block_ff_dim": 160}
+    | {key: value for key, value in GOOD.items() if key not in ("model_type", "intermediate_size")},
+]
+
+
+@pytest.mark.parametrize("config", OLD, ids=["bloom", "lfm2"])
+def test_an_old_name_of_a_side_is_read(config: Any) -> None:
+    check_raw(config, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(GPT2, name) for name in ("n_embd", "n_layer", "n_head", "vocab_size")]
+    + [(MIXTRAL, name) for name in ("vocab_size", "num_attention_heads", "intermediate_size")],
+)
+def test_a_missing_side_is_called_as_its_type_calls_it(
+    config: dict[str, Any], name: str, recipe_of: Any
+) -> None:
+    rest = {key: value for key, value in config.items() if key != name}
+    with pytest.raises(RecipeError, match=f"describes no model: {name} is missing") as caught:
+        load_config(recipe_of(rest))
+    assert caught.value.fix.endswith("model/config.json, or download the model again")
+
+
+def test_a_window_that_is_off_may_be_zero() -> None:
+    window = {"use_sliding_window": False, "sliding_window": 0}
+    check_raw(GOOD | {"model_type": "qwen2_moe"} | window, "config.json")
+
+
+def test_what_a_kind_of_rotary_positions_lacks_is_named(recipe_of: Any) -> None:
+    scaling = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    with pytest.raises(RecipeError, match=r"config\.json describes no model: .*low_freq") as caught:
+        load_config(recipe_of(GOOD | scaling))
+    assert caught.value.fix.startswith("correct ")
+    assert caught.value.fix.endswith("model/config.json")
 
 
 def test_what_the_hub_leaves_out_of_a_text_config_is_read(recipe_of: Any) -> None:
@@ -202,13 +251,64 @@ def test_a_model_lies_beside_its_recipe(
     assert load_recipe(path, {"model": "org/name"}).model == "org/name"
 
 
-def test_a_layer_that_the_model_does_not_have_is_named(recipe_of: Any) -> None:
-    recipe = recipe_of(GOOD)
-    lora = recipe.lora.model_copy(update={"target_modules": ["q_proj", "v_porj"]})
+@pytest.mark.parametrize("name", ["./modle", "../modle", "~nobody-here/modle"])
+def test_a_folder_that_is_not_there_is_told_where_it_would_be(name: str, tmp_path: Path) -> None:
+    for folder in (tmp_path / "model", tmp_path / "recipes" / "model"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(GOOD))
+    path = tmp_path / "recipes" / "mine.yaml"
+    path.write_text(f"model: {name}\ndataset: {{source: rows.jsonl}}\n")
+    recipe = load_recipe(path)
+    assert recipe.model == os.path.realpath(path.parent / name)
     with pytest.raises(RecipeError) as caught:
-        plan_figures(recipe.model_copy(update={"lora": lora}), "cpu")
-    assert caught.value.problem == (
-        "lora.target_modules: the model has no layer 'v_porj'; its layers are q_proj, k_proj,"
-        " v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
+        load_config(recipe)
+    assert caught.value.problem == f"model: {recipe.model} is no folder"
+    near = "a folder that holds config.json" if name[0] == "~" else "did you mean 'model'?"
+    assert caught.value.fix == (
+        f"{near}   (a relative path starts at the recipe's file, of --set where it is typed)"
     )
-    assert caught.value.fix == "did you mean 'v_proj'?"
+
+
+def test_a_folder_where_the_command_is_typed_is_found_too(
+    recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_of(GOOD)
+    (tmp_path / "recipes").mkdir()
+    path = tmp_path / "recipes" / "mine.yaml"
+    path.write_text("model: ./model\ndataset: {source: rows.jsonl}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(path).model == str(tmp_path / "model")
+    missing = load_recipe(path, {"model": "./else"}).model
+    assert missing == str(tmp_path / "else")
+
+
+def plan_with(recipe: Recipe, *targets: str) -> dict[str, Any]:
+    lora = recipe.lora.model_copy(update={"target_modules": list(targets)})
+    return plan_figures(recipe.model_copy(update={"lora": lora}), "cpu")
+
+
+LINEAR = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+UNKNOWN = [
+    (["q_proj", "v_porj"], "'v_porj'", "did you mean 'v_proj'?"),
+    (["nope", "xyz"], "'nope', 'xyz'", f"choose one of: {LINEAR}"),
+    (["q_proj", "mlp"], "'mlp'", f"choose one of: {LINEAR}"),
+    (["q_proj", "embed_tokens"], "'embed_tokens'", f"choose one of: {LINEAR}"),
+    (["input_layernorm"], "'input_layernorm'", f"choose one of: {LINEAR}"),
+    ([""], "''", f"choose one of: {LINEAR}"),
+]
+
+
+@pytest.mark.parametrize(("targets", "unknown", "fix"), UNKNOWN)
+def test_a_linear_layer_that_the_model_does_not_have_is_named(
+    targets: list[str], unknown: str, fix: str, recipe_of: Any
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan_with(recipe_of(GOOD), *targets)
+    assert caught.value.problem == (
+        f"lora.target_modules: the model has no linear layer {unknown}; its layers are {LINEAR}"
+    )
+    assert caught.value.fix == fix
+
+
+def test_a_layer_may_be_named_by_the_end_of_its_path(recipe_of: Any) -> None:
+    assert plan_with(recipe_of(GOOD), "self_attn.q_proj", "layers.0.mlp.up_proj")["fits"]

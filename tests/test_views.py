@@ -1,5 +1,6 @@
 """No text from data, models or recipes becomes markup."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -45,18 +46,50 @@ def test_a_picture_is_inside_the_page() -> None:
     assert 'src="data:image/png;base64,iVBORw0KGgo' in views.picture(figure, "empty axes")
 
 
-def test_a_page_is_written_over_a_page_of_ours_alone(tmp_path: Path) -> None:
+def test_a_page_is_written_over_an_older_one(tmp_path: Path) -> None:
     page = views.page("A title", "", "body")
     assert views.write_page(tmp_path / "a.html", page).read_text() == page
-    assert views.write_page(tmp_path / "a.html", views.page("B", "", "")).is_file()
-    (tmp_path / "recipe.yaml").write_text("model: m\n")
-    with pytest.raises(HostError, match=r"recipe\.yaml exists and is no page of strixft"):
-        views.write_page(tmp_path / "recipe.yaml", page)
-    assert (tmp_path / "recipe.yaml").read_text() == "model: m\n"
+    newer = views.page("B", "", "")
+    assert views.write_page(tmp_path / "a.html", newer).read_text() == newer
 
 
-@pytest.mark.parametrize("place", ["", "missing/a.html"])
-def test_a_page_that_cannot_be_written_says_where(tmp_path: Path, place: str) -> None:
-    with pytest.raises(HostError, match="cannot be written") as caught:
-        views.write_page(tmp_path / place, "page")
-    assert "mkdir -p" in caught.value.fix
+@pytest.mark.parametrize("text", ["", "model: m\n", f"My notes quote {views.START}\n"])
+def test_a_file_that_is_no_page_of_ours_stays(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes.html"
+    path.write_text(text)
+    (tmp_path / "notes-2.html").touch()
+    with pytest.raises(HostError) as caught:
+        views.write_page(path, views.page("A title", "", ""))
+    assert caught.value.problem == f"{path} exists and is no page of strixft"
+    assert caught.value.fix == f"--page {tmp_path / 'notes-3.html'}"
+    assert path.read_text() == text
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(HostError, match="is no page of strixft") as caught:
+        views.write_page(tmp_path / "pipe", "page")
+    assert caught.value.fix == f"--page {tmp_path / 'pipe-2'}"
+
+
+def test_a_page_that_cannot_be_written_says_where(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder, no_folder, file = (tmp_path / name for name in ("", "missing/a.html", "file/a.html"))
+    for place, problem, fix in (
+        (folder, f"{tmp_path} is a folder", f"--page {tmp_path / 'page.html'}"),
+        (
+            no_folder,
+            f"there is no folder {tmp_path / 'missing'}",
+            f"mkdir -p {tmp_path / 'missing'}   and type it again",
+        ),
+        (file, f"{tmp_path / 'file'} is no folder", "--page a.html   writes it here"),
+    ):
+        with pytest.raises(HostError) as caught:
+            views.write_page(place, "page")
+        assert (caught.value.problem, caught.value.fix) == (problem, fix)
+
+
+def test_a_page_whose_name_is_too_long_is_told(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="cannot be written: File name too long") as caught:
+        views.write_page(tmp_path / ("a" * 300), "page")
+    assert caught.value.fix.startswith(f"ls -ld {tmp_path}   shows whose it is")
