@@ -214,11 +214,12 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say whether the run fits, before anything is loaded; writes nothing."""
-    from strixft.opening import read_recipe, run_folder
+    from strixft.opening import run_folder
     from strixft.plan import plan_figures, require_fit
     from strixft.plan.show import tables
     from strixft.prepare import Prepared
     from strixft.recipe import find_recipe, load_recipe
+    from strixft.runs import read_recipe
 
     loaded = load_recipe(recipe, _overrides(settings))
     folder = run_dir.absolute() if run_dir else run_folder(find_recipe(recipe), None)

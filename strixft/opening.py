@@ -12,13 +12,11 @@ from strixft.errors import DataError, RecipeError, StageError, StrixftError
 from strixft.locks import hold
 from strixft.recipe import (
     Recipe,
-    check_recipe,
     dump_recipe,
     find_recipe,
     flatten,
     load_recipe,
     parse_overrides,
-    read_settings,
     workspace,
 )
 from strixft.runs import (
@@ -29,6 +27,7 @@ from strixft.runs import (
     Result,
     Run,
     free_aside,
+    read_recipe,
     write_text,
 )
 from strixft.sources import fingerprint
@@ -99,11 +98,11 @@ def _refuse_other(folder: Path, old: Recipe, new: Recipe) -> None:
     before, after = flatten(old.to_dict()), flatten(new.to_dict())
     keys = changed_settings(old, new)
     listed = "".join(f"\n  {k}: {before.get(k)!r} there, {after.get(k)!r} here" for k in keys)
-    again = first_reader(keys)
+    stage = first_reader(keys)
+    again = f"; or, with strixft run, --from {stage}   does {stage} and what follows again"
     raise RecipeError(
         f"{folder} is taken by a run of another recipe; these keys differ:{listed}",
-        fix=f"--run-dir {free_name(folder)}   for a run of its own; or, with strixft run,"
-        f" --from {again}   does {again} and what follows again",
+        fix=f"--run-dir {free_name(folder)}   for a run of its own{again if stage else ''}",
     )
 
 
@@ -135,12 +134,6 @@ def _refuse_other_data(folder: Path, recipe: Recipe) -> None:
             fix=f"--run-dir {free_name(folder)},"
             f" or: {Run(folder, recipe).resume_command} --from prepare",
         )
-
-
-def read_recipe(folder: Path) -> Recipe:
-    """The recipe of a run folder."""
-    path = folder / "recipe.yaml"
-    return check_recipe(read_settings(path), name=str(path))
 
 
 def open_run(

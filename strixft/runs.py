@@ -129,6 +129,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a run folder."""
+    path = folder / "recipe.yaml"
+    return check_recipe(read_settings(path), name=str(path))
+
+
 def resume_command(folder: Path) -> str:
     """What to type so that the run of a folder goes on."""
     return f"strixft run {folder / 'recipe.yaml'} --run-dir {folder}"
@@ -255,7 +261,7 @@ class Run:
 
     def _require_own_recipe(self) -> None:
         path = self.folder / "recipe.yaml"
-        if path.is_file() and check_recipe(read_settings(path), name=str(path)) != self.recipe:
+        if path.is_file() and read_recipe(self.folder) != self.recipe:
             raise StageError(
                 f"{path} has changed since this run was opened", fix="type the same command again"
             )

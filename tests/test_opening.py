@@ -173,3 +173,10 @@ def test_a_result_without_what_it_is_about_is_damaged(tiny_run: Run, key: str) -
 
 def test_the_adapter_is_among_what_later_stages_read() -> None:
     assert Trained.artefacts == ("adapter/*",)
+
+
+def test_a_change_that_nothing_depends_on_is_taken(recipe: Path, tmp_path: Path) -> None:
+    run = open_run(recipe, tmp_path / "run")
+    prepare_recipe(run)
+    assert open_run(recipe, run.folder, {"offline": True}).recipe.offline
+    assert run.is_done("prepare")
