@@ -21,7 +21,7 @@ from torch import nn
 
 from strixft import attention, int8
 from strixft.config import first_lines, read_config
-from strixft.disk import cache_folder as cache_folder  # others find it here
+from strixft.disk import cache_folder
 from strixft.download import fetch
 from strixft.errors import HostError, RecipeError
 from strixft.loading import Target, load_weights

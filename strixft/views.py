@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -132,7 +133,9 @@ def write_page(path: Path, html: str) -> Path:
     target = path.expanduser()
     try:
         _refuse_other(target)
-        target.write_text(html, encoding="utf-8")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary.write_text(html, encoding="utf-8")
+        temporary.replace(target)  # a page that is there stays whole until the new one is
     except OSError as error:
         raise HostError(
             f"{target} cannot be written: {error.strerror}",

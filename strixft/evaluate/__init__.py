@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import psutil
 import torch
 
+from strixft.disk import cache_folder
 from strixft.errors import DataError
 from strixft.evaluate import show
 from strixft.evaluate.general import general_rows
@@ -23,7 +24,7 @@ from strixft.evaluate.metrics import chosen, require_libraries, scores
 from strixft.evaluate.paired import paired_change
 from strixft.evaluate.sides import SIDES, load_side, load_sides
 from strixft.guard import StageWatch, cap, device_type
-from strixft.model import cache_folder, load_tokenizer
+from strixft.model import load_tokenizer
 from strixft.plan import Plan
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe

@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from strixft.disk import cache_folder
 from strixft.errors import HostError, StageError
-from strixft.model import cache_folder
 from strixft.runs import temporary_name
 
 LLAMA_CPP = "STRIXFT_LLAMA_CPP"

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from strixft.disk import cache_folder
 from strixft.hardware import Host
-from strixft.model import cache_folder
 from strixft.plan import stored
 from strixft.plan.dry_run import DryRun
 from strixft.rates import device_name

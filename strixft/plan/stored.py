@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from strixft.disk import cache_folder
 from strixft.hardware import Host
-from strixft.model import cache_folder
 from strixft.plan.cost import Cost
 from strixft.plan.trace import Place, Storage, Trace
 from strixft.plan.ways import ways_for

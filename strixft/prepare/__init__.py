@@ -18,8 +18,9 @@ from strixft.data.hub import HubSet
 from strixft.data.pack import origins
 from strixft.data.preview import example, spread
 from strixft.data.words import Words, WordsDifferError
+from strixft.disk import cache_folder
 from strixft.errors import DataError
-from strixft.model import cache_folder, load_tokenizer
+from strixft.model import load_tokenizer
 from strixft.prepare import show
 from strixft.prepare.augment import FILE, augment_rows
 from strixft.prepare.augmented import AugmentedRows

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from strixft.child import Figures, run_steps
-from strixft.model import cache_folder
+from strixft.disk import cache_folder
 from strixft.probe.device import identity
 from strixft.runs import write_json
 
