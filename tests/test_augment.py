@@ -318,7 +318,10 @@ def test_the_flag_is_a_setting_of_the_recipe(
     without = type_in(app, words)
     assert isinstance(without.exception, RecipeError)
     assert "dataset.augment.enabled: True there, False here" in without.exception.problem
-    assert without.exception.fix == f"--run-dir {tmp_path / 'run-2'}"
+    assert without.exception.fix == (
+        f"--run-dir {tmp_path / 'run-2'}   for a run of its own; or, with strixft run,"
+        " --from prepare   does prepare and what follows again"
+    )
     none = type_in(app, ["prepare", str(write_recipe("none", rows=ROWS)), "--augment"])
     assert "dataset.augment.server: is missing" in str(none.exception)
     assert "rows written by" in render_report(open_run(recipe, tmp_path / "run", SWITCHED_ON))
