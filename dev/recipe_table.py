@@ -19,7 +19,7 @@ Copy one, set `dataset.source`, and run it.
 
 The figures are **predicted** for `{host}`, a budget of {budget}: rows of `max_length` without
 a gap, and every operator at the rate that the host's row in `strixft/hardware.py` names. Of plans
-that are as fast but for 1 % the table has the smallest ([plan.md](plan.md)). Beside a
+that are as fast but for 0.5 % the table has the smallest ([plan.md](plan.md)). Beside a
 GPU the plan of now is within 0.4 % of allocated and 1.8 % of reserved memory
 ([plan-accuracy.md](plan-accuracy.md)). Time has not
 been measured on this host; work that is not large matrix products will be slower than this.

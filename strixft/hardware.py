@@ -60,6 +60,18 @@ UNPACK = Sourced(
     source="bitsandbytes on an H200, 1.5 ps a weight: what a micro-batch takes whatever its rows,"
     " docs/plan-accuracy.md; not measured on other hosts",
 )
+COMPILED_UNPACK = Sourced(
+    value=0.7,
+    mark="measured",
+    source="14,336 × 4,096 on an H200, 28,672 × 8,192 has 0.77, docs/performance.md;"
+    " not measured on other hosts",
+)
+GAP = Sourced(
+    value=1.25e-6,
+    mark="derived",
+    source="compiled steps of 2 to 16 rows on an H200, QLoRA and LoRA alike, docs/plan-accuracy.md;"
+    " not measured on other hosts",
+)
 NO_LAUNCH = Sourced(value=0, mark="derived", source="a CPU computes where it launches")
 
 
@@ -93,6 +105,10 @@ class Host:
     """What an operator takes the processor to launch, Python included."""
     unpack_share: Sourced = UNPACK
     """Share of the bandwidth at which 4-bit matrices are written out to be multiplied."""
+    compiled_unpack_share: Sourced = COMPILED_UNPACK
+    """The same where a compiled layer's own kernel does it."""
+    gap_s: Sourced = GAP
+    """What passes on the device between the end of one kernel and the work of the next."""
     bus_bytes_per_s: Sourced | None = None
     """What the memory bus can move at most, by its width and clock."""
     peak_flop_per_s: Sourced | None = None
@@ -408,4 +424,5 @@ def this_host(root: Path = Path("/"), *, device: str = "cpu") -> Host:
         memory_bytes=available_host_memory(root),
         bfloat16=False,
         launch_s=NO_LAUNCH,
+        gap_s=NO_LAUNCH,
     )

@@ -24,8 +24,9 @@ from strixft.plan.dry_run import DryRun, Step
 from strixft.plan.traces import Traces
 from strixft.recipe import Recipe
 
-AS_FAST = 0.01
-"""Share of the time of an update that is not worth memory: no prediction is that good."""
+AS_FAST = 0.005
+"""Share of the time of an update that is not worth memory: plans of one model are told apart no
+better (docs/plan-accuracy.md)."""
 
 
 @dataclass(frozen=True, slots=True)

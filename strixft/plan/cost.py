@@ -1,8 +1,9 @@
 """What an operator costs: FLOP, bytes moved, and the time they take at a host's rates.
 
 Each operator takes the longer of its FLOP at the matrix rate and its bytes at the bandwidth
-(roofline, doi:10.1145/1498765.1498785). The processor launches one operator after the other while
-the device works, so a layer takes the longer of the two.
+(roofline, doi:10.1145/1498765.1498785), and a moment in which the device goes on to the next. The
+processor launches one operator after the other while the device works, so a layer takes the longer
+of the two.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class Rates:
     flop_per_s: dict[str, float]
     """By dtype."""
     launch_s: float
-    unpack_share: float
-    """Of the bandwidth, where a 4-bit matrix is written out."""
+    gap_s: float
+    shares: dict[str, float]
+    """Of the bandwidth, where a 4-bit matrix is written out; by the `Cost`'s dtype."""
 
     @classmethod
     def of(cls, host: Host) -> Rates | None:
@@ -43,15 +45,19 @@ class Rates:
         if host.bandwidth_bytes_per_s is None or not host.matmul_flop_per_s:
             return None
         rates = {dtype: rate.value for dtype, rate in host.matmul_flop_per_s.items()}
-        bandwidth, launch = host.bandwidth_bytes_per_s.value, host.launch_s.value
-        return cls(bandwidth, rates, launch, host.unpack_share.value)
+        shares = {
+            UNPACKED: host.unpack_share.value,
+            UNPACKED_BY_KERNEL: host.compiled_unpack_share.value,
+        }
+        bandwidth = host.bandwidth_bytes_per_s.value
+        return cls(bandwidth, rates, host.launch_s.value, host.gap_s.value, shares)
 
     def of_dtype(self, dtype: str) -> float:
         """Matrix rate of a dtype; the fastest known where it was not measured."""
         return self.flop_per_s.get(dtype) or max(self.flop_per_s.values())
 
 
-UNTYPED, UNPACKED = "none", "4-bit"
+UNTYPED, UNPACKED, UNPACKED_BY_KERNEL = "none", "4-bit", "4-bit, compiled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +135,16 @@ def _bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def kernel_cost(read: Sequence[Tensor], written: Sequence[Tensor]) -> Cost:
-    """Cost of a generated kernel."""
-    return Cost(0, tuple(map(_bytes_of, (*read, *written))), UNTYPED)
+def kernel_cost(read: Sequence[Tensor], written: Sequence[Tensor], *, unpacks: bool) -> Cost:
+    """Cost of a generated kernel.
+
+    Args:
+        read: What it reads.
+        written: What it writes.
+        unpacks: Whether that is a 4-bit matrix, written out.
+    """
+    moved = tuple(map(_bytes_of, (*read, *written)))
+    return Cost(0, moved, UNPACKED_BY_KERNEL if unpacks else UNTYPED)
 
 
 def unpack_cost(packed: Tensor, weight: Tensor) -> Cost:
@@ -185,7 +198,8 @@ class Work:
         if rates is None:
             return None
         flop_per_s = np.array([rates.of_dtype(dtype) for dtype in self.dtypes])
-        share = np.array([rates.unpack_share if d == UNPACKED else 1.0 for d in self.dtypes])
+        share = np.array([rates.shares.get(dtype, 1.0) for dtype in self.dtypes])
         moving_s = self.moved / (rates.bytes_per_s * share)
-        each: Floats = np.maximum(self.flop / flop_per_s, moving_s)
-        return Seconds(each * repeats, np.where(self.moved > 0, rates.launch_s, 0.0) * repeats)
+        is_launched: Floats = np.where(self.moved > 0, repeats, 0.0)
+        each: Floats = np.maximum(self.flop / flop_per_s, moving_s) * repeats
+        return Seconds(each + is_launched * rates.gap_s, is_launched * rates.launch_s)

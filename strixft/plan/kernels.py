@@ -16,19 +16,24 @@ from torch import fx
 
 from strixft.step.tracker import uncounted
 
-torch.library.define("strixft::kernel", "(Tensor[] read, Tensor[] written) -> ()")
+torch.library.define("strixft::kernel", "(Tensor[] read, Tensor[] written, bool unpacks) -> ()")
 KERNEL = torch.ops.strixft.kernel.default
-"""Tells a dispatch mode that a kernel has run, and what it has read and written."""
+"""Tells a dispatch mode that a kernel has run, what it has read and written, and whether those are
+4-bit weights, written out."""
 
 
 @torch.library.impl("strixft::kernel", "CompositeExplicitAutograd")
-def _kernel(read: list[torch.Tensor], written: list[torch.Tensor]) -> None:
+def _kernel(read: list[torch.Tensor], written: list[torch.Tensor], unpacks: bool) -> None:
     pass
 
 
 UNPACK = "bitsandbytes::dequantize_4bit"
 MOST_READS = 4
 """A result made of more tensors than this is written if it is used twice, whoever uses it."""
+
+
+def _unpacks(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.name() == UNPACK
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -41,7 +46,7 @@ def _is_generated(node: fx.Node) -> bool:
     """Whether the compiler writes the kernel: elementwise, a sum along a row, 4-bit weights."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if node.target.name() == UNPACK:
+    if _unpacks(node):
         return True
     tags = node.target.tags
     fusible = torch.Tag.pointwise in tags or torch.Tag.reduction in tags
@@ -167,6 +172,7 @@ class _Kernel:
         read = {value for node in unit for value in units.values[node]} - {*unit}
         self._read = [node for node in sorted(read) if _is_tensor(node)]
         self._written = [node for node in unit if not units.stays_inside(node)]
+        self._unpacks = any(map(_unpacks, self._written))
         values = (node.meta["val"] for node in self._written)
         self._made = [(v.shape, v.stride(), v.dtype) for v in values]
 
@@ -174,7 +180,7 @@ class _Kernel:
         with uncounted():
             made = [torch.empty_strided(*m[:2], dtype=m[2], device="meta") for m in self._made]
         env.update(zip(self._written, made, strict=True))
-        KERNEL([env[node] for node in self._read], made)
+        KERNEL([env[node] for node in self._read], made, self._unpacks)
 
 
 class _Operator:

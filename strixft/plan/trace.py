@@ -162,10 +162,10 @@ class _Recorder(MemoryTracker):
             self.trace.work.append((self.place, cost))
         return result
 
-    def _note_kernel(self, read: list[Tensor], written: list[Tensor]) -> None:
+    def _note_kernel(self, read: list[Tensor], written: list[Tensor], unpacks: bool) -> None:
         for tensor in written:
             self.watch(tensor, current_part())
-        self.trace.work.append((self.place, kernel_cost(read, written)))
+        self.trace.work.append((self.place, kernel_cost(read, written, unpacks=unpacks)))
 
     def _run_4bit_product(self, func: Any, args: Any, kwargs: Any) -> Any:
         """It writes the whole weight out inside, where no tracker sees it.
