@@ -241,7 +241,7 @@ class Train(_Section):
     tokens_per_update: int | Literal["auto"] = "auto"
     """Trained tokens in one update; `auto` aims at 200 updates in all."""
     micro_batch: int | Literal["auto"] = "auto"
-    """Rows in one forward pass; `auto`: of plans as fast but for 0.5 %, the one that needs least."""
+    """Rows in one forward pass; `auto`: of plans as fast but for 0.5 %, the one of least memory."""
     recompute: int | Literal["auto", "none", "elementwise", "all"] = "auto"
     """Layers whose activations are computed again in backward; `elementwise` norms and activations
     of all, and no product; `auto` by the plan, and elementwise where layers are compiled."""
