@@ -120,6 +120,16 @@ def _refuse_other(target: Path) -> None:
         raise HostError(f"there is no folder {target.parent}", fix=fix)
 
 
+def _write_by_rename(target: Path, html: str) -> None:
+    """A page that is there stays whole until the new one is, and no half of one is left."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(html, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_page(path: Path, html: str) -> Path:
     """Write a page where a user wants it: over an older one of ours, and over nothing else.
 
@@ -133,9 +143,7 @@ def write_page(path: Path, html: str) -> Path:
     target = path.expanduser()
     try:
         _refuse_other(target)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(target)  # a page that is there stays whole until the new one is
+        _write_by_rename(target, html)
     except OSError as error:
         raise HostError(
             f"{target} cannot be written: {error.strerror}",

@@ -1,6 +1,7 @@
 """No text from data, models or recipes becomes markup."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,20 @@ def test_a_page_that_cannot_be_written_says_where(tmp_path: Path) -> None:
         with pytest.raises(HostError) as caught:
             views.write_page(place, "page")
         assert (caught.value.problem, caught.value.fix) == (problem, fix)
+
+
+def test_a_page_that_breaks_off_leaves_the_older_one_and_no_half(tmp_path: Path) -> None:
+    older = views.page("A title", "", "body")
+    path = views.write_page(tmp_path / "a.html", older)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(older), before[1]))
+    try:
+        with pytest.raises(HostError, match="cannot be written: File too large"):
+            views.write_page(path, views.page("B", "", "body" * 10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == older
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_page_whose_name_is_too_long_is_told(tmp_path: Path) -> None:
