@@ -234,7 +234,8 @@ def _settings(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
 
 
 def _ways(choice: dict[str, Any]) -> Ways:
-    return Ways(**{field.name: choice[field.name] for field in fields(Ways)})
+    names = {field.name for field in fields(Ways)} & {*choice}  # an older plan has fewer
+    return Ways(**{name: choice[name] for name in names})
 
 
 def _order(lengths: Sequence[int], recipe: Recipe, plan: Plan) -> list[int]:

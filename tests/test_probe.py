@@ -30,7 +30,7 @@ from strixft.probe.attention import Subject, Way, measure_rung, reference
 from strixft.probe.ladder import probe_attention, probed_ladder
 from strixft.probe.measure import Task, measure
 from strixft.probe.numbers import allowed_error, judged, largest_error
-from strixft.probe.right import fastest_blas, require_attention, require_right
+from strixft.probe.right import fastest_blas, joins_sums, require_attention, require_right
 from strixft.probe.traps import TRAPS
 from strixft.recipe import load_recipe
 from strixft.train import train_recipe
@@ -418,4 +418,27 @@ def test_the_layout_of_weight_gradients_is_right_here(monkeypatch: pytest.Monkey
     figures = products.measure_products("cpu", "float32")
     assert "problem" not in figures
     assert set(figures["ms"]) <= set(products.LIBRARIES)
+    assert figures["fastest"] in figures["ms"]
+
+
+def test_sums_are_joined_unless_that_is_wrong_or_slower_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures: dict[str, Any] = {"ms": {"added": 1.1, "joined": 1.0}, "fastest": "joined"}
+    monkeypatch.setattr("strixft.probe.right.measure", lambda tasks: {tasks[0].name: figures})
+    assert joins_sums(METHODS["qlora"], GPU)
+    figures["problem"] = "wrong by 0.5"
+    assert not joins_sums(METHODS["qlora"], GPU)
+    assert joins_sums(METHODS["full"], GPU)  # which has none
+    assert joins_sums(METHODS["qlora"], find_host("strix-halo-128"))  # which is not here
+    del figures["problem"]
+    figures["fastest"] = "added"
+    assert not joins_sums(METHODS["qlora"], GPU)
+
+
+def test_both_ways_of_a_sum_are_right_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "SIZE", 128)
+    figures = products.measure_sums("cpu", "float32")
+    assert "problem" not in figures
+    assert set(figures["ms"]) == {"added", "joined"}
     assert figures["fastest"] in figures["ms"]

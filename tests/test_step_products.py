@@ -11,7 +11,7 @@ from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch import Tensor, fx, nn
 
 from strixft.plan.compiled import make_backend
-from strixft.step.layers import BACKEND
+from strixft.step.layers import inductor
 from strixft.step.products import rewrite
 
 needs_compiler = pytest.mark.skipif(
@@ -147,7 +147,7 @@ def test_generated_code_computes_the_same() -> None:
     torch.manual_seed(0)
     torch.compiler.reset()
     module, x = Three().double(), an_input()
-    compiled = torch.compile(module, backend=BACKEND)
+    compiled = torch.compile(module, backend=inductor(joined=True))
     wanted, found = outcome(module, module, x), outcome(compiled, module, x)
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -168,7 +168,7 @@ def test_generated_code_writes_4_bit_weights_out_as_bitsandbytes_does(dtype: tor
         weight: Tensor = unpack.UNPACK(packed, scales, 64, "nf4", [96, 192], dtype)
         return weight.clone()
 
-    found = torch.compile(write_out, backend=BACKEND)(packed, state.absmax)
+    found = torch.compile(write_out, backend=inductor(joined=True))(packed, state.absmax)
     assert torch.equal(found, functional.dequantize_4bit(packed, state))
 
 
@@ -186,7 +186,7 @@ def test_weights_are_written_out_whatever_type_their_bytes_have(stored: torch.dt
         weight: Tensor = unpack.UNPACK(packed, scales, 64, "nf4", [96, 192], torch.float32)
         return weight.clone()
 
-    found = torch.compile(write_out, backend=BACKEND)(packed, state.absmax)
+    found = torch.compile(write_out, backend=inductor(joined=True))(packed, state.absmax)
     assert torch.equal(found, functional.dequantize_4bit(packed, state))
 
 
@@ -210,7 +210,7 @@ def test_what_is_added_twice_counts_twice() -> None:
     torch.manual_seed(0)
     torch.compiler.reset()
     module, x = Twice(), torch.randn(TOKENS, SIDE, requires_grad=True)
-    compiled = torch.compile(module, backend=BACKEND, dynamic=False)
+    compiled = torch.compile(module, backend=inductor(joined=True), dynamic=False)
     results = module(x), compiled(x)
     gradients = [torch.autograd.grad(result.sin().sum(), x)[0] for result in results]
     torch.testing.assert_close(*results)

@@ -44,9 +44,9 @@ def num_compiled() -> int:
     return _compiled.num_graphs
 
 
-def _compile(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+def _compile(module: fx.GraphModule, _: Any, *, joined: bool) -> Callable[..., Any]:
     with uncounted():
-        rewrite(module.graph)
+        rewrite(module.graph, joined=joined)
     kernels = Kernels(module)
     _compiled.num_graphs += 1
 
@@ -71,7 +71,11 @@ def make_backend(compile_graph: Callable[..., Any]) -> Any:
     )
 
 
-_backend = make_backend(_compile)
+_backends = {joined: make_backend(partial(_compile, joined=joined)) for joined in (False, True)}
+
+
+def _planned(*, joined: bool) -> Any:
+    return _backends[joined]
 
 
 def _forget(like: Hashable = None) -> None:
@@ -88,7 +92,7 @@ def planned_kernels(like: Hashable) -> Iterator[None]:
         like: What tells the step from others: its shapes, and what decides how it is compiled.
     """
     _forget(like)
-    before, layers.BACKEND = layers.BACKEND, _backend
+    before, layers.BACKEND = layers.BACKEND, _planned
     try:
         yield
     finally:

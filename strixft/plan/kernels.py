@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from strixft.step.beside import BESIDE
+from strixft.step.graphs import calls, is_generated, is_unpacking, is_view
 from strixft.step.tracker import uncounted
 
 torch.library.define("strixft::kernel", "(Tensor[] read, Tensor[] written, bool unpacks) -> ()")
@@ -27,30 +29,8 @@ def _kernel(read: list[torch.Tensor], written: list[torch.Tensor], unpacks: bool
     pass
 
 
-UNPACK = "bitsandbytes::dequantize_4bit"
 MOST_READS = 4
 """A result made of more tensors than this is written if it is used twice, whoever uses it."""
-
-
-def _unpacks(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.name() == UNPACK
-
-
-def _is_view(node: fx.Node) -> bool:
-    target: Any = node.target
-    is_view = getattr(target, "is_view", False) or "view" in str(target)
-    return node.op == "call_function" and is_view
-
-
-def _is_generated(node: fx.Node) -> bool:
-    """Whether the compiler writes the kernel: elementwise, a sum along a row, 4-bit weights."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if _unpacks(node):
-        return True
-    tags = node.target.tags
-    fusible = torch.Tag.pointwise in tags or torch.Tag.reduction in tags
-    return fusible and not _is_view(node)
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -66,7 +46,50 @@ def _elements(node: fx.Node) -> int:
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
     """Who reads a result, views looked through."""
     for user in node.users:
-        yield from _readers(user) if _is_view(user) else (user,)
+        yield from _readers(user) if is_view(user) else (user,)
+
+
+Env = dict[fx.Node, Any]
+
+
+class _New:
+    """Makes a node's result."""
+
+    def __init__(self, node: fx.Node) -> None:
+        value = node.meta["val"]
+        self._layout, self._dtype = (value.shape, value.stride()), value.dtype
+
+    def __call__(self, _: Env) -> torch.Tensor:
+        with uncounted():
+            return torch.empty_strided(*self._layout, dtype=self._dtype, device="meta")
+
+
+class _Place:
+    """Where a part of joined matrices lies in them."""
+
+    def __init__(self, whole: fx.Node, number: int) -> None:
+        parts, self._dim, _ = cast("tuple[list[fx.Node], int, int]", whole.args)
+        sides = [part.meta["val"].shape[self._dim] for part in parts]
+        self._start, self._side = sum(sides[:number]), sides[number]
+        self.whole, self._make = whole, _New(whole)
+
+    def __call__(self, env: Env) -> torch.Tensor:
+        """The place; whoever comes first makes the whole."""
+        if self.whole not in env:
+            env[self.whole] = self._make(env)
+        with uncounted():
+            place: torch.Tensor = env[self.whole].narrow(self._dim, self._start, self._side)
+        return place
+
+
+def _places(graph: fx.Graph) -> dict[fx.Node, _Place]:
+    """Of what a kernel writes right beside others."""
+    found: dict[fx.Node, _Place] = {}
+    for whole in calls(graph, BESIDE):
+        for number, part in enumerate(cast("list[fx.Node]", whole.args[0])):
+            if is_generated(part):
+                found.setdefault(part, _Place(whole, number))
+    return found
 
 
 class Units:
@@ -77,11 +100,13 @@ class Units:
         """What each node reads from memory: views and what is computed again looked through."""
         self.inlined: set[fx.Node] = set()
         self._unit: dict[fx.Node, list[fx.Node]] = {}
+        self.places = _places(graph)
+        """Where those results lie that are written beside others."""
         for node in graph.nodes:
             self.values[node] = {v for n in node.all_input_nodes for v in self._read_by(n)}
-            if _is_generated(node) and not self._is_written(node):
+            if is_generated(node) and not self._is_written(node):
                 self.inlined.add(node)
-            elif not _is_view(node):
+            elif not is_view(node):
                 self._add(node)
         self._read_from: dict[fx.Node, list[fx.Node]] = {}
         for reader in self._unit:
@@ -93,22 +118,22 @@ class Units:
 
     def passes(self, node: fx.Node) -> bool:
         """Whether it is nothing in memory of its own."""
-        return node in self.inlined or _is_view(node)
+        return node in self.inlined or is_view(node)
 
     def _is_written(self, node: fx.Node) -> bool:
         readers = list(_readers(node))
         is_large = len(readers) > 1 and len(self.values[node]) > MOST_READS
-        return is_large or _is_sum(node) or not all(map(_is_generated, readers))
+        return is_large or _is_sum(node) or not all(map(is_generated, readers))
 
     def _add(self, node: fx.Node) -> None:
         """To the kernel that reads most of what it reads, or alone."""
-        joins = self._best(node) if _is_generated(node) else None
+        joins = self._best(node) if is_generated(node) else None
         unit = joins if joins is not None else []
         unit.append(node)
         self._unit[node] = unit
 
     def _best(self, node: fx.Node) -> list[fx.Node] | None:
-        scores = ((self._shared(unit, node), unit) for unit in self.all() if _is_generated(unit[0]))
+        scores = ((self._shared(unit, node), unit) for unit in self.all() if is_generated(unit[0]))
         found = sorted((pair for pair in scores if pair[0]), key=lambda pair: -pair[0])
         return next((unit for _, unit in found if not self._is_between(unit, node)), None)
 
@@ -156,13 +181,10 @@ class Units:
 
     def stays_inside(self, node: fx.Node) -> bool:
         """Whether it is never written: computed again, or read by its own kernel alone."""
-        if not _is_generated(node):
+        if not is_generated(node):
             return False
         unit = self._unit.get(node)
         return all(self._unit[reader] is unit for reader in self._read_from.get(node, ()))
-
-
-Env = dict[fx.Node, Any]
 
 
 class _Kernel:
@@ -172,15 +194,29 @@ class _Kernel:
         read = {value for node in unit for value in units.values[node]} - {*unit}
         self._read = [node for node in sorted(read) if _is_tensor(node)]
         self._written = [node for node in unit if not units.stays_inside(node)]
-        self._unpacks = any(map(_unpacks, self._written))
-        values = (node.meta["val"] for node in self._written)
-        self._made = [(v.shape, v.stride(), v.dtype) for v in values]
+        self._unpacks = any(map(is_unpacking, self._written))
+        self._make = [units.places.get(node) or _New(node) for node in self._written]
 
     def __call__(self, env: Env) -> None:
-        with uncounted():
-            made = [torch.empty_strided(*m[:2], dtype=m[2], device="meta") for m in self._made]
+        made = [make(env) for make in self._make]
         env.update(zip(self._written, made, strict=True))
         KERNEL([env[node] for node in self._read], made, self._unpacks)
+
+
+class _Copies:
+    """Brings those parts beside others that lie elsewhere already."""
+
+    def __init__(self, whole: fx.Node, units: Units) -> None:
+        parts = cast("list[fx.Node]", whole.args[0])
+        self._copied = [
+            (part, _Place(whole, number))
+            for number, part in enumerate(parts)
+            if part not in units.places or units.places[part].whole is not whole
+        ]
+
+    def __call__(self, env: Env) -> None:
+        for part, place in self._copied:
+            KERNEL([env[part]], [place(env)], False)
 
 
 class _Operator:
@@ -232,14 +268,19 @@ def _parts(
     unit: list[fx.Node], units: Units
 ) -> Iterator[tuple[Callable[[Env], None] | None, list[fx.Node]]]:
     """A unit with the views that it reads; None for what is there, and for what is asked for."""
-    if _is_generated(unit[0]):
+    if is_generated(unit[0]):
         read = {value for node in unit for value in units.values[node]} - {*unit}
         yield _Kernel(unit, units), [*read]
         return
     views = _views(unit[0], units)
     yield from ((_Operator(view), view.all_input_nodes) for view in views)
-    is_operator = unit[0].op == "call_function"
-    yield _Operator(unit[0]) if is_operator else None, [*views, *unit[0].all_input_nodes]
+    yield _runner(unit[0], units), [*views, *unit[0].all_input_nodes]
+
+
+def _runner(node: fx.Node, units: Units) -> Callable[[Env], None] | None:
+    if node.target is BESIDE:
+        return _Copies(node, units)
+    return _Operator(node) if node.op == "call_function" else None
 
 
 def _views(node: fx.Node, units: Units) -> list[fx.Node]:

@@ -120,6 +120,7 @@ def _choice(chosen: Choice, ways: Ways) -> dict[str, Any]:
         "attention": ways.attention,
         "compiled": ways.compiled,
         "elementwise": ways.elementwise,
+        "joined": ways.joined,
         "packed": asdict(run.shape.packed) if run.shape.packed else None,
     }
 

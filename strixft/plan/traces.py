@@ -22,6 +22,7 @@ from strixft.plan.scale import Regime, ScaledTrace, Sides, sample
 from strixft.plan.stack import Ints, Kind, Schedule, sample_layers, stands_for
 from strixft.plan.trace import RowShape, Trace, one_step
 from strixft.recipe import Recipe
+from strixft.step.room import ALIGNED
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +59,21 @@ class Traces:
         self._schedules: dict[Any, Schedule] = {}
         self._numbers: dict[Any, tuple[Ints, Seconds | None]] = {}
 
-    def _taken(self) -> int:
-        """A product of the model's own sides."""
+    def _sides(self) -> list[int]:
+        """The model's own sides."""
         sides = [v for v in self._config.to_dict().values() if isinstance(v, int) and v > 1]
-        return math.prod([*sides, self._recipe.lora.r])
+        return [*sides, self._recipe.lora.r]
+
+    def _joined(self) -> list[int]:
+        """Sides that joined matrices often have; any other one costs a second trace."""
+        *sides, rank = self._sides()
+        exact = [n * side + m * rank for side in sides for n in (1, 2) for m in (1, 2, 3)]
+        return [*exact, *(width + -width % ALIGNED for width in exact)]
 
     def _trace(self, step: Step, regime: Regime, shape: RowShape, kinds: list[Kind]) -> Trace:
         """A trace of a micro-batch, from disk where it was made before."""
-        name = stored.name_of(self._recipe, self._config, self._host, regime, kinds)
+        about = regime, shape
+        name = stored.name_of(self._recipe, self._config, self._host, about, kinds)
         found = stored.load(name)
         if found is None:
             layers = step.recomputed_layers
@@ -76,11 +84,23 @@ class Traces:
         return found
 
     def _make(self, step: Step, regime: Regime, kinds: list[Kind]) -> ScaledTrace | None:
-        traced = sample(self._config, regime, self._taken())
+        scaled = self._sampled(step, regime, kinds, math.prod(self._sides()))
+        return scaled if scaled and scaled.keeps_weights() else None
+
+    def _sampled(
+        self, step: Step, regime: Regime, kinds: list[Kind], taken: int
+    ) -> ScaledTrace | None:
+        """A trace whose primes divide nothing that is taken, nor the sides of joined matrices."""
+        likely = math.prod(self._joined())
+        traced = sample(self._config, regime, taken * likely)
+        traced = traced or sample(self._config, regime, taken)
         if traced is None:
             return None
-        scaled = ScaledTrace(self._trace(step, regime, traced.shape, kinds), traced)
-        return scaled if scaled.keeps_weights() else None
+        trace = self._trace(step, regime, traced.shape, kinds)
+        widths = math.prod(trace.widths)
+        if math.gcd(widths, math.prod(traced.primes)) > 1:
+            return self._sampled(step, regime, kinds, taken * widths)
+        return ScaledTrace(trace, traced)
 
     def _scaled_trace(self, step: Step) -> tuple[Any, ScaledTrace | None]:
         """The trace that answers for a step, and what tells it from others."""

@@ -7,7 +7,9 @@ from typing import Any
 from strixft.attention import Heads, Rung, ladder
 from strixft.errors import RecipeError
 from strixft.hardware import Host
+from strixft.methods import METHODS
 from strixft.probe.ladder import probe_attention, probed_ladder
+from strixft.probe.right import joins_sums
 from strixft.recipe import Recipe
 from strixft.step import Ways
 
@@ -55,4 +57,5 @@ def ways_for(recipe: Recipe, config: Any, host: Host, *, recomputed_layers: int 
         compiled=compiled,
         recomputed_layers=recomputed_layers,
         elementwise=(compiled and train.recompute != "none") or train.recompute == "elementwise",
+        joined=not compiled or joins_sums(METHODS[recipe.method], host),
     )

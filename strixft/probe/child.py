@@ -17,12 +17,13 @@ import torch
 from strixft.child import Figures, do_steps
 from strixft.probe.attention import measure_rung
 from strixft.probe.nf4 import round_trip
-from strixft.probe.products import measure_products
+from strixft.probe.products import measure_products, measure_sums
 
 KINDS: Mapping[str, Callable[..., Figures]] = {
     "attention": measure_rung,
     "nf4": round_trip,
     "products": measure_products,
+    "sums": measure_sums,
 }
 
 

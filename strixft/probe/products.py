@@ -1,8 +1,13 @@
-"""Weight gradients by each BLAS library: one of them is reported to be slow (`TRAPS`)."""
+"""Products that a device may be better at in one way than in another.
+
+Weight gradients by each BLAS library: one of them is reported to be slow (`TRAPS`). Sums of two
+products as compiled layers have them: added up, or as one (`strixft.step.joined`).
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from strixft.child import Figures
 from strixft.probe.numbers import allowed_error, judged, largest_error, milliseconds
@@ -10,6 +15,8 @@ from strixft.probe.numbers import allowed_error, judged, largest_error, millisec
 LIBRARIES = ("cublas", "cublaslt")
 """torch's names; on ROCm they are rocBLAS and hipBLASLt."""
 SIZE = 4096
+TOKENS, RANK = 16_384, 16
+"""Of a step, and of an adapter."""
 
 
 def measure_products(device: str, dtype: str) -> Figures:
@@ -37,3 +44,36 @@ def measure_products(device: str, dtype: str) -> Figures:
         times[library] = milliseconds(lambda: gradient.T @ inputs, device)
     fastest = min(times, key=lambda name: times[name])
     return {**judged(max(errors), allowed_error(kind, SIZE)), "ms": times, "fastest": fastest}
+
+
+def measure_sums(device: str, dtype: str) -> Figures:
+    """Time of x·Wᵀ + z·Bᵀ, added up and as one product, and whether that is right.
+
+    Args:
+        device: `cuda`.
+        dtype: Such as `bfloat16`.
+
+    Returns:
+        `ms` by way, the `fastest`, `error` of the worse one; and a `problem` if it is wrong.
+    """
+    kind, depth, generator = getattr(torch, dtype), SIZE + RANK, torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn(rows, SIZE + 4 * RANK, generator=generator).to(kind).to(device)[:, :depth]
+        for rows in (TOKENS, SIZE)
+    )
+    x, z, w, b = (part.contiguous() for m in (left, right) for part in m.split([SIZE, RANK], 1))
+
+    def added() -> Tensor:
+        total: Tensor = z @ b.T
+        return total.addmm_(x, w.T)
+
+    def joined() -> Tensor:
+        left[:, SIZE:].copy_(z)
+        total: Tensor = left @ right.T
+        return total
+
+    due = left[:64].double().cpu() @ right.double().cpu().T
+    error = max(largest_error([way()[:64]], [due]) for way in (added, joined))
+    times = {way.__name__: milliseconds(way, device) for way in (added, joined)}
+    fastest = min(times, key=lambda name: times[name])
+    return {**judged(error, allowed_error(kind, depth)), "ms": times, "fastest": fastest}

@@ -21,7 +21,14 @@ def _tasks(heads: Heads, method: Method, host: Host) -> list[Task]:
         found.append(_task("nf4", host))
     if _chooses_blas(method, host):
         found.append(_task("products", host))
+    if _adds_up(method, host):
+        found.append(_task("sums", host))
     return found
+
+
+def _adds_up(method: Method, host: Host) -> bool:
+    """Products of adapters are added to those of the base, on a GPU."""
+    return host.device == "cuda" and method.adapter != "none"
 
 
 def _chooses_blas(method: Method, host: Host) -> bool:
@@ -88,3 +95,18 @@ def fastest_blas(method: Method, host: Host) -> str | None:
         return None
     figures = measure([_task("products", host)])["products"]
     return None if "problem" in figures else figures.get("fastest")
+
+
+def joins_sums(method: Method, host: Host) -> bool:
+    """Whether a sum of products is to be one product of joined matrices.
+
+    It is unless it is wrong or slower on this machine: less is moved (`strixft.step.joined`).
+
+    Args:
+        method: How the model is trained.
+        host: Where.
+    """
+    if not host.here or not _adds_up(method, host):
+        return True
+    figures = measure([_task("sums", host)])["sums"]
+    return "problem" not in figures and figures.get("fastest") == "joined"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,17 +18,30 @@ from torch.utils.flop_counter import flop_registry
 from strixft.model import base_of
 
 
-def _inductor(module: fx.GraphModule, inputs: Any) -> Any:
-    from torch._inductor.compile_fx import compile_fx
+@cache
+def inductor(*, joined: bool) -> Any:
+    """Compiles the layers.
 
-    from strixft.step.products import Products
+    Args:
+        joined: See `Ways.joined`.
+    """
 
-    patches = {"post_grad_custom_post_pass": Products(), "reorder_for_peak_memory": False}
-    return compile_fx(module, inputs, config_patches=patches)
+    def compile_graph(module: fx.GraphModule, inputs: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        from strixft.step.products import Products
+
+        patches = {
+            "post_grad_custom_post_pass": Products(joined=joined),
+            "reorder_for_peak_memory": False,
+        }
+        return compile_fx(module, inputs, config_patches=patches)
+
+    return compile_graph
 
 
-BACKEND: Any = _inductor
-"""What compiles the layers; a plan names another one, which decides alike what is kept."""
+BACKEND: Any = inductor
+"""Gives what compiles the layers; a plan has another one, which decides alike what is kept."""
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -62,7 +75,9 @@ def keep_products(model: nn.Module, first: int) -> None:
         )
 
 
-def compile_layers(model: nn.Module, recomputed_layers: int, *, elementwise: bool) -> None:
+def compile_layers(
+    model: nn.Module, recomputed_layers: int, *, elementwise: bool, joined: bool
+) -> None:
     """Run each decoder layer as generated kernels, compiled when it is first called.
 
     Layers of one kind share their code. What is kept for backward is the partitioner's choice: the
@@ -73,13 +88,15 @@ def compile_layers(model: nn.Module, recomputed_layers: int, *, elementwise: boo
         model: What `model.build` gave.
         recomputed_layers: The first so many layers keep nothing, and are run again in backward.
         elementwise: Whether the others may compute norms and activations again.
+        joined: See `Ways.joined`.
     """
     if partitioner.ban_recompute_materialized_backward == elementwise:
         torch._dynamo.reset()  # what is compiled does not remember it
     partitioner.ban_recompute_materialized_backward = not elementwise
+    backend = BACKEND(joined=joined)
     layer: Any
     for index, layer in enumerate(decoder_layers(model)):
-        layer.compile(dynamic=False, backend=BACKEND)
+        layer.compile(dynamic=False, backend=backend)
         if index < recomputed_layers:  # around the compiled code, which would take it apart
             layer._compiled_call_impl = partial(
                 checkpoint, layer._compiled_call_impl, use_reentrant=False

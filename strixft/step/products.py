@@ -3,7 +3,8 @@
 What is computed stays the same up to rounding; less of it moves through memory.
 
 - Thin products of one matrix, as by LoRA's A in q, k and v, become one: the matrix is read once.
-- A sum of products is added up by the products themselves, the thin ones first, so that no kernel
+- A sum of products becomes one product of joined matrices (`strixft.step.joined`). Where that would
+  copy too much it is added up by the products themselves, the thin ones first, so that no kernel
   reads all of them once more; a large product hides most of what it reads.
 - 4-bit weights are written out by a kernel of their own (`strixft.step.unpack`).
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -24,52 +25,25 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.lowering import register_lowering
 from torch._inductor.pattern_matcher import stable_topological_sort
 
-from strixft.step import graphs
-from strixft.step.graphs import call, calls, replace, value_of
+from strixft.step.graphs import (
+    Joins,
+    call,
+    calls,
+    depends,
+    is_generated,
+    is_view,
+    replace,
+    value_of,
+)
+from strixft.step.joined import join_sums
+from strixft.step.sums import THIN, Sum, find_sums, left_of, right_of
 
 aten = torch.ops.aten
 ADD_PRODUCT = aten.addmm_.default
 """Adds a product to a matrix, in place."""
-THIN = 64
-"""Rank up to which a product takes the time that its large operand takes to be read or written."""
-_SEEN_THROUGH = {aten.view.default, aten.reshape.default, aten.clone.default}
-"""What a product may pass on its way into a sum."""
 
 
 # Thin products
-
-
-def _depends(nodes: Iterable[fx.Node], on: set[fx.Node]) -> bool:
-    """Whether any of the nodes is computed from one of others, in a graph that is sorted."""
-    first, seen, look_at = min(on), set[fx.Node](), list(nodes)
-    while look_at:
-        node = look_at.pop()
-        if node in on:
-            return True
-        seen.add(node)
-        look_at += [n for n in node.all_input_nodes if n >= first and n not in seen]
-    return False
-
-
-class _Joins:
-    """Puts matrices together; those that were put together once are used again."""
-
-    def __init__(self) -> None:
-        self._joined: dict[tuple[int, tuple[fx.Node, ...]], fx.Node] = {}
-
-    def __call__(self, nodes: Sequence[fx.Node], dim: int) -> fx.Node:
-        """Matrices behind each other along a dimension, where the graph inserts now."""
-        key = dim, tuple(nodes)
-        if len(nodes) > 1 and key not in self._joined:
-            self._joined[key] = self._join(nodes, dim)
-        return self._joined.get(key, nodes[0])
-
-    def _join(self, nodes: Sequence[fx.Node], dim: int) -> fx.Node:
-        graph = nodes[0].graph
-        if all(node.target is aten.permute.default for node in nodes):
-            untransposed = [node.all_input_nodes[0] for node in nodes]
-            return call(graph, aten.permute.default, self(untransposed, 1 - dim), [1, 0])
-        return call(graph, aten.cat.default, list(nodes), dim)
 
 
 def _thin_products(graph: fx.Graph, shared: int) -> Iterator[list[fx.Node]]:
@@ -81,16 +55,16 @@ def _thin_products(graph: fx.Graph, shared: int) -> Iterator[list[fx.Node]]:
     yield from (group for group in groups.values() if len(group) > 1)
 
 
-def _join_thin_products(graph: fx.Graph, joins: _Joins) -> None:
+def _join_thin_products(graph: fx.Graph, joins: Joins) -> None:
     for shared in (0, 1):
         for group in _thin_products(graph, shared):
             others = [cast("fx.Node", node.args[1 - shared]) for node in group]
-            if not _depends(others, {*group}):
+            if not depends(others, {*group}):
                 _join_products(group, others, shared, joins)
                 stable_topological_sort(graph)
 
 
-def _join_products(group: list[fx.Node], others: list[fx.Node], shared: int, joins: _Joins) -> None:
+def _join_products(group: list[fx.Node], others: list[fx.Node], shared: int, joins: Joins) -> None:
     graph, dim = group[0].graph, 1 - shared
     ends = list(accumulate(value_of(node).shape[dim] for node in group))
     with graph.inserting_before(group[0]):
@@ -107,63 +81,17 @@ def _join_products(group: list[fx.Node], others: list[fx.Node], shared: int, joi
 # Sums
 
 
-def _source(node: fx.Node) -> fx.Node:
-    """What a view or copy shows, if nobody else sees it."""
-    while node.target in _SEEN_THROUGH and len(node.users) == 1:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _is_sum(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.target is not aten.add.Tensor or node.kwargs:
-        return False
-    values = [value_of(arg) for arg in node.args if isinstance(arg, fx.Node)]
-    return len(values) == 2 and all(value.dtype == value_of(node).dtype for value in values)
-
-
-def _terms(node: fx.Node) -> Iterator[fx.Node]:
-    """What is added up in a sum."""
-    for term in cast("tuple[fx.Node, fx.Node]", node.args):
-        if _is_sum(term) and len(term.users) == 1 and value_of(term).shape == value_of(node).shape:
-            yield from _terms(term)
-        else:
-            yield term
-
-
-def _product_in(term: fx.Node, root: fx.Node) -> fx.Node | None:
-    """The product that a term of a sum is."""
-    source = _source(term)
-    shapes = {(value_of(n).shape[-1:], value_of(n).numel()) for n in (term, source, root)}
-    is_whole = len(shapes) == 1 and value_of(term).shape == value_of(root).shape
-    is_own = source.target is aten.mm.default and len(source.users) == 1
-    return source if is_whole and is_own else None
-
-
-def _add_up(root: fx.Node, joins: _Joins) -> None:
+def _add_up(found: Sum, joins: Joins) -> None:
     """Let the products of a sum be added up in place."""
-    terms = list(_terms(root))
-    found = {term: _product_in(term, root) for term in terms}
-    products = sorted(filter(None, found.values()))
-    if len(products) < 2 or len(found) < len(terms):  # a term that is added twice
-        return
-    graph, total = root.graph, _total(products, joins)
-    with graph.inserting_before(root):
-        result = call(graph, aten.view.default, total, list(value_of(root).shape))
-        for term in terms:
-            if found[term] is None:
-                result = call(graph, aten.add.Tensor, term, result)
-    replace(root, result)
+    found.replace(_total(found, joins))
 
 
-def _total(products: list[fx.Node], joins: _Joins) -> fx.Node:
+def _total(found: Sum, joins: Joins) -> fx.Node:
     """Sum of products: the thin ones as one, the others added to it."""
-    graph = products[0].graph
-    ranks = {node: value_of(cast("fx.Node", node.args[0])).shape[1] for node in products}
-    thin = [node for node in products if ranks[node] <= THIN]
-    large = [node for node in products if ranks[node] > THIN]
-    first = thin or [large.pop(0)]
+    graph, large = found.root.graph, list(found.large)
+    first = found.thin or [large.pop(0)]
     with graph.inserting_before(first[0]):
-        left, right = ([cast("fx.Node", node.args[side]) for node in first] for side in (0, 1))
+        left, right = list(map(left_of, first)), list(map(right_of, first))
         total = call(graph, aten.mm.default, joins(left, 1), joins(right, 0))
     for node in large:
         with graph.inserting_before(node):
@@ -189,33 +117,74 @@ def _generate(total: Any, left: Any, right: Any) -> Any:
     return total
 
 
+# Order in memory
+
+
+def _write_in_order(graph: fx.Graph) -> None:
+    """Let a kernel write as it is read what an operator reads through a view.
+
+    The compiler lets a kernel write in the order of its sides, whatever strides they have here, and
+    then copies, as for queries and keys between their rotation and attention.
+    """
+    for node in graph.nodes:
+        is_read = any(not is_generated(u) and not is_view(u) for u in node.users)
+        if is_view(node) and is_read and _is_reordered(node):
+            with graph.inserting_after(node):
+                own = call(graph, aten.clone.default, node)
+            node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
+
+
+def _is_reordered(view: fx.Node) -> bool:
+    source = view
+    while is_view(source):
+        source = source.all_input_nodes[0]
+    return (
+        is_generated(source)
+        and value_of(view).is_contiguous()
+        and not value_of(source).is_contiguous()
+    )
+
+
 # The pass
 
 
-def rewrite(graph: fx.Graph) -> None:
-    """Rewrite the products of a layer's graph."""
-    joins = _Joins()
+def rewrite(graph: fx.Graph, *, joined: bool = True) -> None:
+    """Rewrite the products of a layer's graph.
+
+    Args:
+        graph: Of forward or of backward.
+        joined: See `Ways.joined`.
+    """
+    joins = Joins()
     if "bitsandbytes" in sys.modules:
         from strixft.step import unpack
 
         unpack.split_products(graph)
+    _write_in_order(graph)
     _join_thin_products(graph, joins)
-    for node in reversed(calls(graph, aten.add.Tensor)):
-        if node.users and _is_sum(node):
-            _add_up(node, joins)
+    sums = find_sums(graph)
+    for found in join_sums(graph, sums, joins) if joined else sums:
+        _add_up(found, joins)
     stable_topological_sort(graph)
     if "bitsandbytes" in sys.modules:
         unpack.unpack_late(graph)
 
 
 class Products(CustomGraphPass):
-    """The pass as the compiler takes it."""
+    """The pass as the compiler takes it.
+
+    Args:
+        joined: See `Ways.joined`.
+    """
+
+    def __init__(self, *, joined: bool) -> None:
+        self._joined = joined
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite a graph."""
-        rewrite(graph)
+        rewrite(graph, joined=self._joined)
 
     def uuid(self) -> bytes:
         """Tells the compiler's cache of another version."""
-        files = (__file__, graphs.__file__, str(Path(__file__).with_name("unpack.py")))
-        return get_hash_for_files(files)
+        files = sorted(map(str, Path(__file__).parent.glob("*.py")))
+        return get_hash_for_files(tuple(files), f"{self._joined}")

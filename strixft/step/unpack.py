@@ -18,6 +18,7 @@ from torch._inductor.lowering import fallback_handler, register_lowering, view
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
+from strixft.step.beside import BESIDE
 from strixft.step.graphs import call, calls, replace, value_of
 
 aten, bnb = torch.ops.aten, torch.ops.bitsandbytes
@@ -64,7 +65,7 @@ def unpack_late(graph: fx.Graph) -> None:
 
 def _product_of(weight: fx.Node) -> fx.Node | None:
     users = list(weight.users)
-    if len(users) == 1 and users[0].target is aten.permute.default:
+    while len(users) == 1 and users[0].target in (aten.permute.default, BESIDE):
         users = list(users[0].users)
     return users[0] if len(users) == 1 else None
 

@@ -16,6 +16,7 @@ from strixft.model import base_of
 from strixft.recipe import Train
 from strixft.step.layers import compile_layers, keep_products, set_recompute
 from strixft.step.loss import chunked_cross_entropy, token_cross_entropy
+from strixft.step.room import give_room
 from strixft.step.tracker import part
 
 
@@ -31,6 +32,9 @@ class Ways:
     """The first so many layers are computed again in backward."""
     elementwise: bool = False
     """In the other layers norms and activations are computed again, and no product."""
+    joined: bool = True
+    """Compiled layers have sums of products as one product, where that moves less; weights that do
+    not change get room for it."""
 
     @property
     def rung(self) -> Rung:
@@ -126,7 +130,11 @@ class TrainingStep:
     def _prepare_layers(self) -> None:
         model, ways = self.model, self.ways
         if ways.compiled:
-            compile_layers(model, ways.recomputed_layers, elementwise=ways.elementwise)
+            if ways.joined:
+                give_room(model)
+            compile_layers(
+                model, ways.recomputed_layers, elementwise=ways.elementwise, joined=ways.joined
+            )
             return
         set_recompute(model, ways.recomputed_layers)
         if ways.elementwise:

@@ -1,0 +1,186 @@
+"""Sums of products as one product: what is joined, what it computes, and that nothing is copied."""
+
+import re
+import shutil
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
+from torch import Tensor, fx, nn
+from torch._inductor.utils import run_and_get_code
+
+from strixft.plan.compiled import make_backend
+from strixft.step.layers import inductor
+from strixft.step.products import rewrite
+from strixft.step.room import add_room
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU"
+)
+MANY, FEW, SIDE, WIDE, RANK = 4800, 96, 80, 192, 4
+JOINED = 128
+"""Columns of 80 and three adapters', from a multiple of 64 on."""
+
+
+class Linear(nn.Module):
+    """A frozen matrix with an adapter."""
+
+    def __init__(self, width: int, height: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(width, height, bias=False).requires_grad_(False)
+        self.down, self.up = nn.Linear(width, RANK, bias=False), nn.Linear(RANK, height, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x) + self.up(self.down(x))
+        return result
+
+
+class Layer(nn.Module):
+    """As a decoder layer: norms, three matrices of one input, a gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.three = nn.ModuleList(Linear(SIDE, SIDE) for _ in range(3))
+        self.gate, self.up, self.down = Linear(SIDE, WIDE), Linear(SIDE, WIDE), Linear(WIDE, SIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (linear(normed) for linear in self.three)
+        x = x + (q * k.tanh()).cos() * v
+        normed = self.norm(x)
+        result: Tensor = x + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
+        return result
+
+    def with_room(self) -> "Layer":
+        """What is frozen has room for three adapters' factors."""
+        for linear in self.modules():
+            if isinstance(linear, Linear):
+                add_room(linear.base.weight, 3 * RANK)
+        return self
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def an_input(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(2, tokens // 2, SIDE, dtype=dtype, requires_grad=True)
+
+
+def outcome(run: Any, module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Result and all gradients."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    result = run(x)
+    return [result, *torch.autograd.grad(result.square().sum(), [x, *weights])]
+
+
+def calls_of(tokens: int, *, joined: bool = True, room: bool = False) -> list[Counter[str]]:
+    """What the graphs of a layer call, which computes the same as without the pass."""
+    counts: list[Counter[str]] = []
+
+    def run(module: fx.GraphModule, _: Any) -> Any:
+        rewrite(module.graph, joined=joined)
+        module.graph.lint()
+        module.recompile()
+        counts.append(Counter(str(node.target) for node in module.graph.nodes))
+        return make_boxed_func(module.forward)
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layer, x = Layer().double(), an_input(tokens)
+    layer = layer.with_room() if room else layer
+    compiled = torch.compile(layer, backend=make_backend(run))
+    for ours, theirs in zip(outcome(compiled, layer, x), outcome(layer, layer, x), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert len(counts) == 2
+    return counts
+
+
+def test_sums_of_many_tokens_are_one_product() -> None:
+    forward, backward = calls_of(MANY)
+    # what is kept for backward is copied, which is too much for the wide one
+    assert forward["aten.addmm_.default"] == 1
+    assert backward["aten.addmm_.default"] == 0
+    # of x for three, of x for two, and what each of the five is multiplied by
+    assert forward["strixft.beside.default"] == 2 + 5
+    assert forward["strixft.fill.default"] == 2
+    # each gradient of an input is one product: of three matrices, of two, of one
+    assert backward["strixft.beside.default"] == 3 + 3
+    assert backward["strixft.fill.default"] == 3
+
+
+def test_sums_of_few_tokens_are_added_up_as_the_matrices_would_have_to_be_copied() -> None:
+    forward, backward = calls_of(FEW)
+    assert forward["strixft.beside.default"] == 0 == backward["strixft.beside.default"]
+    assert forward["aten.addmm_.default"] == 6
+
+
+def test_weights_with_room_are_never_copied() -> None:
+    forward, backward = calls_of(FEW, room=True)
+    # of x for three and of x for two; into them, and beside each of the five weights
+    assert forward["strixft.beside.default"] == 2
+    assert forward["strixft.fill.default"] == 2 + 5
+    # the gradient of what the last matrix gets: itself, and below its one weight
+    assert backward["strixft.beside.default"] == 1
+    assert backward["strixft.fill.default"] == 1 + 1
+
+
+def test_sums_are_added_up_where_that_is_faster() -> None:
+    forward, backward = calls_of(MANY, joined=False)
+    assert forward["strixft.beside.default"] == 0 == backward["strixft.beside.default"]
+    assert forward["aten.addmm_.default"] == 6
+
+
+@needs_compiler
+def test_kernels_write_where_matrices_are_joined() -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layer, x = Layer(), an_input(MANY, torch.float32)
+    compiled = torch.compile(layer, backend=inductor(joined=True), dynamic=False)
+    found, code = run_and_get_code(lambda: outcome(compiled, layer, x))
+    for ours, theirs in zip(found, outcome(layer, layer, x), strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+    forward = code[0][code[0].index("def call") :]
+    made = re.findall(r"= empty_strided_cpu\(\((.*?)\)", forward)
+    assert made.count(f"2, {MANY // 2}, {JOINED}") == 2  # x once for three, once for two
+    assert f"{MANY}, {SIDE + 3 * RANK}" not in made  # nor a copy of the thin ones
+    assert forward.count("fill_in_place") == 2
+
+
+@needs_compiler
+def test_kernels_write_into_the_room_of_weights_and_nowhere_else() -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layer, x = Layer().with_room(), an_input(FEW, torch.float32)
+    before = [weight.detach().clone() for weight in layer.parameters()]
+    compiled = torch.compile(layer, backend=inductor(joined=True), dynamic=False)
+    for _ in range(3):  # the second time there is something in the room
+        ours, theirs = outcome(compiled, layer, x), outcome(layer, layer, x)
+        for found, due in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, due, rtol=1e-4, atol=1e-4 * float(due.abs().max()))
+    assert all(map(torch.equal, before, layer.parameters()))
+
+
+@needs_compiler
+def test_what_a_product_reads_in_another_order_is_written_in_that_order() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(SIDE, SIDE))
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = x.view(2, -1, 4, SIDE // 4).transpose(1, 2)  # (B, H, T, D)
+            turned = (heads.sin() + heads).transpose(1, 2).reshape(-1, SIDE)
+            return turned @ self.weight
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    module, x = Turned(), torch.randn(2, MANY // 2, SIDE)
+    compiled = torch.compile(module, backend=inductor(joined=True), dynamic=False)
+    with torch.no_grad():
+        found, code = run_and_get_code(compiled, x)
+    torch.testing.assert_close(found, module(x))
+    call = code[0][code[0].index("def call") :]
+    large = [n for n in re.findall(r"= empty_strided_cpu\(\((.*?)\)", call) if f"{SIDE}" in n]
+    assert len(large) == 2, large  # what is multiplied, and the product
