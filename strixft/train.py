@@ -42,7 +42,7 @@ from strixft.plan.compare import compare_html, device_parts, planned_figures
 from strixft.plan.result import read_config
 from strixft.prepare import Prepared
 from strixft.prepare.vocabulary import require_known_tokens
-from strixft.probe.right import fastest_blas, require_attention, require_right
+from strixft.probe.right import fastest_blas, joins_sums, require_attention, require_right
 from strixft.progress import progress_bar
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run, resume_command
@@ -233,9 +233,11 @@ def _settings(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
     )
 
 
-def _ways(choice: dict[str, Any]) -> Ways:
-    names = {field.name for field in fields(Ways)} & {*choice}  # an older plan has fewer
-    return Ways(**{name: choice[name] for name in names})
+def _ways(recipe: Recipe, choice: dict[str, Any]) -> Ways:
+    """As planned; sums are joined only where that was found right, and an older plan has none."""
+    joined = choice.get("joined", False) and joins_sums(METHODS[recipe.method], training_host())
+    planned = {field.name: choice.get(field.name) for field in fields(Ways)}
+    return Ways(**planned | {"joined": joined})
 
 
 def _order(lengths: Sequence[int], recipe: Recipe, plan: Plan) -> list[int]:
@@ -291,7 +293,7 @@ def _build_trainer(
     model = build(recipe, device, dtype)
     rows, collator = _training_rows(recipe, prepared, plan)
     watch.trainer = _Trainer(
-        TrainingStep(model, recipe.train, _ways(plan.figures["choice"])),
+        TrainingStep(model, recipe.train, _ways(recipe, plan.figures["choice"])),
         args=_settings(recipe, plan, run.stage_folder(Trained.name)),
         train_dataset=rows,
         data_collator=collator,

@@ -100,7 +100,8 @@ def fastest_blas(method: Method, host: Host) -> str | None:
 def joins_sums(method: Method, host: Host) -> bool:
     """Whether a sum of products is to be one product of joined matrices.
 
-    It is unless it is wrong or slower on this machine: less is moved (`strixft.step.joined`).
+    On another machine than this it is, as less is moved (`strixft.step.joined`); on this one if it
+    was tried, is right and is the faster way.
 
     Args:
         method: How the model is trained.

@@ -1,9 +1,9 @@
 """Sums of products in compiled layers: one product of matrices that lie beside each other.
 
-x·Wᵀ + z·Bᵀ is [x z]·[W B]ᵀ. So nothing is written to be read and added to again; a product that is
-64 deeper takes a fifth of the time that this takes. The kernel that makes x, or writes W out, puts
-it right beside the others; a W that is there has room for B (`strixft.step.room`). What else is
-there already has to be copied, so sums are only joined where that moves less than it spares.
+x·Wᵀ + z·Bᵀ is [x z]·[W B]ᵀ. So nothing is written to be read and added to again, for a product
+that is at most 64 deeper. The kernel that makes x, or writes W out, puts it right beside the
+others; a W that is there has room for B (`strixft.step.room`). What else is there already has to be
+copied, so sums are only joined where that moves less than it spares.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from strixft.step.graphs import (
     origin,
     value_of,
 )
-from strixft.step.room import ALIGNED, room_of
+from strixft.step.room import ALIGNED, ROOM, room_of
 from strixft.step.sums import Sum, left_of, rank, right_of
 
 aten = torch.ops.aten
@@ -66,7 +66,9 @@ class _Join:
         return first, first + len(found.thin)
 
     def is_possible(self) -> bool:
-        """Whether each sum uses a stretch of the tail, and no product is made from another."""
+        """Whether each sum uses a stretch of a short tail, and no product is made from another."""
+        if self._ranks > ROOM:
+            return False
         for found in self._group:
             first, end = self._span(found)
             if [left_of(node) for node in found.thin] != self._tail[first:end]:
@@ -91,8 +93,9 @@ class _Join:
         graph = self._group[0].root.graph
         with graph.inserting_before(min(self._group[0].large)):
             left = self._left([left_of(node) for node in self._group[0].large])
-            rights = [self._right(found) for found in self._group]
-            totals = [call(graph, aten.mm.default, left, right) for right in rights]
+            totals = [
+                call(graph, aten.mm.default, left, self._right(found)) for found in self._group
+            ]
         for found, total in zip(self._group, totals, strict=True):
             found.replace(total)
 
@@ -142,7 +145,7 @@ class _Join:
 
 def _is_given(node: fx.Node) -> bool:
     """Whether a graph has it from the layer, in backward perhaps transposed by forward."""
-    return node.op == "placeholder" and node.name.startswith(("primals", "permute"))
+    return node.op == "placeholder" and node.name.startswith(("primals", "permute", "arg"))
 
 
 def _in_room(matrix: fx.Node, tail: fx.Node, dim: int) -> fx.Node:

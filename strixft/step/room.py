@@ -1,7 +1,7 @@
 """Room beside frozen weights, into which compiled layers write an adapter's factors.
 
-There a product of both needs no copy of the weights (`strixft.step.joined`). It takes 3·r columns
-and as many rows more, filled up to a multiple of 64: of 4,096 columns and a rank of 16 1.6 % each.
+There a product of both needs no copy of the weights (`strixft.step.joined`). It takes 64 columns
+and 64 rows, and what fills those up to a multiple of 64: of 4,096 columns 1.6 %.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from strixft.step.layers import decoder_layers
 
 ALIGNED = 64
 """Rows of joined matrices begin at multiples of so many elements."""
-SHARING = 3
-"""Matrices of one input, whose factors lie beside each other: q, k and v."""
+ROOM = 64
+"""Most ranks of adapters that lie beside a weight: of q, k and v, or of one."""
 
 
 def give_room(model: nn.Module) -> None:
@@ -28,27 +28,39 @@ def give_room(model: nn.Module) -> None:
     """
     module: Any
     for module in decoder_layers(model).modules():
-        base = module.base_layer if isinstance(module, LoraLayer) else None
-        if type(base) is nn.Linear and not base.weight.requires_grad:
-            add_room(base.weight, SHARING * max(module.r.values()))
+        if isinstance(module, LoraLayer) and _is_plain(module):
+            add_room(module.base_layer.weight)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether its product and that of its base are added up; DoRA's are not."""
+    base, rank = module.base_layer, max(module.r.values(), default=0)
+    is_frozen = type(base) is nn.Linear and not base.weight.requires_grad
+    return is_frozen and rank <= ROOM and not module.lora_magnitude_vector
 
 
 @torch.no_grad()
-def add_room(weight: Tensor, least: int) -> None:
-    """Move a weight to where there is room beside it, unless there is.
+def add_room(weight: Tensor) -> None:
+    """Move a weight to where there is room beside it, unless it has been.
 
     Args:
         weight: Of a linear layer; it stays the same tensor, with another stride.
-        least: Columns, and rows.
     """
     rows, columns = weight.shape
-    room = least + -(columns + least) % ALIGNED
-    if room_of(weight) >= room:
+    room = ROOM + -columns % ALIGNED
+    size = rows + room, columns + room
+    if _is_corner(weight, size):
         return
-    whole = weight.new_empty(rows + room, columns + room)
-    weight.data = whole[:rows, :columns].copy_(weight)
+    weight.data = weight.new_empty(size)[:rows, :columns].copy_(weight)
     if weight.is_cuda:
         torch.cuda.empty_cache()  # where it was nothing of this size fits
+
+
+def _is_corner(weight: Tensor, size: tuple[int, int]) -> bool:
+    """Whether it lies at the beginning of a matrix of that size."""
+    elements = weight.untyped_storage().nbytes() // weight.element_size()
+    is_first = weight.storage_offset() == 0 and weight.stride() == (size[1], 1)
+    return is_first and elements == size[0] * size[1]
 
 
 def room_of(weight: Tensor) -> int:

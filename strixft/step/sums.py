@@ -20,12 +20,11 @@ _SEEN_THROUGH = {aten.view.default, aten.reshape.default, aten.clone.default}
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """Products that are added up, and what is added to them."""
+    """Products that are added up, and what is added to them: that may be another such sum."""
 
     root: fx.Node
     thin: list[fx.Node]
     large: list[fx.Node]
-    others: list[fx.Node]
 
     @property
     def lefts(self) -> tuple[fx.Node, ...]:
@@ -43,9 +42,14 @@ class Sum:
         graph, root = self.root.graph, self.root
         with graph.inserting_before(root):
             result = call(graph, aten.view.default, total, list(value_of(root).shape))
-            for other in self.others:
+            for other in self._others():
                 result = call(graph, aten.add.Tensor, other, result)
         replace(root, result)
+
+    def _others(self) -> list[fx.Node]:
+        """What is added to the products, as the graph is now."""
+        products = {*self.thin, *self.large}
+        return [term for term in _terms(self.root, set()) if _source(term) not in products]
 
 
 def left_of(product: fx.Node) -> fx.Node:
@@ -104,7 +108,7 @@ def _sum_of(root: fx.Node, seen: set[fx.Node]) -> Sum | None:
         return None
     thin = [node for node in products if rank(node) <= THIN]
     large = [node for node in products if rank(node) > THIN]
-    return Sum(root, thin, large, [term for term in terms if found[term] is None])
+    return Sum(root, thin, large)
 
 
 def find_sums(graph: fx.Graph) -> list[Sum]:

@@ -56,18 +56,21 @@ def _split(node: fx.Node) -> None:
 def unpack_late(graph: fx.Graph) -> None:
     """Write weights out right before they are multiplied."""
     for weight in calls(graph, UNPACK):
-        user = _product_of(weight)
-        if user is not None:
-            for source in user.all_input_nodes:
-                if source is weight or weight in source.all_input_nodes:
-                    _bring(source, user)
+        *sources, user = _way_to_product(weight)
+        if sources:
+            _bring(sources[-1], user)
 
 
-def _product_of(weight: fx.Node) -> fx.Node | None:
-    users = list(weight.users)
-    while len(users) == 1 and users[0].target in (aten.permute.default, BESIDE):
-        users = list(users[0].users)
-    return users[0] if len(users) == 1 else None
+_PASSED = {aten.permute.default, aten.slice.Tensor, BESIDE}
+"""What weights pass on the way to their product."""
+
+
+def _way_to_product(weight: fx.Node) -> list[fx.Node]:
+    """Weights, who reads them, and so on, as long as each has one reader."""
+    way = [weight]
+    while len(way[-1].users) == 1 and (way[-1] is weight or way[-1].target in _PASSED):
+        way += way[-1].users
+    return way
 
 
 def _bring(node: fx.Node, place: fx.Node) -> None:
