@@ -233,8 +233,13 @@ def _settings(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
     )
 
 
-def _ways(recipe: Recipe, choice: dict[str, Any]) -> Ways:
-    """As planned; sums are joined only where that was found right, and an older plan has none."""
+def ways_of(recipe: Recipe, choice: dict[str, Any]) -> Ways:
+    """How the step is computed: as planned, but for what is not right on this machine.
+
+    Args:
+        recipe: What is trained.
+        choice: Of its plan; an older one does not join sums.
+    """
     joined = choice.get("joined", False) and joins_sums(METHODS[recipe.method], training_host())
     planned = {field.name: choice.get(field.name) for field in fields(Ways)}
     return Ways(**planned | {"joined": joined})
@@ -293,7 +298,7 @@ def _build_trainer(
     model = build(recipe, device, dtype)
     rows, collator = _training_rows(recipe, prepared, plan)
     watch.trainer = _Trainer(
-        TrainingStep(model, recipe.train, _ways(recipe, plan.figures["choice"])),
+        TrainingStep(model, recipe.train, ways_of(recipe, plan.figures["choice"])),
         args=_settings(recipe, plan, run.stage_folder(Trained.name)),
         train_dataset=rows,
         data_collator=collator,

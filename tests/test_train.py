@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from strixft.model import model_source
 from strixft.opening import open_run
 from strixft.plan import Plan, plan_recipe
 from strixft.prepare import prepare_recipe
+from strixft.recipe import Dataset, Recipe
 from strixft.runs import Run
-from strixft.step import TrainingStep, batch_loss
-from strixft.train import ADAPTER, CHECKPOINTS, Trained, train_recipe
+from strixft.step import TrainingStep, Ways, batch_loss
+from strixft.train import ADAPTER, CHECKPOINTS, Trained, train_recipe, ways_of
 
 ALONE = {"packing": False}
 """One chat a row, so that a test knows which."""
@@ -49,6 +50,20 @@ def test_the_plan_is_what_training_needs(tiny_run: Run) -> None:
     plan, result = trained(tiny_run)
     assert result.figures["planned_peak_bytes"] == plan.figures["peak_bytes"]
     assert result.figures["peak_bytes"] == pytest.approx(plan.figures["peak_bytes"], rel=0.01)
+
+
+@pytest.mark.parametrize("right_here", [True, False])
+def test_sums_are_joined_where_the_plan_says_so_and_that_is_right_here(
+    right_here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(model="none", dataset=Dataset(source="none"))
+    monkeypatch.setattr("strixft.train.joins_sums", lambda *_: right_here)
+    ways = Ways("varlen", compiled=True, recomputed_layers=3, elementwise=True, joined=True)
+    assert ways_of(recipe, asdict(ways)) == replace(ways, joined=right_here)
+    assert not ways_of(recipe, asdict(replace(ways, joined=False))).joined
+    older = asdict(ways)
+    del older["joined"]
+    assert ways_of(recipe, older) == replace(ways, joined=False)
 
 
 def test_accumulated_micro_batches_train_as_one(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -57,5 +57,5 @@ def ways_for(recipe: Recipe, config: Any, host: Host, *, recomputed_layers: int 
         compiled=compiled,
         recomputed_layers=recomputed_layers,
         elementwise=(compiled and train.recompute != "none") or train.recompute == "elementwise",
-        joined=not compiled or joins_sums(METHODS[recipe.method], host),
+        joined=compiled and joins_sums(METHODS[recipe.method], host),
     )
