@@ -241,8 +241,8 @@ def ways_of(recipe: Recipe, choice: dict[str, Any]) -> Ways:
         choice: Of its plan; an older one does not join sums.
     """
     joined = choice.get("joined", False) and joins_sums(METHODS[recipe.method], training_host())
-    planned = {field.name: choice.get(field.name) for field in fields(Ways)}
-    return Ways(**planned | {"joined": joined})
+    here = choice | {"joined": joined}
+    return Ways(**{field.name: here[field.name] for field in fields(Ways)})
 
 
 def _order(lengths: Sequence[int], recipe: Recipe, plan: Plan) -> list[int]:

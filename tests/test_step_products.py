@@ -1,36 +1,16 @@
 """Products of compiled layers: what the rewritten graphs compute, and how."""
 
-import shutil
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
-from torch import Tensor, fx, nn
+from adapted import RANK, SIDE, Linear, calls_of, needs_compiler, outcome
+from adapted import an_input as input_of
+from torch import Tensor, nn
 
-from strixft.plan.compiled import make_backend
 from strixft.step.layers import inductor
-from strixft.step.products import rewrite
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU"
-)
-TOKENS, SIDE, RANK = 96, 80, 4
-
-
-class Linear(nn.Module):
-    """A frozen matrix with an adapter."""
-
-    def __init__(self, side: int = SIDE) -> None:
-        super().__init__()
-        self.base = nn.Linear(SIDE, side, bias=False).requires_grad_(False)
-        self.down, self.up = nn.Linear(SIDE, RANK, bias=False), nn.Linear(RANK, side, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x) + self.up(self.down(x))
-        return result
+TOKENS = 96
 
 
 class Three(nn.Module):
@@ -47,45 +27,13 @@ class Three(nn.Module):
         return attended
 
 
-def rewritten(counts: list[Counter[str]]) -> Any:
-    """A backend that rewrites graphs and runs them as they are."""
-
-    def run(module: fx.GraphModule, _: Any) -> Any:
-        rewrite(module.graph)
-        module.graph.lint()
-        module.recompile()
-        counts.append(Counter(str(node.target) for node in module.graph.nodes))
-        return make_boxed_func(module.forward)
-
-    return make_backend(run)
-
-
-def outcome(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
-    """Result and all gradients."""
-    weights = [weight for weight in module.parameters() if weight.requires_grad]
-    result = run(x)
-    return [result, *torch.autograd.grad(result.square().sum(), [x, *weights])]
-
-
-def both(module: nn.Module, x: Tensor) -> list[Counter[str]]:
-    """Compare a module with itself rewritten; what the graphs call."""
-    torch.compiler.reset()
-    counts: list[Counter[str]] = []
-    compiled = torch.compile(module, backend=rewritten(counts))
-    wanted, found = outcome(module, module, x), outcome(compiled, module, x)
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
-    assert len(counts) == 2
-    return counts
-
-
 def an_input() -> Tensor:
-    return torch.randn(2, TOKENS // 2, SIDE, dtype=torch.float64, requires_grad=True)
+    return input_of(TOKENS)
 
 
 def test_thin_products_of_one_input_are_one_and_sums_are_added_up_in_place() -> None:
     torch.manual_seed(0)
-    forward, backward = both(Three().double(), an_input())
+    forward, backward = calls_of(Three().double(), an_input())
     assert forward["aten.mm.default"] == 1 + 3  # all three A at once, then each B
     assert forward["aten.addmm_.default"] == 3  # the bases, added to them
     # each B and its input; all three A, and their input; then the bases, added to that
@@ -106,7 +54,7 @@ def test_what_is_seen_elsewhere_too_is_not_written_over() -> None:
             return result
 
     torch.manual_seed(0)
-    forward, _ = both(Seen().double(), an_input())
+    forward, _ = calls_of(Seen().double(), an_input())
     assert forward["aten.addmm_.default"] == 0
 
 
@@ -122,7 +70,7 @@ def test_a_thin_product_that_another_one_needs_is_not_joined_with_it() -> None:
             return first + (matrix @ first.tanh()).sin()
 
     torch.manual_seed(0)
-    forward, _ = both(Chain().double(), an_input())
+    forward, _ = calls_of(Chain().double(), an_input())
     assert forward["aten.mm.default"] == 3
 
 
@@ -138,7 +86,7 @@ def test_a_sum_that_broadcasts_is_left_as_it_is() -> None:
             return result
 
     torch.manual_seed(0)
-    forward, _ = both(Wide().double(), an_input())
+    forward, _ = calls_of(Wide().double(), an_input())
     assert forward["aten.addmm_.default"] == 0
 
 

@@ -1,40 +1,35 @@
 """Sums of products as one product: what is joined, what it computes, and that nothing is copied."""
 
 import re
-import shutil
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
+from adapted import RANK, SIDE, Linear, an_input, calls_of, needs_compiler, outcome, rewriting
 from torch import Tensor, fx, nn
 from torch._inductor.utils import run_and_get_code
+from transformers import AutoConfig
 
-from strixft.plan.compiled import make_backend
+from strixft.data import collate
+from strixft.model import random_model
+from strixft.recipe import Dataset, Recipe
+from strixft.step import TrainingStep, Ways, layers
+from strixft.step.graphs import writes_4bit_out
 from strixft.step.layers import inductor
-from strixft.step.products import rewrite
 from strixft.step.room import add_room
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU"
-)
-MANY, FEW, SIDE, WIDE, RANK = 4800, 96, 80, 192, 4
+MULTIPLIES = {torch.ops.aten.mm.default, torch.ops.aten.addmm_.default}
+SIDES = {
+    "vocab_size": 2000,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+MANY, FEW, WIDE = 4800, 96, 192
 JOINED = 128
 """Columns of 80 and three adapters', from a multiple of 64 on."""
-
-
-class Linear(nn.Module):
-    """A frozen matrix with an adapter."""
-
-    def __init__(self, width: int, height: int, rank: int = RANK) -> None:
-        super().__init__()
-        self.base = nn.Linear(width, height, bias=False).requires_grad_(False)
-        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, height, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x) + self.up(self.down(x))
-        return result
 
 
 class Layer(nn.Module):
@@ -65,42 +60,15 @@ class Layer(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
-def an_input(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(2, tokens // 2, SIDE, dtype=dtype, requires_grad=True)
-
-
-def outcome(run: Any, module: nn.Module, x: Tensor) -> list[Tensor]:
-    """Result and all gradients."""
-    weights = [weight for weight in module.parameters() if weight.requires_grad]
-    result = run(x)
-    return [result, *torch.autograd.grad(result.square().sum(), [x, *weights])]
-
-
-def calls_of(
+def calls_in(
     tokens: int, layer: nn.Module | None = None, *, joined: bool = True
 ) -> list[Counter[str]]:
-    """What the graphs of a layer call, which computes the same as without the pass."""
-    counts: list[Counter[str]] = []
-
-    def run(module: fx.GraphModule, _: Any) -> Any:
-        rewrite(module.graph, joined=joined)
-        module.graph.lint()
-        module.recompile()
-        counts.append(Counter(str(node.target) for node in module.graph.nodes))
-        return make_boxed_func(module.forward)
-
     torch.manual_seed(0)
-    torch.compiler.reset()
-    layer, x = (layer or Layer()).double(), an_input(tokens)
-    compiled = torch.compile(layer, backend=make_backend(run))
-    for ours, theirs in zip(outcome(compiled, layer, x), outcome(layer, layer, x), strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-11)
-    assert len(counts) == 2
-    return counts
+    return calls_of((layer or Layer()).double(), an_input(tokens), joined=joined)
 
 
 def test_sums_of_many_tokens_are_one_product() -> None:
-    forward, backward = calls_of(MANY)
+    forward, backward = calls_in(MANY)
     # what is kept for backward is copied, which is too much for the wide one
     assert forward["aten.addmm_.default"] == 1
     assert backward["aten.addmm_.default"] == 0
@@ -128,14 +96,14 @@ class Residual(nn.Module):
 def test_a_sum_that_is_added_up_may_hold_one_that_is_joined() -> None:
     layer = Residual().double()
     add_room(layer.first.base.weight)
-    forward, backward = calls_of(FEW, layer)
+    forward, backward = calls_in(FEW, layer)
     assert forward["strixft.beside.default"] == 1  # of x; its weight has room
     assert forward["aten.addmm_.default"] == 1
     assert backward["aten.addmm_.default"] == 1
 
 
 def test_sums_of_ranks_beyond_the_room_are_added_up() -> None:
-    forward, backward = calls_of(MANY, Layer(rank=24))
+    forward, backward = calls_in(MANY, Layer(rank=24))
     # 72 are too many for q, k and v; and the wide one
     assert forward["aten.addmm_.default"] == 3 + 1
     assert forward["strixft.beside.default"] == 1 + 2
@@ -143,13 +111,13 @@ def test_sums_of_ranks_beyond_the_room_are_added_up() -> None:
 
 
 def test_sums_of_few_tokens_are_added_up_as_the_matrices_would_have_to_be_copied() -> None:
-    forward, backward = calls_of(FEW)
+    forward, backward = calls_in(FEW)
     assert forward["strixft.beside.default"] == 0 == backward["strixft.beside.default"]
     assert forward["aten.addmm_.default"] == 6
 
 
 def test_weights_with_room_are_never_copied() -> None:
-    forward, backward = calls_of(FEW, Layer().double().with_room())
+    forward, backward = calls_in(FEW, Layer().double().with_room())
     # of x for three and of x for two; into them, and beside each of the five weights
     assert forward["strixft.beside.default"] == 2
     assert forward["strixft.fill.default"] == 2 + 5
@@ -159,9 +127,45 @@ def test_weights_with_room_are_never_copied() -> None:
 
 
 def test_sums_are_added_up_where_that_is_faster() -> None:
-    forward, backward = calls_of(MANY, joined=False)
+    forward, backward = calls_in(MANY, joined=False)
     assert forward["strixft.beside.default"] == 0 == backward["strixft.beside.default"]
     assert forward["aten.addmm_.default"] == 6
+
+
+def test_4_bit_weights_are_written_out_right_before_they_are_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from strixft.step.unpack import MOST_FUSED_ROWS
+
+    torch.compiler.reset()
+    graphs: list[fx.Graph] = []
+    monkeypatch.setattr(layers, "BACKEND", lambda *, joined: rewriting(graphs, joined=joined))
+    recipe = Recipe(model="x", method="qlora", dataset=Dataset(source="none"))
+    model = random_model(recipe, AutoConfig.for_model("llama", **SIDES), "cpu", torch.float32)
+    step = TrainingStep(model, recipe.train, Ways(compiled=True))
+    row = {"input_ids": list(range(MOST_FUSED_ROWS + 1)), "trained": [True] * (MOST_FUSED_ROWS + 1)}
+    step.update([collate([row])])
+    forward, _, backward, _ = (
+        graphs  # of the first layer, whose input has no gradient, and the next
+    )
+    assert order_of(forward) == "wmwmwm" + "wm" + "wmwm" + "wm"  # q, k, v; o; gate, up; down
+    assert order_of(backward) == "wm" + "wwm" + "wm" + "wwwm"  # down; gate, up; o; q, k, v
+
+
+def order_of(graph: fx.Graph) -> str:
+    """4-bit weights written out (w), and products with them (m)."""
+    weights, order = set[fx.Node](), ""
+    for node in graph.nodes:
+        if writes_4bit_out(node.target):
+            weights.add(node)
+            order += "w"
+        elif weights & {*node.all_input_nodes}:
+            if node.target in MULTIPLIES:
+                order += "m"
+            else:
+                weights.add(node)
+    return order
 
 
 @needs_compiler

@@ -151,6 +151,7 @@ def _row(
         "micro_batches": run.steps,
         "attention": ways.attention,
         "compiled": ways.compiled,
+        "joined": ways.joined,
         "recomputed_layers": ways.recomputed_layers,
         **figures,
         "planned_peak_gb": run.peak_bytes / GB,

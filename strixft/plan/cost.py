@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from strixft.hardware import Host
 from strixft.step.beside import FILL
+from strixft.step.graphs import writes_4bit_out
 
 Floats = npt.NDArray[np.float64]
 
@@ -162,8 +163,8 @@ def operator_cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost:
         return Cost(0, (), UNTYPED)
     flop = count_flop(func, args, kwargs, result)
     moved = count_moved(func, args, kwargs, result)
-    is_unpacked = str(func).startswith("bitsandbytes.dequantize_4bit")
-    return Cost(flop, moved, UNPACKED if is_unpacked else str(first.dtype).removeprefix("torch."))
+    unpacks = writes_4bit_out(func)
+    return Cost(flop, moved, UNPACKED if unpacks else str(first.dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True, slots=True)

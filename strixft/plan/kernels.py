@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from strixft.step.beside import BESIDE
-from strixft.step.graphs import calls, is_generated, is_unpacking, is_view
+from strixft.step.graphs import calls, is_generated, is_view, writes_4bit_out
 from strixft.step.tracker import uncounted
 
 torch.library.define("strixft::kernel", "(Tensor[] read, Tensor[] written, bool unpacks) -> ()")
@@ -194,7 +194,7 @@ class _Kernel:
         read = {value for node in unit for value in units.values[node]} - {*unit}
         self._read = [node for node in sorted(read) if _is_tensor(node)]
         self._written = [node for node in unit if not units.stays_inside(node)]
-        self._unpacks = any(map(is_unpacking, self._written))
+        self._unpacks = any(writes_4bit_out(node.target) for node in self._written)
         self._make = [units.places.get(node) or _New(node) for node in self._written]
 
     def __call__(self, env: Env) -> None:

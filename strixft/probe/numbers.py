@@ -16,8 +16,8 @@ the other. Seen on a CPU in bf16: 0.9."""
 REPEATS = 5
 BUSY_SIDE = 4096
 """Of a square product that keeps a GPU busy while Python hands it the next work."""
-DOUBLINGS = 7
-"""How often the number of those is doubled, from one."""
+TRIES = 7
+"""To keep it busy for long enough: with one such product, then with twice as many each time."""
 
 
 def allowed_error(dtype: torch.dtype, terms: int) -> float:
@@ -55,7 +55,7 @@ def milliseconds(work: Callable[[], Any], device: str) -> float:
     On a GPU its own time, as in a training step, where Python is ahead of it: some ways take longer
     to be handed over than to run.
     """
-    timed = _on_gpu if device == "cuda" else _seconds_here
+    timed = _seconds_on_gpu if device == "cuda" else _seconds_here
     return round(min(timed(work) for _ in range(REPEATS)) * 1e3, 4)
 
 
@@ -65,11 +65,11 @@ def _seconds_here(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _on_gpu(work: Callable[[], Any]) -> float:
+def _seconds_on_gpu(work: Callable[[], Any]) -> float:
     """Seconds between two events; it is kept busy until both are on their way."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     square = torch.zeros(BUSY_SIDE, BUSY_SIDE, dtype=torch.bfloat16, device="cuda")
-    for power in range(DOUBLINGS):
+    for power in range(TRIES):
         for _ in range(2**power):
             torch.mm(square, square)
         begin.record()

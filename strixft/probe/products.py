@@ -19,6 +19,11 @@ TOKENS, RANK = 16_384, 16
 """Of a step, and of an adapter."""
 
 
+def _figures(times: dict[str, float], error: float, allowed: float) -> Figures:
+    fastest = min(times, key=lambda name: times[name])
+    return {**judged(error, allowed), "ms": times, "fastest": fastest}
+
+
 def measure_products(device: str, dtype: str) -> Figures:
     """Time of a weight gradient, dyᵀ·x, by each library, and whether it is right.
 
@@ -42,8 +47,7 @@ def measure_products(device: str, dtype: str) -> Figures:
             continue
         errors.append(largest_error([(gradient.T @ inputs)[:64]], [due]))
         times[library] = milliseconds(lambda: gradient.T @ inputs, device)
-    fastest = min(times, key=lambda name: times[name])
-    return {**judged(max(errors), allowed_error(kind, SIZE)), "ms": times, "fastest": fastest}
+    return _figures(times, max(errors), allowed_error(kind, SIZE))
 
 
 def measure_sums(device: str, dtype: str) -> Figures:
@@ -75,5 +79,4 @@ def measure_sums(device: str, dtype: str) -> Figures:
     due = left[:64].double().cpu() @ right.double().cpu().T
     error = max(largest_error([way()[:64]], [due]) for way in (added, joined))
     times = {way.__name__: milliseconds(way, device) for way in (added, joined)}
-    fastest = min(times, key=lambda name: times[name])
-    return {**judged(error, allowed_error(kind, depth)), "ms": times, "fastest": fastest}
+    return _figures(times, error, allowed_error(kind, depth))

@@ -63,12 +63,10 @@ def origin(node: fx.Node) -> fx.Node:
 
 # Kinds of calls
 
-UNPACK = "bitsandbytes::dequantize_4bit"
 
-
-def is_unpacking(node: fx.Node) -> bool:
-    """Whether a call writes 4-bit weights out."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.name() == UNPACK
+def writes_4bit_out(target: Any) -> bool:
+    """Whether an operator writes 4-bit weights out; bitsandbytes may not be there to ask."""
+    return str(target).startswith("bitsandbytes.dequantize_4bit")
 
 
 def is_view(node: fx.Node) -> bool:
@@ -82,7 +80,7 @@ def is_generated(node: fx.Node) -> bool:
     """Whether the compiler writes the kernel: elementwise, a sum along a row, 4-bit weights."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if is_unpacking(node) or node.target is aten.constant_pad_nd.default:
+    if writes_4bit_out(node.target) or node.target is aten.constant_pad_nd.default:
         return True
     tags = node.target.tags
     fusible = torch.Tag.pointwise in tags or torch.Tag.reduction in tags

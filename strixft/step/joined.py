@@ -40,9 +40,9 @@ def join_sums(graph: fx.Graph, sums: Sequence[Sum], joins: Joins) -> list[Sum]:
     for found in sums:
         groups[found.lefts].append(found)
     rest: list[Sum] = []
-    for lefts, group in groups.items():
+    for group in groups.values():
         join = _Join(group, joins)
-        if all(found.thin and lefts for found in group) and join.is_possible() and join.is_worth():
+        if join.is_possible() and join.is_worth_it():
             join.do()
             stable_topological_sort(graph)
         else:
@@ -67,7 +67,7 @@ class _Join:
 
     def is_possible(self) -> bool:
         """Whether each sum uses a stretch of a short tail, and no product is made from another."""
-        if self._ranks > ROOM:
+        if not self._depth or self._ranks > ROOM or any(not found.thin for found in self._group):
             return False
         for found in self._group:
             first, end = self._span(found)
@@ -76,7 +76,7 @@ class _Join:
         products = {node for found in self._group for node in (*found.thin, *found.large)}
         return not depends([n for p in products for n in p.all_input_nodes], products)
 
-    def is_worth(self) -> bool:
+    def is_worth_it(self) -> bool:
         """Whether what has to be copied is at most half of what is spared."""
         group = self._group
         copied = sum(map(_copied_bytes, group[0].lefts))

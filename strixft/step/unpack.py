@@ -25,6 +25,8 @@ aten, bnb = torch.ops.aten, torch.ops.bitsandbytes
 UNPACK = bnb.dequantize_4bit.default
 MOST_FUSED_ROWS = 1536
 """Tokens up to which bitsandbytes may multiply without writing the weights out (0.50)."""
+_PASSED = {aten.permute.default, aten.slice.Tensor, BESIDE}
+"""What weights pass on the way to their product."""
 
 
 def split_products(graph: fx.Graph) -> None:
@@ -59,10 +61,6 @@ def unpack_late(graph: fx.Graph) -> None:
         *sources, user = _way_to_product(weight)
         if sources:
             _bring(sources[-1], user)
-
-
-_PASSED = {aten.permute.default, aten.slice.Tensor, BESIDE}
-"""What weights pass on the way to their product."""
 
 
 def _way_to_product(weight: fx.Node) -> list[fx.Node]:
