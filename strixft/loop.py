@@ -6,6 +6,7 @@ update is dropped and the last finished one is saved.
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -69,14 +70,40 @@ class GuardedTrainer(SFTTrainer):  # type: ignore[misc]
         self.checkpoints, self.guard = checkpoints, guard
         self.num_tokens = 0
         """Real tokens trained so far, in earlier processes too."""
+        self._fetch: Callable[[], Any] | None = None
+        self._fetched: Any = None
         guard.trainer = self
 
-    def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """Forward and backward of one micro-batch."""
-        loss: Tensor = super().training_step(*args, **options)
+    def get_batch_samples(self, *args: Any) -> Any:
+        """Batches of an update, and their trained tokens; those that were fetched ahead, if any."""
+        self._fetch = functools.partial(super().get_batch_samples, *args)
+        fetched, self._fetched = self._fetched or self._fetch(), None
+        return fetched
+
+    def fetch_ahead(self) -> None:
+        """Make the batches of the next update, while the device is busy with this one."""
+        if self._fetch is not None and self.state.global_step + 1 < self.state.max_steps:
+            self._fetched = self._fetch()
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch.
+
+        transformers' own walks all modules first, to put them into training mode; there they are.
+        """
+        with self.compute_loss_context_manager():
+            loss: Tensor = self.compute_loss(
+                model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch
+            )
+        self.accelerator.backward(loss)
         self.guard.micro_losses.append(loss.detach())
         self.guard.hang.beat()
-        return loss
+        return loss.detach()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """None are counted: it would walk all weights for each micro-batch, for a figure unused."""
+        return 0
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         update, own_folder = self.state.global_step, self.args.output_dir
@@ -161,6 +188,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             NotFiniteError: Its loss or its gradient is no finite number.
         """
         assert self.trainer is not None
+        self.trainer.fetch_ahead()  # from here on the device is waited for
         losses = torch.stack(self.micro_losses)  # (micro-batches,)
         weights = self.trainer.step.trainable()
         gradients = [weight.grad for weight in weights if weight.grad is not None]

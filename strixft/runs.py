@@ -64,9 +64,10 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write by rename, so that a reader sees the old file or the whole new one."""
-    write_text(path, json.dumps(redact_all(data), indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, data: Mapping[str, Any], *, flush: bool = True) -> None:
+    """Write by rename, so that a reader sees the old one or the whole new one; see `write_text`."""
+    text = json.dumps(redact_all(data), indent=2, ensure_ascii=False)
+    write_text(path, f"{text}\n", flush=flush)
 
 
 def temporary_name(path: Path) -> Path:
@@ -85,14 +86,21 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write by rename, flushed to disk before the name changes."""
+def write_text(path: Path, text: str, *, flush: bool = True) -> None:
+    """Write by rename.
+
+    Args:
+        path: The file.
+        text: All of it.
+        flush: Wait until it is on disk before the name changes: it is whole after a power cut too.
+    """
     temporary = temporary_name(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -400,16 +408,22 @@ class Run:
         return dict(status)
 
     def report_progress(self, **progress: Any) -> None:
-        """Put a stage's progress into `status.json` for whoever watches; no reason to fail."""
-        self.tell(progress=progress)
+        """Put a stage's progress into `status.json` for whoever watches; no reason to fail.
+
+        No time is spent waiting for the disk, which can take as long as an update's other work.
+        """
+        self._tell({"progress": progress}, flush=False)
 
     def tell(self, **values: Any) -> None:
         """Put values into `status.json`, if there is room for it."""
-        with contextlib.suppress(OSError):
-            self._write_status({**self.status(), **values})
+        self._tell(values, flush=True)
 
-    def _write_status(self, status: Mapping[str, Any]) -> None:
-        write_json(self.folder / "status.json", {**status, "updated": now()})
+    def _tell(self, values: Mapping[str, Any], *, flush: bool) -> None:
+        with contextlib.suppress(OSError):
+            self._write_status({**self.status(), **values}, flush=flush)
+
+    def _write_status(self, status: Mapping[str, Any], *, flush: bool = True) -> None:
+        write_json(self.folder / "status.json", {**status, "updated": now()}, flush=flush)
 
     def leave(self, error: StrixftError) -> None:
         """End this process at once, with the reason in `status.json` and on standard error.

@@ -212,8 +212,13 @@ def test_packed_rows_are_put_together_from_the_rows_on_disk() -> None:
     batch = collate([found[0], found[1], found[-1]])
     assert batch["input_ids"].shape == (3, 8)
     assert len(batch["labels"]) == sum(n - 1 for n in (5, 3, 8, 2))
+    assert _documents(found[-1]) == _documents(found[2]) == _documents(found.take([0, 2])[1])
+    assert list(map(_documents, found.take([2, 0]))) == list(map(_documents, found[::-2]))
+    assert found[3:] == found.take([]) == []
     with pytest.raises(IndexError):
         found[3]
+    with pytest.raises(IndexError):
+        found.take([0, 3])
 
 
 def _documents(one: dict[str, Any]) -> list[list[int]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMBEDDED, WriteRecipe, chat, chats
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from strixft.data import Batch, largest_batch, training_order
@@ -88,6 +88,36 @@ def test_the_same_seed_gives_the_same_losses(write_recipe: WriteRecipe, tmp_path
     runs = [open_run(write_recipe(), tmp_path / name) for name in ("a", "b")]
     first, second = (trained(run)[1].figures["losses"] for run in runs)
     assert first == second
+
+
+def test_no_module_is_walked_between_the_first_batch_and_the_last(
+    tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_recipe(tiny_run), plan_recipe(tiny_run)
+    walked = {"train": 0, "named_modules": 0}
+    for name in walked:
+        monkeypatch.setattr(nn.Module, name, counted(walked, name, getattr(nn.Module, name)))
+    seen = []
+
+    def loss(self: TrainingStep, batch: Batch, num_trained: int | Tensor) -> Tensor:
+        seen.append(dict(walked))
+        return batch_loss(self.model, batch, num_trained, self.ways)
+
+    monkeypatch.setattr(TrainingStep, "loss", loss)
+    updates = train_recipe(tiny_run).figures["updates"]
+    assert len(seen) >= updates > 2
+    assert walked["train"] > 0 < walked["named_modules"]
+    assert seen[-1] == seen[0]
+
+
+def counted(calls: dict[str, int], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, and its calls counted."""
+
+    def counting(*args: Any, **options: Any) -> Any:
+        calls[name] += 1
+        return function(*args, **options)
+
+    return counting
 
 
 def test_training_order_is_whole_passes_with_the_longest_row_first() -> None:

@@ -88,7 +88,7 @@ def _updates(
     """Batches of one update after the other, on the device."""
     size, steps = run.shape.rows, run.steps
     batches = (order[start : start + size] for start in range(0, len(order), size))
-    made = (collate([rows[number] for number in numbers], shape) for numbers in batches)
+    made = (collate(rows.take(numbers), shape) for numbers in batches)
     placed = (on_device(batch, device) for batch in made)
     while True:
         yield [next(placed) for _ in range(steps)]

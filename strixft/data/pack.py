@@ -120,15 +120,25 @@ class PackedRows(Sequence[dict[str, Any]]):
         return int(np.asarray(self._source["length"])[self.packing.rows].max())
 
     def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            return [self[index] for index in range(*number.indices(len(self)))]
-        table = self._rows[self.packing[number if number >= 0 else len(self) + number].tolist()]
+        chosen = range(len(self))[number]
+        return self.take(chosen) if isinstance(number, slice) else self.take([chosen])[0]
+
+    def take(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Several packed rows at once: asking the data set takes longer than what it gives."""
+        if not numbers:
+            return []
+        rows = [self.packing[number] for number in numbers]
+        table = self._rows[np.concatenate(rows).tolist()]
         ids, trained = (table[name].combine_chunks() for name in ("input_ids", "trained"))
-        return {
-            "input_ids": ids.flatten().to_numpy(),
-            "trained": trained.flatten().to_numpy(zero_copy_only=False),
-            "lengths": ids.value_lengths().to_numpy(),
+        lengths = ids.value_lengths().to_numpy()
+        documents = np.cumsum(list(map(len, rows)))[:-1]  # before each packed row
+        tokens = np.cumsum(lengths)[documents - 1]
+        columns = {
+            "input_ids": np.split(ids.flatten().to_numpy(), tokens),
+            "trained": np.split(trained.flatten().to_numpy(zero_copy_only=False), tokens),
+            "lengths": np.split(lengths, documents),
         }
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def origins(rows: Any, number: int) -> list[tuple[int, int]]:

@@ -125,6 +125,7 @@ class TrainingStep:
         use_rung(base_of(model), ways.rung)
         self._prepare_layers()
         model.train()
+        self._trainable = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = self._build_optimizer()
 
     def _prepare_layers(self) -> None:
@@ -142,7 +143,7 @@ class TrainingStep:
 
     def trainable(self) -> list[nn.Parameter]:
         """Weights that are trained."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return self._trainable
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
