@@ -88,7 +88,7 @@ class Profiled:
 def main(recipe: str, first: str = "4") -> None:
     """Train, and print where the device waits."""
     if device_type() != "cuda":
-        sys.exit("this device is the processor itself, which never waits for Python")
+        sys.exit("only a GPU waits for Python, and torch sees none here: run it where it does")
     register_optimizer_step_post_hook(Profiled(int(first)))
     train_recipe(open_run(recipe))
 

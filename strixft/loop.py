@@ -93,13 +93,14 @@ class GuardedTrainer(SFTTrainer):  # type: ignore[misc]
         transformers' own walks all modules first, to put them into training mode; there they are.
         """
         with self.compute_loss_context_manager():
-            loss: Tensor = self.compute_loss(
+            loss = self.compute_loss(
                 model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch
             )
         self.accelerator.backward(loss)
-        self.guard.micro_losses.append(loss.detach())
+        done: Tensor = loss.detach()
+        self.guard.micro_losses.append(done)
         self.guard.hang.beat()
-        return loss.detach()
+        return done
 
     def floating_point_ops(self, inputs: Any) -> int:
         """None are counted: it would walk all weights for each micro-batch, for a figure unused."""

@@ -65,7 +65,7 @@ def now() -> str:
 
 
 def write_json(path: Path, data: Mapping[str, Any], *, flush: bool = True) -> None:
-    """Write by rename, so that a reader sees the old one or the whole new one; see `write_text`."""
+    """Write a mapping without its secrets; see `write_text`."""
     text = json.dumps(redact_all(data), indent=2, ensure_ascii=False)
     write_text(path, f"{text}\n", flush=flush)
 
@@ -87,7 +87,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, flush: bool = True) -> None:
-    """Write by rename.
+    """Write by rename, so that a reader sees the old file or the whole new one.
 
     Args:
         path: The file.
@@ -410,7 +410,7 @@ class Run:
     def report_progress(self, **progress: Any) -> None:
         """Put a stage's progress into `status.json` for whoever watches; no reason to fail.
 
-        No time is spent waiting for the disk, which can take as long as an update's other work.
+        It does not wait for the disk: what a power cut takes of it is of no use afterwards.
         """
         self._tell({"progress": progress}, flush=False)
 

@@ -118,9 +118,7 @@ class Trained(Result):
 
 
 class _Trainer(GuardedTrainer):
-    """TRL's loop around our step."""
-
-    loss_is_scaled_for_ga = True  # our loss is divided by the trained tokens of the whole update
+    """TRL's loop around our step, whose loss is divided by the trained tokens of the update."""
 
     def __init__(self, step: TrainingStep, **kwargs: Any) -> None:
         masters = {parameter: parameter.data for parameter in step.trainable()}

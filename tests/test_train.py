@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import EMBEDDED, WriteRecipe, chat, chats
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoTokenizer
 
-from strixft.data import Batch, largest_batch, training_order
+from strixft.data import Batch, collate, largest_batch, training_order
 from strixft.errors import FitError, StageError
 from strixft.model import model_source
 from strixft.opening import open_run
@@ -108,6 +109,23 @@ def test_no_module_is_walked_between_the_first_batch_and_the_last(
     assert len(seen) >= updates > 2
     assert walked["train"] > 0 < walked["named_modules"]
     assert seen[-1] == seen[0]
+
+
+def test_the_next_updates_batches_are_made_before_an_update(
+    tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_recipe(tiny_run)
+    plan = plan_recipe(tiny_run).figures
+    steps, updates = plan["choice"]["gradient_accumulation_steps"], plan["updates"]
+    made = {"collate": 0}
+    monkeypatch.setattr("strixft.train.collate", counted(made, "collate", collate))
+    seen = []
+    hook = register_optimizer_step_pre_hook(lambda *_: seen.append(made["collate"]))
+    train_recipe(tiny_run)
+    hook.remove()
+    whole = steps * updates
+    ahead = 1  # accelerate's loader is always one batch ahead
+    assert seen == [min((done + 2) * steps + ahead, whole) for done in range(updates)]
 
 
 def counted(calls: dict[str, int], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
