@@ -1,6 +1,6 @@
 """Checkpoints that are whole, or are not there.
 
-<folder>/checkpoint-<update>        what the trainer wrote, and manifest.json with its hashes
+<folder>/checkpoint-<update>        what training wrote, and manifest.json with its hashes
 <folder>/checkpoint-<update>.torn   set aside: it is not what its manifest says
 <folder>/.writing                   the next one; flushed and hashed before it gets its name
 """
@@ -39,7 +39,6 @@ class Checkpoint:
     """Updates that were finished when it was written."""
     inputs: dict[str, Any]
     """What the run depends on, as it was then."""
-    counters: dict[str, int]
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -83,15 +82,17 @@ def _read(folder: Path, update: int) -> Checkpoint:
     manifest = read_manifest(folder)
     try:
         listed, inputs = dict(manifest["files"]), dict(manifest["inputs"])
-        counters = {str(name): int(value) for name, value in manifest["counters"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{MANIFEST} is damaged") from None
-    found = _hashes(folder)
-    for name in sorted(listed.keys() | found.keys()):
-        if listed.get(name) != found.get(name):
-            what = "missing" if name not in found else "not what was written"
-            raise ValueError(f"{name} is {what}")
-    return Checkpoint(folder, update, inputs, counters)
+    for name, written in sorted(
+        listed.items()
+    ):  # others leave files of their own: .DS_Store, .nfs…
+        path = folder / name
+        if ".." in path.parts or not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if digest(path) != written:
+            raise ValueError(f"{name} is not what was written")
+    return Checkpoint(folder, update, inputs)
 
 
 def _aside(folder: Path) -> Path:
@@ -115,12 +116,14 @@ class Checkpoints:
         before = sorted(path.name for path in folder.glob("*.torn*"))
         self.torn = [f"{name}: before this start" for name in before]
         """Checkpoints that were set aside, each with the reason."""
+        self.set_aside: list[str] = []
+        """Those of them that were set aside by this process."""
         self.remove_leftovers()
 
     def remove_leftovers(self) -> None:
         """Remove what a process was writing or deleting when it was killed."""
-        for path in self.folder.glob(".*"):
-            shutil.rmtree(path)
+        for name in (_WRITING, _OLD):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _by_update(self) -> list[tuple[int, Path]]:
         """Newest first."""
@@ -140,6 +143,7 @@ class Checkpoints:
                 aside = _aside(folder)
                 folder.rename(aside)
                 self.torn.append(f"{aside.name}: {fault}")
+                self.set_aside.append(self.torn[-1])
             else:
                 self._require_same(checkpoint)
                 return checkpoint
@@ -170,27 +174,26 @@ class Checkpoints:
         return (self.folder / f"checkpoint-{update}").is_dir()
 
     @contextlib.contextmanager
-    def writing(self, update: int, counters: Mapping[str, int]) -> Iterator[Path]:
+    def writing(self, update: int) -> Iterator[Path]:
         """Write a checkpoint; it gets its name when all of it is on disk.
 
         Args:
             update: Updates that are finished.
-            counters: What the trainer does not count itself.
 
         Yields:
-            A folder, in which the block writes `checkpoint-<update>`.
+            A folder, in which the block writes the files.
 
         Raises:
             HostError: The disk has no room.
         """
         self._make_room()
-        parent = self.folder / _WRITING
-        parent.mkdir()
+        folder = self.folder / _WRITING
+        folder.mkdir()
         try:
-            yield parent
-            self._finish(parent / f"checkpoint-{update}", counters)
+            yield folder
+            self._finish(folder, self.folder / f"checkpoint-{update}")
         finally:
-            shutil.rmtree(parent, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         self._remove_old(KEPT)
 
     def _make_room(self) -> None:
@@ -203,13 +206,12 @@ class Checkpoints:
             self._remove_old(1)
         require_room(self.folder, needed)
 
-    def _finish(self, folder: Path, counters: Mapping[str, int]) -> None:
+    def _finish(self, folder: Path, named: Path) -> None:
         for path in folder.rglob("*"):
             sync(path)
-        manifest = {"files": _hashes(folder), "inputs": self.inputs, "counters": dict(counters)}
-        write_manifest(folder, manifest)
+        write_manifest(folder, {"files": _hashes(folder), "inputs": self.inputs})
         sync(folder)
-        folder.rename(self.folder / folder.name)
+        folder.rename(named)
         sync(self.folder)
 
     def _remove_old(self, kept: int) -> None:

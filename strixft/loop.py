@@ -1,44 +1,69 @@
-"""TRL's loop with a guard: it stops between micro-batches, and what is saved is whole.
+"""The training loop: updates one after the other, from the newest whole checkpoint on.
 
-The guard sees every micro-batch and every update. Whatever ends the loop early, the unfinished
-update is dropped and the last finished one is saved.
+It looks between micro-batches whether to stop, and before each update whether to make it. Whatever
+ends it early, the unfinished update is dropped and the last finished one can be saved.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
-from trl import SFTTrainer
+from torch.optim.lr_scheduler import LambdaLR
 
-from strixft.checkpoints import Checkpoints
+from strixft.checkpoints import Checkpoint, Checkpoints
+from strixft.data import Batch
 from strixft.guard import HangWatch
+from strixft.recipe import Train
+from strixft.step import TrainingStep
 
 MOST_SKIPPED = 20
-"""Updates in a row that float16's scaling may leave out before nothing is learned any more."""
+"""Consecutive updates that float16's scaler may skip before training stops."""
+WEIGHTS, STATE = "trained.safetensors", "state.pt"
+"""Files of a checkpoint: trained weights by name; optimizer, schedule, generators and progress."""
 
 
 class NotFiniteError(Exception):
-    """A loss or a gradient is no finite number; the weights are those of the update before."""
+    """A loss or a gradient is not finite; the weights are those of the update before."""
 
     def __init__(self, update: int, what: str, value: str, micro_batches: Sequence[int]) -> None:
         super().__init__(f"the {what} of update {update} is {value}")
         self.update, self.micro_batches = update, micro_batches
 
 
+class _StopAsked(Exception):
+    """Leaves an unfinished update."""
+
+
+@dataclass
+class Progress:
+    """Finished work, in earlier processes too."""
+
+    update: int = 0
+    tokens: int = 0
+    """Real tokens, without padding."""
+    losses: list[float] = field(default_factory=list)
+    """Mean loss of a trained token, one an update."""
+
+
 def random_states() -> dict[str, Any]:
-    """States of every generator that training draws from."""
+    """Return the state of every generator that training may draw from."""
+    kind, keys, *rest = tuple(np.random.get_state(legacy=True))
     gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),  # no array: torch.load reads no pickle
         "torch": torch.get_rng_state(),
         "gpu": gpu,
     }
@@ -53,177 +78,173 @@ def restore(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["gpu"])
 
 
-class GuardedTrainer(SFTTrainer):  # type: ignore[misc]
-    """Writes checkpoints that are whole, and tells the guard of every micro-batch.
+def rate_factor(train: Train, updates: int) -> Callable[[int], float]:
+    """Return the learning rate of each update, counted from 0, relative to its peak.
 
-    Args:
-        checkpoints: Where they go.
-        guard: Added to the callbacks.
-        options: As TRL's trainer takes them.
+    It rises over the warm-up, whose first update already learns, and then follows the schedule.
+    A warm-up always leaves at least one update at the peak.
+
+    >>> factor = rate_factor(Train(warmup_fraction=0.5, schedule="linear"), 4)
+    >>> [round(factor(update), 2) for update in range(4)]
+    [0.33, 0.67, 1.0, 0.5]
     """
+    warmup = min(math.ceil(train.warmup_fraction * updates), updates - 1)
 
-    processing_class: Any
+    def factor(update: int) -> float:
+        if update < warmup:
+            return (update + 1) / (warmup + 1)
+        done = min(1.0, (update - warmup) / (updates - warmup))
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+            train.schedule
+        ]
 
-    def __init__(self, *, checkpoints: Checkpoints, guard: Guard, **options: Any) -> None:
-        super().__init__(**options)
-        self.add_callback(guard)
-        self.checkpoints, self.guard = checkpoints, guard
-        self.num_tokens = 0
-        """Real tokens trained so far, in earlier processes too."""
-        self._fetch: Callable[[], Any] | None = None
-        self._fetched: Any = None
-        guard.trainer = self
-
-    def get_batch_samples(self, *args: Any) -> Any:
-        """Batches of an update, and their trained tokens; those that were fetched ahead, if any."""
-        self._fetch = functools.partial(super().get_batch_samples, *args)
-        fetched, self._fetched = self._fetched or self._fetch(), None
-        return fetched
-
-    def fetch_ahead(self) -> None:
-        """Make the batches of the next update, while the device is busy with this one."""
-        if self._fetch is not None and self.state.global_step + 1 < self.state.max_steps:
-            self._fetched = self._fetch()
-
-    def training_step(
-        self, model: Any, inputs: Any, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Forward and backward of one micro-batch.
-
-        transformers' own walks all modules first, to put them into training mode; there they are.
-        """
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(
-                model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch
-            )
-        self.accelerator.backward(loss)
-        done: Tensor = loss.detach()
-        self.guard.micro_losses.append(done)
-        self.guard.hang.beat()
-        return done
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """None are counted: it would walk all weights for each micro-batch, for a figure unused."""
-        return 0
-
-    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        update, own_folder = self.state.global_step, self.args.output_dir
-        if update == 0 or self.checkpoints.has(update):
-            return
-        self.guard.hang.pause()
-        tokenizer, self.processing_class = self.processing_class, None  # the base has it
-        try:
-            with self.checkpoints.writing(update, {"tokens": self.num_tokens}) as parent:
-                self.args.output_dir = str(parent)
-                Trainer._save_checkpoint(self, model, trial)  # TRL's writes a model card each time
-        finally:
-            self.args.output_dir, self.processing_class = own_folder, tokenizer
-
-    def save_finished(self) -> None:
-        """Save the last finished update, after the loop was left in the middle of the next one."""
-        if self.guard.drop_unfinished():
-            self._save_checkpoint(self.model)
-
-    def continue_training(self) -> None:
-        """Train from the newest whole checkpoint, or from the start.
-
-        Raises:
-            StageError: The checkpoint belongs to another run.
-            NotFiniteError: A loss or gradient is no finite number.
-        """
-        newest = self.checkpoints.newest()
-        if newest is not None:
-            self.num_tokens = newest.counters["tokens"]
-        self.train(resume_from_checkpoint=None if newest is None else str(newest.folder))
+    return factor
 
 
-class Guard(TrainerCallback):  # type: ignore[misc]
-    """Looks between micro-batches whether to stop, and before each update whether to make it.
+class TrainingLoop:
+    """Runs `TrainingStep.update` until all updates are finished or somebody asks for a stop.
 
     Args:
+        step: The training step of the model.
+        batches: Returns the micro-batches of an update, counted from 0, on the device.
+        updates: Updates of the whole run.
+        checkpoints: The run's checkpoints.
         hang: Told of every micro-batch.
-        save_every_s: Most time between two checkpoints.
-        is_asked: Whether somebody wants the training to stop.
+        is_asked: Returns whether somebody wants the training to stop.
+        on_update: Called with the progress after each update.
     """
 
-    def __init__(self, hang: HangWatch, save_every_s: float, is_asked: Callable[[], bool]) -> None:
-        self.trainer: GuardedTrainer | None = None
-        self.hang = hang
-        self.micro_losses: list[Tensor] = []
-        self._save_every_s, self._is_asked = save_every_s, is_asked
-        self._saved = time.monotonic()  # no clock that is set can delay a checkpoint
-        self._finished: tuple[dict[str, Any], int] | None = None
-        self._updating = False
+    def __init__(
+        self,
+        step: TrainingStep,
+        batches: Callable[[int], list[Batch]],
+        updates: int,
+        checkpoints: Checkpoints,
+        hang: HangWatch,
+        *,
+        is_asked: Callable[[], bool],
+        on_update: Callable[[Progress], None],
+    ) -> None:
+        self.step, self.updates, self.checkpoints = step, updates, checkpoints
+        self.progress, self.first_update = Progress(), 1
+        self._batches, self._hang = batches, hang
+        self._is_asked, self._on_update = is_asked, on_update
+        self._schedule = LambdaLR(step.optimizer, rate_factor(step.settings, updates))
+        self._processes = PartialState()
+        self._ahead: list[Batch] = []
+        self._random = random_states()
+        self._updating = False  # the weights are between two updates
         self._skipped = 0
 
-    def _note_finished(self) -> None:
-        assert self.trainer is not None
-        self._finished = random_states(), self.trainer.num_tokens
-        self._updating = False
-        self.micro_losses.clear()
-
-    def drop_unfinished(self) -> bool:
-        """Go back to the last finished update; False where its weights are no longer there."""
-        if self._finished is None or self._updating:
-            return False
-        assert self.trainer is not None
-        restore(self._finished[0])
-        self.trainer.num_tokens = self._finished[1]
-        return True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What a resumed run has finished already."""
-        if state.global_step:
-            self._note_finished()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop in the middle of an update, if somebody wants it."""
-        if self._is_asked():
-            self.drop_unfinished()
-            control.should_save = control.should_training_stop = True
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse an update that would spoil the weights.
+    def run(self, checkpoint: Checkpoint | None = None) -> None:
+        """Train from a checkpoint, or from the start.
 
         Raises:
-            NotFiniteError: Its loss or its gradient is no finite number.
+            NotFiniteError: A loss or gradient is not finite.
         """
-        assert self.trainer is not None
-        self.trainer.fetch_ahead()  # from here on the device is waited for
-        losses = torch.stack(self.micro_losses)  # (micro-batches,)
-        weights = self.trainer.step.trainable()
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not args.fp16:  # where float16 is scaled, its scaler leaves such an update out
-            losses = torch.cat([losses, norm.reshape(1).to(losses)])
-        good = torch.isfinite(losses).tolist()
-        if not all(good):
-            raise _not_finite(state.global_step + 1, losses.tolist(), len(self.micro_losses))
+        if checkpoint is not None:
+            self._resume(checkpoint.folder)
+        saved = time.monotonic()  # setting the clock cannot delay a checkpoint
+        try:
+            while self.progress.update < self.updates and not self._is_asked():
+                self._one_update()
+                if time.monotonic() - saved > self.step.settings.save_every_minutes * 60:
+                    self.save()
+                    saved = time.monotonic()
+        except _StopAsked:
+            restore(self._random)
+        finally:
+            self._hang.pause()
+        if self.progress.update < self.updates:
+            self.save()
+
+    def _one_update(self) -> None:
+        batches = self._ahead or self._batches(self.progress.update)
+        self._ahead = []
+        trained = self._over_processes(sum(len(batch["labels"]) for batch in batches))
+        loss = self.step.update(
+            batches, trained, after_batch=self._after_batch, before_step=self._before_step
+        )
+        self._check_skipped()
+        self._updating, self._random = False, random_states()
+        self.progress.update += 1
+        self.progress.tokens += sum(batch["num_tokens"] for batch in batches)
+        self.progress.losses.append(float(loss))
+        self._on_update(self.progress)
+
+    def _over_processes(self, count: int) -> int:
+        """Sum of a count over all processes."""
+        if self._processes.num_processes == 1:
+            return count
+        return int(reduce(torch.tensor(count, device=self._processes.device), "sum"))
+
+    def _after_batch(self) -> None:
+        self._hang.beat()
+        if self._is_asked():
+            raise _StopAsked
+
+    def _before_step(self, losses: Tensor, norm: Tensor) -> None:
+        """Refuse an update that would spoil the weights.
+
+        Args:
+            losses: One for each micro-batch, (micro-batches,).
+            norm: Of the gradient, before clipping.
+        """
+        if self.progress.update + 1 < self.updates:  # from here on the device is waited for
+            self._ahead = self._batches(self.progress.update + 1)
+        numbers = torch.cat([losses, norm.reshape(1).to(losses)]).tolist()
+        bad = [index for index, loss in enumerate(numbers[:-1]) if not np.isfinite(loss)]
+        update = self.progress.update + 1
+        if bad:
+            raise NotFiniteError(update, "loss", f"{numbers[bad[0]]}", bad)
+        if not np.isfinite(numbers[-1]) and not self.step.scaler.is_enabled():
+            raise NotFiniteError(update, "gradient", "not a finite number", range(len(losses)))
         self._updating = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An update is finished: save when it is time, stop if somebody wants it."""
-        assert self.trainer is not None
-        self._check_skipped(state.global_step, self.trainer.accelerator.optimizer_step_was_skipped)
-        self._note_finished()
-        if time.monotonic() - self._saved > self._save_every_s:
-            control.should_save = True
-        if self._is_asked():
-            control.should_save = control.should_training_stop = True
-
-    def _check_skipped(self, update: int, skipped: bool) -> None:
-        self._skipped = self._skipped + 1 if skipped else 0
+    def _check_skipped(self) -> None:
+        self._skipped = self._skipped + 1 if self.step.skipped else 0
         if self._skipped >= MOST_SKIPPED:
-            value = f"no finite number, as in {MOST_SKIPPED} updates in a row"
-            raise NotFiniteError(update, "gradient", value, range(len(self.micro_losses)))
+            value = f"not a finite number, as in {MOST_SKIPPED} updates in a row"
+            raise NotFiniteError(self.progress.update + 1, "gradient", value, range(1))
+        if not self.step.skipped:
+            self._schedule.step()
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock again."""
-        self._saved = time.monotonic()
+    def save(self) -> None:
+        """Write a checkpoint of the last finished update, unless it is there or nothing is."""
+        update = self.progress.update
+        if update == 0 or self.checkpoints.has(update):
+            return
+        self._hang.pause()
+        state = {
+            "optimizer": self.step.optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "random": self._random,
+            "progress": asdict(self.progress),
+        }
+        with self.checkpoints.writing(update) as folder:
+            weights = {
+                name: w.detach().cpu().contiguous() for name, w in self.step.named_trainable()
+            }
+            save_file(weights, folder / WEIGHTS)
+            torch.save(state, folder / STATE)
 
+    def save_finished(self) -> None:
+        """Save the last finished update after an error, where its weights are still there."""
+        if self._updating:
+            return
+        restore(self._random)
+        self.save()
 
-def _not_finite(update: int, numbers: Sequence[float], micro_batches: int) -> NotFiniteError:
-    bad = [index for index, loss in enumerate(numbers[:micro_batches]) if not np.isfinite(loss)]
-    if bad:
-        return NotFiniteError(update, "loss", f"{numbers[bad[0]]}", bad)
-    return NotFiniteError(update, "gradient", "no finite number", range(micro_batches))
+    def _resume(self, folder: Path) -> None:
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        weights = load_file(folder / WEIGHTS)
+        with torch.no_grad():
+            for name, weight in self.step.named_trainable():
+                weight.copy_(weights[name])
+        self.step.optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.step.scaler.load_state_dict(state["scaler"])
+        restore(state["random"])
+        self.progress, self._random = Progress(**state["progress"]), state["random"]
+        self.first_update = self.progress.update + 1

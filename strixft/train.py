@@ -1,25 +1,23 @@
-"""Stage `train`: TRL's trainer as the loop, our batches, our step."""
+"""Stage `train`: the planned step in the training loop, watched and measured."""
 
 from __future__ import annotations
 
-import math
+import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
-from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig
+from accelerate.utils import set_seed
+from torch import nn
 
 from strixft import views
 from strixft.attention import Heads
 from strixft.checkpoints import KEPT, Checkpoints
-from strixft.data import Batch, PackedShape, collate, training_order
+from strixft.data import Batch, PackedShape, collate, on_device, training_order
 from strixft.disk import require_room
 from strixft.environment import seen_by_torch
 from strixft.errors import FitError, StageError
@@ -33,17 +31,17 @@ from strixft.guard import (
     loss_spikes,
     training_host,
 )
-from strixft.loop import Guard, GuardedTrainer, NotFiniteError
+from strixft.loop import NotFiniteError, Progress, TrainingLoop
 from strixft.memory import is_out_of_memory
 from strixft.methods import METHODS
-from strixft.model import base_of, build, load_tokenizer, model_source, native_dtype
+from strixft.model import base_of, build, model_source, native_dtype
 from strixft.plan import Plan
 from strixft.plan.compare import compare_html, device_parts, planned_figures
 from strixft.plan.result import read_config
 from strixft.prepare import Prepared
 from strixft.prepare.vocabulary import require_known_tokens
 from strixft.probe.right import fastest_blas, joins_sums, require_attention, require_right
-from strixft.progress import progress_bar
+from strixft.progress import progress_bar, say
 from strixft.recipe import Recipe
 from strixft.runs import Result, Run, resume_command
 from strixft.step import TrainingStep, Ways, peak_memory
@@ -53,9 +51,6 @@ from strixft.weights import fingerprint_base
 ADAPTER = "adapter"
 """Folder of the trained weights: a PEFT adapter, or a whole model for `method: full`."""
 CHECKPOINTS = "checkpoints"
-PACKED_ROW = "packed_row"
-"""Column of the numbers of packed rows, in the order of training."""
-Collator = Callable[[Sequence[Any]], Batch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,127 +112,38 @@ class Trained(Result):
         return views.picture(figure, "training loss by update")
 
 
-class _Trainer(GuardedTrainer):
-    """TRL's loop around our step, whose loss is divided by the trained tokens of the update."""
+class _Watch:
+    """Progress bar and speed of a training."""
 
-    def __init__(self, step: TrainingStep, **kwargs: Any) -> None:
-        masters = {parameter: parameter.data for parameter in step.trainable()}
-        super().__init__(model=step.model, optimizers=(step.optimizer, None), **kwargs)
-        self.model_accepts_loss_kwargs = True  # makes the loop count the trained tokens for us
-        for parameter, data in masters.items():
-            parameter.data = data  # TRL rounds adapters of a quantised base to bf16
-        self.step = step
-        # the loop asks the model, which would walk all its modules: 10 ms with an adapter of an 8B
-        step.model.zero_grad = step.optimizer.zero_grad  # type: ignore[method-assign]
-
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm: Tensor = self.accelerator.clip_grad_norm_(
-            self.step.trainable(), self.args.max_grad_norm
-        )
-        return norm
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        assert num_items_in_batch is not None
-        self.num_tokens += inputs["num_tokens"]
-        return self.step.loss(inputs, num_items_in_batch)
-
-
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Speed and progress bar."""
-
-    def __init__(self, run: Run) -> None:
-        self.trainer: _Trainer | None = None
-        self._run = run
+    def __init__(self, run: Run, updates: int) -> None:
+        self._run, self._updates = run, updates
         self._warm: tuple[float, int] | None = None
         self._bar: Any = None
-        self.first_update = 1
-        """Of this process; more than 1 when the run was resumed."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the progress bar, at the update that a resumed run begins with."""
-        self.first_update = state.global_step + 1
-        self._bar = progress_bar(total=state.max_steps, initial=state.global_step, unit="update")
-
-    def _tokens(self) -> int:
-        assert self.trainer is not None
-        return self.trainer.num_tokens
-
-    def tok_per_s(self) -> float | None:
-        """Real tokens per second since the first update ended; that one compiles and warms up."""
-        if self._warm is None:
-            return None
-        began, tokens = self._warm
-        seconds = time.monotonic() - began
-        return round((self._tokens() - tokens) / seconds, 1) if self._tokens() > tokens else None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock after the first update."""
-        if self._warm is None:
-            self._warm = time.monotonic(), self._tokens()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Show the update's loss."""
-        if not logs or "loss" not in logs:
-            return
-        loss, rate = float(logs["loss"]), self.tok_per_s()
-        self._bar.update(state.global_step - self._bar.n)
-        self._bar.set_postfix(loss=f"{loss:.3f}", tok_per_s=rate)
+    def __call__(self, progress: Progress) -> None:
+        """Show an update; the clock starts after the first, which compiles and warms up."""
+        if self._bar is None:
+            self._warm = time.monotonic(), progress.tokens
+            initial = progress.update - 1
+            self._bar = progress_bar(total=self._updates, initial=initial, unit="update")
+        loss, rate = progress.losses[-1], self.tok_per_s(progress)
+        self._bar.set_postfix(loss=f"{loss:.3f}", tok_per_s=rate, refresh=False)
+        self._bar.update(progress.update - self._bar.n)
         self._run.report_progress(
-            done=state.global_step, total=state.max_steps, loss=loss, tok_per_s=rate
+            done=progress.update, total=self._updates, loss=loss, tok_per_s=rate
         )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def tok_per_s(self, progress: Progress) -> float | None:
+        """Real tokens per second since the first update of this process; None before the second."""
+        began, tokens = self._warm or (0.0, progress.tokens)
+        if progress.tokens == tokens:
+            return None
+        return round((progress.tokens - tokens) / (time.monotonic() - began), 1)
+
+    def close(self) -> None:
         """Close the progress bar."""
-        self._bar.close()
-
-
-def _no_checkpointing() -> dict[str, bool]:
-    """The trainer's switch stays off: our step recomputes layers itself.
-
-    transformers 5.23 calls it `activation_checkpointing`, 5.17 `gradient_checkpointing`.
-    """
-    names = SFTConfig.__dataclass_fields__
-    name = "activation_checkpointing"
-    return {name if name in names else "gradient_checkpointing": False}
-
-
-def _settings(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
-    """The recipe in TRL's words: the one place that knows them."""
-    train, choice, updates = recipe.train, plan.figures["choice"], plan.figures["updates"]
-    on_gpu = device_type() == "cuda"
-    return SFTConfig(
-        output_dir=str(folder / CHECKPOINTS),
-        max_steps=updates,
-        per_device_train_batch_size=choice["micro_batch_rows"],
-        gradient_accumulation_steps=choice["gradient_accumulation_steps"],
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.schedule,
-        warmup_steps=math.ceil(train.warmup_fraction * updates),
-        max_grad_norm=train.max_grad_norm,
-        seed=train.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        train_sampling_strategy="sequential",  # our order, see training_order
-        save_strategy="no",
-        save_total_limit=2,
-        bf16=False,
-        fp16=on_gpu and not find_host(recipe.memory.host).bfloat16,
-        use_cpu=not on_gpu,
-        disable_tqdm=True,
-        report_to="none",
-        remove_unused_columns=False,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_pin_memory=on_gpu,
-        accelerator_config={"non_blocking": on_gpu},  # batches are fetched while the device works
-        **_no_checkpointing(),
-    )
+        if self._bar is not None:
+            self._bar.close()
 
 
 def ways_of(recipe: Recipe, choice: dict[str, Any]) -> Ways:
@@ -252,29 +158,39 @@ def ways_of(recipe: Recipe, choice: dict[str, Any]) -> Ways:
     return Ways(**{field.name: here[field.name] for field in fields(Ways)})
 
 
-def _order(lengths: Sequence[int], recipe: Recipe, plan: Plan) -> list[int]:
-    choice = plan.figures["choice"]
-    per_update = choice["micro_batch_rows"] * choice["gradient_accumulation_steps"]
-    num_rows = plan.figures["updates"] * per_update
-    return training_order(lengths, num_rows, recipe.train.seed)
+class _Batches:
+    """Micro-batches of each update, in the order of training."""
 
+    def __init__(self, recipe: Recipe, prepared: Prepared, plan: Plan, device: str) -> None:
+        choice, shape = plan.figures["choice"], plan.figures["choice"]["packed"]
+        self._prepared, self._device = prepared, device
+        self._size, self._steps = choice["micro_batch_rows"], choice["gradient_accumulation_steps"]
+        self._shape = PackedShape(**shape) if shape else None
+        self._rows: Any = (
+            prepared.packed_rows(recipe.dataset)
+            if shape
+            else prepared.token_rows(recipe.dataset).train
+        )
+        lengths = self._rows.sums("length").tolist() if shape else self._rows["length"]
+        num_rows = plan.figures["updates"] * self._size * self._steps
+        self._order = training_order(lengths, num_rows, recipe.train.seed)
 
-def _training_rows(recipe: Recipe, prepared: Prepared, plan: Plan) -> tuple[Dataset, Collator]:
-    """Rows in the order of training, and what makes a batch of some of them.
+    def _numbers(self, update: int, micro_batch: int) -> list[int]:
+        first = (update * self._steps + micro_batch) * self._size
+        return self._order[first : first + self._size]
 
-    The loop asks for a `datasets.Dataset`; packed rows are put together from their numbers.
-    """
-    shape = plan.figures["choice"]["packed"]
-    if shape is None:
-        rows = prepared.token_rows(recipe.dataset).train
-        return rows.select(_order(rows["length"], recipe, plan)), collate
-    packed, filled = prepared.packed_rows(recipe.dataset), PackedShape(**shape)
-    order = _order(packed.sums("length").tolist(), recipe, plan)
+    def _batch(self, numbers: list[int]) -> Batch:
+        rows = self._rows.take(numbers) if self._shape else [self._rows[n] for n in numbers]
+        return on_device(collate(rows, self._shape), self._device)
 
-    def collate_packed(numbers: Sequence[dict[str, int]]) -> Batch:
-        return collate(packed.take([row[PACKED_ROW] for row in numbers]), filled)
+    def __call__(self, update: int) -> list[Batch]:
+        """Return the micro-batches of an update, counted from 0, on the device."""
+        return [self._batch(self._numbers(update, step)) for step in range(self._steps)]
 
-    return Dataset.from_dict({PACKED_ROW: order}), collate_packed
+    def names(self, update: int, micro_batches: Iterable[int]) -> list[str]:
+        """Return the rows of some micro-batches of an update, by file and number."""
+        numbers = [n for step in micro_batches for n in self._numbers(update, step)]
+        return self._prepared.names_of(self._rows, numbers)
 
 
 def _checkpoints(run: Run, prepared: Prepared, plan: Plan) -> Checkpoints:
@@ -287,35 +203,19 @@ def _checkpoints(run: Run, prepared: Prepared, plan: Plan) -> Checkpoints:
     return Checkpoints(run.stage_folder(Trained.name) / CHECKPOINTS, inputs)
 
 
-def _require_room(trainer: _Trainer) -> None:
-    """Room for the checkpoints that stay, the one being written and the result."""
-    weights = sum(weight.numel() * weight.element_size() for weight in trainer.step.trainable())
-    moments = 2 * sum(weight.numel() * 4 for weight in trainer.step.trainable())
-    left = max(0, KEPT + 1 - trainer.checkpoints.count())
-    require_room(trainer.checkpoints.folder, left * (weights + moments) + weights)
+def _require_room(step: TrainingStep, checkpoints: Checkpoints) -> None:
+    """Require room for the checkpoints that stay, the one being written and the result."""
+    weights = sum(weight.numel() * weight.element_size() for weight in step.trainable())
+    moments = 2 * sum(weight.numel() * 4 for weight in step.trainable())
+    left = max(0, KEPT + 1 - checkpoints.count())
+    require_room(checkpoints.folder, left * (weights + moments) + weights)
 
 
-def _build_trainer(
-    run: Run, prepared: Prepared, plan: Plan, watch: _Watch, watches: Watches
-) -> _Trainer:
-    recipe, device = run.recipe, device_type()
-    require_known_tokens(recipe, prepared)
+def _build_step(recipe: Recipe, plan: Plan, device: str) -> TrainingStep:
     dtype = native_dtype(device, bfloat16=find_host(recipe.memory.host).bfloat16)
-    torch.manual_seed(recipe.train.seed)
+    set_seed(recipe.train.seed)
     model = build(recipe, device, dtype)
-    rows, collator = _training_rows(recipe, prepared, plan)
-    watch.trainer = _Trainer(
-        TrainingStep(model, recipe.train, ways_of(recipe, plan.figures["choice"])),
-        args=_settings(recipe, plan, run.stage_folder(Trained.name)),
-        train_dataset=rows,
-        data_collator=collator,
-        processing_class=load_tokenizer(recipe),
-        callbacks=[watch],
-        checkpoints=_checkpoints(run, prepared, plan),
-        guard=Guard(watches.hang, recipe.train.save_every_minutes * 60, watches.is_asked),
-    )
-    watch.trainer.remove_callback(PrinterCallback)  # the progress bar shows the losses
-    return watch.trainer
+    return TrainingStep(model, recipe.train, ways_of(recipe, plan.figures["choice"]))
 
 
 def out_of_memory(recipe: Recipe, plan: Plan, what: str, peak_bytes: int | None) -> FitError:
@@ -334,32 +234,20 @@ def out_of_memory(recipe: Recipe, plan: Plan, what: str, peak_bytes: int | None)
     )
 
 
-def _names_of(recipe: Recipe, prepared: Prepared, rows: Dataset, numbers: list[int]) -> list[str]:
-    if PACKED_ROW not in rows.column_names:
-        return prepared.names_of(rows, numbers)
-    packed = prepared.packed_rows(recipe.dataset)
-    return prepared.names_of(packed, rows[numbers][PACKED_ROW])
-
-
-def _kept(trainer: _Trainer) -> str:
-    update = trainer.state.global_step
-    if trainer.checkpoints.has(update):
+def _kept(loop: TrainingLoop) -> str:
+    update = loop.progress.update
+    if loop.checkpoints.has(update):
         return f"update {update} is saved"
-    return (
-        "the last checkpoint stays" if trainer.checkpoints.count() else "none was finished before"
-    )
+    return "the last checkpoint stays" if loop.checkpoints.count() else "none was finished before"
 
 
 def _not_finite(
-    run: Run, prepared: Prepared, plan: Plan, trainer: _Trainer, error: NotFiniteError
+    run: Run, loop: TrainingLoop, batches: _Batches, error: NotFiniteError
 ) -> StageError:
-    choice, base = plan.figures["choice"], base_of(trainer.step.model)
-    size, steps = choice["micro_batch_rows"], choice["gradient_accumulation_steps"]
-    first = [((error.update - 1) * steps + index) * size for index in error.micro_batches]
-    numbers = [start + offset for start in first for offset in range(size)]
-    rows = _names_of(run.recipe, prepared, trainer.train_dataset, numbers)
+    base = base_of(loop.step.model)
+    rows = batches.names(error.update - 1, error.micro_batches)
     return StageError(
-        f"{error}; {_kept(trainer)}\n  its rows: {'; '.join(rows)}",
+        f"{error}; {_kept(loop)}\n  its rows: {'; '.join(rows)}",
         fix=finite_again(
             run.recipe,
             error.update,
@@ -371,23 +259,34 @@ def _not_finite(
 
 
 def _run_loop(
-    run: Run, prepared: Prepared, plan: Plan, trainer: _Trainer, watches: Watches
+    run: Run, plan: Plan, loop: TrainingLoop, batches: _Batches, watches: Watches
 ) -> None:
     """Train to the end, or save the last finished update and say why it ended before."""
+    newest = loop.checkpoints.newest()
+    _tell_set_aside(loop.checkpoints, watches)
     try:
-        trainer.continue_training()
+        loop.run(newest)
     except NotFiniteError as error:
-        trainer.save_finished()
-        raise _not_finite(run, prepared, plan, trainer, error) from error
+        loop.save_finished()
+        raise _not_finite(run, loop, batches, error) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        trainer.save_finished()
+        loop.save_finished()
         peak = torch.cuda.max_memory_allocated() if device_type() == "cuda" else None
-        what = f"no memory is left; {_kept(trainer)}"
+        what = f"no memory is left; {_kept(loop)}"
         raise out_of_memory(run.recipe, plan, what, peak) from error
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise watches.stop_error(trainer.state.global_step, trainer.state.max_steps)
+    if loop.progress.update < loop.updates:
+        raise watches.stop_error(loop.progress.update, loop.updates)
+
+
+def _tell_set_aside(checkpoints: Checkpoints, watches: Watches) -> None:
+    """Warn loudly that training goes on from an earlier update than the last one saved."""
+    for torn in checkpoints.set_aside:
+        watches.warn(f"a checkpoint is damaged and was set aside: {torn}")
+        say(f"Warning: a checkpoint is damaged and was set aside: {torn}")
+    if checkpoints.set_aside and not checkpoints.count():
+        say("Warning: no whole checkpoint is left; training begins again with update 1")
 
 
 def _save(model: nn.Module, folder: Path) -> None:
@@ -421,36 +320,47 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     _require_right(run, plan)
     missed = [name for name, value in seen_by_torch().items() if value is None]
     capped = cap(plan.figures["host"]["budget_bytes"], plan.figures["reserved_bytes"])
-    watch, watches = _Watch(run), Watches(run)
+    watches, device = Watches(run), device_type()
+    watch = _Watch(run, plan.figures["updates"])
     if capped.warning:
         watches.warn(capped.warning)
     if missed and torch.version.hip is not None:
         watches.warn(f"{', '.join(missed)} was set after torch was imported: import strixft first")
+    require_known_tokens(run.recipe, prepared)
     with watches.watching() as seen:
-        trainer = _build_trainer(run, prepared, plan, watch, watches)
-        _require_room(trainer)
-        began = time.monotonic()
-        with peak_memory(trainer.step.model) as memory:
-            _run_loop(run, prepared, plan, trainer, watches)
-        seconds, rate = time.monotonic() - began, watch.tok_per_s()
-        memory["peak_parts"] = memory["peak_parts"] or device_parts(
-            trainer.step.model, trainer.step.optimizer, memory["peak_bytes"]
+        step, checkpoints = _build_step(run.recipe, plan, device), _checkpoints(run, prepared, plan)
+        batches = _Batches(run.recipe, prepared, plan, device)
+        loop = TrainingLoop(
+            step,
+            batches,
+            plan.figures["updates"],
+            checkpoints,
+            watches.hang,
+            is_asked=watches.is_asked,
+            on_update=watch,
         )
-        _save(trainer.step.model, folder)
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        _require_room(step, checkpoints)
+        began = time.monotonic()
+        with contextlib.closing(watch), peak_memory(step.model) as memory:
+            _run_loop(run, plan, loop, batches, watches)
+        seconds, rate = time.monotonic() - began, watch.tok_per_s(loop.progress)
+        memory["peak_parts"] = memory["peak_parts"] or device_parts(
+            step.model, step.optimizer, memory["peak_bytes"]
+        )
+        _save(step.model, folder)
     figures = {
-        "first_update": watch.first_update,
-        "updates": trainer.state.global_step,
-        "losses": losses,
-        "spikes": loss_spikes(losses),
-        "tokens": trainer.num_tokens,
+        "first_update": loop.first_update,
+        "updates": loop.progress.update,
+        "losses": loop.progress.losses,
+        "spikes": loss_spikes(loop.progress.losses),
+        "tokens": loop.progress.tokens,
         "tok_per_s": rate,
         "train_seconds": round(seconds, 3),
         **planned_figures(plan.figures),
         **memory,
         **seen,
         "cap": capped.says,
-        "checkpoints_set_aside": trainer.checkpoints.torn,
+        "checkpoints_set_aside": checkpoints.torn,
     }
     inputs = {
         "rows_sha256": prepared.inputs["rows_sha256"],

@@ -29,9 +29,8 @@ def opened(tmp_path: Path) -> Checkpoints:
 
 def write(checkpoints: Checkpoints, update: int, size: int = 1000) -> None:
     """A checkpoint of two files, one of them in a folder."""
-    with checkpoints.writing(update, {"tokens": update * 10}) as parent:
-        folder = parent / f"checkpoint-{update}"
-        (folder / "inner").mkdir(parents=True)
+    with checkpoints.writing(update) as folder:
+        (folder / "inner").mkdir()
         (folder / "weights.bin").write_bytes(random.Random(update).randbytes(size))
         (folder / "inner" / "state.json").write_text("{}")
 
@@ -40,14 +39,14 @@ def names(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in folder_of(tmp_path).iterdir())
 
 
-def test_the_newest_one_is_found_with_what_it_counted(tmp_path: Path) -> None:
+def test_the_newest_one_is_found(tmp_path: Path) -> None:
     checkpoints = opened(tmp_path)
     assert checkpoints.newest() is None
     write(checkpoints, 9)
     write(checkpoints, 10)
     newest = opened(tmp_path).newest()
     assert newest is not None
-    assert (newest.update, newest.counters) == (10, {"tokens": 100})
+    assert newest.update == 10
     assert newest.folder == folder_of(tmp_path) / "checkpoint-10"
 
 
@@ -98,12 +97,7 @@ def list_manifest(folder: Path) -> str:
     return f"{MANIFEST} is damaged"
 
 
-def add(folder: Path) -> str:
-    (folder / "extra.bin").write_bytes(b"x")
-    return "extra.bin is not what was written"
-
-
-DAMAGE = [cut, flip, lose, lose_manifest, empty_manifest, cut_manifest, list_manifest, add]
+DAMAGE = [cut, flip, lose, lose_manifest, empty_manifest, cut_manifest, list_manifest]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
@@ -118,6 +112,22 @@ def test_a_torn_one_is_set_aside_and_named(tmp_path: Path, damage: Callable[[Pat
     assert newest.update == 1
     assert again.torn == [f"checkpoint-2.torn: {what}"]
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2.torn"]
+
+
+def test_files_of_other_programs_tear_nothing(tmp_path: Path) -> None:
+    write(opened(tmp_path), 2)
+    for folder in (folder_of(tmp_path), folder_of(tmp_path) / "checkpoint-2"):
+        (folder / ".ipynb_checkpoints").mkdir()
+        (folder / ".ipynb_checkpoints" / "state-checkpoint.json").write_text("{}")
+        (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+        (folder / ".nfs000000000000001").symlink_to("gone")
+        (folder / "notes.txt").write_text("mine")
+    newest = opened(tmp_path).newest()
+    assert newest is not None
+    assert newest.update == 2
+    assert (folder_of(tmp_path) / ".DS_Store").is_file()
+    write(opened(tmp_path), 3)
+    assert (folder_of(tmp_path) / ".ipynb_checkpoints").is_dir()
 
 
 def test_torn_ones_are_all_kept(tmp_path: Path) -> None:
@@ -166,8 +176,7 @@ def test_a_manifest_cannot_name_a_file_outside(tmp_path: Path) -> None:
 
 def fill_the_disk(checkpoints: Checkpoints) -> None:
     """A checkpoint for which there is no room."""
-    with checkpoints.writing(2, {}) as parent:
-        (parent / "checkpoint-2").mkdir()
+    with checkpoints.writing(2):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -181,7 +190,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
     write(opened(tmp_path), 1)
-    half = folder_of(tmp_path) / ".writing" / "checkpoint-2"
+    half = folder_of(tmp_path) / ".writing"
     half.mkdir(parents=True)
     (half / "weights.bin").write_bytes(b"half")
     newest = opened(tmp_path).newest()

@@ -18,8 +18,7 @@ import torch
 
 Batch = dict[str, Any]
 """`input_ids` (B, T); `positions` (K,): flat places in (B, T) whose next token is trained;
-`labels` (K,): that next token; `shift_labels`: the same tensor, under the name by which
-transformers' Trainer counts the tokens of an update; `num_tokens`: those without padding, a number,
+`labels` (K,): that next token; `num_tokens`: those without padding, a number,
 so that nobody waits for the device to tell it. Packed rows have besides `position_ids` (B, T),
 which restart at each document; `cu_seq_lens` (N + 1,), int32: where the documents begin in the rows
 laid end to end, and the end, repeated where there are fewer than N; and `longest`, a number that no
@@ -85,18 +84,24 @@ def collate(rows: Sequence[Mapping[str, Any]], shape: PackedShape | None = None)
         "input_ids": torch.from_numpy(padded),
         "positions": torch.from_numpy(positions),
         "labels": labels,
-        "shift_labels": labels,
         "num_tokens": sum(map(len, ids)),
     }
     return batch | (_packed(rows, shape, width) if "lengths" in rows[0] else {})
 
 
 def on_device(batch: Batch, device: str | torch.device) -> Batch:
-    """The batch with its tensors on a device; its numbers stay with the process."""
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+    """The batch with its tensors on a device; its numbers stay with the process.
+
+    Copies to a GPU leave from pinned memory, so that they wait for nothing launched before them.
+    """
+    is_gpu = torch.device(device).type == "cuda"
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.pin_memory().to(device, non_blocking=True) if is_gpu else value.to(device)
+
+    return {name: moved(value) for name, value in batch.items()}
 
 
 def shape_batch(
@@ -120,7 +125,6 @@ def shape_batch(
         "input_ids": torch.zeros(num_rows, num_tokens, dtype=torch.int64, device=device),
         "positions": torch.zeros(num_trained, dtype=torch.int64, device=device),
         "labels": labels,
-        "shift_labels": labels,
         "num_tokens": num_rows * num_tokens,
     }
     if packed is None:

@@ -283,9 +283,9 @@ class _TracedStep(TrainingStep):
         self.recorder.place = Place(before, "before")
         return super().loss(batch, num_trained)
 
-    def finish(self) -> None:
+    def finish(self, losses: Any, before_step: Any) -> None:
         self.recorder._goto("update")
-        super().finish()
+        super().finish(losses, before_step)
 
 
 def trace_step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,22 +111,34 @@ def batch_loss(
     return _own_head_losses(base, batch, ways, "sum") / num_trained
 
 
+Loss = Callable[[nn.Module, Batch, "int | Tensor", Ways], Tensor]
+"""The loss of a batch; see `batch_loss`."""
+
+
 class TrainingStep:
     """The training step of one model.
 
     Args:
-        model: What `model.build` gave.
-        settings: Optimiser and clipping.
+        model: The model of `model.build`.
+        settings: Optimizer and clipping.
         ways: How it is computed.
+        loss: What is minimised.
     """
 
-    def __init__(self, model: nn.Module, settings: Train, ways: Ways = Ways()) -> None:
-        self.model, self.settings, self.ways = model, settings, ways
+    def __init__(
+        self, model: nn.Module, settings: Train, ways: Ways = Ways(), loss: Loss = batch_loss
+    ) -> None:
+        self.model, self.settings, self.ways, self._loss = model, settings, ways, loss
         use_rung(base_of(model), ways.rung)
         self._prepare_layers()
         model.train()
-        self._trainable = [weight for weight in model.parameters() if weight.requires_grad]
+        self._trainable = {n: w for n, w in model.named_parameters() if w.requires_grad}
         self.optimizer = self._build_optimizer()
+        base = base_of(model)
+        scaled = base.dtype is torch.float16 and base.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(enabled=scaled)
+        self.skipped = False
+        """The last update was left out: scaled float16 gradients were not finite."""
 
     def _prepare_layers(self) -> None:
         model, ways = self.model, self.ways
@@ -143,7 +155,11 @@ class TrainingStep:
 
     def trainable(self) -> list[nn.Parameter]:
         """Weights that are trained."""
-        return self._trainable
+        return list(self._trainable.values())
+
+    def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Weights that are trained, with the names that the model has for them."""
+        return list(self._trainable.items())
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -154,24 +170,53 @@ class TrainingStep:
         )
 
     def loss(self, batch: Batch, num_trained: int | Tensor) -> Tensor:
-        """Loss of a batch; see `batch_loss`."""
-        return batch_loss(self.model, batch, num_trained, self.ways)
+        """Return the loss of a batch; see `batch_loss`."""
+        return self._loss(self.model, batch, num_trained, self.ways)
 
-    def update(self, batches: Iterable[Batch]) -> Tensor:
-        """One update: every batch forward and backward, clip, step. Returns the loss."""
-        batches = list(batches)
-        num_trained = sum(len(batch["labels"]) for batch in batches)
-        total: Any = 0.0
+    def update(
+        self,
+        batches: Sequence[Batch],
+        num_trained: int | None = None,
+        *,
+        after_batch: Callable[[], None] = lambda: None,
+        before_step: Callable[[Tensor, Tensor], None] = lambda losses, norm: None,
+    ) -> Tensor:
+        """Make one update: every batch forward and backward, clip, optimizer step.
+
+        Args:
+            batches: Micro-batches.
+            num_trained: Trained tokens of the update, over all processes; those of the batches if
+                not given.
+            after_batch: Called after each micro-batch; an error drops the update.
+            before_step: Called with the loss of each micro-batch, (micro-batches,), and the norm of
+                the gradient, before any weight changes; an error drops the update.
+
+        Returns:
+            The loss: mean over trained tokens.
+        """
+        num_trained = num_trained or sum(len(batch["labels"]) for batch in batches)
+        self.optimizer.zero_grad(set_to_none=True)  # of an update that was dropped
+        losses: list[Tensor] = []
         for batch in batches:
             loss = self.loss(batch, num_trained)
-            loss.backward()
-            total = total + loss.detach()
-        self.finish()
-        return torch.as_tensor(total)
+            self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+            after_batch()
+        self.finish(losses, before_step)
+        return torch.as_tensor(sum(losses))
 
-    def finish(self) -> None:
-        """Clip, step, forget the gradients."""
-        nn.utils.clip_grad_norm_(self.trainable(), self.settings.max_grad_norm)
+    def finish(
+        self, losses: Sequence[Tensor], before_step: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        """Clip, let the update be checked, step, forget the gradients."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [weight.grad for weight in self.trainable() if weight.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        before_step(torch.stack(list(losses)), norm)
+        nn.utils.clip_grads_with_norm_(self.trainable(), self.settings.max_grad_norm, norm)
         with part("optimizer"):
-            self.optimizer.step()
+            scale = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.skipped = self.scaler.get_scale() < scale
         self.optimizer.zero_grad(set_to_none=True)

@@ -8,17 +8,15 @@ import os
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import psutil
-from transformers import TrainerCallback
 
 import strixft
 from faults.smoke import ROWS, ended, fork, write_smoke_recipe
 from strixft.evaluate import row_losses
-from strixft.loop import Guard
+from strixft.loop import TrainingLoop
 from strixft.prepare import Prepared
 from strixft.runs import Run
 
@@ -31,23 +29,24 @@ EVALUATED_TOKENS = 1024
 """In one batch of held-out rows."""
 
 
-class _Look(TrainerCallback):  # type: ignore[misc]
+class _Look:
     """Notes memory, threads and open files; evaluates as often."""
 
     def __init__(self, run: Run, path: Path) -> None:
         held_out = run.require(Prepared).token_rows(run.recipe.dataset).validation
         self._rows, self._path, self._process = list(held_out), path, psutil.Process()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+    def __call__(self, loop: TrainingLoop) -> None:
         """Look, every so many updates."""
-        if state.global_step % EVERY:
+        if loop.progress.update % EVERY:
             return
+        model = loop.step.model
         model.eval()
         row_losses(model, self._rows, EVALUATED_TOKENS)
         model.train()
         gc.collect()
         look = {
-            "update": state.global_step,
+            "update": loop.progress.update,
             "resident_bytes": self._process.memory_info().rss,
             "threads": threading.active_count(),
             "os_threads": self._process.num_threads(),
@@ -61,14 +60,13 @@ def _train(recipe: Path, folder: Path, looks: Path) -> None:
     run = strixft.open_run(recipe, folder)
     strixft.prepare_recipe(run)
     strixft.plan_recipe(run)
-    begin = Guard.on_train_begin
+    look, one_update = _Look(run, looks), TrainingLoop._one_update
 
-    def begin_looking(guard: Guard, *args: Any, **options: Any) -> None:
-        assert guard.trainer is not None
-        guard.trainer.add_callback(_Look(run, looks))
-        begin(guard, *args, **options)
+    def update_and_look(loop: TrainingLoop) -> None:
+        one_update(loop)
+        look(loop)
 
-    with patch.object(Guard, "on_train_begin", begin_looking):
+    with patch.object(TrainingLoop, "_one_update", update_and_look):
         strixft.train_recipe(run)
 
 
