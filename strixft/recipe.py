@@ -256,7 +256,7 @@ class Train(_Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the updates in which the learning rate rises to its peak; the first one learns too."""
+    """Share of the updates in which the learning rate rises; the first one learns too."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     save_every_minutes: float = Field(default=30, gt=0)

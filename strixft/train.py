@@ -17,7 +17,14 @@ from torch import nn
 from strixft import views
 from strixft.attention import Heads
 from strixft.checkpoints import KEPT, Checkpoints
-from strixft.data import Batch, PackedShape, collate, on_device, training_order
+from strixft.data import (
+    Batch,
+    PackedShape,
+    collate,
+    on_device,
+    rows_of_epochs,
+    training_order,
+)
 from strixft.disk import require_room
 from strixft.environment import seen_by_torch
 from strixft.errors import FitError, StageError
@@ -51,6 +58,8 @@ from strixft.weights import fingerprint_base
 ADAPTER = "adapter"
 """Folder of the trained weights: a PEFT adapter, or a whole model for `method: full`."""
 CHECKPOINTS = "checkpoints"
+CHECKPOINT_FORMAT = 2
+"""Changes with the files of a checkpoint: one of another format is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +181,15 @@ class _Batches:
             else prepared.token_rows(recipe.dataset).train
         )
         lengths = self._rows.sums("length").tolist() if shape else self._rows["length"]
-        num_rows = plan.figures["updates"] * self._size * self._steps
-        self._order = training_order(lengths, num_rows, recipe.train.seed)
+        num_rows = rows_of_epochs(len(lengths), recipe.train.epochs)
+        padded = 1 if shape else self._size
+        self._order = training_order(lengths, num_rows, recipe.train.seed, padded)
 
-    def _numbers(self, update: int, micro_batch: int) -> list[int]:
-        first = (update * self._steps + micro_batch) * self._size
-        return self._order[first : first + self._size]
+    def _numbers(self, update: int) -> list[list[int]]:
+        """Rows of each micro-batch of an update; the last update may have fewer."""
+        per_update = self._steps * self._size
+        chosen = self._order[update * per_update : (update + 1) * per_update]
+        return [chosen[start : start + self._size] for start in range(0, len(chosen), self._size)]
 
     def _batch(self, numbers: list[int]) -> Batch:
         rows = self._rows.take(numbers) if self._shape else [self._rows[n] for n in numbers]
@@ -185,16 +197,18 @@ class _Batches:
 
     def __call__(self, update: int) -> list[Batch]:
         """Return the micro-batches of an update, counted from 0, on the device."""
-        return [self._batch(self._numbers(update, step)) for step in range(self._steps)]
+        return [self._batch(numbers) for numbers in self._numbers(update)]
 
     def names(self, update: int, micro_batches: Iterable[int]) -> list[str]:
         """Return the rows of some micro-batches of an update, by file and number."""
-        numbers = [n for step in micro_batches for n in self._numbers(update, step)]
-        return self._prepared.names_of(self._rows, numbers)
+        numbers = self._numbers(update)
+        chosen = [row for step in micro_batches for row in numbers[step]]
+        return self._prepared.names_of(self._rows, chosen)
 
 
 def _checkpoints(run: Run, prepared: Prepared, plan: Plan) -> Checkpoints:
     inputs = {
+        "checkpoint_format": CHECKPOINT_FORMAT,
         "recipe": run.recipe.to_dict(),
         "rows_sha256": prepared.inputs["rows_sha256"],
         "choice": plan.figures["choice"],

@@ -102,6 +102,15 @@ def test_all_batches_of_a_run_have_one_shape() -> None:
     assert batch["longest"] == 6
 
 
+def test_a_smaller_last_batch_is_filled_up_with_padding() -> None:
+    shape = PackedShape(8, documents=9, longest=5, rows=3)
+    batch = collate([packed(row(5, 6, 7), row(8, 9))], shape)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [0] * 8, [0] * 8]
+    assert batch["cu_seq_lens"].tolist() == [0, 3, 5, 8, 13, 16, 21, 24, 24, 24]
+    assert batch["labels"].tolist() == [6, 7, 9]
+    assert batch["num_tokens"] == 5
+
+
 def documents_in(batch: Batch) -> Tensor:
     return documents_of(batch["cu_seq_lens"], *batch["input_ids"].shape)
 

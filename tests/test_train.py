@@ -1,5 +1,6 @@
 """Training: the loop around the step, measured, resumed, and stopped before harm."""
 
+import random
 import signal
 import subprocess
 import sys
@@ -13,18 +14,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMBEDDED, WriteRecipe, chat, chats
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoTokenizer
 
-from strixft.data import Batch, collate, largest_batch, training_order
+from strixft.data import Batch, collate, largest_batch, rows_of_epochs, training_order
 from strixft.errors import FitError, StageError
-from strixft.loop import STATE
+from strixft.loop import STATE, rate_factor
 from strixft.model import model_source
 from strixft.opening import open_run
 from strixft.plan import Plan, plan_recipe
-from strixft.prepare import prepare_recipe
-from strixft.recipe import Dataset, Recipe
+from strixft.prepare import Prepared, prepare_recipe
+from strixft.recipe import Dataset, Recipe, Train
 from strixft.runs import Run
 from strixft.step import TrainingStep, Ways, batch_loss
 from strixft.train import ADAPTER, CHECKPOINTS, Trained, train_recipe, ways_of
@@ -69,15 +73,12 @@ def test_sums_are_joined_where_the_plan_says_so_and_that_is_right_here(
 
 
 def test_accumulated_micro_batches_train_as_one(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    rows = [
-        chat(f"Name number {n}.", f"It is {n}.") for n in range(10, 34)
-    ]  # 7 trained tokens each
+    rows = [chat(f"Name number {n}.", f"It is {n}.") for n in range(10, 82)]
     losses = []
     for count in (1, 4):
-        train = {"micro_batch": count, "tokens_per_update": 28}
-        run = open_run(
-            write_recipe(rows=rows, train=train, dataset=ALONE), tmp_path / f"rows-{count}"
-        )
+        train = {"micro_batch": count, "tokens_per_update": 56}  # two chats of 7 in a packed row
+        path = write_recipe(rows=rows, train=train, dataset={"max_length": 96})
+        run = open_run(path, tmp_path / f"rows-{count}")
         plan, result = trained(run)
         choice = plan.figures["choice"]
         assert choice["micro_batch_rows"] == count
@@ -146,6 +147,76 @@ def test_training_order_is_whole_passes_with_the_longest_row_first() -> None:
     assert order != training_order(lengths, 10, seed=1)
 
 
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=60),
+    st.sampled_from([0.4, 1, 2, 2.5]),
+    st.integers(1, 9),
+    st.integers(0, 9),
+)
+def test_every_row_is_trained_once_an_epoch(
+    lengths: list[int], epochs: float, rows: int, seed: int
+) -> None:
+    num_rows = rows_of_epochs(len(lengths), epochs)
+    order = training_order(lengths, num_rows, seed, rows)
+    assert len(order) == max(1, round(len(lengths) * epochs))
+    for first in range(0, len(order), len(lengths)):
+        passed = order[first : first + len(lengths)]
+        assert len(set(passed)) == len(passed)
+    if epochs >= 1:
+        assert max(lengths) in [lengths[row] for row in order[:rows]]
+
+
+def test_padded_micro_batches_have_rows_of_similar_length() -> None:
+    lengths = random.Random(0).choices(range(1, 500), k=300)
+
+    def padding(order: list[int]) -> int:
+        batches = [order[start : start + 4] for start in range(0, len(order), 4)]
+        return sum(4 * max(lengths[n] for n in b) - sum(lengths[n] for n in b) for b in batches)
+
+    grouped = training_order(lengths, 600, 1, 4)
+    assert padding(grouped) < 0.2 * padding(training_order(lengths, 600, 1))
+
+
+def test_a_run_trains_every_token_of_every_row_in_each_epoch(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    settings = {"epochs": 3, "tokens_per_update": 170, "micro_batch": 4}
+    for dataset in ({"max_length": 128}, ALONE):
+        path = write_recipe(rows=chats(23), train=settings, dataset=dataset)
+        run = open_run(path, tmp_path / f"run-{len(dataset)}-{dataset.get('packing')}")
+        plan, result = trained(run)
+        rows = run.require(Prepared).token_rows(run.recipe.dataset).train
+        assert result.figures["tokens"] == 3 * sum(rows["length"])
+        count = 3 * len(rows) if not plan.figures["choice"]["packed"] else None
+        per_update = 4 * plan.figures["choice"]["gradient_accumulation_steps"]
+        assert count is None or count % per_update
+        assert count is None or result.figures["updates"] == -(-count // per_update)
+
+
+def test_a_run_of_one_update_learns(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    train = {"tokens_per_update": 100_000, "warmup_fraction": 0.5}
+    run = open_run(write_recipe(train=train), tmp_path / "run")
+    _, result = trained(run)
+    assert result.figures["updates"] == 1
+    changed = load_file(run.folder / "train" / ADAPTER / "adapter_model.safetensors")
+    assert all(float(w.abs().max()) > 0 for name, w in changed.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 0.5, 0.99])
+@pytest.mark.parametrize("updates", [1, 2, 3, 50])
+def test_every_update_learns_and_one_at_the_full_rate(
+    schedule: str, warmup: float, updates: int
+) -> None:
+    train = Train.model_validate({"schedule": schedule, "warmup_fraction": warmup})
+    rates = [rate_factor(train, updates)(update) for update in range(updates)]
+    assert max(rates) == 1
+    assert min(rates) > 0
+    peak = rates.index(1)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
 def test_the_largest_batch_is_found_in_the_order_of_training() -> None:
     lengths, trained = [3, 9, 4, 5], [1, 2, 4, 3]
     assert largest_batch(lengths, trained, [1, 0, 2, 3], 2) == (9, 7)
@@ -193,7 +264,8 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(
         with pytest.raises(StageError, match=r"the loss of update \d+ is nan; ") as caught:
             train_recipe(run)
     update = int(str(caught.value).split("update ")[1].split()[0])
-    assert f"tiny.jsonl, row {len(rows)}" in caught.value.problem
+    named = caught.value.problem.rpartition("tiny.jsonl, row ")[2].split(", ")
+    assert str(len(rows)) in named
     assert run.status()["state"] == "failed"
     assert update > 1
     assert f"is nan; update {update - 1} is saved" in caught.value.problem

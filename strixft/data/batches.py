@@ -39,6 +39,13 @@ class PackedShape:
     """N: the most documents of a micro-batch, padding counted as one for each row."""
     longest: int
     """Tokens of the longest document, or of the longest padding."""
+    rows: int = 0
+    """B; a micro-batch of fewer rows is filled up with padding. 0 leaves it as it is."""
+
+    def empty_row(self) -> list[int]:
+        """Return lengths of the documents that a row of padding counts as."""
+        whole, rest = divmod(self.length, self.longest)
+        return [self.longest] * whole + ([rest] if rest else [])
 
 
 def _pieces(lengths: Any, width: int) -> Ints:
@@ -47,8 +54,12 @@ def _pieces(lengths: Any, width: int) -> Ints:
     return np.array([*lengths, rest] if rest else lengths, dtype=np.int64)
 
 
-def _packed(rows: Sequence[Mapping[str, Any]], shape: PackedShape | None, width: int) -> Batch:
-    pieces = np.concatenate([_pieces(row["lengths"], width) for row in rows])
+def _packed(
+    rows: Sequence[Mapping[str, Any]], shape: PackedShape | None, width: int, missing: int
+) -> Batch:
+    empty = shape.empty_row() if shape is not None else []
+    pieces = np.concatenate([*(_pieces(row["lengths"], width) for row in rows), *[empty] * missing])
+    pieces = pieces.astype(np.int64)
     ends = np.cumsum(pieces)
     positions = np.arange(ends[-1]) - np.repeat(ends - pieces, pieces)
     longest, documents = int(pieces.max()), len(pieces)
@@ -57,7 +68,7 @@ def _packed(rows: Sequence[Mapping[str, Any]], shape: PackedShape | None, width:
     bounds = np.full(documents + 1, ends[-1], dtype=np.int32)
     bounds[: len(pieces) + 1] = [0, *ends]
     return {
-        "position_ids": torch.from_numpy(positions.reshape(len(rows), width)),
+        "position_ids": torch.from_numpy(positions.reshape(-1, width)),
         "cu_seq_lens": torch.from_numpy(bounds),
         "longest": longest,
     }
@@ -73,7 +84,8 @@ def collate(rows: Sequence[Mapping[str, Any]], shape: PackedShape | None = None)
     """
     ids = [np.asarray(row["input_ids"]) for row in rows]
     width = shape.length if shape is not None else max(map(len, ids))
-    padded = np.full((len(rows), width), PAD, dtype=np.int64)  # (B, T)
+    missing = max(0, shape.rows - len(rows)) if shape is not None else 0
+    padded = np.full((len(rows) + missing, width), PAD, dtype=np.int64)  # (B, T)
     places = []
     for number, row in enumerate(rows):
         padded[number, : len(ids[number])] = ids[number]
@@ -86,7 +98,7 @@ def collate(rows: Sequence[Mapping[str, Any]], shape: PackedShape | None = None)
         "labels": labels,
         "num_tokens": sum(map(len, ids)),
     }
-    return batch | (_packed(rows, shape, width) if "lengths" in rows[0] else {})
+    return batch | (_packed(rows, shape, width, missing) if "lengths" in rows[0] else {})
 
 
 def on_device(batch: Batch, device: str | torch.device) -> Batch:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from strixft.data import PackedRows, PackedShape, largest_batch, training_order
+from strixft.data import (
+    PackedRows,
+    PackedShape,
+    largest_batch,
+    rows_of_epochs,
+    training_order,
+)
 from strixft.plan.trace import RowShape
 from strixft.prepare import Prepared
 from strixft.recipe import Recipe
@@ -83,12 +89,18 @@ class DataShape:
         """Micro-batches of so many rows in an update."""
         return max(1, round(self.rows_per_update(recipe) / rows))
 
+    def num_rows(self, recipe: Recipe) -> int:
+        """Return the rows that the run trains in all its epochs."""
+        return rows_of_epochs(len(self.lengths), recipe.train.epochs)
+
     def updates(self, recipe: Recipe, rows: int) -> int | None:
-        """Updates of a run in micro-batches of so many rows; None before the data are prepared."""
+        """Return the updates of a run in micro-batches of so many rows; the last may be smaller.
+
+        None before the data are prepared.
+        """
         if not self.lengths:
             return None
-        per_update = rows * self.steps(recipe, rows)
-        return max(1, round(len(self.lengths) * recipe.train.epochs / per_update))
+        return -(-self.num_rows(recipe) // (rows * self.steps(recipe, rows)))
 
     def mean_length(self) -> float:
         """Real tokens of a row, on average."""
@@ -97,18 +109,19 @@ class DataShape:
     def _packed_shape(self, order: Sequence[int], rows: int) -> PackedShape | None:
         if not self.is_packed:
             return None
+        shape = PackedShape(self.max_length, 0, self.longest, rows)
         counts = np.array(self.documents or [1])[list(order)]
-        documents = int(np.add.reduceat(counts, range(0, len(counts), rows)).max())
-        return PackedShape(self.max_length, documents, self.longest)
+        documents = np.add.reduceat(counts, range(0, len(counts), rows))
+        documents[-1] += (-len(counts) % rows) * len(shape.empty_row())
+        return replace(shape, documents=int(documents.max()))
 
     def largest(self, recipe: Recipe, rows: int) -> RowShape:
         """The largest micro-batch of so many rows that the run will meet."""
-        updates = self.updates(recipe, rows)
-        if updates is None:
+        if not self.lengths:
             packed = self._packed_shape([0] * rows, rows)
             return RowShape(rows, self.max_length, rows * (self.max_length - 1), packed)
-        num_rows = updates * self.steps(recipe, rows) * rows
-        order = training_order(self.lengths, num_rows, recipe.train.seed)
+        padded = 1 if self.is_packed else rows
+        order = training_order(self.lengths, self.num_rows(recipe), recipe.train.seed, padded)
         length, trained = largest_batch(self.lengths, self.trained, order, rows)
         packed = self._packed_shape(order, rows)
         return RowShape(rows, self.max_length if packed else length, trained, packed)

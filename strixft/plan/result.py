@@ -201,11 +201,12 @@ def _warnings(peaks: dict[str, Phase], limit: Budget, known: Correction) -> Iter
             yield f"{name} may need {format_gib(phase['device_bytes'])}, more than the budget"
 
 
-def _times(chosen: Choice, data: DataShape, updates: int | None) -> dict[str, float | None]:
+def _times(recipe: Recipe, chosen: Choice, data: DataShape) -> dict[str, float | None]:
     run, per_update = chosen.run, chosen.run.seconds_per_update
-    tokens = run.shape.rows * run.steps * data.mean_length()
+    rows = run.shape.rows * run.steps
+    updates = data.num_rows(recipe) / rows if data.lengths else None
     return {
-        "tok_per_s": tokens / per_update if per_update else None,
+        "tok_per_s": rows * data.mean_length() / per_update if per_update else None,
         "seconds_per_update": per_update,
         "seconds_total": per_update * updates if per_update and updates else None,
     }
@@ -265,7 +266,7 @@ def plan_figures(
         "choice": {**_choice(chosen, ways), "evaluated_rows": evaluated_rows},
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,
-        **_times(chosen, data, updates),
+        **_times(recipe, chosen, data),
         "frontier": [asdict(candidate) for candidate in chosen.frontier],
         "assumptions": [
             *_assumptions(Heads.of(config), host, limit, ways),
