@@ -30,7 +30,7 @@ from strixft.recipe import parse_override, shipped
 from strixft.runs import STAGES, Run, chosen_stages, remove_leftovers, write_text
 from strixft.stopping import Signals, on_signals
 from strixft.tables import did_you_mean
-from strixft.text import redact_all
+from strixft.text import redact_all, typed
 from strixft.train import out_of_memory
 
 _SETTINGS = re.compile(r"(?:--set (?:'[^']*'|[^\s,;]+) *)+")
@@ -156,7 +156,7 @@ def _resume(run: Run, parameters: Mapping[str, Any], fix: str) -> str:
     kept = [_setting(*row) for row in parameters["overrides"].items() if row[0] not in keys]
     reader = first_reader(keys)
     done = reader is not None and any(map(run.is_done, stages_from(reader)))
-    command = f"strixft run {parameters['recipe']} --run-dir {run.folder}"
+    command = f"strixft run {typed(parameters['recipe'])} --run-dir {typed(run.folder)}"
     return " ".join(filter(None, [command, *kept, asked, f"--from {reader}" if done else ""]))
 
 
