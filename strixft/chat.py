@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
 from strixft import views
-from strixft.errors import StrixftError
+from strixft.config import first_lines
+from strixft.errors import FitError, StageError, StrixftError
 from strixft.evaluate import load_side
 from strixft.formats import Message
+from strixft.memory import is_out_of_memory
 from strixft.model import load_tokenizer
 from strixft.runs import Run
 from strixft.text import visible
@@ -35,40 +38,84 @@ class Chat:
         trained = run.require(Trained)
         trained.require_same_base(run.recipe)
         adapter = trained.folder / ADAPTER
-        self.model: Any = load_side(run.recipe, adapter, "base" if base else "tuned")
+        with _failure_told("the model cannot be loaded"):
+            self.model: Any = load_side(run.recipe, adapter, "base" if base else "tuned")
         self.tokenizer = load_tokenizer(run.recipe)
         self.messages: list[Message] = []
 
     def ask(self, text: str) -> Iterator[str]:
-        """The answer to the next message, piece by piece; the conversation remembers both."""
+        """The answer to the next message, piece by piece; the conversation remembers both.
+
+        Nothing is remembered of an answer that does not come to its end.
+
+        Raises:
+            FitError: There is no memory left for it.
+            StageError: The template or the model fails.
+        """
+        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        pieces = []
+        with _failure_told("the model cannot answer"):
+            for piece in self._generate(asked):
+                pieces.append(piece)
+                yield piece
+        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+
+    def _generate(self, messages: Sequence[Message]) -> Iterator[str]:
+        """Pieces from a thread that generates; what it raises is raised here."""
         from transformers import TextIteratorStreamer
 
-        self.messages.append({"role": "user", "content": text})
         prompt = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
-        streamer = TextIteratorStreamer(
-            self.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600
-        )
-        settings = {"max_new_tokens": LONGEST_ANSWER, "do_sample": False, "streamer": streamer}
-        worker = threading.Thread(
-            target=self.model.generate,
-            kwargs={
-                "input_ids": prompt["input_ids"],
-                "attention_mask": prompt["attention_mask"],
-                "eos_token_id": self.tokenizer.eos_token_id,
-                "pad_token_id": self.tokenizer.eos_token_id,
-                **settings,
-            },
-            daemon=True,
-        )
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failures: list[Exception] = []
+        given_up = threading.Event()
+
+        def work() -> None:
+            try:
+                self.model.generate(
+                    input_ids=prompt["input_ids"],
+                    attention_mask=prompt["attention_mask"],
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    pad_token_id=self.tokenizer.eos_token_id,
+                    max_new_tokens=LONGEST_ANSWER,
+                    do_sample=False,
+                    streamer=streamer,
+                    stopping_criteria=[lambda ids, scores, **more: given_up.is_set()],
+                )
+            except Exception as error:
+                failures.append(error)
+            finally:
+                streamer.text_queue.put(streamer.stop_signal)  # generate puts none if it fails
+
+        worker = threading.Thread(target=work, daemon=True)
         worker.start()
-        pieces = []
-        for piece in streamer:
-            pieces.append(piece)
-            yield piece
-        worker.join()
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        try:
+            yield from streamer
+        finally:
+            given_up.set()  # Ctrl-C: the thread ends with its token
+            worker.join()
+        if failures:
+            raise failures[0]
+
+
+@contextlib.contextmanager
+def _failure_told(what: str) -> Iterator[None]:
+    """Whatever a template, torch or a model's own code raises, as an error of ours."""
+    try:
+        yield
+    except StrixftError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise FitError(
+                f"{what}, no memory is left: {first_lines(error)}",
+                fix="close other programs; a new conversation begins with less, too",
+            ) from error
+        raise StageError(
+            f"{what}: {type(error).__name__}: {first_lines(error)}",
+            fix="begin a new conversation; strixft chat with --debug shows where it failed",
+        ) from error
 
 
 def transcript(messages: Sequence[Message]) -> str:
@@ -119,8 +166,11 @@ class ChatBox:
             answer = ""
             for piece in self._talk.ask(text):
                 answer += piece
-                asked = self._talk.messages
-                self.said.value = transcript([*asked, {"role": "assistant", "content": answer}])
+                turn: list[Message] = [
+                    {"role": "user", "content": text},
+                    {"role": "assistant", "content": answer},
+                ]
+                self.said.value = transcript([*self._talk.messages, *turn])
             self.said.value = transcript(self._talk.messages)
         except StrixftError as error:  # what a widget's click raises is shown nowhere
             self.said.value = views.warning(f"{error.problem}; {error.fix}")

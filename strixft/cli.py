@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 import threading
 import traceback
@@ -16,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from strixft.errors import HostError, Stopped, StrixftError
-from strixft.text import visible
+from strixft.text import typed, visible
 
 if TYPE_CHECKING:
     from strixft.doctor import Diagnosis
@@ -55,7 +56,8 @@ RunArgument = Annotated[str, typer.Argument(help="Run: a name under runs/ or a f
 
 
 def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(data, indent=2, ensure_ascii=not is_unicode))
 
 
 def _note(text: str) -> None:
@@ -215,13 +217,14 @@ def plan(
 ) -> None:
     """Say whether the run fits, before anything is loaded; writes nothing."""
     from strixft.opening import run_folder
-    from strixft.plan import plan_figures, require_fit
-    from strixft.plan.show import tables
-    from strixft.prepare import Prepared
     from strixft.recipe import find_recipe, load_recipe
     from strixft.runs import read_recipe
 
     loaded = load_recipe(recipe, _overrides(settings))
+    from strixft.plan import plan_figures, require_fit
+    from strixft.plan.show import tables
+    from strixft.prepare import Prepared
+
     folder = run_dir.absolute() if run_dir else run_folder(find_recipe(recipe), None)
     same = (folder / "recipe.yaml").is_file() and read_recipe(folder) == loaded
     prepared = Prepared.load(folder / "prepare") if same else None
@@ -420,9 +423,11 @@ def chat(
         sys.stdin.reconfigure(errors="replace")  # bytes that are no text end no conversation
     for line in sys.stdin:
         if line.strip():
-            for piece in talk.ask(line.strip()):
-                print(visible(piece), end="", flush=True)
-            print()
+            try:
+                for piece in talk.ask(line.strip()):
+                    print(visible(piece), end="", flush=True)
+            finally:
+                print()
 
 
 @app.command()
@@ -591,8 +596,20 @@ def lab(
     start_lab(port=port, browser=browser)
 
 
+def _take_any_letters() -> None:
+    """Let names and texts hold all letters, whatever the locale and the terminal know."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # for kernels and children
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    os.environ.pop("PYTHONIOENCODING", None)  # it is this terminal's, and children write to pipes
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Entry point: errors become two lines and an exit code; `--debug` adds the traceback."""
+    _take_any_letters()
     try:
         app()
     except Exception as error:
@@ -608,7 +625,8 @@ def _unexpected(error: Exception) -> StrixftError:
         place = error.filename2 or error.filename  # a rename is told by where it leads
         return HostError(
             f"{place} cannot be used: {error.strerror}",
-            fix=f"ls -ld {place}   shows what is there, and whose it is; --debug where it failed",
+            fix=f"ls -ld {typed(place)}   shows what is there, and whose it is;"
+            " --debug where it failed",
         )
     return StrixftError(
         f"strixft failed: {type(error).__name__}: {error}",

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from strixft.errors import HostError, StrixftError
+from strixft.text import typed
 from strixft.units import format_gib
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -23,7 +24,7 @@ def cache_folder() -> Path:
     Raises:
         HostError: A file is in the way.
     """
-    cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(os.environ.get("STRIXFT_CACHE") or Path(cache, "strixft"))
     there = next(path for path in (root, *root.absolute().parents) if os.path.exists(path))
     if not there.is_dir():
@@ -71,7 +72,7 @@ def disk_full(folder: Path, needed_bytes: int | None = None) -> HostError:
     needed = f", and {format_gib(needed_bytes)} are needed" if needed_bytes else ""
     return HostError(
         f"the disk of {folder} is full: {left} left{needed}; what was saved before is whole",
-        fix=f"df -h {folder}; make room, then type the same command again",
+        fix=f"df -h {typed(folder)}; make room, then type the same command again",
     )
 
 

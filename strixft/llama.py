@@ -63,9 +63,13 @@ def served(
     require_runtime()
     command = [sys.executable, "-m", "strixft.llama", str(model), str(context_tokens)]
     command += [chat_template, *([str(adapter)] if adapter else [])]
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            encoding="utf-8",
         )
         try:
             yield _address(child, log, model)

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from strixft.errors import HostError, StageError
+from strixft.text import typed
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _held: set[int] = set()
@@ -56,8 +57,8 @@ class Owner:
 def _start_of(pid: int) -> str | None:
     """When a process started; None if there is none, or only its remains."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
@@ -110,7 +111,7 @@ def _open(path: Path) -> int:
     except OSError as error:
         raise HostError(
             f"{path.parent} cannot be written: {error.strerror}",
-            fix=f"ls -ld {path.parent}   shows whose it is; or --run-dir and another folder",
+            fix=f"ls -ld {typed(path.parent)}   shows whose it is; or --run-dir and another folder",
         ) from error
 
 

@@ -253,7 +253,21 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(recipe.model, error) from error
     int8.use_own_product(model)
+    _keep_packing(model)
     return model
+
+
+def _keep_packing(model: nn.Module) -> None:
+    """Let 4-bit layers keep the bytes that are trained on, saved and merged.
+
+    bitsandbytes 0.50 packs them anew in evaluation on a CPU with AVX512-BF16: it rounds the scales
+    to bf16 and fails at input sizes that are no multiple of 64 (`Linear4bit.forward`).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def nf4_parameter(packed: torch.Tensor, state: Any) -> Any:
@@ -357,6 +371,7 @@ def shape_base(
         model.tie_weights()  # type: ignore[operator]  # accelerate takes ties apart
     if method.base != "native":
         _store_quantised(model, method, dtype, getattr(config, "quantization_config", None) or {})
+        _keep_packing(model)
     return model
 
 

@@ -31,6 +31,7 @@ from strixft.runs import (
     write_text,
 )
 from strixft.sources import fingerprint
+from strixft.text import typed
 
 READ_BY = {
     "model": "prepare",
@@ -102,7 +103,7 @@ def _refuse_other(folder: Path, old: Recipe, new: Recipe) -> None:
     again = f"; or, with strixft run, --from {stage}   does {stage} and what follows again"
     raise RecipeError(
         f"{folder} is taken by a run of another recipe; these keys differ:{listed}",
-        fix=f"--run-dir {free_name(folder)}   for a run of its own{again if stage else ''}",
+        fix=f"--run-dir {typed(free_name(folder))}   for a run of its own{again if stage else ''}",
     )
 
 
@@ -131,7 +132,7 @@ def _refuse_other_data(folder: Path, recipe: Recipe) -> None:
     if done.inputs["source_sha256"] != now_there:
         raise DataError(
             f"{', '.join(recipe.dataset.sources())} has changed since {folder} was prepared",
-            fix=f"--run-dir {free_name(folder)},"
+            fix=f"--run-dir {typed(free_name(folder))},"
             f" or: {Run(folder, recipe).resume_command} --from prepare",
         )
 
@@ -157,7 +158,8 @@ def open_run(
             stages done that depend on what differs.
         DataError: The folder was prepared from other data.
     """
-    path = find_recipe(recipe)
+    run_dir = _as_typed("run_dir", run_dir)
+    path = find_recipe(_as_typed("recipe", recipe))
     resolved = load_recipe(path, parse_overrides(overrides))
     folder = run_folder(path, run_dir)
     if (folder / "recipe.yaml").is_file():
@@ -166,11 +168,21 @@ def open_run(
             _refuse_other_data(folder, resolved)
     elif not _is_new(folder):
         raise RecipeError(
-            f"{folder} exists and is not a run folder", fix=f"--run-dir {free_name(folder)}"
+            f"{folder} exists and is not a run folder", fix=f"--run-dir {typed(free_name(folder))}"
         )
     else:
         _create(folder, resolved)
     return Run(folder, resolved)
+
+
+def _as_typed(name: str, given: Any) -> Any:
+    """A path; `-p run_dir 20261125` of papermill gives a number."""
+    if isinstance(given, bool | float):  # 1e5, 2.10 and True cannot be told from what they became
+        raise RecipeError(
+            f"{name} is {given!r}, which papermill's -p makes of a text that looks like it",
+            fix=f"-r {name} …   gives the text as it is typed",
+        )
+    return str(given) if isinstance(given, int) else given
 
 
 def _is_new(folder: Path) -> bool:

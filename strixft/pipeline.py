@@ -8,14 +8,18 @@ import os
 import re
 import shlex
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import papermill
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from traitlets import default
 
 from strixft.errors import FitError, StageError, Stopped, StrixftError, error_from_text
 from strixft.evaluate import check_evaluation, require_held_out
@@ -26,13 +30,21 @@ from strixft.recipe import parse_override, shipped
 from strixft.runs import STAGES, Run, chosen_stages, remove_leftovers, write_text
 from strixft.stopping import Signals, on_signals
 from strixft.tables import did_you_mean
-from strixft.text import redact_all
+from strixft.text import redact_all, typed
 from strixft.train import out_of_memory
 
 _SETTINGS = re.compile(r"(?:--set (?:'[^']*'|[^\s,;]+) *)+")
 _KEY = re.compile(r"--set '?([\w.]+)=")
 Notify = Callable[[str, bool], None]
 """Told of each stage before it runs: its name, and whether it was done before."""
+
+
+class OwnKernel(AsyncKernelManager):
+    """A kernel of this interpreter, whatever kernels stand where `JUPYTER_PATH` leads."""
+
+    @default("kernel_spec_manager")
+    def _without_folders(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[])  # ipykernel's own is left
 
 
 def notebook_of(stage: str) -> Path:
@@ -49,7 +61,7 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
     Raises:
         StageError: A parameter does not exist.
     """
-    known = papermill.inspect_notebook(str(notebook))
+    known = papermill.inspect_notebook(_literal(notebook))
     for name in parameters:
         if name not in known:
             raise StageError(
@@ -70,18 +82,37 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(temporary),
-            parameters=dict(parameters),
-            kernel_name="python3",
-            progress_bar=False,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
-        )
+        _execute(notebook, temporary, parameters)
     except PapermillExecutionError as error:
         raise _own_error(error, output) from error
     finally:
         _keep(temporary, output)
+
+
+def _execute(notebook: Path, target: Path, parameters: Mapping[str, Any]) -> None:
+    """Let papermill execute a notebook in a kernel that nothing of the user's changes.
+
+    Neither a file `datasets.py` of the working folder nor IPython's start-up files are run.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        papermill.execute_notebook(
+            _literal(notebook),
+            _literal(target),
+            parameters=dict(parameters),
+            kernel_name=NATIVE_KERNEL_NAME,
+            kernel_manager_class=OwnKernel,
+            progress_bar=False,
+            extra_arguments=[
+                "--IPKernelApp.log_level=ERROR",
+                "--IPKernelApp.ignore_cwd=True",
+                f"--ProfileDir.location={profile}",
+            ],
+        )
+
+
+def _literal(path: Path) -> str:
+    """A path as papermill takes it, which fills in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _keep(temporary: Path, output: Path) -> None:
@@ -125,7 +156,7 @@ def _resume(run: Run, parameters: Mapping[str, Any], fix: str) -> str:
     kept = [_setting(*row) for row in parameters["overrides"].items() if row[0] not in keys]
     reader = first_reader(keys)
     done = reader is not None and any(map(run.is_done, stages_from(reader)))
-    command = f"strixft run {parameters['recipe']} --run-dir {run.folder}"
+    command = f"strixft run {typed(parameters['recipe'])} --run-dir {typed(run.folder)}"
     return " ".join(filter(None, [command, *kept, asked, f"--from {reader}" if done else ""]))
 
 

@@ -13,6 +13,7 @@ from strixft.plan import Plan, compare
 from strixft.prepare import Prepared
 from strixft.recipe import dump_recipe
 from strixft.runs import Result, Run, write_text
+from strixft.text import typed
 from strixft.train import Trained
 from strixft.units import format_number, format_seconds
 
@@ -87,6 +88,6 @@ def write_report(run: Run) -> Path:
     except OSError as error:
         raise HostError(
             f"{path} cannot be written: {error.strerror}",
-            fix=f"ls -ld {run.folder} {path}   shows what is there, and whose it is",
+            fix=f"ls -ld {typed(run.folder)} {typed(path)}   shows what is there, and whose it is",
         ) from error
     return path

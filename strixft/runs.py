@@ -41,7 +41,7 @@ from strixft.memory import is_out_of_memory
 from strixft.recipe import Recipe, check_recipe, read_settings
 from strixft.stopping import StopNow, raised
 from strixft.tables import did_you_mean
-from strixft.text import redact, redact_all
+from strixft.text import redact, redact_all, typed
 
 STAGES = ("prepare", "plan", "train", "evaluate", "export")
 """Stages in their order; each is a notebook, a folder of the run, and a verb `<stage>_recipe`."""
@@ -145,7 +145,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 def resume_command(folder: Path) -> str:
     """What to type so that the run of a folder goes on."""
-    return f"strixft run {folder / 'recipe.yaml'} --run-dir {folder}"
+    return f"strixft run {typed(folder / 'recipe.yaml')} --run-dir {typed(folder)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +201,7 @@ class Result:
         except (ValueError, TypeError, KeyError) as error:
             raise StageError(
                 f"{path} is not what stage {folder.name} writes: {error}",
-                fix=f"mv {folder} {free_aside(folder)}   and run the stage again",
+                fix=f"mv {typed(folder)} {typed(free_aside(folder))}   and run the stage again",
             ) from error
         return found
 
@@ -301,7 +301,7 @@ class Run:
         place = error.filename2 or error.filename
         return StageError(
             f"stage {stage} of {self.folder} cannot use {place}: {error.strerror}",
-            fix=f"ls -ld {place}   shows what is there, and whose it is; after that:"
+            fix=f"ls -ld {typed(place)}   shows what is there, and whose it is; after that:"
             f" {self.resume_command}",
         )
 

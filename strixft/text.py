@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,6 +83,15 @@ def _own_secrets() -> list[str]:
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and value[0] not in "/~"
     }
     return sorted(found, key=len, reverse=True)
+
+
+def typed(path: object) -> str:
+    """A path as a shell takes it.
+
+    >>> typed("my runs/a")
+    "'my runs/a'"
+    """
+    return shlex.quote(str(path))
 
 
 def redact(text: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strixft.errors import HostError
-from strixft.text import visible
+from strixft.text import typed, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,7 +147,8 @@ def write_page(path: Path, html: str) -> Path:
     except OSError as error:
         raise HostError(
             f"{target} cannot be written: {error.strerror}",
-            fix=f"ls -ld {target.parent}   shows whose it is; or --page and a file elsewhere",
+            fix=f"ls -ld {typed(target.parent)}   shows whose it is;"
+            " or --page and a file elsewhere",
         ) from error
     return target
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ import yaml
 from strixft.opening import open_run
 from strixft.runs import Run
 
+MACHINE = Path(__file__).parent / "machine"
+runpy.run_path(str(MACHINE / "sitecustomize.py"))  # children find it by the variable
+os.environ["PYTHONPATH"] = f"{MACHINE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait
 signal.signal(signal.SIGINT, signal.default_int_handler)  # `&` and `nohup` ignore what tests send
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

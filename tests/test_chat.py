@@ -1,46 +1,124 @@
 """Chat: answers come in pieces, and the conversation is remembered."""
 
+import io
 import subprocess
 import sys
+import threading
+from typing import Any
 
+import pytest
+import torch
+from conftest import WriteRecipe
 from test_cli import ENTRY
 from test_train import trained
 
 from strixft.chat import Chat, ChatBox, transcript
+from strixft.cli import main
+from strixft.errors import FitError, StageError
+from strixft.evaluate import load_side
+from strixft.opening import open_run
 from strixft.runs import Run
 from strixft.text import visible
 
 
-def test_a_conversation_is_remembered(tiny_run: Run) -> None:
-    trained(tiny_run)
-    talk = Chat(tiny_run)
+def test_a_conversation_is_remembered(run: Run) -> None:
+    talk = Chat(run)
     first = "".join(talk.ask("Count to 3."))
     "".join(talk.ask("And to 4?"))
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
     assert talk.messages[1]["content"] == first
-    base = Chat(tiny_run, base=True)
+    base = Chat(run, base=True)
     assert "".join(base.ask("Count to 3.")) != first
 
 
-def test_bytes_that_are_no_text_do_not_end_a_conversation(tiny_run: Run) -> None:
-    trained(tiny_run)
-    command = [sys.executable, "-c", ENTRY, "chat", str(tiny_run.folder)]
+def test_bytes_that_are_no_text_do_not_end_a_conversation(run: Run) -> None:
+    command = [sys.executable, "-c", ENTRY, "chat", str(run.folder)]
     typed = "Gr\u00fc\u00dfe\n".encode("latin-1") + b"Count to 3.\n"
     done = subprocess.run(command, input=typed, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    talk = Chat(tiny_run)
+    talk = Chat(run)
     answers = ["".join(talk.ask(text)) for text in ("Gr\ufffd\ufffde", "Count to 3.")]
     assert done.stdout.decode() == "".join(f"{visible(answer)}\n" for answer in answers)
 
 
-def test_a_box_answers_as_the_chat_does(tiny_run: Run) -> None:
-    trained(tiny_run)
-    box = ChatBox(tiny_run)
+@pytest.fixture(scope="module")
+def run(write_module_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A trained run."""
+    opened = open_run(write_module_recipe(), tmp_path_factory.mktemp("runs") / "run")
+    trained(opened)
+    return opened
+
+
+class Full(torch.nn.Module):
+    """Raises after a few tokens what a full device raises."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 4:
+            raise torch.OutOfMemoryError("HIP out of memory. Tried to allocate 2.00 GiB")
+        return x
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model that is loaded runs out of memory at its fourth token."""
+
+    def load(*words: Any) -> Any:
+        model: Any = load_side(*words)
+        model.get_base_model().model.norm = Full()
+        return model
+
+    monkeypatch.setattr("strixft.chat.load_side", load)
+
+
+@pytest.mark.usefixtures("full")
+def test_memory_that_ends_in_an_answer_ends_the_chat(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["strixft", "chat", str(run.folder)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Count to 3.\nAnd on?\n"))
+    with pytest.raises(SystemExit, match="3"):
+        main()
+    out, err = capfd.readouterr()
+    assert out.endswith("\n")
+    assert "the model cannot answer, no memory is left: HIP out of memory" in err
+    assert err.splitlines()[-1].startswith("fix: close other programs")
+
+
+@pytest.mark.usefixtures("full")
+def test_nothing_is_remembered_of_an_answer_that_fails(run: Run) -> None:
+    talk = Chat(run)
+    with pytest.raises(FitError):
+        list(talk.ask("Count to 3."))
+    assert talk.messages == []
+    assert len("".join(talk.ask("Count to 3."))) > 0  # the fourth token is over
+    assert len(talk.messages) == 2
+
+
+def test_an_answer_that_nobody_reads_on_ends(run: Run) -> None:
+    talk, before = Chat(run), threading.active_count()
+    answer = talk.ask("Count to 3.")
+    next(answer)
+    answer.close()
+    assert threading.active_count() == before
+
+
+def test_a_template_that_refuses_is_told(run: Run) -> None:
+    talk = Chat(run)
+    talk.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(StageError, match="cannot answer: TemplateError: roles must alternate"):
+        list(talk.ask("Count to 3."))
+
+
+def test_a_box_answers_as_the_chat_does(run: Run) -> None:
+    box = ChatBox(run)
     shown: list[str] = []
     box.said.observe(lambda change: shown.append(change["new"]), names="value")
     box.text.value = "Count to 3."
     box.send.click()
-    talk = Chat(tiny_run)
+    talk = Chat(run)
     "".join(talk.ask("Count to 3."))
     assert box.said.value == transcript(talk.messages)
     assert len(shown) > 2  # it came in pieces

@@ -15,6 +15,7 @@ from strixft.model import (
     load_tokenizer,
     model_source,
     native_dtype,
+    random_model,
     shape_base,
 )
 from strixft.recipe import Recipe, load_recipe
@@ -111,3 +112,32 @@ def test_pickled_weights_are_refused(
     recipe = recipe.model_copy(update={"model": str(folder)})
     with pytest.raises(RecipeError, match="is a pickle"):
         load_base(recipe, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_4_bit_layers_keep_their_bytes_in_evaluation(
+    has_bf16: bool, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: has_bf16)
+    recipe = load_recipe(write_recipe(method="qlora"))  # one of its sides is 160
+    model = load_base(recipe, "cpu", torch.float32).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        logits = model(torch.arange(100, 140).unsqueeze(0)).logits
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert any(name.endswith("quant_state.bitsandbytes__nf4") for name in after)
+    trained = model.train()(torch.arange(100, 140).unsqueeze(0)).logits
+    torch.testing.assert_close(logits, trained)
+
+
+def test_random_4_bit_layers_keep_their_bytes(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    recipe = load_recipe(write_recipe(method="qlora"))
+    model = random_model(recipe, load_config(recipe), "cpu", torch.float32).eval()
+    before = [value.clone() for value in model.parameters()]
+    with torch.no_grad():
+        model(torch.arange(100, 140).unsqueeze(0))
+    assert all(map(torch.equal, before, model.parameters()))

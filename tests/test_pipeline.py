@@ -109,6 +109,29 @@ def test_a_cell_that_fails_is_named(tmp_path: Path) -> None:
         run_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {})
 
 
+def test_nothing_that_lies_about_changes_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = tmp_path / "jupyter" / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    spec = {"argv": ["/bin/false"], "display_name": "other", "language": "python"}
+    (kernel / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00.py").write_text("own = 1\n")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    (tmp_path / "datasets.py").write_text("1 / 0\n")  # the working folder
+    code = ["import sys, datasets", "print(sys.executable, 'own' in globals())"]
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(line) for line in code])
+    folder = tmp_path / "a {run} 100%"
+    folder.mkdir()
+    nbformat.write(page, folder / "in {x}.ipynb")
+    run_notebook(folder / "in {x}.ipynb", folder / "out {}.ipynb", {})
+    kept = nbformat.read(folder / "out {}.ipynb", as_version=4)
+    assert kept.cells[1].outputs[0].text == f"{sys.executable} False\n"
+
+
 def test_stages_are_chosen_by_name() -> None:
     assert chosen_stages("plan", "train") == ("plan", "train")
     assert chosen_stages(None, None) == STAGES
