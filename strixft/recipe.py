@@ -166,6 +166,8 @@ class Dataset(_Section):
     """Shape of a row: `auto` looks at the columns."""
     columns: dict[str, str] = Field(default={})
     """Our name of a column → its name in the data, or a dotted path into it."""
+    ignore: list[str] = Field(default=[])
+    """Keys of rows, messages and calls that are left out on purpose, wherever they stand."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
     """Tokens that count: every assistant turn, the last one only, or the whole text."""
     max_length: int = Field(default=4096, ge=8, le=2**20)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from strixft.errors import DataError
 from strixft.tables import did_you_mean
 
-Kind = Literal["jsonl", "json", "csv", "parquet", "text"]
+Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "text"]
 
 KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl",
@@ -21,11 +21,15 @@ KINDS: dict[str, Kind] = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".txt": "text",
     ".md": "text",
 }
 """Ending → what the file holds; an unknown one is looked at when it is named itself."""
 COMPRESSIONS = (".gz", ".zst")
+SPLITS = "dataset_dict.json"
+ABOUT = ("dataset_info.json", "state.json", SPLITS)
+"""Files that `datasets` saves beside its Arrow files; no rows stand in them."""
 HUB = "hub:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _GLOB = re.compile(r"[*?\[]")
@@ -41,7 +45,9 @@ class SourceFile:
     @property
     def is_plain(self) -> bool:
         """Its bytes are those of its rows: not packed, and no columns."""
-        return self.kind != "parquet" and not self.path.name.lower().endswith(COMPRESSIONS)
+        return self.kind not in ("parquet", "arrow") and not self.path.name.lower().endswith(
+            COMPRESSIONS
+        )
 
     @property
     def name(self) -> str:
@@ -123,12 +129,26 @@ def _check_inside(path: Path, folder: Path) -> None:
         )
 
 
+def _refuse_splits(entries: list[Path]) -> None:
+    """Refuse a folder that `datasets` divided: its test rows are not to be trained."""
+    for path in entries:
+        if path.name == SPLITS:
+            names = sorted(p.name for p in path.parent.iterdir() if (p / ABOUT[0]).is_file())
+            named = path.parent / ("train" if "train" in names or not names else names[0])
+            raise DataError(
+                f"the folder {shown_path(path.parent)} holds the splits {', '.join(names)}",
+                fix=f"name one of them in dataset.source: {shown_path(named)}",
+            )
+
+
 def _in_folder(folder: Path) -> list[SourceFile]:
     entries = sorted(path for path in folder.rglob("*") if not _hidden(path, folder))
+    _refuse_splits(entries)
     found = []
     for path in entries:
         kind = _kind_of(path)
-        if kind is None or path.suffix == ".md" or path.is_dir():
+        about = path.name in ABOUT and (path.parent / ABOUT[0]).is_file()
+        if kind is None or path.suffix == ".md" or path.is_dir() or about:
             continue
         _check_inside(path, folder)
         _check_regular(path)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strixft.data import Encoder, TokenRow, privacy, words
-from strixft.data.checks import check_chat, oddities
+from strixft.data.checks import any_of, check_chat, oddities, texts_of
 from strixft.data.duplicates import Sketches, first_of_each, leaks, sketch
 from strixft.data.fit import cut, divide, halves, windows
 from strixft.data.hashes import content_hash, question_hash, uniform
@@ -89,14 +89,50 @@ def test_a_chat_that_can_be_trained_is_none(right: Chat) -> None:
 
 @pytest.mark.parametrize("text", ["plain\ttext\r\nin lines", "Grüße 😀 مرحبا", "a\u200db"])
 def test_usual_text_hides_nothing(text: str) -> None:
-    assert list(oddities(chat("a", text), ["<|im_end|>"])) == []
+    assert list(oddities(chat("a", text), any_of(["<|im_end|>"]))) == []
 
 
 def test_hidden_characters_and_tokens_are_told_with_their_message() -> None:
-    found = list(oddities(chat("a\x1b[2J", "b<|im_end|>"), ["<|im_end|>", "<|im_start|>"]))
+    specials = any_of(["<|im_end|>", "<|im_start|>"])
+    found = list(oddities(chat("a\x1b[2J", "b<|im_end|>"), specials))
     assert found == [
         ("hidden_characters", "message 1 has the hidden character U+001B at place 1"),
         ("special_token", "message 2 contains the token '<|im_end|>'"),
+    ]
+
+
+def test_a_token_is_told_where_a_longer_one_begins_with_it_and_in_calls_too() -> None:
+    call = {"type": "function", "function": {"name": "say", "arguments": {"what": ["</s>"]}}}
+    told = Chat([turn("user", "<s>[INST]<s>"), turn("assistant", "", tool_calls=[call])])
+    assert [
+        text for _, text in oddities(told, any_of(["<s>", "</s>", "<s>[INST]", "<think>"]))
+    ] == [
+        "message 1 contains the token '<s>'",
+        "message 1 contains the token '<s>[INST]'",
+        "message 2 contains the token '</s>'",
+    ]
+    assert texts_of(told) == ["<s>[INST]<s>", "", "</s>"]
+
+
+def test_what_stands_for_a_picture_is_told() -> None:
+    assert list(oddities(chat("<image>\nWhat is it?", "A nas."), None)) == [
+        ("placeholder", "message 1 has '<image>', and only text is trained")
+    ]
+
+
+def test_a_question_that_asks_to_be_trained_is_told() -> None:
+    messages = [turn("user", "a", train=True), turn("assistant", "b")]
+    (found,) = oddities(Chat(messages), None)
+    assert found == ("flag_unused", "message 1, the user's, asks to be trained")
+
+
+def test_nulls_in_calls_and_tools_are_told_once_each() -> None:
+    call = {"function": {"name": "lamp", "arguments": {"a": {"b": [None]}, "c": None}}}
+    tool = {"function": {"name": "lamp", "parameters": {"properties": {"c": None}}}}
+    messages = [turn("user", "x"), turn("assistant", "", tool_calls=[call])]
+    assert list(oddities(Chat(messages, [tool]), None)) == [
+        ("null", "message 2 calls lamp with null for 'a.b'"),
+        ("null", "the tools have lamp with null for 'properties.c'"),
     ]
 
 
@@ -175,8 +211,9 @@ def test_a_row_is_known_by_what_it_says_and_nothing_else() -> None:
     assert content_hash(one) == content_hash(chat("a", "b"))
     others = [chat("a", "c"), chat("b", "a"), chat("ab", ""), chat("a", "b", system="s"),
               Chat(one.messages, tools=[{"name": "f"}]), Chat(one.messages, label=True),
-              Chat(one.messages, rejected=one.messages), Chat([], text="a")]  # fmt: skip
-    assert len({content_hash(other) for other in (one, *others)}) == 9
+              Chat(one.messages, rejected=one.messages), Chat([], text="a"),
+              Chat([turn("user", "a"), turn("assistant", "b", train=False)])]  # fmt: skip
+    assert len({content_hash(other) for other in (one, *others)}) == 10
 
 
 def test_a_question_is_the_same_in_other_case_and_spaces() -> None:
@@ -394,6 +431,43 @@ def test_a_row_that_is_cut_keeps_its_start_or_is_nothing(tokenizer: Any) -> None
     assert short is not None
     assert short.input_ids.tolist() == row.input_ids.tolist()[:-3]
     assert cut(row, row.prompt_tokens) is None
+
+
+def bos_tokenizer(tiny_model: Path) -> Any:
+    """The embedded model's tokenizer, as one that begins every text with a token."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(tiny_model, bos_token="<|im_start|>")
+    start = [("<|im_start|>", made.convert_tokens_to_ids("<|im_start|>"))]
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=start
+    )
+    return made
+
+
+@pytest.mark.parametrize("begins", ["", "<|im_start|>"])
+@pytest.mark.parametrize("ends", ["", "<|im_end|>", "<|im_end|>\n"])
+def test_text_that_has_its_first_and_last_token_gets_no_second(
+    tiny_model: Path, begins: str, ends: str
+) -> None:
+    known = bos_tokenizer(tiny_model)
+    assert known("a")["input_ids"][0] == known.bos_token_id
+    ids = row_of(known, Chat([], text=f"{begins}Ping nas.{ends}")).input_ids.tolist()
+    assert ids.count(known.bos_token_id) == ids.count(known.eos_token_id) == 1
+    assert ids[0] == known.bos_token_id
+    assert known.decode(ids).rstrip() == "<|im_start|>Ping nas.<|im_end|>"
+
+
+def test_a_text_that_is_read_in_stretches_begins_and_ends_once(tiny_model: Path) -> None:
+    known = bos_tokenizer(tiny_model)
+    encoder = Encoder(known, max_length=64)
+    text = "All work and no play. " * 2000
+    parts = divide(encoder, Chat([], text=text), 64)
+    assert len(text) > (encoder.most_characters or 0)
+    ids = [token for part in parts if isinstance(part, TokenRow) for token in part.input_ids]
+    assert ids.count(known.bos_token_id) == ids.count(known.eos_token_id) == 1
+    assert known.decode(ids) == f"<|im_start|>{text}<|im_end|>"
 
 
 # The preview.

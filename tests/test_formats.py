@@ -1,13 +1,16 @@
 """A row becomes a chat, or says in what it is not of its format."""
 
+import datetime
 import json
 import pickle
 from typing import Any
 
 import pytest
+import strategies
+from hypothesis import given, settings
 
 from strixft.formats import FORMATS, ROLES, Format, RowFault, fitting, suggest_columns
-from strixft.formats.messages import read_tools
+from strixft.formats.messages import Chat, read_tools
 
 CALL = {"name": "find", "arguments": {"what": "keys"}}
 
@@ -64,7 +67,18 @@ def test_a_format_that_needs_more_columns_hides_one_that_needs_fewer() -> None:
 
 def test_a_label_that_is_no_thumb_is_a_plain_chat() -> None:
     assert [f.name for f in fitting({"messages": [], "label": "science"})] == ["messages"]
-    assert [f.name for f in fitting({"messages": [], "label": True})] == ["thumbs"]
+    for thumb in (True, False, 0, 1, "true"):
+        assert [f.name for f in fitting({"messages": [], "label": thumb})] == ["thumbs"]
+
+
+def test_a_column_without_a_value_is_none() -> None:
+    row: dict[str, Any] = {"messages": [], "conversations": None, "text": None, "label": None}
+    assert [form.name for form in fitting(row)] == ["messages"]
+
+
+def test_columns_of_a_pair_that_nothing_reads_are_named() -> None:
+    row = {"prompt": "u", "chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER, GOOD]}
+    assert FORMATS["preference"].to_chat(row).unused == {"prompt", "messages"}
 
 
 @pytest.mark.parametrize(
@@ -79,6 +93,14 @@ def test_a_label_that_is_no_thumb_is_a_plain_chat() -> None:
             },
         ),
         ({"Question": "a", "Response": "b"}, {"question": "Question", "answer": "Response"}),
+        (
+            {"system_prompt": "s", "question": "a", "response": "b"},
+            {"question": "question", "answer": "response", "system": "system_prompt"},
+        ),
+        (
+            {"instruction": "a", "context": "c", "response": "b"},
+            {"instruction": "instruction", "output": "response", "input": "context"},
+        ),
         ({"dialog": [{"role": "user", "content": "a"}]}, {"messages": "dialog"}),
         ({"a": 1, "b": 2}, None),
         ({}, None),
@@ -174,6 +196,15 @@ def test_a_weight_between_is_refused(value: Any) -> None:
     assert fault_of(row).kind == "bad_weight"
 
 
+def test_flags_that_differ_are_refused_and_one_of_a_question_is_kept() -> None:
+    answer = {"role": "assistant", "content": "b", "train": True, "weight": 0}
+    assert fault_of(messages(answer)).problem == "message 1 has train and weight, which differ"
+    row = messages({"role": "user", "content": "a", "train": True, "weight": 1})
+    assert FORMATS["messages"].to_chat(row).messages[0]["train"] is True
+    unmarked = messages({"role": "user", "content": "a", "weight": 0})
+    assert "train" not in FORMATS["messages"].to_chat(unmarked).messages[0]
+
+
 def test_calls_have_their_arguments_as_data() -> None:
     written = {"function": {"name": "find", "arguments": json.dumps(CALL["arguments"])}}
     row = messages({"role": "assistant", "content": None, "tool_calls": [written]})
@@ -183,6 +214,230 @@ def test_calls_have_their_arguments_as_data() -> None:
         "content": "",
         "tool_calls": [{"type": "function", "function": CALL}],
     }
+
+
+def test_a_call_keeps_the_order_of_its_keys_and_its_id() -> None:
+    call = {
+        "id": "c1",
+        "type": "function",
+        "function": {"arguments": {"b": 1, "a": 2}, "name": "f"},
+    }
+    row = messages({"role": "assistant", "content": "", "tool_calls": [call], "tool_call_id": "x"})
+    (message,) = FORMATS["messages"].to_chat(row).messages
+    assert json.dumps(message["tool_calls"]) == json.dumps([call])
+    assert FORMATS["messages"].to_chat(row).unused == {"message.tool_call_id"}
+
+
+def test_openais_earlier_calls_are_read() -> None:
+    call = {"name": "find", "arguments": json.dumps(CALL["arguments"])}
+    told = {"name": "find", "description": "finds", "parameters": {"type": "object"}}
+    row = {
+        **messages(
+            {"role": "assistant", "content": None, "function_call": call},
+            {"role": "function", "name": "find", "content": "here"},
+        ),
+        "functions": [told],
+    }
+    chat = FORMATS["messages"].to_chat(row)
+    assert chat.messages == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": CALL}],
+        },
+        {"role": "tool", "content": "here", "name": "find"},
+    ]
+    assert chat.tools == [{"type": "function", "function": told}]
+
+
+TOOL = {"type": "function", "function": {"name": "f", "strict": True}, "extra": 1}
+FLAT = {"type": "function", "name": "f", "strict": True}
+
+
+@pytest.mark.parametrize(
+    ("value", "tools"),
+    [
+        ([TOOL], [TOOL]),
+        ([FLAT], [{"type": "function", "function": {"name": "f", "strict": True}}]),
+        ([json.dumps(TOOL)], [TOOL]),
+        (
+            [{"name": "f", "parameters": '{"type": "object"}'}],
+            [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        ),
+    ],
+)
+def test_tools_are_kept_whole(value: Any, tools: Any) -> None:
+    assert read_tools(value) == tools
+
+
+def test_tools_of_a_message_are_those_of_the_chat() -> None:
+    system = {"role": "system", "content": "s", "tools": [FLAT]}
+    row = messages(system, {"role": "user", "content": "u", "tools": None})
+    chat = FORMATS["messages"].to_chat(row)
+    assert chat.tools == read_tools([FLAT])
+    assert chat.messages[0] == {"role": "system", "content": "s"}
+    assert FORMATS["messages"].to_chat({**row, "tools": [FLAT]}).tools == chat.tools
+    fault = fault_of({**row, "functions": [{"name": "g"}]})
+    assert fault.problem == "has tools in two places, which differ"
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "problem"),
+    [
+        (
+            {"tool_calls": [CALL], "function_call": CALL},
+            "two_values",
+            "message 1 has calls in 'tool_calls' and 'function_call'",
+        ),
+        (
+            {"tool_calls": [{**CALL, "type": "custom"}]},
+            "bad_tool_call",
+            "a call of message 1 has the type 'custom', not 'function'",
+        ),
+        (
+            {"tool_calls": [{**CALL, "output": "x"}]},
+            "unknown_key",
+            "a call of message 1 has 'output', which is not read: 'x'",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": "[1]"}]},
+            "bad_tool_call",
+            "a call of message 1 has arguments without names: {'name': 'f', 'arguments': '[1]'}",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]},
+            "bad_tool_call",
+            "the arguments of a call in message 1 is not JSON (the key 'a' stands twice in one"
+            ' object): \'{"a": 1, "a": 2}\'',
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": {"day": datetime.date(2026, 1, 2)}}]},
+            "bad_tool_call",
+            "a call of message 1: f.day is a date, which is no JSON value; save it as text:"
+            " datetime.date(2026, 1, 2)",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": {"x": [float("nan")]}}]},
+            "bad_tool_call",
+            "a call of message 1: f.x is nan, which is no JSON value",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": {"x": "\ud83d"}}]},
+            "not_unicode",
+            "a call of message 1: f.x has half a character at place 0: surrogates not allowed",
+        ),
+        (
+            {"tool_calls": [{**CALL, "id": 7}]},
+            "not_text",
+            "the id of a call in message 1 should be text, it is int: 7",
+        ),
+        (
+            {"role": "user", "tool_calls": [CALL]},
+            "bad_tool_call",
+            "message 1, the user's, has calls: [{'name': 'find', 'arguments': {'what': 'keys'}}]",
+        ),
+        (
+            {"role": "user", "thinking": "hm"},
+            "not_text",
+            "message 1, the user's, has reasoning: 'hm'",
+        ),
+        (
+            {"reasoning": "a", "thinking": "b"},
+            "two_values",
+            "message 1 has 'reasoning' and 'thinking', which differ: 'a', 'b'",
+        ),
+        (
+            {"content": "<think>a</think>x", "reasoning": "b"},
+            "two_values",
+            "content of message 1 has reasoning in its text and other beside it",
+        ),
+        (
+            {"content": "", "reasoning": "b"},
+            "empty_turn",
+            "message 1 has reasoning, and no answer after it",
+        ),
+        (
+            {"content": "a", "value": "b"},
+            "two_values",
+            "message 1 has 'content' and 'value', which differ: 'a', 'b'",
+        ),
+        (
+            {"content": [{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "b"}]},
+            "not_text",
+            "content of message 1 has reasoning after its text",
+        ),
+        (
+            {"content": [{"type": "text", "text": "a", "citations": ["b"]}]},
+            "unknown_key",
+            "a part of content of message 1 has 'citations', which is not read: ['b']",
+        ),
+        ({"name": 7}, "not_text", "name of message 1 should be text, it is int: 7"),
+        (
+            {"prefix": True},
+            "unknown_key",
+            "message 1 has 'prefix', which is not read: True",
+        ),
+        (
+            {"content": None, "refusal": "No."},
+            "no_text",
+            "content of message 1 is missing or null",
+        ),
+        (
+            {"refusal": "No."},
+            "unknown_key",
+            "message 1 has 'refusal', which is not read: 'No.'",
+        ),
+    ],
+)
+def test_a_message_that_says_what_is_not_read_names_it(
+    message: dict[str, Any], kind: str, problem: str
+) -> None:
+    fault = fault_of(messages({"role": "assistant", "content": "x", **message}))
+    assert (fault.kind, fault.problem) == (kind, problem)
+
+
+def test_what_says_nothing_to_a_model_is_not_used_and_named() -> None:
+    row = {
+        "id": 7,
+        "empty": "",
+        "source": "forum",
+        **messages(
+            {"role": "user", "content": "u", "timestamp": "now", "refusal": "", "toxic": False},
+            {"role": "assistant", "content": "a", "turn": 3, "message_id": "m", "audio": None},
+        ),
+    }
+    unused = {"id", "source", "message.timestamp", "message.turn", "message.message_id"}
+    assert FORMATS["messages"].to_chat(row).unused == unused
+    ignored = FORMATS["messages"].to_chat(row, frozenset({"source", "turn"})).unused
+    assert ignored == unused - {"source", "message.turn"}
+
+
+@pytest.mark.parametrize("name", ["images", "image", "audio", "videos"])
+def test_a_row_with_pictures_or_sounds_is_refused_unless_they_are_ignored(name: str) -> None:
+    for form, row in (("messages", messages(USER, GOOD)), ("text", {"text": "a <image>"})):
+        fault = fault_of({**row, name: ["a.png"]}, form)
+        assert (fault.kind, fault.key) == ("media", name)
+        assert fault.problem == f"has {name!r}, and only text is trained: ['a.png']"
+        assert FORMATS[form].to_chat({**row, name: ["a.png"]}, frozenset({name})).unused == set()
+        assert FORMATS[form].to_chat({**row, name: []}).unused == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("history", [["a", "b"]]),
+        ("documents", ["d"]),
+        ("context", "c"),
+        ("reasoning", "r"),
+    ],
+)
+def test_a_column_that_a_model_should_see_is_refused_where_no_format_reads_it(
+    name: str, value: Any
+) -> None:
+    fault = fault_of({**messages(USER, GOOD), name: value})
+    assert (fault.kind, fault.key) == ("unknown_key", name)
+    assert fault.problem == f"has {name!r}, which its format does not read: {value!r}"
 
 
 def test_a_sharegpt_call_joins_the_words_before_it() -> None:
@@ -223,6 +478,55 @@ def test_reasoning_apart_stands_before_the_answer() -> None:
     assert turns(row, "messages") == [("assistant", "<think>\n2 + 2\n</think>\n\n4")]
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_read_under_each_of_its_names(key: str) -> None:
+    thought = [("assistant", "<think>\n2 + 2\n</think>\n\n4")]
+    assert turns(messages({"role": "assistant", "content": "4", key: "2 + 2"}), "messages") == (
+        thought
+    )
+    assert turns({"question": "q", "answer": "4", key: "2 + 2"}, "question-answer")[1:] == thought
+    assert turns({"prompt": "q", "completion": "4", key: "2 + 2"}, "prompt-completion")[1:] == (
+        thought
+    )
+
+
+def test_reasoning_that_stands_in_the_text_too_is_not_doubled() -> None:
+    content = "<think>\n2 + 2\n</think>\n4"
+    row = messages({"role": "assistant", "content": content, "reasoning": "2 + 2 "})
+    assert turns(row, "messages") == [("assistant", content)]
+
+
+@pytest.mark.parametrize("thought", ["2 + 2", [{"type": "text", "text": "2 + 2"}]])
+def test_reasoning_in_parts_is_read(thought: Any) -> None:
+    parts = [
+        {"type": "thinking", "thinking": thought, "signature": "x"},
+        {"type": "text", "text": "4"},
+    ]
+    row = messages({"role": "assistant", "content": parts})
+    assert turns(row, "messages") == [("assistant", "<think>\n2 + 2\n</think>\n\n4")]
+    assert FORMATS["messages"].to_chat(row).unused == {"part.signature"}
+
+
+def test_a_system_message_is_not_doubled_and_two_are_refused() -> None:
+    row = messages({"role": "system", "content": "s"}, USER, GOOD)
+    assert [role for role, _ in turns({**row, "system": "s "}, "messages")] == [
+        *("system", "user", "assistant")
+    ]
+    fault = fault_of({**row, "system_prompt": "other"})
+    assert fault.problem == "has 'system' and a system message, which differ: 'other', 's'"
+    assert turns({**messages(USER, GOOD), "system_prompt": "s"}, "messages")[0] == ("system", "s")
+    assert turns({"chosen": [USER, GOOD], "system": "s"}, "chosen")[0] == ("system", "s")
+
+
+def test_messages_that_were_written_out_as_text_are_messages() -> None:
+    row = {"prompt": json.dumps([USER]), "completion": json.dumps([GOOD])}
+    assert turns(row, "prompt-completion") == [("user", "u"), ("assistant", "good")]
+    fault = fault_of({**row, "prompt": str([USER])}, "prompt-completion")
+    assert fault.problem.startswith("'prompt' is not JSON (")
+    plain = {"prompt": '[{"a": 1}]', "completion": "[1]"}
+    assert turns(plain, "prompt-completion") == [("user", '[{"a": 1}]'), ("assistant", "[1]")]
+
+
 def test_alpaca_puts_the_input_under_the_instruction() -> None:
     row = {"instruction": "Add.", "input": "1, 2", "output": "3", "system": "Be brief."}
     assert turns(row, "alpaca") == [
@@ -237,6 +541,8 @@ def test_alpaca_with_history_has_all_its_turns() -> None:
     row = {"instruction": "And now?", "output": "Now.", "history": [["Hello?", "Hello."]]}
     assert [role for role, _ in turns(row, "alpaca")] == ["user", "assistant"] * 2
     assert fault_of({**row, "history": ["Hello?"]}, "alpaca").kind == "bad_history"
+    exchange = {"prompt": "And now?", "completion": "Now.", "history": '[["Hello?", "Hello."]]'}
+    assert turns(exchange, "prompt-completion") == turns(row, "alpaca")
 
 
 def test_a_prompt_may_be_a_list_of_messages() -> None:
@@ -295,5 +601,52 @@ def test_thumbs_keep_their_label_and_thumbs_up_leaves_the_others_out() -> None:
 
 
 def test_a_fault_can_travel_between_processes() -> None:
-    fault = pickle.loads(pickle.dumps(RowFault("kind", "what is wrong")))
-    assert (fault.kind, fault.problem, str(fault)) == ("kind", "what is wrong", "what is wrong")
+    fault = pickle.loads(pickle.dumps(RowFault("kind", "what is wrong", "header")))
+    assert (fault.kind, fault.problem, fault.key) == ("kind", "what is wrong", "header")
+    assert str(fault) == "what is wrong"
+
+
+# Nothing disappears.
+
+
+def said(value: Any) -> set[str]:
+    """Every text in a value, keys of mappings too."""
+    if isinstance(value, str):
+        return {value}
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return set().union(*map(said, value)) if isinstance(value, list) else set()
+
+
+def kept(chat: Chat) -> set[str]:
+    return said([chat.messages, chat.tools, chat.rejected, chat.text])
+
+
+@given(strategies.styles.flatmap(strategies.rows))
+@settings(max_examples=150, deadline=None)
+def test_every_text_of_a_row_is_in_its_chat(made: tuple[dict[str, Any], list[str]]) -> None:
+    row, texts = made
+    (form,) = fitting(row)
+    chat = form.to_chat(row)
+    found = kept(chat)
+    assert [text for text in texts if not any(text in one for one in found)] == []
+    assert {"id", "source", "url", "score"} & set(row) == {u for u in chat.unused if "." not in u}
+
+
+@given(strategies.odd_rows())
+@settings(max_examples=400, deadline=None)
+def test_an_added_key_is_refused_used_or_named(made: tuple[dict[str, Any], dict[str, str]]) -> None:
+    row, texts = made
+    fits = fitting(row)
+    if len(fits) != 1:
+        return
+    try:
+        chat = fits[0].to_chat(row)
+    except RowFault:
+        return
+    found, named = (
+        kept(chat),
+        {end for name in chat.unused for end in (name, name.split(".", 1)[-1])},
+    )
+    lost = [text for text in texts if not any(text in one for one in found)]
+    assert [text for text in lost if texts[text] not in named] == []

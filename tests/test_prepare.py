@@ -271,6 +271,64 @@ def test_nothing_that_is_left_is_an_error_too(stage: Stage) -> None:
     assert "dataset.max_length" in caught.value.fix
 
 
+def test_keys_that_nothing_reads_are_counted_and_shown(stage: Stage) -> None:
+    rows = [{**row, "id": n, "<b>": "x"} for n, row in enumerate(chats(24), start=1)]
+    rows[0]["messages"][0]["timestamp"] = "now"
+    figures = stage.run(rows, group_by="id")
+    assert figures["keys_unused"] == {"<b>": 24, "message.timestamp": 1}
+    html = stage.prepared(figures)._repr_html_()
+    assert "&lt;b&gt; (24 rows), message.timestamp (1 rows)" in html
+    assert "keys not used" not in stage.prepared(stage.run(chats(4)))._repr_html_()
+
+
+def test_keys_that_should_be_seen_are_refused_with_the_setting_that_ignores_them(
+    stage: Stage,
+) -> None:
+    rows = [{**row, "images": ["a.png"]} for row in chats(8)]
+    rows[3]["messages"][1]["tool_plan"] = "I look."
+    with pytest.raises(DataError) as caught:
+        stage.run(rows)
+    assert "row 1: has 'images', and only text is trained: ['a.png']" in str(caught.value)
+    assert "row 4: message 2 has 'tool_plan', which is not read: 'I look.'" in str(caught.value)
+    assert caught.value.fix is not None
+    assert caught.value.fix.startswith(
+        "--set 'dataset.ignore=[images, tool_plan]'   trains without these keys; else"
+    )
+    assert {p["key"] for p in stage.problems()} == {"images", "tool_plan"}
+    figures = stage.run(rows, ignore=["images", "tool_plan"])
+    assert figures["rows_train"] + figures["rows_validation"] == 8
+    assert figures["keys_unused"] == {}
+
+
+def test_a_row_of_another_format_than_the_first_is_bad_unless_the_format_is_named(
+    stage: Stage,
+) -> None:
+    rows = [*chats(4), {**chat("Is 7 odd?", "No."), "label": False}]
+    with pytest.raises(DataError, match="row 5: has the columns of thumbs, and the first row"):
+        stage.run(rows)
+    assert stage.run(rows, format="messages")["rows_read"] == 5
+    both = {**chat("a", "b"), "text": "a b"}
+    with pytest.raises(DataError, match="row 5: has the columns of messages and text"):
+        stage.run([*chats(4), both])
+
+
+def test_every_special_token_in_a_row_is_told(stage: Stage) -> None:
+    figures = stage.run([*chats(4), chat("<|endoftext|>", "<|im_start|>")])
+    assert figures["problems"]["special_token"]["rows"] == 2
+    assert [p["text"] for p in stage.problems()] == [
+        "message 1 contains the token '<|endoftext|>'",
+        "message 2 contains the token '<|im_start|>'",
+    ]
+
+
+def test_an_address_in_a_call_is_masked(stage: Stage) -> None:
+    call = {"name": "mail", "arguments": {"to": "a.b@mail.org"}}
+    row = chat("Mail it.", "")
+    row["messages"][1] = {"role": "assistant", "content": "", "tool_calls": [call]}
+    figures = stage.run([*chats(4), row], personal_data="mask")
+    assert figures["problems"]["email"]["rows"] == 1
+
+
 # Policies.
 
 

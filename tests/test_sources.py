@@ -209,6 +209,55 @@ def test_a_csv_row_is_numbered_by_its_first_line(tmp_path: Path) -> None:
     assert [number for number, _, _ in raw_rows(file)] == [2, 4]
 
 
+@pytest.mark.parametrize("start", ["sep=;\n", '"sep=;"\r\n', "\ufeffSEP=;\n"])
+def test_excels_line_on_what_divides_cells_is_no_header(start: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f'{start}prompt;completion\nq, 1;"two\nlines"\n1,5;a\n', encoding="utf-8")
+    assert [row[:2] for row in raw_rows(SourceFile(path, "csv"))] == [
+        (3, {"prompt": "q, 1", "completion": "two\nlines"}),
+        (5, {"prompt": "1,5", "completion": "a"}),
+    ]
+
+
+@pytest.mark.parametrize("text", ["null", "NA", "NaN", "None", "007", "1.50", "true", " x ", ""])
+def test_a_cell_stays_the_text_that_it_is(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,completion\nq,{text}\n")
+    assert [row for _, row, _ in raw_rows(SourceFile(path, "csv"))] == [
+        {"prompt": "q", "completion": text}
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_text_in_utf16_comes_with_a_command_that_converts_it(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion\nq,a\n", encoding=encoding)
+    with pytest.raises(DataError, match="is UTF-16 text") as caught:
+        list(raw_rows(SourceFile(path, "csv")))
+    assert caught.value.fix is not None
+    assert f"-t UTF-8 {path} > NEW" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"a": 1, "a": 2}', "the key 'a' stands twice in one object"),
+        ('{"a": {"b": NaN}}', "NaN is no JSON value"),
+        ('{"a": -Infinity}', "-Infinity is no JSON value"),
+        ('{"a": 1e999}', "the number 1e999 is too large"),
+    ],
+)
+def test_json_that_a_decoder_would_change_is_refused(
+    line: str, problem: str, tmp_path: Path
+) -> None:
+    for name, text in (("a.jsonl", line), ("a.json", f"[{line}]")):
+        (tmp_path / name).write_text(text)
+        (file,) = find_files(str(tmp_path / name))
+        ((_, fault, _),) = raw_rows(file)
+        assert isinstance(fault, RowFault)
+        assert problem in fault.problem
+
+
 def test_parquet_rows_are_numbered_by_their_position(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -260,6 +309,23 @@ def test_columns_that_fit_nothing_come_with_a_mapping_that_works(tmp_path: Path)
     ((number, chat),) = read_rows(one)  # type: ignore[misc]
     assert number == 1
     assert [m["content"] for m in chat.messages] == ["Add.\n\n1, 2", "3"]
+
+
+def test_a_column_that_a_mapping_uses_is_not_one_that_nothing_reads(tmp_path: Path) -> None:
+    row = {"ask": "q", "runs": [{"output": "a"}], "id": 1}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    columns = {"prompt": "ask", "completion": "runs.0.output"}
+    (one,) = open_inputs(Dataset(source=str(tmp_path / "a.jsonl"), columns=columns))
+    ((_, chat),) = [found for found in read_rows(one) if isinstance(found, tuple)]
+    assert chat.unused == {"id"}
+    assert [m["content"] for m in chat.messages] == ["q", "a"]
+
+
+def test_a_first_row_without_a_chat_does_not_hide_the_format(tmp_path: Path) -> None:
+    lines = [json.dumps({"messages": None}), json.dumps({"messages": []})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (file,) = find_files(str(tmp_path / "a.jsonl"))
+    assert find_format(file, "auto", {}).name == "messages"
 
 
 def test_a_first_row_that_cannot_be_read_does_not_hide_the_format(tmp_path: Path) -> None:

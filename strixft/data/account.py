@@ -36,6 +36,8 @@ class Account:
         self.kinds: dict[str, dict[str, Any]] = {}
         self._shown: dict[str, list[Problem]] = {BAD: [], TOO_LONG: []}
         self._first_bad: dict[str, Problem] = {}
+        self._keys: dict[str, None] = {}
+        """Keys without which bad rows could be used, in the order of the rows."""
         self._temporary = path.with_name(f".{path.name}.new")
         self._file = self._temporary.open("w", encoding="utf-8")
 
@@ -60,6 +62,8 @@ class Account:
             self.rows_too_long += 1
             self.long_lengths.append(num_tokens)
         self.rows_bad += weight == BAD
+        if weight == BAD and problem.key is not None:
+            self._keys[problem.key] = None
         if weight == BAD:
             self._first_bad.setdefault(problem.kind, problem)
         self.rows_left_out += weight == "left_out"
@@ -88,6 +92,9 @@ class Account:
             return close_quote(quote.file, quote.row)
         least = -(-self.rows_bad * 100 // self.rows_read) / 100
         fix = f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
+        if self._keys:
+            ignored = ", ".join([*self.dataset.ignore, *self._keys])
+            return f"--set 'dataset.ignore=[{ignored}]'   trains without these keys; else {fix}"
         if rows_kept == 0:
             fix = self._nothing_left(inputs)
         other = self._first_bad.get("not_utf8")

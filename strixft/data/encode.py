@@ -101,10 +101,18 @@ class Encoder:
             self._masker = Masker(template, self.loss_on, self.tokenizer.eos_token or "")
         return self._masker
 
-    def _text_piece(self, text: str) -> Piece:
-        """Plain text, between the tokens with which the model's texts begin and end."""
-        start = self._start_of_text
-        whole = f"{start}{text}{self.tokenizer.eos_token or ''}"
+    def text_piece(self, text: str, *, begins: bool = True, ends: bool = True) -> Piece:
+        """Plain text, between the tokens with which the model's texts begin and end.
+
+        Args:
+            text: May have these tokens already.
+            begins: It is the start of its row.
+            ends: It is the end of its row.
+        """
+        start, end = self._start_of_text, self.tokenizer.eos_token or ""
+        start = start if begins and not text.lstrip().startswith(start) else ""
+        end = end if ends and not text.rstrip().endswith(end) else ""
+        whole = f"{start}{text}{end}"
         middle = len(start) + len(text) // 2  # evaluation continues the first half
         return Piece(
             whole, [(0, len(whole))], middle, text[: len(text) // 2], text[len(text) // 2 :]
@@ -112,7 +120,7 @@ class Encoder:
 
     def _pieces(self, chat: Chat, messages: Sequence[Message]) -> list[Piece]:
         if chat.text is not None:
-            return [self._text_piece(chat.text)]
+            return [self.text_piece(chat.text)]
         return self.masker.pieces(messages, chat.tools)
 
     def pieces(self, chat: Chat, *, rejected: bool = False) -> list[Piece] | RowFault:

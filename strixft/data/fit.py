@@ -39,10 +39,12 @@ def windows(row: TokenRow, max_length: int) -> list[TokenRow]:
 def _stretches(encoder: Encoder, text: str) -> list[TokenRow]:
     """A text that is too long for the tokenizer in stretches, of which each is a row."""
     size = (encoder.most_characters or len(text)) // 2
-    parts = [text[start : start + size] for start in range(0, len(text), size)]
     rows = []
-    for part in parts:  # one at a time: the tokens of a row of 16 MiB would take a gigabyte
-        (found,) = encoder.encode([Chat([], text=part)])
+    # one at a time: the tokens of a row of 16 MiB would take a gigabyte
+    for start in range(0, len(text), size):
+        part = text[start : start + size]
+        piece = encoder.text_piece(part, begins=not start, ends=start + size >= len(text))
+        (found,) = encoder.rows([[piece]], encoder.tokenize([[piece]]))
         rows += (
             [row for row in found if isinstance(row, TokenRow)] if isinstance(found, list) else []
         )
@@ -52,7 +54,7 @@ def _stretches(encoder: Encoder, text: str) -> list[TokenRow]:
 def start_of_text(encoder: Encoder, text: str) -> TokenRow | None:
     """The first of the stretches of a text; None if there is none."""
     size = (encoder.most_characters or len(text)) // 2
-    return next(iter(_stretches(encoder, text[:size])), None)
+    return next(iter(_stretches(encoder, text[: size + 1])), None)
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:

@@ -23,6 +23,10 @@ def _parts(messages: list[Message]) -> Iterator[str]:
     for message in messages:
         yield message["role"]
         yield message["content"]
+        if message.get("train") is False:
+            yield "not trained"
+        if message.get("name"):
+            yield message["name"]
         if "tool_calls" in message:
             yield json.dumps([call["function"] for call in message["tool_calls"]])
 

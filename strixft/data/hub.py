@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from strixft.data.arrow import changes_of, rows_of
 from strixft.errors import DataError
-from strixft.formats import Row
+from strixft.formats import Row, RowFault
 from strixft.sources import HUB
 
 ROWS_AT_ONCE = 256
@@ -26,11 +27,13 @@ class HubSet:
         """Changes when the data set does."""
         return str(self.rows_on_disk._fingerprint)
 
-    def rows(self) -> Iterator[tuple[int, Row, int]]:
+    def rows(self) -> Iterator[tuple[int, Row | RowFault, int]]:
         """The rows, numbered from 1."""
         number = 0
-        for table in self.rows_on_disk.with_format("arrow").iter(ROWS_AT_ONCE):
-            for row in table.to_pylist():
+        rows = self.rows_on_disk.with_format("arrow")
+        changes = changes_of(rows.data.schema, self.name)
+        for table in rows.iter(ROWS_AT_ONCE):
+            for row in rows_of(table, changes):
                 number += 1
                 yield number, row, table.nbytes // table.num_rows
 

@@ -17,7 +17,7 @@ from strixft.data.hub import HubSet, open_hub
 from strixft.data.readers import RawRow, raw_rows
 from strixft.errors import DataError
 from strixft.formats import FORMATS, Chat, Format, Row, RowFault, fitting, suggest_columns
-from strixft.formats.messages import shown
+from strixft.formats.faults import shown
 from strixft.recipe import Dataset, Source
 from strixft.sources import SourceFile, find_files, is_hub
 
@@ -28,6 +28,7 @@ ROWS_OF = {
     "json": "put an array of JSON objects into it, or one object per line",
     "csv": "put a line of column names into it, and rows with as many cells",
     "parquet": "put rows into it",
+    "arrow": "put rows into it",
     "text": "put paragraphs into it, with a blank line between them",
 }
 """Kind of a file → what it should hold."""
@@ -43,6 +44,8 @@ class Problem:
     kind: str
     text: str
     action: str = "left out"
+    key: str | None = None
+    """Key without which the row could be used."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, one line of `problems.jsonl`."""
@@ -62,6 +65,10 @@ class Input:
     weight: float = 1.0
     train_only: bool = False
     """None of its rows is held out."""
+    ignored: frozenset[str] = frozenset()
+    """Keys of rows, messages and calls that are left out on purpose."""
+    detected: bool = False
+    """The first row showed the format; the others have to show the same."""
 
     @property
     def name(self) -> str:
@@ -102,7 +109,9 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """
     if not columns:
         return row
-    return {**row, **{ours: value_at(row, theirs) for ours, theirs in columns.items()}}
+    used = {theirs if theirs in row else theirs.partition(".")[0] for theirs in columns.values()}
+    others = {name: value for name, value in row.items() if name not in used}
+    return {**others, **{ours: value_at(row, theirs) for ours, theirs in columns.items()}}
 
 
 def _fix_of_first(source: SourceFile | HubSet, row: int, kind: str) -> str:
@@ -175,7 +184,8 @@ def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, st
     if name != "auto":
         return FORMATS[name]
     row = renamed(raw, columns)
-    forms = fitting(row, frozenset(columns))
+    empty = dict.fromkeys(row, "")  # the first row may have a null where others have their chat
+    forms = fitting(row, frozenset(columns)) or fitting(empty, frozenset(columns))
     if len(forms) == 1:
         return forms[0]
     if not forms:
@@ -231,7 +241,16 @@ def open_inputs(dataset: Dataset, *, offline: bool = False) -> list[Input]:
         columns = source.columns or {}
         for one in found:
             form = find_format(one, source.format or "auto", columns)
-            inputs.append(Input(one, form, columns, source.weight))
+            inputs.append(
+                Input(
+                    one,
+                    form,
+                    columns,
+                    source.weight,
+                    ignored=frozenset(dataset.ignore),
+                    detected=source.format in (None, "auto"),
+                )
+            )
     kinds = {one.form.kind: one for one in inputs}
     if len(kinds) > 1 and set(kinds) != {"chat", "text"}:
         listed = ", ".join(f"{one.name} ({one.form.name})" for one in kinds.values())
@@ -240,6 +259,17 @@ def open_inputs(dataset: Dataset, *, offline: bool = False) -> list[Input]:
             fix="use one of them, or read pairs as chats: --set dataset.format=chosen",
         )
     return inputs
+
+
+def _check_format(one: Input, row: Row) -> None:
+    """Refuse a row whose columns show another format than the first row's, or several."""
+    fits = [form.name for form in fitting(row, frozenset(one.columns))]
+    if fits and fits != [one.form.name]:
+        raise RowFault(
+            "other_format",
+            f"has the columns of {' and '.join(fits)}, and the first row those of {one.form.name};"
+            f" --set dataset.format={one.form.name} reads all rows as the first",
+        )
 
 
 def read_row(one: Input, raw: Row | RowFault) -> Chat:
@@ -251,7 +281,10 @@ def read_row(one: Input, raw: Row | RowFault) -> Chat:
     if isinstance(raw, RowFault):
         raise raw
     try:
-        chat = one.form.to_chat(renamed(raw, one.columns))
+        row = renamed(raw, one.columns)
+        if one.detected:
+            _check_format(one, row)
+        chat = one.form.to_chat(row, one.ignored)
         check_chat(chat)
     except RecursionError:
         raise RowFault("not_json", "is nested too deeply") from None
@@ -280,4 +313,4 @@ def read_rows(one: Input) -> Iterator[tuple[int, Chat] | Problem]:
         try:
             yield number, read_row(one, raw)
         except RowFault as fault:
-            yield Problem(one.name, number, fault.kind, fault.problem)
+            yield Problem(one.name, number, fault.kind, fault.problem, key=fault.key)

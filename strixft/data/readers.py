@@ -1,7 +1,7 @@
-"""Rows of one file: JSON lines, a JSON array, CSV, Parquet or plain text.
+"""Rows of one file: JSON lines, a JSON array, CSV, Parquet, Arrow or plain text.
 
 A reader yields each row with its number, or the fault of a row that cannot be read. The number is
-the line for JSON lines, CSV and text, and the position, from 1, for an array and for Parquet.
+the line for JSON lines, CSV and text, and the position, from 1, for an array, Parquet and Arrow.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from strixft.data.arrow import Change, changes_of, rows_of
 from strixft.data.corrections import close_quote, to_utf8
 from strixft.data.streams import (
+    ARROW,
     MAX_RATIO,
     MAX_ROW_BYTES,
     PARQUET,
@@ -30,6 +32,7 @@ from strixft.data.streams import (
 )
 from strixft.errors import DataError
 from strixft.formats import Row, RowFault
+from strixft.formats.faults import DECODER
 from strixft.sources import SourceFile
 from strixft.units import MIB
 
@@ -39,25 +42,13 @@ PARQUET_ROWS_AT_ONCE = 64
 CHAT_COLUMNS = {"messages", "conversations", "chosen"}
 NOT_CLOSED = ("unexpected end of data", "field larger than field limit")
 """What the CSV reader says of a quote that nothing closes, in the file or in `MAX_ROW_BYTES`."""
+_EXCEL_DELIMITER = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
+"""A first line by which Excel knows what divides the cells; it is no header."""
 _BLANK = " \t\r\n\ufeff"
 _HALF = re.compile("[\udc80-\udcff]")
 """What `surrogateescape` makes of bytes that are no UTF-8."""
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return made
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)
 _LENIENT = json.JSONDecoder(parse_constant=str, parse_int=float)
 """Finds the end of a value that the strict decoder refuses for what it says."""
 
@@ -75,7 +66,7 @@ def parse_row(line: bytes) -> Row:
         RowFault: It is not UTF-8, not JSON, or not an object.
     """
     try:
-        value, end = _DECODER.raw_decode(text := line.decode("utf-8-sig").strip(_BLANK))
+        value, end = DECODER.raw_decode(text := line.decode("utf-8-sig").strip(_BLANK))
         if end < len(text):
             raise RowFault("not_json", f"has more after the object, from character {end + 1}")
     except UnicodeDecodeError as error:
@@ -142,7 +133,7 @@ class _Array:
         self._next()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._place)
+                value, end = DECODER.raw_decode(self._text, self._place)
                 if end < len(self._text) or self._ended or isinstance(value, dict):
                     break  # a number at the end of what is read may go on
             except json.JSONDecodeError as error:
@@ -203,7 +194,7 @@ def _one_object(file: SourceFile) -> Row | None:
     with open_bytes(file) as stream:
         text = stream.read(MAX_ROW_BYTES).decode("utf-8-sig", "replace").strip()
     try:
-        value, end = _DECODER.raw_decode(text)
+        value, end = DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return None
     if end < len(text):
@@ -232,6 +223,8 @@ def _text_lines(stream: Stream, file: SourceFile) -> Iterator[str]:
 
 
 def _delimiter(header: str, file: SourceFile) -> str:
+    if named := _EXCEL_DELIMITER.fullmatch(header):
+        return named[1]
     if ".tsv" in file.path.name.lower():
         return "\t"
     return max(",;\t", key=header.count)
@@ -281,8 +274,11 @@ def _csv_fault(error: csv.Error, first: int, last: int, file: SourceFile) -> Row
 def _read_csv(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
     start = stream.peek(65536).decode("utf-8-sig", "replace").splitlines()
     csv.field_size_limit(MAX_ROW_BYTES)
-    text = _text_lines(stream, file)
-    reader = csv.reader(text, delimiter=_delimiter(start[0] if start else "", file), strict=True)
+    text, first = _text_lines(stream, file), start[0] if start else ""
+    skipped = _EXCEL_DELIMITER.fullmatch(first) is not None
+    for _ in range(skipped):
+        next(text)
+    reader = csv.reader(text, delimiter=_delimiter(first, file), strict=True)
     try:
         header = _header(next(reader, []), file)
     except csv.Error as error:
@@ -290,7 +286,7 @@ def _read_csv(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
             f"{file.name}, row 1: the header is not CSV: {error}", fix="correct the first line"
         ) from None
     while True:
-        number = reader.line_num + 1
+        number = reader.line_num + skipped + 1
         try:
             cells = next(reader)
             if cells:
@@ -298,7 +294,7 @@ def _read_csv(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, _csv_fault(error, number, reader.line_num, file), 0
+            yield number, _csv_fault(error, number, reader.line_num + skipped, file), 0
         except RowFault as fault:
             yield number, fault, 0
 
@@ -313,28 +309,14 @@ def _refuse_bomb(parquet: pq.ParquetFile, file: SourceFile) -> None:
         )
 
 
-def _rows_of(batch: pa.RecordBatch) -> Iterator[Row | RowFault]:
-    try:
-        if batch.nbytes <= MAX_ROW_BYTES:
-            yield from batch.to_pylist()
-            return
-    except UnicodeDecodeError:
-        pass  # one row of them; find it below
-    for index in range(batch.num_rows):
-        row = batch.slice(index, 1)
-        try:
-            yield from row.to_pylist() if row.nbytes <= MAX_ROW_BYTES else [too_large()]
-        except UnicodeDecodeError:
-            yield RowFault("not_utf8", "is not UTF-8 text")
-
-
 def _read_parquet(file: SourceFile) -> Iterator[RawRow]:
     number = 0
     try:
         with pq.ParquetFile(file.path) as parquet:
             _refuse_bomb(parquet, file)
+            changes = changes_of(parquet.schema_arrow, file.name)
             for batch in parquet.iter_batches(PARQUET_ROWS_AT_ONCE, use_threads=False):
-                for row in _rows_of(batch):
+                for row in rows_of(batch, changes):
                     number += 1
                     yield number, row, batch.nbytes // batch.num_rows
     except (pa.ArrowException, OSError) as error:
@@ -343,6 +325,35 @@ def _read_parquet(file: SourceFile) -> Iterator[RawRow]:
             f"{file.name} is not Parquet that can be read after row {number}: {first}",
             fix="copy or download it again",
         ) from None
+
+
+def _read_arrow(file: SourceFile) -> Iterator[RawRow]:
+    """Rows of an Arrow file, as `datasets` saves them."""
+    number = 0
+    try:
+        with pa.memory_map(str(file.path)) as source:
+            for batch, changes in _arrow_batches(source, file):
+                for row in rows_of(batch, changes):
+                    number += 1
+                    yield number, row, batch.nbytes // batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(
+            f"{file.name} is not an Arrow file that can be read after row {number}: {first}",
+            fix="copy or download it again",
+        ) from None
+
+
+def _arrow_batches(source: Any, file: SourceFile) -> Iterator[tuple[Any, dict[str, Change]]]:
+    """Batches of at most `PARQUET_ROWS_AT_ONCE` rows."""
+    is_file = source.read(len(ARROW)) == ARROW
+    source.seek(0)
+    reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+    changes = changes_of(reader.schema, file.name)
+    whole = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+    for batch in whole:
+        for start in range(0, batch.num_rows, PARQUET_ROWS_AT_ONCE):
+            yield batch.slice(start, PARQUET_ROWS_AT_ONCE), changes
 
 
 def _read_text(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
@@ -387,6 +398,9 @@ def raw_rows(file: SourceFile) -> Iterator[RawRow]:
     Raises:
         DataError: The file as a whole cannot be read, or not to its end.
     """
+    if file.kind == "arrow":
+        yield from _read_arrow(file)
+        return
     with open_bytes(file) as stream:
         if stream.peek(4).startswith(PARQUET):
             yield from _read_parquet(file)

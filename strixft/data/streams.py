@@ -36,7 +36,7 @@ MAX_WINDOW_BYTES = 128 * MIB
 """What an unpacker of zst may keep in memory."""
 _BUFFER_BYTES = MIB
 
-GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+GZIP, ZSTD, PARQUET, ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
 FOREIGN = {
     b"PK\x03\x04": ("a zip archive", "unzip it, and name the file in it"),
     b"BZh": ("packed with bzip2", "unpack it: bunzip2"),
@@ -46,7 +46,7 @@ FOREIGN = {
     b"\xff\xfe": ("UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
     b"\xfe\xff": ("UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
     b"version https://git-lfs": ("a pointer to a file that git-lfs keeps", "git lfs pull"),
-    b"ARROW1": ("an Arrow file", "save it as Parquet: datasets' to_parquet"),
+    ARROW: ("an Arrow file", "give it the ending .arrow"),
     b"SQLite": ("an SQLite data base", "export its table as CSV"),
     b"\x89HDF": ("an HDF5 file", "save its text as JSON lines"),
     b"\x80\x04\x95": ("a pickle, which is never opened", "save its rows as JSON lines"),
@@ -132,6 +132,11 @@ def _refuse_foreign(head: bytes, name: str) -> None:
         raise DataError(
             f"{name} is a web page or XML, not data",
             fix="download it again; a page often says that one has to sign in first",
+        )
+    if b"\0" in head[:2]:
+        raise DataError(
+            f"{name} is UTF-16 text or no text at all",
+            fix=f"if it is text: iconv -f UTF-16LE -t UTF-8 {name} > NEW",
         )
     if head[257:262] == b"ustar":
         raise DataError(f"{name} is a tar archive", fix="tar -xf it, and name the files in it")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from strixft.formats.faults import RowFault, as_text, check_json, parse_json, shown
+from strixft.formats.keys import Keys, is_empty
 
 Message = dict[str, Any]
 """`role`, `content` (text) and, where the row has them, `tool_calls`, `tool_call_id`, `name`;
-`train: False` on an answer that is shown and not trained."""
+`train: False` on an answer that is shown and not trained, `train: True` on another message that
+asks to be trained."""
 Row = Mapping[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -23,29 +26,14 @@ OTHER_NAMES = {
     "function": "tool",
     "function_response": "tool",
 }
-"""ShareGPT's names for them."""
+"""ShareGPT's names for them, and OpenAI's earlier one."""
 _ROLE_OF = {**{role: role for role in ROLES}, **OTHER_NAMES}
 
-FLAGS = ("train", "weight", "loss_weight", "loss")
-"""Names under which data say whether an answer is trained: axolotl, OpenAI, and others."""
-_EXTRAS = ("tool_call_id", "name")
-
-
-class RowFault(Exception):
-    """One row is not what its format says. The caller knows the file and the row.
-
-    Args:
-        kind: A short name that rows of the same fault share, such as `unknown_role`.
-        problem: What is wrong in this row.
-    """
-
-    def __init__(self, kind: str, problem: str) -> None:
-        super().__init__(problem)
-        self.kind = kind
-        self.problem = problem
-
-    def __reduce__(self) -> tuple[type[RowFault], tuple[str, str]]:
-        return RowFault, (self.kind, self.problem)
+FLAGS = ("train", "weight", "loss_weight", "loss", "loss_scale")
+"""Names under which data say whether an answer is trained: axolotl, OpenAI, ms-swift, others."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which data and chat templates keep what was thought before an answer."""
+_END_OF_REASONING = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,103 +50,88 @@ class Chat:
     """The chat with the answer that was not preferred."""
     label: bool | None = None
     """Thumbs up or down."""
+    unused: frozenset[str] = field(default=frozenset(), compare=False)
+    """Columns, and keys of messages, that describe the row and are not read."""
 
 
-def shown(value: object, length: int = 60) -> str:
-    """A value from data as it may stand in a message: escaped and cut.
-
-    >>> shown("a" * 99, 8), shown({"a": 1})
-    ("'aaaaaaa…", "{'a': 1}")
-    """
-    try:
-        text = repr(value[:length] if isinstance(value, str) else value)
-    except RecursionError:
-        return f"{type(value).__name__} (nested too deeply to show)"
-    whole = len(text) <= length and not (isinstance(value, str) and len(value) > length)
-    return text if whole else f"{text[:length]}…"
-
-
-def as_text(value: object, what: str) -> str:
-    """The value, if it is text that can be written as UTF-8.
-
-    Raises:
-        RowFault: It is missing or something else.
-    """
-    if isinstance(value, str):
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:  # JSON allows it, tokenizers do not
-                raise RowFault(
-                    "not_unicode",
-                    f"{what} has half a character at place {error.start}: {error.reason}",
-                ) from None
-        return value
-    if value is None:
-        raise RowFault("no_text", f"{what} is missing or null")
-    raise RowFault(
-        "not_text", f"{what} should be text, it is {type(value).__name__}: {shown(value)}"
-    )
-
-
-def parse_json(text: str, kind: str, what: str) -> Any:
-    """JSON that stands as text inside a row.
-
-    Raises:
-        RowFault: It is not JSON.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowFault(kind, f"{what} is not JSON ({error}): {shown(text)}") from None
-
-
-def _parts(parts: list[Any], what: str) -> str:
-    """Content parts: all text, joined."""
-    texts = []
+def _parts(parts: list[Any], what: str, above: Keys) -> tuple[str, str | None]:
+    """Return the text of content parts, and the reasoning that stands before it."""
+    texts: list[str] = []
+    reasoning: list[str] = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, Mapping) and kind in ("text", None) and "text" in part:
-            texts.append(as_text(part["text"], f"a part of the {what}"))
+            continue
+        if not isinstance(part, Mapping):
+            raise RowFault("not_text", f"{what} has a part that is no text: {shown(part)}")
+        keys = above.inside(part, f"a part of {what}")
+        kind = keys.take("type")
+        if kind in ("thinking", "reasoning"):
+            if any(map(str.strip, texts)):
+                raise RowFault("not_text", f"{what} has reasoning after its text")
+            thought = keys.take(*REASONING, "text")
+            nested = isinstance(thought, list)  # as Mistral's tokenizers write it
+            thought = _parts(thought, keys.what, keys)[0] if nested else thought
+            reasoning.append(as_text(thought, keys.what))
+        elif kind in ("text", "input_text", "output_text") or (kind is None and "text" in part):
+            texts.append(as_text(keys.take("text"), keys.what))
         else:
             name = shown(kind if kind is not None else part)
             raise RowFault("not_text", f"{what} has a part of type {name}; only text is trained")
-    return "".join(texts)
+        keys.finish("part")
+    return "".join(texts), "\n".join(reasoning) if reasoning else None
 
 
-def _content(message: Row, what: str) -> str:
-    content = message.get("content", message.get("value"))
-    if isinstance(content, list):
-        content = _parts(content, what)
-    if content is None and message.get("tool_calls"):
-        content = ""
-    reasoning = message.get("reasoning_content")
-    content = as_text(content, what)
-    if isinstance(reasoning, str) and reasoning.strip():
-        # templates that know reasoning find it by these tags
-        return f"<think>\n{reasoning.strip()}\n</think>\n\n{content.lstrip()}"
-    return content
+def with_reasoning(content: str, reasoning: str, what: str) -> str:
+    """Return an answer after its reasoning, in the tags by which templates find it.
+
+    Raises:
+        RowFault: The answer holds other reasoning already, or no answer follows.
+    """
+    own, end, _ = content.partition(_END_OF_REASONING)
+    if end:
+        if own.strip().removeprefix("<think>").strip() == reasoning.strip():
+            return content
+        raise RowFault("two_values", f"{what} has reasoning in its text and other beside it")
+    return f"<think>\n{reasoning.strip()}\n{_END_OF_REASONING}\n\n{content.lstrip()}"
 
 
-def _call(call: object, what: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RowFault("bad_tool_call", f"{what} has a call without a name: {shown(call)}")
-    arguments = function.get("arguments", function.get("parameters")) or {}
+def _in_order(made: dict[str, Any], written: Row) -> dict[str, Any]:
+    """Return what was read in the order in which it was written: templates show it as JSON."""
+    added = {key: value for key, value in made.items() if key not in written}
+    return {**added, **{key: made[key] for key in written if key in made}}
+
+
+def _call(call: object, what: str, above: Keys) -> dict[str, Any]:
+    nameless = RowFault("bad_tool_call", f"{what} has a call without a name: {shown(call)}")
+    if not isinstance(call, Mapping):
+        raise nameless
+    keys = above.inside(call, f"a call of {what}")
+    kind, number, function = keys.take("type"), keys.take("id"), keys.take("function")
+    inner = above.inside(function, keys.what) if isinstance(function, Mapping) else keys
+    name = inner.take("name")
+    if not isinstance(name, str):
+        raise nameless
+    if kind not in ("function", "function_call", None):
+        raise RowFault("bad_tool_call", f"{keys.what} has the type {shown(kind)}, not 'function'")
+    arguments = inner.take("arguments", "parameters")
     if isinstance(arguments, str):
-        arguments = parse_json(arguments, "bad_tool_call", f"arguments of a call in {what}")
-    made: dict[str, Any] = {
-        "type": "function",
-        "function": {"name": function["name"], "arguments": arguments},
-    }
-    if isinstance(call, Mapping) and isinstance(call.get("id"), str):
-        made["id"] = call["id"]
-    return made
+        about = f"the arguments of a call in {what}"
+        arguments = parse_json(arguments, "bad_tool_call", about) if arguments.strip() else {}
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise RowFault("bad_tool_call", f"{keys.what} has arguments without names: {shown(call)}")
+    check_json(arguments, "bad_tool_call", f"{keys.what}: {name}")
+    told = {"name": as_text(name, keys.what), "arguments": dict(arguments)}
+    made: dict[str, Any] = {"type": "function", "function": _in_order(told, function or call)}
+    if number is not None:
+        made["id"] = as_text(number, f"the id of a call in {what}")
+    for one in (inner, keys):
+        one.finish("call")
+    return _in_order(made, call)
 
 
-def read_calls(value: object, what: str) -> list[dict[str, Any]]:
+def read_calls(value: object, what: str, above: Keys) -> list[dict[str, Any]]:
     """Tool calls, with arguments as data.
 
     Raises:
@@ -167,7 +140,25 @@ def read_calls(value: object, what: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         value = parse_json(value, "bad_tool_call", what)
     calls = value if isinstance(value, list) else [value]
-    return [_call(call, what) for call in calls]
+    return [_call(call, what, above) for call in calls]
+
+
+def _tool(tool: object) -> dict[str, Any]:
+    if isinstance(tool, str):
+        tool = parse_json(tool, "bad_tools", "one of 'tools'")
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowFault("bad_tools", f"'tools' has a function without a name: {shown(tool)}")
+    assert isinstance(tool, Mapping)
+    if tool.get("type") not in ("function", None):
+        raise RowFault("bad_tools", f"'tools' has the type {shown(tool['type'])}, not 'function'")
+    function = {k: v for k, v in function.items() if k != "type" or function is not tool}
+    if isinstance(function.get("parameters"), str):
+        about = f"the parameters of {function['name']!r}"
+        function["parameters"] = parse_json(function["parameters"], "bad_tools", about)
+    made = {**(tool if "function" in tool else {}), "type": "function", "function": function}
+    check_json(made, "bad_tools", f"'tools': {function['name']}")
+    return _in_order(made, tool)
 
 
 def read_tools(value: object) -> list[dict[str, Any]] | None:
@@ -182,56 +173,98 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(value, list):
         raise RowFault("bad_tools", f"'tools' is no list: {shown(value)}")
-    tools = []
-    for tool in value:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowFault("bad_tools", f"'tools' has a function without a name: {shown(tool)}")
-        tools.append({"type": "function", "function": dict(function)})
-    return tools
+    return [_tool(tool) for tool in value]
 
 
-def _is_trained(message: Row, what: str) -> bool:
-    for flag in FLAGS:
-        value = message.get(flag)
-        if value is None:
-            continue
+def _flag(keys: Keys) -> bool | None:
+    """Return whether a message asks to be trained, None if it says nothing."""
+    found = {flag: value for flag in FLAGS if (value := keys.take(flag)) is not None}
+    for flag, value in found.items():
         if value not in (0, 1):
             raise RowFault(
-                "bad_weight", f"{flag} of {what} is {shown(value)}; 0 or 1 can be trained"
+                "bad_weight", f"{flag} of {keys.what} is {shown(value)}; 0 or 1 can be trained"
             )
-        return bool(value)
-    return True
+    if len(set(map(bool, found.values()))) > 1:
+        raise RowFault("two_values", f"{keys.what} has {' and '.join(found)}, which differ")
+    return next(map(bool, found.values()), None)
 
 
-def read_message(message: object, number: int) -> Message:
+def _content(keys: Keys, role: str, *, calls: bool) -> str:
+    """Return the text of a message, an answer's reasoning before it."""
+    value = keys.take("content", "value")
+    about, within = f"content of {keys.what}", None
+    if isinstance(value, list):
+        value, within = _parts(value, about, keys)
+    reasoning = keys.take(*REASONING)
+    if within is not None and not is_empty(reasoning) and reasoning != within:
+        raise RowFault("two_values", f"{keys.what} has reasoning in its parts and other beside it")
+    reasoning = within if is_empty(reasoning) else reasoning
+    content = as_text("" if value is None and calls else value, about)
+    if is_empty(reasoning):
+        return content
+    if role != "assistant":
+        raise RowFault("not_text", f"{keys.what}, the {role}'s, has reasoning: {shown(reasoning)}")
+    if not content.strip() and not calls:
+        raise RowFault("empty_turn", f"{keys.what} has reasoning, and no answer after it")
+    return with_reasoning(content, as_text(reasoning, f"reasoning of {keys.what}"), about)
+
+
+def _calls_of(keys: Keys, named: str, role: str) -> list[dict[str, Any]]:
+    """Return the calls of a message, in whichever of the ways it says them."""
+    found = {name: keys.take(name) for name in ("tool_calls", "function_call")}
+    if named == "function_call":
+        found["content"] = keys.take("content", "value")
+    said = {name: value for name, value in found.items() if not is_empty(value)}
+    if len(said) > 1:
+        raise RowFault("two_values", f"{keys.what} has calls in {' and '.join(map(repr, said))}")
+    calls = next(iter(said.values()), None)
+    if calls is None and named != "function_call":
+        return []
+    if role != "assistant":
+        raise RowFault("bad_tool_call", f"{keys.what}, the {role}'s, has calls: {shown(calls)}")
+    return read_calls(calls, keys.what, keys)
+
+
+def read_message(message: object, number: int, above: Keys) -> Message:
     """One message of any of the formats.
 
     Args:
         message: From the row.
         number: Its place in the chat, from 1.
+        above: The row.
 
     Raises:
-        RowFault: It is none.
+        RowFault: It is none, or has a key that is not read.
     """
     what = f"message {number}"
-    named = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
-    if not isinstance(message, Mapping) or named is None:
+    if not isinstance(message, Mapping):
+        raise RowFault("bad_message", f"{what} has no 'role': {shown(message)}")
+    keys = above.inside(message, what)
+    named = keys.take("role", "from")
+    if named is None:
         raise RowFault("bad_message", f"{what} has no 'role': {shown(message)}")
     role = _ROLE_OF.get(named) if isinstance(named, str) else None
     if role is None:
         raise RowFault(
             "unknown_role", f"{what} has the role {shown(named)}; known are {', '.join(_ROLE_OF)}"
         )
-    if named == "function_call":
-        calls = read_calls(message.get("content", message.get("value")), what)
-        return {"role": role, "content": "", "tool_calls": calls}
-    made: Message = {"role": role, "content": _content(message, f"content of {what}")}
-    if message.get("tool_calls"):
-        made["tool_calls"] = read_calls(message["tool_calls"], what)
-    made.update({name: message[name] for name in _EXTRAS if isinstance(message.get(name), str)})
-    if role == "assistant" and not _is_trained(message, what):
-        made["train"] = False
+    calls = _calls_of(keys, named, role)
+    only_calls = named == "function_call"
+    content = "" if only_calls else _content(keys, role, calls=bool(calls))
+    made: Message = {"role": role, "content": content}
+    if calls:
+        made["tool_calls"] = calls
+    names = ("name", "tool_call_id") if role == "tool" else ("name",)
+    for key in names:
+        if not is_empty(value := keys.take(key)):
+            made[key] = as_text(value, f"{key} of {what}")
+    flag = _flag(keys)
+    if flag is not None and flag is not (role == "assistant"):
+        made["train"] = flag
+    tools = read_tools(keys.take("tools", "functions"))
+    if tools:
+        made["tools"] = tools
+    keys.finish("message")
     return made
 
 
@@ -242,14 +275,15 @@ def _joined(messages: list[Message]) -> list[Message]:
         last = joined[-1] if joined else None
         calls = message.get("tool_calls")
         words = last is not None and last["role"] == "assistant" and "tool_calls" not in last
-        if last is not None and words and calls and not message["content"]:
+        alike = last is not None and last.get("train") == message.get("train")
+        if last is not None and words and calls and not message["content"] and alike:
             joined[-1] = {**last, "tool_calls": calls}
         else:
             joined.append(message)
     return joined
 
 
-def read_messages(value: object, column: str) -> list[Message]:
+def read_messages(value: object, column: str, above: Keys) -> list[Message]:
     """A chat as a list of messages, or as the JSON text of one.
 
     Raises:
@@ -259,4 +293,6 @@ def read_messages(value: object, column: str) -> list[Message]:
         value = parse_json(value, "no_messages", f"{column!r}")
     if not isinstance(value, list) or not value:
         raise RowFault("no_messages", f"the row has no {column!r} list, or an empty one")
-    return _joined([read_message(message, number) for number, message in enumerate(value, 1)])
+    return _joined(
+        [read_message(message, number, above) for number, message in enumerate(value, 1)]
+    )

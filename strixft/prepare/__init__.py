@@ -252,6 +252,7 @@ def _figures(
         "rows_bad": account.rows_bad,
         "rows_too_long": account.rows_too_long,
         "rows_left_out": account.rows_left_out,
+        "keys_unused": dict(work.total.unused.most_common()),
         "tokens_read": work.total.num_tokens + sum(account.long_lengths),
         **figures_of(chosen, recipe.dataset.max_length, account),
         **_encoding_figures(encoder, kind, work),

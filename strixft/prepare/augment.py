@@ -130,7 +130,9 @@ class _Writer:
 
 
 def _input(path: Path) -> Input:
-    return Input(SourceFile(path, "jsonl"), FORMATS["messages"], {}, train_only=True)
+    source = SourceFile(path, "jsonl")
+    ignored = frozenset({PROVENANCE})
+    return Input(source, FORMATS["messages"], {}, train_only=True, ignored=ignored)
 
 
 def _all(originals: Sequence[Original], writer: _Writer, run: Run | None) -> Iterator[int]:

@@ -5,13 +5,14 @@ Nothing here knows of files or of other batches, so that any process can do it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from strixft.data import Encoder, Input, Problem, Record, TokenRow, fit, privacy
 from strixft.data.account import KEPT, LEFT_OUT
-from strixft.data.checks import oddities, texts_of
+from strixft.data.checks import any_of, oddities, texts_of
 from strixft.data.duplicates import sketch
 from strixft.data.encode import Encoded, TooLong
 from strixft.data.hashes import content_hash, hash_text, question_hash
@@ -44,6 +45,8 @@ class Made:
     """Chats that became several rows because the template rewrites answers."""
     tools: bool = False
     """A chat had tools."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """Columns, and keys of messages, that are not read → rows that have them."""
     sketches: bytes = b""
     checked: tuple[int, int] = (0, 0)
     """Rows whose mask was checked by decoding, and those of them that were right."""
@@ -77,16 +80,9 @@ class Maker:
 
     def __init__(self, dataset: Dataset, inputs: Sequence[Input], encoder: Encoder) -> None:
         self.dataset, self.inputs, self.encoder = dataset, inputs, encoder
-        plain = all(one.form.kind == "text" for one in inputs)
-        self._specials = [] if plain else self._written_specials()
-
-    def _written_specials(self) -> list[str]:
-        """Special tokens that the template writes around turns."""
-        template = self.encoder.masker.template
-        known = self.encoder.tokenizer.all_special_tokens
-        frames = [frame.header + frame.lead for frame in template.frames]
-        written = "".join([*frames, *template.ends])
-        return [token for token in known if token in written]
+        tokenizer = encoder.tokenizer
+        added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+        self._specials = any_of([*tokenizer.all_special_tokens, *added])
 
     def make(self, file: int, raws: Sequence[RawRow]) -> Made:
         """The token rows of a batch.
@@ -119,9 +115,16 @@ class _Batch:
         self.made = Made()
 
     def _note(
-        self, row: int, kind: str, text: str, action: str, weight: Weight = "note", tokens: int = 0
+        self,
+        row: int,
+        kind: str,
+        text: str,
+        action: str,
+        weight: Weight = "note",
+        tokens: int = 0,
+        key: str | None = None,
     ) -> None:
-        problem = Problem(self._input.name, row, kind, text, action)
+        problem = Problem(self._input.name, row, kind, text, action, key)
         self.made.problems.append((weight, problem, tokens))
 
     def _refuse(self, row: int, fault: RowFault) -> None:
@@ -129,7 +132,7 @@ class _Batch:
         tokens = 0
         if isinstance(fault, _LongFault):
             weight, tokens = "too_long", fault.num_tokens
-        self._note(row, fault.kind, fault.problem, LEFT_OUT, weight, tokens)
+        self._note(row, fault.kind, fault.problem, LEFT_OUT, weight, tokens, fault.key)
 
     def read(self, number: int, raw: Row | RowFault) -> None:
         """Format, check and render one row."""
@@ -139,6 +142,7 @@ class _Batch:
             assert not isinstance(raw, RowFault)
             column = self._dataset.group_by
             group = None if column in (None, QUESTION) else group_of(raw, str(column))
+            self.made.unused.update(chat.unused - {column})
             self._look(number, chat)
             chat = self._private(number, chat)
             if chat is not None:

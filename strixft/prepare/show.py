@@ -33,6 +33,7 @@ def summary(figures: Figures) -> str:
         "near duplicates": figures["rows_near_duplicate"],
         "rows left out on request": figures["rows_left_out"],
     }
+    unused = [f"{name} ({number(count)} rows)" for name, count in figures["keys_unused"].items()]
     shown = {
         "format": figures["format"],
         "loss on": figures["loss_on"],
@@ -40,6 +41,7 @@ def summary(figures: Figures) -> str:
         "rows for training": number(figures["rows_train"]),
         "rows held out": number(figures["rows_validation"]),
         **{name: number(count) for name, count in left_out.items() if count},
+        **({"keys not used": ", ".join(unused)} if unused else {}),
         "tokens for training": number(tokens),
         "of these trained": f"{number(trained)} ({trained / max(1, tokens):.0%})",
         "tokens read": number(figures["tokens_read"]),

@@ -1,0 +1,131 @@
+"""Read a mapping key by key, so that no key disappears without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from strixft.formats.faults import RowFault, shown
+
+METADATA = frozenset(
+    {
+        *("annotations", "author", "cache_control", "country", "created", "date", "finish_reason"),
+        *("hash", "id", "index", "lang", "language", "logprobs", "model", "rank", "score"),
+        *("signature", "source", "state", "time", "timestamp", "usage", "uuid"),
+    }
+)
+"""Keys of messages, parts and calls that no chat template shows."""
+CHANGES = frozenset({"partial", "prefix"})
+"""Flags that change what a template writes."""
+MEDIA = frozenset({"audio", "audios", "image", "images", "video", "videos"})
+"""Columns with what is not text, as LLaMA-Factory, TRL and ms-swift name them."""
+SHOWN = MEDIA | {
+    *("chat_template_kwargs", "choices", "context", "contexts", "documents", "functions"),
+    *("history", "options", "passage", "passages", "reasoning", "reasoning_content", "system"),
+    *("system_message", "system_prompt", "thinking", "tools"),
+}
+"""Columns that belong to what a model is shown; other columns describe the row."""
+
+
+def is_empty(value: object) -> bool:
+    """Return whether a value says nothing.
+
+    >>> is_empty(" "), is_empty({}), is_empty(False), is_empty(0)
+    (True, True, True, False)
+    """
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value is False or (isinstance(value, (list, Mapping)) and not value)
+
+
+class Keys:
+    """The keys of a row, or of a mapping in it, that nothing has read yet.
+
+    Args:
+        value: The mapping. A key without a value is the same as no key.
+        what: What it is, for texts: `message 2`.
+        ignored: Keys that the recipe leaves out, wherever they stand.
+    """
+
+    def __init__(self, value: Mapping[str, Any], what: str, ignored: frozenset[str]) -> None:
+        self._left = {k: v for k, v in value.items() if v is not None and k not in ignored}
+        self._ignored = ignored
+        self.what = what
+        self.unused: set[str] = set()
+        """Keys that describe the row, and say nothing to a model."""
+
+    def inside(self, value: Mapping[str, Any], what: str) -> Keys:
+        """Return the keys of a mapping that stands in this one."""
+        inner = Keys(value, what, self._ignored)
+        inner.unused = self.unused
+        return inner
+
+    def take(self, *names: str) -> Any:
+        """Return the value of a key that has several names, None if it has none.
+
+        Raises:
+            RowFault: Two of the names say different things.
+        """
+        found = {name: self._left.pop(name) for name in names if name in self._left}
+        if len(found) < 2:
+            return next(iter(found.values()), None)
+        filled = {name: value for name, value in found.items() if not is_empty(value)} or found
+        (first, value), *others = filled.items()
+        for name, other in others:
+            if other != value:
+                raise RowFault(
+                    "two_values",
+                    f"{self.what} has {first!r} and {name!r}, which differ:"
+                    f" {shown(value)}, {shown(other)}",
+                    name,
+                )
+        return value
+
+    def finish(self, kind: str) -> None:
+        """Refuse what is left and could be shown to a model; note the rest in `unused`.
+
+        Args:
+            kind: Of the mapping: `message`, `part` or `call`.
+
+        Raises:
+            RowFault: A key holds text, a list or a mapping, and is no metadata.
+        """
+        for name, value in self._left.items():
+            if is_empty(value):
+                continue
+            says = isinstance(value, (str, list, Mapping)) and not _is_metadata(name)
+            if says or name in CHANGES:
+                raise RowFault(
+                    "unknown_key",
+                    f"{self.what} has {name!r}, which is not read: {shown(value)}",
+                    name,
+                )
+            self.unused.add(f"{kind}.{name}")
+
+    def finish_row(self, *, is_text: bool) -> None:
+        """Refuse columns that the format should read; note the others in `unused`.
+
+        Args:
+            is_text: The row is plain text, which holds what its author wanted to be seen.
+
+        Raises:
+            RowFault: A column belongs to what a model is shown.
+        """
+        for name, value in self._left.items():
+            if is_empty(value):
+                continue
+            if name in MEDIA:
+                raise RowFault(
+                    "media", f"has {name!r}, and only text is trained: {shown(value)}", name
+                )
+            if name in SHOWN and not is_text:
+                raise RowFault(
+                    "unknown_key",
+                    f"has {name!r}, which its format does not read: {shown(value)}",
+                    name,
+                )
+            self.unused.add(name)
+
+
+def _is_metadata(name: str) -> bool:
+    return name in METADATA or name.endswith(("_id", "_at", "_time", "_timestamp"))
