@@ -27,6 +27,8 @@ MOST = {
 """Largest sensible value of each side; the least is 1."""
 OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
 """May be null: transformers derives them, or does without."""
+PER_LAYER = ("intermediate_size",)
+"""May be a list, with a number for each layer: Gemma 3n."""
 NEEDED = (
     "hidden_size",
     "num_hidden_layers",
@@ -42,6 +44,8 @@ OLD_NAMES = {
     "intermediate_size": ("block_ff_dim", "dense_intermediate_size"),
 }
 """What transformers 5.23 reads besides `attribute_map`: Bloom and Falcon, LFM2, Inkling."""
+HEAD_SIZES = {"head_dim", "kv_channels", "qk_rope_head_dim", "kv_lora_rank"}
+"""Say the size of a head; without them it is the hidden size by the number of heads."""
 SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 """Kinds of rotary positions that stretch by a factor."""
 STORED_AS = ("bitsandbytes",)
@@ -63,7 +67,9 @@ def _number_faults(sides: Raw) -> Iterator[str]:
             continue
         if name == "sliding_window" and sides.get("use_sliding_window") is False:
             continue  # Qwen2-MoE writes 0 then
-        if type(value) is not int or not 1 <= value <= most:
+        is_list = isinstance(value, list) and name in PER_LAYER
+        each = value if is_list and len(value) == sides.get("num_hidden_layers") else [value]
+        if any(type(one) is not int or not 1 <= one <= most for one in each):
             yield f"{name} should be a whole number from 1 to {most:,}, it is {value!r:.60}"
 
 
@@ -113,13 +119,15 @@ def _dropout_faults(sides: Raw) -> Iterator[str]:
 
 def _relation_faults(sides: Raw) -> Iterator[str]:
     heads, groups = sides.get("num_attention_heads"), sides.get("num_key_value_heads")
-    if heads and groups and heads % groups:
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         yield f"num_attention_heads, {heads}, is no multiple of num_key_value_heads, {groups}"
     kinds, layers = sides.get("layer_types"), sides.get("num_hidden_layers")
     if isinstance(kinds, list) and layers and len(kinds) != layers:
         yield f"layer_types has {len(kinds)} entries and num_hidden_layers is {layers}"
-    size = sides.get("head_dim") or (sides.get("hidden_size", 0) / heads if heads else 2)
-    if size % 2:
+    size = sides.get("head_dim") or 2
+    if isinstance(heads, int) and not sides.keys() & HEAD_SIZES:
+        size = sides.get("hidden_size", 0) / heads
+    if isinstance(size, int | float) and size % 2:
         yield f"the size of a head, {size:g}, is not even, as rotary positions need it"
 
 
@@ -170,7 +178,10 @@ def _text_class(model_type: str) -> Any:
 
 def _check_type(raw: Raw, place: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
@@ -181,7 +192,8 @@ def _check_type(raw: Raw, place: str) -> None:
             f"{place}: transformers knows no model type {model_type!r}",
             fix=f"{did_you_mean(model_type, FAMILIES)}; or a model that transformers knows",
         )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    is_wrapper = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_wrapper:
         raise RecipeError(
             f"{place}: a {model_type} is no model that writes text on from text",
             fix=f"a causal language model, such as one of: {', '.join(FAMILIES)}",

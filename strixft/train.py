@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from strixft import views
-from strixft.attention import Heads
+from strixft.architecture import architecture_of
 from strixft.checkpoints import KEPT, Checkpoints
 from strixft.data import (
     Batch,
@@ -315,7 +315,7 @@ def _save(model: nn.Module, folder: Path) -> None:
 def _require_right(run: Run, plan: Plan) -> None:
     """Try what the plan chose, unless that is known: it may be of another machine, or driver."""
     host, recipe = training_host(), run.recipe
-    heads, method = Heads.of(read_config(recipe)), METHODS[recipe.method]
+    heads, method = architecture_of(read_config(recipe)).heads, METHODS[recipe.method]
     require_right(heads, method, host)
     planned_here = recipe.memory.host in ("auto", "cpu")
     again = (

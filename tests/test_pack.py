@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strixft.attention import RUNGS, Heads, attention_inputs, documents_of
+from strixft.architecture import architecture_of
+from strixft.attention import RUNGS, documents_of, packed_rows, use_rung
 from strixft.attention.masks import dense_mask
 from strixft.attention.rungs import cannot
 from strixft.bench import sets
@@ -173,16 +174,16 @@ def random_family(name: str) -> Any:
 def test_packed_states_are_those_of_the_rows_alone(family: str, rung: str) -> None:
     model, way = random_family(family), RUNGS[rung]
     if model.config.model_type == "gemma2" and rung != "eager":
-        assert cannot(way, Heads.of(model.config), "cpu") is not None
+        assert cannot(way, architecture_of(model.config).heads, "cpu") is not None
         return
-    model.set_attn_implementation(way.implementation)
+    use_rung(model, way)
     rng = random.Random(3)
     rows = [row(*(rng.randrange(5, 400) for _ in range(n))) for n in (17, 40, 3, 25, 31, 60)]
     batch = collate([packed(*rows[:4]), packed(*rows[4:])])
     places = [(0, 0), (0, 17), (0, 57), (0, 60), (1, 0), (1, 31)]
     with torch.no_grad():
-        inputs = attention_inputs(way, batch, model.config)
-        together = model(input_ids=batch["input_ids"], use_cache=False, **inputs).logits
+        with packed_rows(way, batch) as inputs:
+            together = model(input_ids=batch["input_ids"], use_cache=False, **inputs).logits
         for one, (line, start) in zip(rows, places, strict=True):
             alone = model(input_ids=torch.tensor([one["input_ids"]]), use_cache=False).logits[0]
             same = together[line, start : start + len(alone)]
@@ -194,11 +195,11 @@ def test_another_neighbour_changes_nothing(tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    use_rung(model, RUNGS["sdpa-packed"])
 
     def logits(*rows: dict[str, Any]) -> torch.Tensor:
         batch = collate([packed(*rows)])
-        inputs = attention_inputs(RUNGS["sdpa-packed"], batch, model.config)
-        with torch.no_grad():
+        with torch.no_grad(), packed_rows(RUNGS["sdpa-packed"], batch) as inputs:
             found: torch.Tensor = model(
                 input_ids=batch["input_ids"], use_cache=False, **inputs
             ).logits

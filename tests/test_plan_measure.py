@@ -15,7 +15,7 @@ from strixft.plan import RowShape, dry_run, plan_figures
 from strixft.plan.choose import Planner
 from strixft.plan.correction import Correction, Line, load, save
 from strixft.plan.data_shape import DataShape
-from strixft.plan.dry_run import DryRun, with_layers
+from strixft.plan.dry_run import DryRun
 from strixft.plan.measure import LAYERS, measure
 from strixft.rates import cpu_name, write_rates
 from strixft.recipe import Dataset, Recipe, Train, load_recipe
@@ -55,7 +55,7 @@ def a_recipe(**train: Any) -> Recipe:
 
 def run_of(num_layers: int) -> DryRun:
     layers = list(range(num_layers))
-    return dry_run(a_recipe(), with_layers(CONFIG, layers), HOST, RowShape(4, 256, 900))
+    return dry_run(a_recipe(), CONFIG, HOST, RowShape(4, 256, 900), layers=layers)
 
 
 def test_a_measured_plan_says_so_and_the_next_one_uses_it(
@@ -84,7 +84,7 @@ def test_a_measured_time_is_that_of_real_updates(rates: None) -> None:
     found = measure(recipe, CONFIG, host, ROOMY, planned)
     assert found.peak is None
     assert found.seconds is not None
-    small = dry_run(recipe, with_layers(CONFIG, range(LAYERS[1])), host, shape)
+    small = dry_run(recipe, CONFIG, host, shape, layers=range(LAYERS[1]))
     time = found.time(small.seconds_per_update, 1)
     assert time is not None
     assert time > 0

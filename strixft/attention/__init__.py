@@ -3,8 +3,9 @@
 Shapes: B rows, T tokens, H heads, D head size, N documents.
 """
 
+from strixft.attention.asked import AttentionCall, watching
 from strixft.attention.core import NAME, attend, planned_for, use_kernels, use_rung
-from strixft.attention.masks import attention_inputs, documents_of
+from strixft.attention.masks import documents_of, layer_inputs, packed_rows
 from strixft.attention.rungs import (
     LADDER,
     RUNGS,
@@ -14,24 +15,25 @@ from strixft.attention.rungs import (
     is_wanted,
     known_bad,
     ladder,
-    window_sizes,
 )
 
 __all__ = [
     "LADDER",
     "NAME",
     "RUNGS",
+    "AttentionCall",
     "Heads",
     "Rung",
     "attend",
-    "attention_inputs",
     "cannot",
     "documents_of",
     "is_wanted",
     "known_bad",
     "ladder",
+    "layer_inputs",
+    "packed_rows",
     "planned_for",
     "use_kernels",
     "use_rung",
-    "window_sizes",
+    "watching",
 ]

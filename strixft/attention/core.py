@@ -19,8 +19,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from strixft.attention import asked
+from strixft.attention.masks import make_mask
 from strixft.attention.rungs import Rung
 from strixft.errors import RecipeError
 
@@ -78,6 +79,9 @@ def use_rung(base: Any, rung: Rung) -> None:
 
 
 def _on_meta(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    if value.shape[-1] != query.shape[-1]:
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device="meta").tril()
+        return _plain_on_meta(query, key, value, seen, scale)
     if _planned_device == "cpu":
         operator, options = aten._scaled_dot_product_flash_attention_for_cpu, {}
     else:
@@ -86,12 +90,24 @@ def _on_meta(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> 
     return output  # (B, H, T, D)
 
 
+def _plain_on_meta(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None
+) -> Tensor:
+    """Without a kernel for values of another size than queries, torch keeps T × T scores."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3)) * (scale or query.shape[-1] ** -0.5)
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value  # (B, H, T, D)
+
+
 def _masked_on_meta(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None
 ) -> Tensor:
     """With a mask, transformers repeats K and V, and torch turns the mask into a bias per call."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if value.shape[-1] != query.shape[-1] and _planned_device == "cpu":
+        return _plain_on_meta(query, key, value, mask, scale)
     bias = torch.zeros_like(mask, dtype=query.dtype)  # (B, 1, T, T)
     if _planned_device == "cpu":
         operator = aten._scaled_dot_product_flash_attention_for_cpu
@@ -167,6 +183,8 @@ def attend(
     Returns:
         (B, T, H, D), and no weights.
     """
+    if asked.watch is not None:
+        return asked.watch.attend(module, query, key, value, attention_mask, options), None
     _refuse_sinks(options)
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(
@@ -218,4 +236,4 @@ def attend_eagerly(
 
 for name, function in ((NAME, attend), (EAGER_NAME, attend_eagerly)):
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, make_mask)

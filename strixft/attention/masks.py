@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
+from transformers.masking_utils import sdpa_mask
 
-from strixft.attention.rungs import Rung, window_sizes
+from strixft.attention import asked
+from strixft.attention.rungs import Rung
 
 
 def documents_of(cu_seq_lens: Tensor, rows: int, length: int) -> Tensor:
@@ -51,29 +56,90 @@ def block_mask(documents: Tensor, window: int | None = None) -> Any:
     )
 
 
-def _mask(rung: Rung, cu_seq_lens: Tensor, shape: torch.Size, window: int | None) -> Any:
-    blocks_on_meta = rung.mask == "blocks" and cu_seq_lens.is_meta  # keeps what flash keeps
-    if rung.mask == "lengths" or blocks_on_meta:
-        return cu_seq_lens.view(1, 1, 1, -1)  # transformers hands 4-dimensional masks on unread
-    documents = documents_of(cu_seq_lens, *shape)
-    return (dense_mask if rung.mask == "dense" else block_mask)(documents, window)
+@dataclass
+class _Packed:
+    """Documents that share rows."""
+
+    rung: Rung
+    batch: dict[str, Any]
+    made: dict[int | None, Any] = field(default_factory=dict)
+
+    def mask(self, options: dict[str, Any]) -> Any:
+        """What layers that look back so far are given; made once for all that do."""
+        window: int | None = options.get("local_size")
+        if window not in self.made:
+            self.made[window] = self._make(window, options)
+        return self.made[window]
+
+    def _make(self, window: int | None, options: dict[str, Any]) -> Any:
+        ends: Tensor = self.batch["cu_seq_lens"]
+        blocks_on_meta = self.rung.mask == "blocks" and ends.is_meta  # keeps what flash keeps
+        if self.rung.mask == "lengths" or blocks_on_meta:
+            return ends.view(1, 1, 1, -1)  # transformers hands 4-dimensional masks on unread
+        documents = documents_of(ends, *self.batch["input_ids"].shape)
+        if self.rung.mask == "blocks":
+            return block_mask(documents, window)
+        if window and getattr(options["config"], "attention_chunk_size", None):
+            return self._as_asked(documents, options["mask_function"])
+        return dense_mask(documents, window)
+
+    def _as_asked(self, documents: Tensor, sees: Callable[..., Any]) -> Tensor:
+        """What the model's own function lets see, asked by places in the document."""
+        row = torch.arange(len(documents), device=documents.device).view(-1, 1, 1)
+        positions = self.batch["position_ids"]  # (B, T)
+        query, key = positions.unsqueeze(2), positions.unsqueeze(1)
+        same = documents.unsqueeze(2) == documents.unsqueeze(1)  # (B, T, T)
+        seen: Tensor = same & sees(row, 0, query, key)
+        return seen.unsqueeze(1)
 
 
-def attention_inputs(rung: Rung, batch: dict[str, Any], config: Any) -> dict[str, Any]:
-    """What the decoder is given besides the tokens of a batch.
+_packed: _Packed | None = None
+
+
+def make_mask(**options: Any) -> Any:
+    """Make what transformers' functions for masks ask for; documents of packed rows are apart.
+
+    So it is the model that says which layers have a window, and how long it is.
+    """
+    if asked.watch is not None:
+        return asked.watch.make_mask(options)
+    if _packed is not None:
+        return _packed.mask(options)
+    return sdpa_mask(**options)
+
+
+@contextlib.contextmanager
+def packed_rows(rung: Rung, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Within this block a model keeps the documents of packed rows apart.
 
     Args:
         rung: How attention is computed.
         batch: See `strixft.data.Batch`.
-        config: The model's configuration.
+
+    Yields:
+        What the decoder is given besides the tokens of the batch.
     """
+    global _packed
     if "cu_seq_lens" not in batch:
-        return {}
-    cu_seq_lens, shape = batch["cu_seq_lens"], batch["input_ids"].shape
-    windows = window_sizes(config)
-    if rung.mask == "lengths" or len(windows) == 1:
-        mask = _mask(rung, cu_seq_lens, shape, next(iter(windows.values())))
-    else:
-        mask = {kind: _mask(rung, cu_seq_lens, shape, size) for kind, size in windows.items()}
-    found = {"position_ids": batch["position_ids"], "attention_mask": mask}
-    return found | ({"max_length_q": batch["longest"]} if rung.mask == "lengths" else {})
+        yield {}
+        return
+    longest = {"max_length_q": batch["longest"]} if rung.mask == "lengths" else {}
+    before, _packed = _packed, _Packed(rung, batch)
+    try:
+        with asked.documents_unsought():
+            yield {"position_ids": batch["position_ids"], **longest}
+    finally:
+        _packed = before
+
+
+def layer_inputs(rung: Rung, batch: dict[str, Any], window: int | None) -> dict[str, Any]:
+    """Return what one attention layer is given of packed rows.
+
+    Args:
+        rung: How attention is computed.
+        batch: See `strixft.data.Batch`.
+        window: Tokens it looks back.
+    """
+    longest = {"max_length_q": batch["longest"]} if rung.mask == "lengths" else {}
+    mask = _Packed(rung, batch).mask({"local_size": window, "config": None})
+    return {"attention_mask": mask, "sliding_window": window, **longest}

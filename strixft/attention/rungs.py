@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal
+from typing import Literal
 
 from strixft.tables import Table
 
@@ -92,11 +92,21 @@ RUNGS: Table[Rung] = Table(
         why="plain products and softmax; keeps T × T scores of every head",
         source="arXiv:1706.03762",
     ),
+    Rung(
+        name="eager-rows",
+        packed=False,
+        mask="none",
+        devices=("cuda", "cpu"),
+        implementation="strixft-eager",
+        keeps_scores=True,
+        why="the same with one chat a row, where documents cannot share one",
+        source="arXiv:1706.03762",
+    ),
 )
 LADDER = tuple(RUNGS)
 """Names, the fastest first."""
 
-CAPS_SCORES = frozenset({"flex", "eager"})
+CAPS_SCORES = frozenset({"flex", "eager", "eager-rows"})
 """Rungs that know tanh-capped scores (Gemma 2); the others would leave the cap out."""
 LARGEST_FLASH_HEAD = 256
 """torch 2.11 ATen/native/transformers/sdp_utils: flash attention takes heads up to this size."""
@@ -142,24 +152,6 @@ KNOWN_BAD = (
 )
 
 
-def window_sizes(config: Any) -> dict[str, int | None]:
-    """Kinds of attention layers of a model, each with the tokens it looks back; None for all."""
-    window: int | None = getattr(config, "sliding_window", None)
-    kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
-    if len(kinds) < 2:
-        return {"every": None if "full_attention" in kinds else window}
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
-
-
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-"""Kinds of layers that see nothing but what attention lets them see."""
-
-
-def _carries_state(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    return not ATTENTION_LAYERS.issuperset(kinds or ())
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
     """What attention has to compute in a model."""
@@ -174,22 +166,12 @@ class Heads:
     windowed: bool
     """Some layers look back only so far."""
     carries_state: bool = False
-    """Some layers are no attention: what they carry on would reach the next document of a row."""
+    """Some layers are no attention, or take no positions: documents cannot share a row."""
 
-    @classmethod
-    def of(cls, config: Any) -> Heads:
-        """Of a model's configuration."""
-        text = config.get_text_config()
-        heads = text.num_attention_heads
-        return cls(
-            model_type=text.model_type,
-            head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            query_heads=heads,
-            key_heads=getattr(text, "num_key_value_heads", None) or heads,
-            softcap=getattr(text, "attn_logit_softcapping", None),
-            windowed=any(window_sizes(text).values()),
-            carries_state=_carries_state(text),
-        )
+    value_size: int | None = None
+    """Where values are of another size than queries and keys."""
+    mask_alone: bool = False
+    """Only a mask says what layers look back to: chunks, or a window that they do not pass on."""
 
 
 def _is_missing(package: str | None) -> bool:
@@ -212,11 +194,15 @@ def cannot(rung: Rung, heads: Heads, device_type: str) -> str | None:
     if _is_missing(rung.package):
         return f"{rung.package} is not installed"
     if rung.packed and heads.carries_state:
-        return "layers that are no attention would carry on from one document to the next"
+        return "its layers would carry on from one document of a row to the next"
     if heads.softcap is not None and rung.name not in CAPS_SCORES:
         return "leaves out the cap of the scores"
     if rung.mask == "lengths" and heads.head_size > LARGEST_FLASH_HEAD:
         return f"heads of {heads.head_size} are too large for flash attention"
+    if rung.mask == "lengths" and heads.value_size not in (None, heads.head_size):
+        return f"values of {heads.value_size} beside heads of {heads.head_size}"
+    if rung.mask in ("lengths", "blocks") and heads.mask_alone:
+        return "only a mask of all tokens says what layers look back to"
     return None
 
 
@@ -242,7 +228,7 @@ def _applies(bad: KnownBad, rung: Rung, heads: Heads, device: str) -> bool:
 
 def is_wanted(rung: Rung, *, packing: bool) -> bool:
     """Whether a recipe that packs its rows, or does not, may take a rung."""
-    return packing or rung.name in ("sdpa", "eager")
+    return packing or not rung.packed
 
 
 def ladder(heads: Heads, device_type: str, device: str = "", *, packing: bool = True) -> list[Rung]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from strixft.attention import Heads
+from strixft.architecture import architecture_of
 from strixft.bench.gemm import MODEL
 from strixft.bench.result import Row
 from strixft.guard import training_host
@@ -40,7 +40,7 @@ def bench_attention(model: str = "auto") -> list[Row]:
     host = training_host()
     name = MODEL[host.device] if model == "auto" else model
     config = read_config(Recipe(model=name, method="lora", dataset=Dataset(source="none")))
-    heads = Heads.of(config)
+    heads = architecture_of(config).heads
     sizes = f"{heads.query_heads}/{heads.key_heads}×{heads.head_size}"
     shown = {"heads": sizes, "dtype": dtype_name(host)}
     verdicts = probe_attention(heads, host, fresh=True, peak=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from strixft.attention import Heads, ladder, use_rung
+from strixft.architecture import architecture_of
+from strixft.attention import ladder, use_rung
 from strixft.guard import device_type, find_host
 from strixft.methods import METHODS
 from strixft.model import base_of, load_adapter, load_base, native_dtype
@@ -41,7 +42,7 @@ def load_sides(
     device, host = device_type(), find_host(recipe.memory.host)
     dtype = native_dtype(device, bfloat16=host.bfloat16)
     model = load_base(recipe, device, dtype)
-    heads = Heads.of(model.config)
+    heads = architecture_of(model.config).heads
     rung = ladder(heads, device, host.architecture, packing=False)[0]
 
     def ready(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from strixft.architecture import auto_class
 from strixft.errors import StageError
 from strixft.loading import cache
 from strixft.loading.shards import DTYPES, Shard, shard_paths
@@ -162,10 +163,8 @@ def _cast_rest(model: Any, dtype: torch.dtype) -> None:
 
 def _class_of(config: Any) -> tuple[Any, Any]:
     """Which class transformers takes for a configuration, and the part of it that it takes."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        shape = auto_class(config).from_config(copy.deepcopy(config))
     return type(shape), shape.config
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from strixft.architecture import architecture_of
 from strixft.hardware import Budget, Host
 from strixft.plan import correction
 from strixft.plan.compiled import shared_kernels
@@ -83,7 +84,7 @@ class Planner:
     def __init__(self, recipe: Recipe, config: Any, host: Host, data: DataShape) -> None:
         self.recipe, self.data = recipe, data
         self.outside_bytes = int(host.outside_bytes.value)
-        self.num_layers: int = config.get_text_config().num_hidden_layers
+        self.num_layers = len(architecture_of(config).kinds)
         self.traces = Traces(recipe, config, host)
         self.correction = correction.load(recipe, config, host)
         self._per_update = data.rows_per_update(recipe)

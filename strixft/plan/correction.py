@@ -94,7 +94,7 @@ class Correction:
 
 def _path(recipe: Recipe, config: Any, host: Host) -> Path:
     device = device_name(host)
-    name = stored.name_of(recipe, config.get_text_config(), host, "measured", [host.name, device])
+    name = stored.name_of(recipe, config, host, "measured", [host.name, device])
     return cache_folder() / FOLDER / f"{name}.json"
 
 

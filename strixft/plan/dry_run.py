@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from strixft.architecture import architecture_of, sample_layers
 from strixft.hardware import Host
 from strixft.plan.allocator import Replay, replay
 from strixft.plan.cost import Rates, Seconds, Work
 from strixft.plan.memo import Memo
-from strixft.plan.stack import Ints, Kind, Schedule, rounded_all, sample_layers, stands_for
+from strixft.plan.stack import Ints, Kind, Schedule, rounded_all, stands_for
 from strixft.plan.trace import RowShape, trace_step
 from strixft.recipe import Recipe
 from strixft.step.tracker import PARTS
@@ -47,23 +47,8 @@ class DryRun:
 
 def layer_kinds(config: Any, recomputed_layers: int) -> list[Kind]:
     """What tells one decoder layer from another."""
-    lists = [value for value in vars(config).values() if isinstance(value, list)]
-    num_layers = config.num_hidden_layers
-    per_layer = [value for value in lists if len(value) == num_layers]
-    return [
-        (index < recomputed_layers, *(str(value[index]) for value in per_layer))
-        for index in range(num_layers)
-    ]
-
-
-def with_layers(config: Any, layers: Sequence[int]) -> Any:
-    """A configuration that has only these layers."""
-    small = copy.deepcopy(config)
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(small, name, [value[layer] for layer in layers])
-    small.num_hidden_layers = len(layers)
-    return small
+    kinds = architecture_of(config).kinds
+    return [(index < recomputed_layers, kind) for index, kind in enumerate(kinds)]
 
 
 def trace_run(
@@ -74,6 +59,7 @@ def trace_run(
     recomputed_layers: int,
     steps: int,
     memo: Memo | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Schedule:
     """What happens at full depth; layers of one kind are traced once.
 
@@ -85,16 +71,16 @@ def trace_run(
         recomputed_layers: Layers whose activations are not kept.
         steps: Micro-batches of an update.
         memo: Operators that earlier traces ran.
+        layers: Only these of the model's layers.
     """
-    config = config.get_text_config()
-    kinds = layer_kinds(config, recomputed_layers)
+    known = architecture_of(config).kinds
+    layers = range(len(known)) if layers is None else layers
+    kinds = [(index < recomputed_layers, known[layer]) for index, layer in enumerate(layers)]
     sampled = sample_layers(kinds)
-    if len(sampled) >= len(kinds):
-        return Schedule(trace_step(recipe, config, host, shape, recomputed_layers, steps, memo))
-    recomputed = sum(layer < recomputed_layers for layer in sampled)
-    small = with_layers(config, sampled)
-    trace = trace_step(recipe, small, host, shape, recomputed, steps, memo)
-    return Schedule(trace, stands_for(kinds))
+    recomputed = sum(index < recomputed_layers for index in sampled)
+    of_model = [layers[index] for index in sampled]
+    trace = trace_step(recipe, config, host, shape, recomputed, steps, memo, of_model)
+    return Schedule(trace, None if len(sampled) == len(kinds) else stands_for(kinds))
 
 
 def parts_at_peak(schedule: Schedule, sizes: Ints) -> tuple[dict[str, int], int]:
@@ -164,9 +150,10 @@ def dry_run(
     recomputed_layers: int = 0,
     steps: int = 1,
     memo: Memo | None = None,
+    layers: Sequence[int] | None = None,
 ) -> DryRun:
     """Two updates of the training step on `meta`; see `trace_run` for the arguments."""
-    schedule = trace_run(recipe, config, host, shape, recomputed_layers, steps, memo)
+    schedule = trace_run(recipe, config, host, shape, recomputed_layers, steps, memo, layers)
     sizes = rounded_all(np.array([s.num_bytes for s in schedule.trace.storages]))
     seconds = Work.of([cost for _, cost in schedule.trace.work]).seconds(Rates.of(host))
     return run_schedule(schedule, sizes, seconds, host, Step(shape, recomputed_layers, steps))

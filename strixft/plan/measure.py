@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -22,7 +23,7 @@ from strixft.guard import cap
 from strixft.hardware import Budget, Host
 from strixft.model import native_dtype, random_model
 from strixft.plan.correction import SOURCE, Correction, Line
-from strixft.plan.dry_run import DryRun, dry_run, with_layers
+from strixft.plan.dry_run import DryRun, dry_run
 from strixft.plan.trace import RowShape
 from strixft.plan.ways import ways_for
 from strixft.recipe import Recipe
@@ -77,14 +78,20 @@ def _require_room(planned: DryRun, host: Host, limit: Budget) -> None:
 
 
 def _measured(
-    recipe: Recipe, config: Any, host: Host, shape: RowShape, recomputed_layers: int
+    recipe: Recipe,
+    config: Any,
+    host: Host,
+    shape: RowShape,
+    recomputed_layers: int,
+    layers: Sequence[int],
 ) -> tuple[int | None, float]:
     """Peak bytes, where the device counts them, and seconds of an update."""
     device = host.device
     ways = ways_for(recipe, config, host, recomputed_layers=recomputed_layers)
     dtype = native_dtype(device, bfloat16=host.bfloat16)
-    step = TrainingStep(random_model(recipe, config, device, dtype), recipe.train, ways)
-    batch = _real_batch(shape, config.vocab_size, device)
+    model = random_model(recipe, config, device, dtype, layers)
+    step = TrainingStep(model, recipe.train, ways)
+    batch = _real_batch(shape, config.get_text_config().vocab_size, device)
     for _ in range(WARM):
         _seconds(step, batch, device)
     seconds = statistics.median(_seconds(step, batch, device) for _ in range(TIMED))
@@ -98,12 +105,12 @@ def _measured(
 def _point(
     recipe: Recipe, config: Any, host: Host, limit: Budget, run: DryRun, num_layers: int
 ) -> _Point:
-    small = with_layers(config, _spread(config.num_hidden_layers, num_layers))
+    layers = _spread(run.num_layers, num_layers)
     recomputed = round(num_layers * run.recomputed_layers / run.num_layers)
-    planned = dry_run(recipe, small, host, run.shape, recomputed)
+    planned = dry_run(recipe, config, host, run.shape, recomputed, layers=layers)
     _require_room(planned, host, limit)
     cap(limit.num_bytes, planned.reserved_bytes)
-    peak_bytes, seconds = _measured(recipe, small, host, run.shape, recomputed)
+    peak_bytes, seconds = _measured(recipe, config, host, run.shape, recomputed, layers)
     release_memory()  # the next model is not to find this one's memory taken
     return _Point(planned, peak_bytes, seconds)
 
@@ -133,9 +140,8 @@ def measure(recipe: Recipe, config: Any, host: Host, limit: Budget, run: DryRun)
         FitError: Not even the small models fit.
         HostError: There is nothing to compare: no allocator, and no predicted time.
     """
-    text = config.get_text_config()
-    counts = [min(count, text.num_hidden_layers) for count in LAYERS]
-    points = [_point(recipe, text, host, limit, run, count) for count in counts]
+    counts = [min(count, run.num_layers) for count in LAYERS]
+    points = [_point(recipe, config, host, limit, run, count) for count in counts]
     peak, seconds = _peak_line(points), _seconds_line(points)
     if peak is None and seconds is None:
         raise HostError(

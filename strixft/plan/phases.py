@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
+from strixft.architecture import architecture_of, sample_layers, text_layers
 from strixft.hardware import Host, Sourced
 from strixft.loading.cache import FILE_BYTES
 from strixft.loading.streamed import PIECE_BYTES
 from strixft.methods import METHODS, Method
 from strixft.model import native_dtype, shape_base
 from strixft.plan import stored
-from strixft.plan.dry_run import DryRun, layer_kinds, with_layers
+from strixft.plan.dry_run import DryRun
 from strixft.plan.memo import Memo
-from strixft.plan.stack import sample_layers
 from strixft.plan.trace import RowShape, forward_bytes
 from strixft.recipe import Recipe
 from strixft.step import rows_of_whole_chunks
@@ -61,39 +61,28 @@ class Tensors:
     def of(cls, config: Any, host: Host) -> Tensors:
         """Of a configuration; one layer of each kind is looked at."""
         dtype = native_dtype(host.device, bfloat16=host.bfloat16)
-        base = shape_base(_one_of_each(config), METHODS["full"], dtype)
-        inside = [p.numel() for name, p in base.named_parameters() if ".layers." in name]
+        base = shape_base(config, METHODS["full"], dtype, layers=_one_of_each(config))
+        inside = [p.numel() for p in text_layers(base).parameters()]
         return cls(max(p.numel() for p in base.parameters()), max(inside))
 
 
 def outside_layers_bytes(config: Any, host: Host) -> int:
     """Embedding, last norm and head: kept in the host's own dtype by every method."""
     dtype = native_dtype(host.device, bfloat16=host.bfloat16)
-    base = shape_base(_one_of_each(config), METHODS["full"], dtype)
-    return sum(p.nbytes for name, p in base.named_parameters() if ".layers." not in name)
+    base = shape_base(config, METHODS["full"], dtype, layers=[0])
+    inside = sum(p.nbytes for p in text_layers(base).parameters())
+    return sum(p.nbytes for p in base.parameters()) - inside
 
 
-def _one_of_each(config: Any) -> Any:
-    text = config.get_text_config()
-    return with_layers(text, sample_layers(layer_kinds(text, 0)))
-
-
-def cached_tokens(config: Any, tokens: int) -> int:
-    """Tokens whose keys and values are kept, added up over the layers: a window keeps no more."""
-    text = config.get_text_config()
-    window = getattr(text, "sliding_window", None) or tokens
-    kinds = getattr(text, "layer_types", None)
-    if not kinds:
-        return int(text.num_hidden_layers * min(tokens, window))
-    return sum(min(tokens, window) if "sliding" in kind else tokens for kind in kinds)
+def _one_of_each(config: Any) -> list[int]:
+    return sample_layers(architecture_of(config).kinds)
 
 
 def kv_cache_bytes(config: Any, rows: int, tokens: int, element_bytes: int) -> int:
-    """Keys and values of a batch of answers, sliding windows counted as such."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * heads * size * rows * cached_tokens(config, tokens) * element_bytes)
+    """Keys and values of a batch of answers; a layer with a window keeps no more than that."""
+    cached = architecture_of(config).cached
+    numbers = sum(layer.numbers * min(tokens, layer.window or tokens) for layer in cached)
+    return numbers * rows * element_bytes
 
 
 class Life:
@@ -143,7 +132,7 @@ class Life:
 
     def evaluate(self, rows: int = MOST_EVALUATED) -> Phase:
         """Weights, and a forward pass without gradients over rows trained whole, run dry."""
-        length, vocabulary = self._run.shape.length, self._config.vocab_size
+        length, vocabulary = self._run.shape.length, self._config.get_text_config().vocab_size
         trained = rows_of_whole_chunks(rows * (length - 1), vocabulary)
         return self._phase(self._fixed + self._forward(RowShape(rows, length, trained)), 0)
 
@@ -176,10 +165,10 @@ class Life:
 
     def _forward(self, shape: RowShape) -> int:
         if shape not in self._forwards:
-            of = self._recipe, _one_of_each(self._config), self._host
+            of, layers = (self._recipe, self._config, self._host), _one_of_each(self._config)
             name = stored.name_of(*of, shape, "forward")
             self._forwards[shape] = stored.number(
-                name, lambda: forward_bytes(*of, shape, self._memo)
+                name, lambda: forward_bytes(*of, shape, self._memo, layers)
             )
         return int(self._host.workspace_bytes.value) + self._forwards[shape]
 

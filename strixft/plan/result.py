@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from strixft.architecture import architecture_of
 from strixft.attention import Heads
 from strixft.config import first_lines, warnings_of
-from strixft.errors import FitError, RecipeError, StrixftError
+from strixft.errors import FitError, RecipeError, StageError, StrixftError
 from strixft.families import MODELS
 from strixft.guard import budget_for, find_host
 from strixft.hardware import THIS_MACHINE, Budget, Host, Sourced
@@ -26,6 +27,7 @@ from strixft.plan.measure import measure
 from strixft.plan.phases import PROCESS, Life, Phase, phases
 from strixft.plan.ways import ways_for
 from strixft.prepare import Prepared
+from strixft.prepare.vocabulary import require_known_tokens
 from strixft.probe.ladder import probe_attention
 from strixft.probe.right import require_right
 from strixft.recipe import Recipe
@@ -94,18 +96,18 @@ def _no_share_fits(figures: dict[str, Any]) -> FitError:
 
 
 @contextlib.contextmanager
-def _named(recipe: Recipe) -> Iterator[None]:
-    """A step of a model that is not in our table may fail in its own ways."""
+def _named(recipe: Recipe, config: Any) -> Iterator[None]:
+    """A step of a model that nobody tried may fail in its own ways."""
     try:
         yield
     except StrixftError:
         raise
     except Exception as error:
-        if recipe.model in MODELS:
-            raise
-        raise RecipeError(
-            f"the training step of {recipe.model} cannot be run dry: {first_lines(error)}",
-            fix="another model, or report it with what --debug shows",
+        raise StageError(
+            f"strixft failed to plan {recipe.model}, a {config.model_type}: its training step, run"
+            f" without weights, says: {first_lines(error)}",
+            fix="type it again with --debug and report what it shows: this says nothing against"
+            " the model",
         ) from error
 
 
@@ -173,6 +175,17 @@ def _require_this_machine(name: str) -> None:
         )
 
 
+def _require_positions(recipe: Recipe, config: Any) -> None:
+    """Refuse rows that are longer than a table of learned positions."""
+    most, asked = architecture_of(config).positions, recipe.dataset.max_length
+    if most is not None and asked > most:
+        raise RecipeError(
+            f"rows may have {asked:,} tokens, and {recipe.model} looks positions up in a table that"
+            f" ends at {most:,}",
+            fix=f"--set dataset.max_length={most}",
+        )
+
+
 FEW_UPDATES = 50
 
 
@@ -236,11 +249,12 @@ def plan_figures(
     limit = budget_for(recipe.memory, host)
     _require_master_weights(recipe, host)
     config = read_config(recipe)
+    _require_positions(recipe, config)
     if host.here:
-        require_right(Heads.of(config), METHODS[recipe.method], host)
+        require_right(architecture_of(config).heads, METHODS[recipe.method], host)
     ways = ways_for(recipe, config, host)
     data = DataShape.of(recipe, prepared, packed=ways.rung.packed)
-    with _named(recipe):
+    with _named(recipe, config):
         chosen = choose(recipe, config, host, limit, data)
     if measured:
         found = measure(recipe, config, host, limit, chosen.run)
@@ -269,7 +283,7 @@ def plan_figures(
         **_times(recipe, chosen, data),
         "frontier": [asdict(candidate) for candidate in chosen.frontier],
         "assumptions": [
-            *_assumptions(Heads.of(config), host, limit, ways),
+            *_assumptions(architecture_of(config).heads, host, limit, ways),
             *known.assumptions(),
         ],
         "advice": [asdict(row) for row in advice],
@@ -283,6 +297,7 @@ def plan_figures(
 
 def _plan(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     prepared = run.require(Prepared)
+    require_known_tokens(run.recipe, prepared)
     inputs = {"rows_sha256": prepared.inputs["rows_sha256"]}
     return inputs, plan_figures(run.recipe, prepared=prepared)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from strixft.architecture import architecture_of
 from strixft.data import PackedShape
 from strixft.plan.cost import SEEN, Floats, Work
 from strixft.plan.stack import Ints, rounded_all
@@ -72,16 +73,12 @@ class Regime:
     @classmethod
     def of(cls, config: Any, shape: RowShape) -> Regime:
         """The regime of a micro-batch."""
-        sides = Sides.of(shape, config.vocab_size)
-        beyond = tuple(shape.length >= window for window in _windows(config))
+        sides = Sides.of(shape, config.get_text_config().vocab_size)
+        windows = architecture_of(config).windows
+        beyond = tuple(shape.length >= window for window in windows)
         chunks = min(sides.chunks, 3)
         packed = shape.packed is not None
         return cls(shape.rows == 1 and not packed, beyond, chunks, packed)
-
-
-def _windows(config: Any) -> list[int]:
-    window = getattr(config, "sliding_window", None)
-    return [window] if isinstance(window, int) else []
 
 
 def _is_prime(number: int) -> bool:
@@ -163,10 +160,11 @@ def sample(config: Any, regime: Regime, taken: int) -> Sample | None:
     longest_prime = next(p for p in _primes() if taken % p) if regime.packed else 1
     longest = SEEN * longest_prime if regime.packed else 1
     taken *= longest_prime
-    for length, prime in _lengths(_windows(config), regime.beyond):
+    vocabulary = config.get_text_config().vocab_size
+    for length, prime in _lengths(architecture_of(config).windows, regime.beyond):
         if taken % prime:
             others = rows * prime * longest_prime
-            for sides, primes in _trained(regime, config.vocab_size, taken * prime, others):
+            for sides, primes in _trained(regime, vocabulary, taken * prime, others):
                 found = replace(sides, rows=rows, length=length, longest=longest)
                 return Sample(found, (rows, prime, *primes, longest_prime))
     return None

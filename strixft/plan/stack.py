@@ -17,6 +17,7 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
+from strixft.architecture import sample_layers
 from strixft.plan.cost import Floats, Seconds
 from strixft.plan.trace import Place, Segment, Trace
 from strixft.step.tracker import BLOCK
@@ -31,17 +32,6 @@ def rounded_all(num_bytes: Ints) -> Ints:
     """Bytes of the allocator's blocks; see `tracker.rounded`."""
     blocks: Ints = -(-num_bytes // BLOCK) * BLOCK
     return blocks
-
-
-def sample_layers(kinds: Sequence[Kind]) -> list[int]:
-    """Layers of a deep model that stand for all: first, one of each kind between, last.
-
-    >>> sample_layers("rrrrkkkk")
-    [0, 1, 4, 7]
-    """
-    middle = range(1, len(kinds) - 1)
-    first_of = {kinds[index]: index for index in reversed(middle)}
-    return [0, *sorted(first_of.values()), len(kinds) - 1]
 
 
 def stands_for(kinds: Sequence[Kind]) -> list[int]:

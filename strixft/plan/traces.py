@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch.utils._pytree import tree_iter
+
+from strixft.architecture import sample_layers
 from strixft.hardware import Host
 from strixft.plan import stored
 from strixft.plan.cost import Rates, Seconds
@@ -19,7 +22,7 @@ from strixft.plan.dry_run import (
 )
 from strixft.plan.memo import Memo
 from strixft.plan.scale import Regime, ScaledTrace, Sides, sample
-from strixft.plan.stack import Ints, Kind, Schedule, sample_layers, stands_for
+from strixft.plan.stack import Ints, Kind, Schedule, stands_for
 from strixft.plan.trace import RowShape, Trace, one_step
 from strixft.recipe import Recipe
 from strixft.step.room import ALIGNED
@@ -53,7 +56,7 @@ class Traces:
     """
 
     def __init__(self, recipe: Recipe, config: Any, host: Host) -> None:
-        self._recipe, self._config, self._host = recipe, config.get_text_config(), host
+        self._recipe, self._config, self._host = recipe, config, host
         self._memo = Memo()
         self._scaled: dict[Any, ScaledTrace | None] = {}
         self._schedules: dict[Any, Schedule] = {}
@@ -61,8 +64,8 @@ class Traces:
 
     def _sides(self) -> list[int]:
         """The model's own sides."""
-        sides = [v for v in self._config.to_dict().values() if isinstance(v, int) and v > 1]
-        return [*sides, self._recipe.lora.r]
+        sides = [side for side in tree_iter(self._config.to_dict()) if type(side) is int]
+        return [*{side for side in sides if side > 1}, self._recipe.lora.r]
 
     def _joined(self) -> list[int]:
         """Sides that joined matrices often have; any other one costs a second trace."""
@@ -125,7 +128,7 @@ class Traces:
         key, scaled = self._scaled_trace(step)
         if scaled is None:
             return None
-        sides = Sides.of(step.shape, self._config.vocab_size)
+        sides = Sides.of(step.shape, self._config.get_text_config().vocab_size)
         if (*key, sides) not in self._numbers:
             seconds = scaled.work(sides).seconds(Rates.of(self._host), scaled.repeats(sides))
             self._numbers[*key, sides] = scaled.sizes(sides), seconds

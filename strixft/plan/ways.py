@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from strixft.architecture import architecture_of
 from strixft.attention import Heads, Rung, ladder
 from strixft.errors import RecipeError
 from strixft.hardware import Host
@@ -44,7 +45,7 @@ def ways_for(recipe: Recipe, config: Any, host: Host, *, recomputed_layers: int 
         HostError: No attention is right on this machine.
     """
     train, on_gpu = recipe.train, host.device == "cuda"
-    heads = Heads.of(config)
+    heads = architecture_of(config).heads
     found = _ladder(heads, host, packing=recipe.dataset.packing)
     if train.attention != "auto":
         found = [rung for rung in found if rung.name == train.attention]

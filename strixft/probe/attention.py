@@ -9,14 +9,13 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from strixft.attention import Heads, Rung, attention_inputs, use_kernels
+from strixft.attention import Heads, Rung, layer_inputs, use_kernels
 from strixft.child import Figures
 from strixft.probe.numbers import allowed_error, judged, largest_error, milliseconds
 
@@ -50,9 +49,10 @@ class Subject:
         lengths = (*row, *reversed(row))
         generator = torch.Generator().manual_seed(0)
         counts = (heads.query_heads, heads.key_heads, heads.key_heads, heads.query_heads)
+        wide, of_value = heads.head_size, heads.value_size or heads.head_size
         query, key, value, gradient = (
-            torch.randn(sum(lengths), count, heads.head_size, generator=generator).to(dtype)
-            for count in counts
+            torch.randn(sum(lengths), count, size, generator=generator).to(dtype)
+            for count, size in zip(counts, (wide, wide, of_value, of_value), strict=True)
         )
         window = WINDOW[device] if windowed else None
         return cls(lengths, query, key, value, gradient, heads.softcap, window)
@@ -79,7 +79,7 @@ def reference(subject: Subject) -> list[Tensor]:
     """Result and gradients of queries, keys and values in float64, by plain products on the CPU."""
     names = ("query", "key", "value", "gradient")
     query, key, value, gradient = (getattr(subject, name).double() for name in names)
-    result = [torch.empty_like(tensor) for tensor in (query, query, key, value)]
+    result = [torch.empty_like(tensor) for tensor in (gradient, query, key, value)]
     groups, start = query.shape[1] // key.shape[1], 0
     for length in subject.lengths:
         place = slice(start, start + length)
@@ -157,16 +157,10 @@ class Way:
         ends = torch.tensor((0, *subject.lengths), device=self.device).cumsum(0)
         batch = {
             "input_ids": torch.zeros(self._shape, dtype=torch.int64, device=self.device),
-            "position_ids": None,
             "cu_seq_lens": ends.to(torch.int32),
             "longest": max(subject.lengths),
         }
-        config = SimpleNamespace(sliding_window=subject.window, layer_types=None)
-        return (
-            options
-            | {"sliding_window": subject.window}
-            | attention_inputs(self.rung, batch, config)
-        )
+        return options | layer_inputs(self.rung, batch, subject.window)
 
     def forward(self) -> Tensor:
         """The result, (B, T, H, D)."""

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import flop_registry
 
+from strixft.architecture import text_layers
 from strixft.model import base_of
 
 
@@ -46,8 +47,7 @@ BACKEND: Any = inductor
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers, in order."""
-    layers: nn.ModuleList = base_of(model).get_decoder().layers
-    return layers
+    return text_layers(base_of(model))
 
 
 def set_recompute(model: nn.Module, num_layers: int) -> None:

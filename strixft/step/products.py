@@ -140,6 +140,8 @@ def _is_reordered(view: fx.Node) -> bool:
         source = source.all_input_nodes[0]
     return (
         is_generated(source)
+        and isinstance(value_of(view), Tensor)  # a split gives several
+        and isinstance(value_of(source), Tensor)
         and value_of(view).is_contiguous()
         and not value_of(source).is_contiguous()
     )

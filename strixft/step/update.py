@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strixft.attention import RUNGS, Rung, attention_inputs, use_rung
+from strixft.architecture import Head, linear_head, text_decoder
+from strixft.attention import RUNGS, Rung, packed_rows, use_rung
 from strixft.data import Batch
-from strixft.families import family_of
 from strixft.model import base_of
 from strixft.recipe import Train
 from strixft.step.layers import compile_layers, keep_products, set_recompute
@@ -42,33 +42,29 @@ class Ways:
         return RUNGS[self.attention]
 
 
-def _has_linear_head(base: Any) -> bool:
-    return family_of(base.config.model_type).head == "linear"
-
-
-def _trained_hidden(base: Any, batch: Batch, ways: Ways) -> Tensor:
-    """Hidden states that predict trained tokens, (K, C)."""
-    inputs = attention_inputs(ways.rung, batch, base.config)
-    decoder = base.get_decoder()
-    hidden = decoder(input_ids=batch["input_ids"], use_cache=False, **inputs)[0]  # (B, T, C)
+def _trained_hidden(base: Any, batch: Batch, ways: Ways, scale: float) -> Tensor:
+    """Hidden states that predict trained tokens, (K, C), times a factor of the head."""
+    with packed_rows(ways.rung, batch) as inputs:
+        hidden = text_decoder(base)(input_ids=batch["input_ids"], use_cache=False, **inputs)[0]
     with part("head"):
         chosen: Tensor = hidden.flatten(0, 1).index_select(0, batch["positions"])
-        return chosen
+        return chosen if scale == 1 else chosen * scale
 
 
-def _linear_head_loss(base: Any, batch: Batch, ways: Ways) -> Tensor:
-    chosen = _trained_hidden(base, batch, ways)
+def _linear_head_loss(base: Any, head: Head, batch: Batch, ways: Ways) -> Tensor:
+    chosen, weight = (
+        _trained_hidden(base, batch, ways, head.scale),
+        base.get_output_embeddings().weight,
+    )
     with part("head"):
-        softcap = getattr(base.config, "final_logit_softcapping", None)
-        head = base.get_output_embeddings()
         return chunked_cross_entropy(
-            chosen, head.weight, batch["labels"], softcap, compiled=ways.compiled
+            chosen, weight, batch["labels"], head.softcap, compiled=ways.compiled
         )
 
 
 def _own_head_losses(base: Any, batch: Batch, ways: Ways, reduction: str) -> Tensor:
-    inputs = attention_inputs(ways.rung, batch, base.config)
-    logits = base(input_ids=batch["input_ids"], use_cache=False, **inputs).logits  # (B, T, V)
+    with packed_rows(ways.rung, batch) as inputs:
+        logits = base(input_ids=batch["input_ids"], use_cache=False, **inputs).logits  # (B, T, V)
     with part("head"):
         chosen = logits.flatten(0, 1).index_select(0, batch["positions"])  # (K, V)
         del logits
@@ -85,13 +81,12 @@ def token_losses(model: nn.Module, batch: Batch, ways: Ways = Ways()) -> Tensor:
         ways: How it is computed.
     """
     base = base_of(model)
-    if not _has_linear_head(base):
+    head = linear_head(base)
+    if head is None:
         return _own_head_losses(base, batch, ways, "none")
-    chosen = _trained_hidden(base, batch, ways)
-    softcap = getattr(base.config, "final_logit_softcapping", None)
-    return token_cross_entropy(
-        chosen, base.get_output_embeddings().weight, batch["labels"], softcap
-    )
+    chosen = _trained_hidden(base, batch, ways, head.scale)
+    weight = base.get_output_embeddings().weight
+    return token_cross_entropy(chosen, weight, batch["labels"], head.softcap)
 
 
 def batch_loss(
@@ -106,8 +101,8 @@ def batch_loss(
         ways: How it is computed.
     """
     base = base_of(model)
-    if _has_linear_head(base):
-        return _linear_head_loss(base, batch, ways) / num_trained
+    if (head := linear_head(base)) is not None:
+        return _linear_head_loss(base, head, batch, ways) / num_trained
     return _own_head_losses(base, batch, ways, "sum") / num_trained
 
 
