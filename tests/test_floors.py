@@ -18,7 +18,7 @@ FLOORS = [
     ["data", "attention", "guard", "int8", "config", "checkpoints", "stop"],
     ["loading"],
     ["model"],
-    ["prepare", "step"],
+    ["prepare", "step", "mergeable"],
     ["probe"],
     ["plan"],
     ["loop"],
