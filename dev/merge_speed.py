@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig
 
 from strixft.export.merge import merge
+from strixft.recipe import Recipe
 
 C, D, R = 4096, 14336, 16
 
@@ -23,15 +25,17 @@ def write_base(base: Path, adapter: Path, gigabytes: float) -> None:
     """Matrices of an 8B's feed-forward layers, and an adapter for all of them."""
     count = max(1, int(gigabytes * 1e9 / (2 * C * D)))
     names = [f"model.layers.{n}.mlp.up_proj" for n in range(count)]
-    for number, name in enumerate(names):
-        weight = torch.randn(D, C, dtype=torch.bfloat16)
-        save_file({f"{name}.weight": weight}, base / f"model-{number:05}.safetensors")
+    files = {f"{name}.weight": f"model-{n:05}.safetensors" for n, name in enumerate(names)}
+    for name, file in files.items():
+        save_file({name: torch.randn(D, C, dtype=torch.bfloat16)}, base / file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     pairs = {"lora_A": torch.randn(R, C), "lora_B": torch.randn(D, R)}
     tensors = {
         f"base_model.model.{n}.{k}.weight": v.clone() for n in names for k, v in pairs.items()
     }
     save_file(tensors, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": R, "lora_alpha": 2 * R, "base_model_name_or_path": "x"}
+    LlamaConfig(hidden_size=C, intermediate_size=D, num_hidden_layers=count).save_pretrained(base)
+    config = {"peft_type": "LORA", "r": R, "lora_alpha": 2 * R, "target_modules": ["up_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -60,7 +64,8 @@ if __name__ == "__main__":
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     began = time.monotonic()
-    merge(base, adapter, target, "native")
+    recipe = Recipe.model_validate({"model": str(base), "dataset": {"source": "none"}})
+    merge(recipe, base, adapter, target)
     merge_s = time.monotonic() - began
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"copy {copy_s:.1f} s, merge {merge_s:.1f} s, {copy_s / merge_s:.2f} of a copy's speed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from strixft.errors import RecipeError
@@ -13,6 +14,12 @@ SAMPLES = 256
 SAMPLE_BYTES = 64 * 2**10
 """Of larger ones so many stretches of this size are hashed: 16 MiB of each."""
 _READ = ("*.safetensors", "*.json", "*.jinja", "*.model")
+BESIDE = (
+    "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "merges.*", "vocab.*",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+"""What belongs to a model beside its weights: settings, tokenizer, templates, its own code."""
+_NOT_BESIDE = ("*.index.json", "adapter_config.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONVERT = (
     """python -c "import torch, safetensors.torch as s; """
@@ -37,6 +44,35 @@ def model_folder(source: str) -> Path | None:
     except ValueError:  # neither a folder nor a name that the hub could have
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """Return the files with the weights of a model; none where they have other names than usual.
+
+    Weights of another format or of another tool may lie beside them, such as
+    `consolidated.safetensors`: they are never read.
+
+    Args:
+        folder: Of the model.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(listed))]
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else []
+
+
+def beside_weights(folder: Path) -> list[Path]:
+    """Return the files of a model that are taken along with its weights.
+
+    Args:
+        folder: Of the model.
+    """
+    found = {path for kind in BESIDE for path in folder.glob(kind) if path.is_file()}
+    code = (path.relative_to(folder) for path in folder.rglob("*.py"))
+    found |= {folder / path for path in code if not any(p.startswith(".") for p in path.parts)}
+    return sorted(path for path in found if not any(map(path.match, _NOT_BESIDE)))
 
 
 def sampled_hash(path: Path) -> str:
@@ -72,7 +108,7 @@ def refuse_pickles(source: str) -> None:
         RecipeError: With a command that converts them without running any.
     """
     folder = model_folder(source)
-    if folder is None or any(folder.glob("*.safetensors")):
+    if folder is None or shard_paths(folder):
         return
     pickles = sorted(path for kind in _PICKLES for path in folder.glob(kind))
     if pickles:

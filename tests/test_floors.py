@@ -19,7 +19,7 @@ FLOORS = [
     ["architecture"],
     ["loading", "targets"],
     ["model"],
-    ["prepare", "step"],
+    ["prepare", "step", "mergeable"],
     ["probe"],
     ["plan"],
     ["loop"],

@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 from strixft import attention, int8, loading
 from strixft.errors import RecipeError, StageError
 from strixft.loading import cache
-from strixft.loading.shards import Shard, shard_paths
+from strixft.loading.shards import Shard
 from strixft.loading.streamed import streaming, sums_of
 from strixft.methods import METHODS
 from strixft.model import _quantization, load_base, load_config, shape_base
 from strixft.recipe import Recipe, load_recipe
+from strixft.weights import shard_paths
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 320,

@@ -18,11 +18,11 @@ from strixft.exports import QUANTISATIONS, with_needs
 from strixft.guard import StageWatch
 from strixft.llama import require_runtime
 from strixft.methods import METHODS
-from strixft.model import load_tokenizer, model_source
+from strixft.model import load_config, load_tokenizer, model_source
 from strixft.opening import set_aside
 from strixft.runs import Run, write_text
 from strixft.train import ADAPTER, Trained
-from strixft.weights import model_folder
+from strixft.weights import model_folder, shard_paths
 
 __all__ = ["Exported", "export_recipe"]
 
@@ -30,6 +30,8 @@ DEFAULT = ("gguf",)
 """Made where neither recipe nor command say what."""
 SERVED = ("gguf", "gguf-lora")
 """Kinds that are started and compared with the trained model."""
+UNPACKED_FROM_BITS = 4
+"""Fewest bits of a weight in the files of a quantised base, which are written as 16."""
 SMALL_BYTES = 64 * 2**20
 """Room for what stands beside the weights."""
 
@@ -50,7 +52,9 @@ def _needed_bytes(run: Run, kinds: tuple[str, ...], base_folder: Path) -> int:
     A copy of the base, each GGUF file, and in float16 what is quantised further or carries an
     adapter.
     """
-    size = sum(file.stat().st_size for file in base_folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in shard_paths(base_folder))
+    if getattr(load_config(run.recipe), "quantization_config", None):
+        size *= 16 // UNPACKED_FROM_BITS
     asked = run.recipe.export.gguf
     files = sum(QUANTISATIONS[kind].bits / 16 for kind in asked)
     files += "f16" not in asked and not set(asked) <= set(gguf.DIRECT)

@@ -12,8 +12,8 @@ from typing import Any
 
 from strixft.disk import folder_bytes
 from strixft.export import gguf, texts
-from strixft.export.candidates import compare_merges
-from strixft.export.merge import merge
+from strixft.export.check import ROWS, check_merged
+from strixft.export.merge import copy_beside, merge
 from strixft.exports import QUANTISATIONS
 from strixft.methods import METHODS, Method
 from strixft.model import load_tokenizer
@@ -21,8 +21,12 @@ from strixft.prepare import Prepared
 from strixft.runs import Run, write_text
 
 MERGED = "merged"
-STORED = {"original": "original weights", "dequantised": "as stored in training"}
-"""Which base the merged model has, in words."""
+STORED = {
+    "native": "the base's own weights",
+    "nf4": "the base's 4-bit weights, as training stored them",
+    "int8": "the base's 8-bit weights, as training stored them",
+}
+"""What the adapter is merged into, by how the method keeps the base."""
 Made = dict[str, Any]
 
 
@@ -68,35 +72,30 @@ class Job:
         rows = self.run.require(Prepared).token_rows(self.run.recipe.dataset).validation
         return list(rows)
 
-
-def _compared(job: Job) -> Made:
-    """The figures that choose the base, where there is a choice and rows to compare on."""
-    rows = job.held_out() if job.method.base != "native" else []
-    if not rows:
-        return {}
-    return {"compared": compare_merges(job.run.recipe, job.base_folder, job.adapter, rows)}
+    def compared(self) -> list[dict[str, Any]]:
+        """Rows on which the merged model is compared: held out, then trained on."""
+        rows = self.run.require(Prepared).token_rows(self.run.recipe.dataset)
+        sides = (rows.validation, rows.train)
+        return [side[index] for side in sides for index in range(min(ROWS, len(side)))][:ROWS]
 
 
 def _merge(job: Job) -> Made:
     temporary = job.folder / f".{MERGED}"
     for old in (temporary, job.merged):
         shutil.rmtree(old, ignore_errors=True)
-    figures = _compared(job)
-    default = "original" if job.method.base == "native" else "dequantised"
-    chosen = figures["compared"]["chosen"] if figures else default
+    temporary.mkdir()
     began = time.monotonic()
     if job.method.adapter == "none":
-        shutil.copytree(job.base_folder, temporary, ignore=shutil.ignore_patterns("*.safetensors*"))
+        copy_beside(job.base_folder, temporary)
         shutil.copytree(job.adapter, temporary, dirs_exist_ok=True)
     else:
-        temporary.mkdir()
-        kept = job.method.base if chosen == "dequantised" else "native"
-        merge(job.base_folder, job.adapter, temporary, kept)
+        merge(job.run.recipe, job.base_folder, job.adapter, temporary)
+    seconds, size = time.monotonic() - began, folder_bytes(temporary)
+    check = check_merged(job.run.recipe, job.adapter, temporary, job.compared())
     temporary.rename(job.merged)
-    seconds, size = time.monotonic() - began, folder_bytes(job.merged)
     rate = round(size / max(seconds, 1e-3))
     place = {"path": str(job.merged), "bytes": size, "bytes_per_s": rate}
-    return {**place, "base": STORED[chosen], **figures}
+    return {**place, "base": STORED[job.method.base], "check": check}
 
 
 def _gguf(job: Job) -> Made:

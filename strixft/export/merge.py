@@ -1,267 +1,363 @@
-"""The trained weights put into the base, stretch by stretch: never a whole file in memory.
+"""The trained weights put into the base, tensor by tensor: never a whole file in memory.
 
-A safetensors file keeps its header and the place of each tensor; only the values of adapted tensors
-change. What the base was to the training, 4-bit or 8-bit, it is in the merged model too: those
-weights are quantised and dequantised again, so that the merged model answers like the trained one.
-
-Shapes: D rows out, C columns in, R rank.
+transformers' rules of loading say which tensors of the files become which parameter; PEFT merges a
+parameter; the same rules, followed backwards, say where its numbers stand in the files. Names,
+files and types stay those of the base. What the base was to the training, 4-bit or 8-bit, it is in
+the merged model too: those weights are quantised and dequantised again, so that the merged model
+answers like the trained one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from strixft.disk import sync
 from strixft.errors import StageError
+from strixft.guard import device_type, find_host
 from strixft.int8 import LARGEST
 from strixft.loading.shards import DTYPES, Entry, Shard
+from strixft.mergeable import (
+    PACKED,
+    Group,
+    adapted_parameters,
+    groups_for,
+    own_names,
+    quantised_parameters,
+)
+from strixft.methods import METHODS
+from strixft.model import load_config, native_dtype, shape_base
+from strixft.recipe import Recipe
+from strixft.runs import write_text
+from strixft.weights import beside_weights, shard_paths
 
 STRETCH_BYTES = 4 * 2**20
-"""Read, changed and written at once."""
-MERGED = ("F32", "F16", "BF16")
-"""Types of weights that an update can be added to."""
-_PREFIX = "base_model.model."
-_NOT_QUANTISED = ("embed", "lm_head")
+"""Copied at once."""
 AGAIN = "strixft run {0} --from train"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What an adapter adds to one weight."""
+class _Base:
+    """The weights of the base, by their names in its files."""
 
-    a: Tensor
-    """(R, C), float32."""
-    b: Tensor
-    """(D, R), float32, scaled already."""
-    magnitude: Tensor | None = None
-    """Trained length of each row, (D,), where the adapter is DoRA's."""
+    def __init__(self, shards: Sequence[Shard], packed_as: torch.dtype) -> None:
+        self._shards = {name: shard for shard in shards for name in shard.entries}
+        self._packed_as = packed_as
+        self.entries: dict[str, Entry] = {n: s.entries[n] for n, s in self._shards.items()}
 
-    def to(self, device: str) -> Update:
-        """The same on a device."""
-        length = self.magnitude
-        return Update(
-            self.a.to(device), self.b.to(device), None if length is None else length.to(device)
-        )
+    def is_packed(self, name: str) -> bool:
+        """It was quantised by bitsandbytes."""
+        return self.entries[name].dtype in PACKED
 
-    def apply_(self, weight: Tensor, rows: slice) -> None:
-        """Turn rows of the base's weight, (D, C) in float32, into the merged ones."""
-        weight.addmm_(self.b[rows], self.a)
-        if self.magnitude is not None:
-            weight.mul_((self.magnitude[rows] / weight.norm(dim=1)).unsqueeze(1))
+    def shape_of(self, name: str) -> Sequence[int]:
+        """The shape of a weight, unpacked."""
+        kinds = [n for n in self.entries if n.startswith(f"{name}.quant_state.")]
+        if not kinds:
+            return self.entries[name].shape
+        shape: list[int] = json.loads(self.stored(kinds[0]).numpy().tobytes())["shape"]
+        return shape
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type of a weight, of a packed one the type that it is written in."""
+        return self._packed_as if self.is_packed(name) else DTYPES[self.entries[name].dtype]
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        entry = self.entries[name]
+        stored = torch.empty(entry.size_bytes, dtype=torch.uint8)
+        self._shards[name].read(stored, entry.start)
+        return stored.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def unchanged(self, name: str) -> Iterator[Tensor]:
+        """A weight that is not merged into, stretch by stretch."""
+        if self.is_packed(name):
+            yield self.read(name).to(self._packed_as)
+            return
+        entry = self.entries[name]
+        for start in range(0, entry.size_bytes, STRETCH_BYTES):
+            stretch = torch.empty(min(STRETCH_BYTES, entry.size_bytes - start), dtype=torch.uint8)
+            self._shards[name].read(stretch, entry.start + start)
+            yield stretch
+
+    def read(self, name: str) -> Tensor:
+        """A weight; one that bitsandbytes has packed is unpacked, in float32."""
+        if not self.is_packed(name):
+            return self.stored(name)
+        if self.entries[name].dtype == "I8":
+            scales = self.stored(name.removesuffix("weight") + "SCB")
+            return _from_int8(self.stored(name), scales)
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        beside = {n: self.stored(n) for n in self.entries if n.startswith(f"{name}.")}
+        state = QuantState.from_dict(beside, torch.device("cpu"))
+        found: Tensor = dequantize_4bit(self.stored(name), state).float()
+        return found
 
 
-class _Scratch:
-    """Memory for one stretch, used again: fresh memory costs more time than the product."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._floats = torch.empty(0)
-
-    def bytes(self, size: int) -> Tensor:
-        """Memory of this size, (size,)."""
-        if len(self._bytes) < size:
-            self._bytes = torch.empty(size, dtype=torch.uint8)
-        return self._bytes[:size]
-
-    def floats(self, weight: Tensor) -> Tensor:
-        """A weight in float32."""
-        if len(self._floats) < weight.numel():
-            self._floats = torch.empty(weight.numel())
-        return self._floats[: weight.numel()].view_as(weight).copy_(weight)
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    found: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
-    return found
-
-
-def read_updates(folder: Path) -> dict[str, Update]:
-    """What a trained adapter adds to each weight, by the weight's name.
+class _File:
+    """A safetensors file that is filled in any order.
 
     Args:
-        folder: Of the adapter, as PEFT writes it.
-
-    Raises:
-        StageError: It has tensors of another kind than LoRA's and DoRA's.
+        path: Where it goes.
+        rows: Type and shape of each tensor, by name.
     """
-    from peft import LoraConfig
 
-    config = LoraConfig.from_pretrained(folder)
-    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    found = {
-        name.removeprefix(_PREFIX): tensor.float() for name, tensor in _tensors(folder).items()
-    }
-    updates = {}
-    for name in [name for name in found if name.endswith(".lora_A.weight")]:
-        module = name.removesuffix(".lora_A.weight")
-        a, b = found.pop(name), found.pop(f"{module}.lora_B.weight")
-        length = found.pop(f"{module}.lora_magnitude_vector", None)
-        updates[f"{module}.weight"] = Update(a, b * scale, length)
-    if found:
-        raise StageError(
-            f"the adapter in {folder} holds {next(iter(found))}, which is not known how to merge",
-            fix=AGAIN.format("RECIPE"),
-        )
-    return updates
+    def __init__(self, path: Path, rows: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._starts, end = {}, 0
+        for name, (dtype, shape) in rows.items():
+            self._starts[name], start = end, end
+            end += math.prod(shape) * dtype.itemsize
+            row = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = row
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self.path, self._first, self._file = path, 8 + len(text), path.open("wb", buffering=0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._first + end)
 
+    def write(self, name: str, parts: Iterable[Tensor]) -> None:
+        """Put a tensor in its place, piece by piece."""
+        start = self._first + self._starts[name]
+        for part in parts:
+            view = part.contiguous().view(-1).view(torch.uint8).numpy().data
+            while view:
+                done = os.pwrite(self._file.fileno(), view, start)
+                view, start = view[done:], start + done
 
-def _stretches(shape: tuple[int, ...], element_bytes: int, whole: bool) -> Iterator[slice]:
-    rows = shape[0]
-    step = rows if whole else max(1, STRETCH_BYTES // max(1, element_bytes * shape[1]))
-    for start in range(0, rows, step):
-        yield slice(start, min(rows, start + step))
-
-
-def quantise_nf4(weight: Tensor) -> tuple[Tensor, Any]:
-    """A weight as QLoRA stores it: packed values, and the scales with the shape."""
-    from bitsandbytes.functional import quantize_4bit
-
-    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-    return packed, state
+    def close(self) -> None:
+        """Flush it."""
+        self._file.close()
+        sync(self.path)
 
 
-def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight as LLM.int8 stores it: integers (D, C), and the largest value of each row (D,)."""
-    from bitsandbytes.functional import int8_vectorwise_quant
-
-    integers, scales, _ = int8_vectorwise_quant(weight.half())
-    return integers, scales
+def _from_int8(integers: Tensor, scales: Tensor) -> Tensor:
+    return integers.float().mul_((scales.float() / LARGEST).unsqueeze(1))
 
 
 def as_stored(weight: Tensor, base: str) -> Tensor:
-    """A weight as training saw it, in float32.
+    """Return a weight as training saw it, in float32.
 
     Args:
-        weight: Of the original checkpoint, (D, C).
+        weight: Of the original checkpoint, (D, C), on the device and in the type of training.
         base: How the method keeps the base.
     """
     if base == "nf4":
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-        found: Tensor = dequantize_4bit(*quantise_nf4(weight)).float()
+        packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+        found: Tensor = dequantize_4bit(packed, state).float()
         return found
     if base == "int8":
-        integers, scales = quantise_int8(weight)
-        return integers.float().mul_((scales / LARGEST).unsqueeze(1))
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        integers, scales, _ = int8_vectorwise_quant(weight.half())
+        return _from_int8(integers, scales)
     return weight.float()
 
 
-def is_quantised(name: str, shape: tuple[int, ...], base: str) -> bool:
-    """Whether the method keeps this weight quantised.
+def load_adapted(config: Any, adapter: Path, device: str) -> nn.Module:
+    """Return the base on `meta` with a trained adapter on a device.
 
     Args:
-        name: Of the weight in the checkpoint.
-        shape: Its sides.
-        base: How the method keeps the base.
+        config: The base's configuration.
+        adapter: Folder of the adapter, as PEFT writes it.
+        device: Of the adapter.
+
+    Raises:
+        StageError: The adapter is another model's, not whole, or holds more than can be merged.
     """
-    linear = len(shape) == 2 and name.endswith(".weight")
-    return base != "native" and linear and not any(word in name for word in _NOT_QUANTISED)
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import load_peft_weights
 
-
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """The file that is read, the one that is written, and memory for a stretch of them."""
-
-    read: Shard
-    write: IO[bytes]
-    scratch: _Scratch
-
-    def merge(self, entry: Entry, update: Update | None, base: str) -> None:
-        """Read a tensor, change it, write it."""
-        dtype, shape, start = DTYPES[entry.dtype], entry.shape, entry.start
-        whole = base != "native"  # the scales of a quantised weight are those of all its rows
-        for rows in _stretches(shape, dtype.itemsize, whole):
-            stored = self._stretch(start, (rows.stop - rows.start) * shape[1] * dtype.itemsize)
-            start += len(stored)
-            weight = stored.view(dtype).view(-1, shape[1])
-            merged = as_stored(weight, base) if whole else self.scratch.floats(weight)
-            if update:
-                update.apply_(merged, rows)
-            weight.copy_(merged)
-            self.write.write(stored.numpy().data)
-
-    def copy(self, start: int, size: int) -> None:
-        """Read and write bytes as they are."""
-        for begin in range(start, start + size, STRETCH_BYTES):
-            stretch = min(start + size - begin, STRETCH_BYTES)
-            self.write.write(self._stretch(begin, stretch).numpy().data)
-
-    def _stretch(self, start: int, size: int) -> Tensor:
-        """Bytes of the file that is read, (size,)."""
-        found = self.scratch.bytes(size)
-        self.read.read(found, start)
-        return found
-
-
-def merge_file(source: Path, target: Path, updates: Mapping[str, Update], base: str) -> set[str]:
-    """Write a file of the base with the updates in it; returns the names that got one.
-
-    Args:
-        source: A safetensors file of the base.
-        target: Where the merged one goes.
-        updates: By the weight's name.
-        base: How the method keeps the base: `native`, `nf4` or `int8`.
-    """
-    done = set()
-    with Shard(source) as shard, target.open("wb", buffering=0) as write:
-        files = _Files(shard, write, _Scratch())
-        files.copy(0, shard.first)
-        for name, entry in shard.entries.items():
-            update, quantised = updates.get(name), is_quantised(name, entry.shape, base)
-            if update is None and not quantised:
-                files.copy(entry.start, entry.size_bytes)
-                continue
-            _check(source, name, entry, update)
-            files.merge(entry, update, base if quantised else "native")
-            done |= {name} if update else set()
-    sync(target)
-    return done
-
-
-def _check(source: Path, name: str, entry: Entry, update: Update | None) -> None:
-    if entry.dtype not in MERGED:
+    state = load_peft_weights(str(adapter), device="cpu")
+    strange = [name for name in state if ".lora_" not in name]
+    if strange:
         raise StageError(
-            f"{name} in {source} is stored as {entry.dtype}, which cannot be merged into",
-            fix="model: the version of the base that is not quantised",
-        )
-    if update and (len(update.b), update.a.shape[1]) != entry.shape:
-        raise StageError(
-            f"{name} is {list(entry.shape)} in {source} and"
-            f" {[len(update.b), update.a.shape[1]]} in the adapter: it is another base model's",
+            f"the adapter in {adapter} holds {strange[0]}, which is not known how to merge",
             fix=AGAIN.format("RECIPE"),
         )
+    base = shape_base(config, METHODS["lora"], torch.float32)
+    with torch.device("meta"):
+        model: nn.Module = PeftModel(base, PeftConfig.from_pretrained(adapter))
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.adapter_layer_names:
+                getattr(layer, name).to_empty(device=device)
+    try:
+        result = set_peft_model_state_dict(model, state)
+    except RuntimeError as error:
+        raise StageError(
+            f"the adapter in {adapter} is another base model's: {' '.join(str(error).split())}",
+            fix=AGAIN.format("RECIPE"),
+        ) from error
+    missing = [name for name in result.missing_keys if ".lora_" in name] + result.unexpected_keys
+    if missing:
+        raise StageError(
+            f"the adapter in {adapter} and the base do not belong together: {missing[0]}",
+            fix=AGAIN.format("RECIPE"),
+        )
+    return model
 
 
-def merge(base_folder: Path, adapter: Path, target: Path, base: str) -> None:
-    """Write a model folder: the base with a trained adapter in it.
+class _Merger:
+    """Parameters of the base turned into the merged ones."""
+
+    def __init__(self, recipe: Recipe, config: Any, adapter: Path) -> None:
+        self._device, self._base = device_type(), METHODS[recipe.method].base
+        host = find_host(recipe.memory.host)
+        self._dtype = native_dtype(self._device, bfloat16=host.bfloat16)
+        self._model = load_adapted(config, adapter, self._device)
+        self._adapted = adapted_parameters(self._model)
+        self._quantised = quantised_parameters(config, self._base, self._dtype)
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of the parameters that are not those of the base's files."""
+        return self._adapted.keys() | self._quantised
+
+    @torch.no_grad()
+    def merged(self, name: str, weight: Tensor, *, is_packed: bool) -> Tensor:
+        """A parameter of the merged model, in float32 on the device.
+
+        Args:
+            name: Of the parameter.
+            weight: As the base's files have it.
+            is_packed: It was unpacked: it is what training saw.
+        """
+        if name in self._quantised and not is_packed:
+            weight = as_stored(weight.to(self._device, self._dtype), self._base)
+        weight = weight.to(self._device, torch.float32)
+        if name not in self._adapted:
+            return weight
+        layer, owner, leaf = self._adapted[name]
+        empty = owner._parameters[leaf]
+        owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+        layer.merge()  # type: ignore[operator]
+        found = owner._parameters[leaf]
+        owner._parameters[leaf] = empty
+        assert found is not None
+        return found.data
+
+
+def _places(group: Group, shapes: Mapping[str, Sequence[int]], model: Any) -> dict[str, Tensor]:
+    """Where each number of a group's parameters stands, counted through its tensors.
+
+    Raises:
+        StageError: Loading does more than put numbers elsewhere, so there is no way back.
+    """
+    total = sum(math.prod(shape) for shape in shapes.values())
+    kind, start, numbered = torch.int32 if total < 2**31 else torch.int64, 0, {}
+    for name, shape in shapes.items():
+        end = start + math.prod(shape)
+        numbered[name], start = torch.arange(start, end, dtype=kind).view(*shape), end
+    found = group.convert(numbered, model)
+    seen = torch.zeros(total, dtype=torch.bool)
+    for places in found.values():
+        seen[places.flatten().long()] = True
+    if not seen.all() or sum(places.numel() for places in found.values()) != total:
+        raise StageError(
+            f"{group.target} is computed of {group.names[0]}, which cannot be undone",
+            fix="--to gguf-lora   (the adapter alone)",
+        )
+    return found
+
+
+def _merge_group(group: Group, base: _Base, merger: _Merger, model: Any) -> dict[str, Tensor]:
+    """The tensors of a group as the files of the merged model hold them."""
+    is_packed = base.is_packed(group.names[0])
+    tensors = {name: base.read(name) for name in group.names}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    made = group.convert(tensors, model)
+    del tensors
+    if group.transform is None:
+        [name], [(target, weight)] = group.names, made.items()
+        merged = merger.merged(target, weight, is_packed=is_packed)
+        return {name: merged.to(base.dtype_of(name)).cpu()}
+    flat = torch.empty(sum(math.prod(shape) for shape in shapes.values()))
+    for target, places in _places(group, shapes, model).items():
+        merged = merger.merged(target, made.pop(target), is_packed=is_packed)
+        flat[places.flatten().long()] = merged.flatten().cpu()
+    parts = flat.split([math.prod(shape) for shape in shapes.values()])
+    return {
+        name: part.view(shape).to(base.dtype_of(name))
+        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
+
+
+def merge(recipe: Recipe, base_folder: Path, adapter: Path, target: Path) -> None:
+    """Write a model folder: the base as it was trained on, with a trained adapter in it.
 
     Args:
+        recipe: Of the run.
         base_folder: With `config.json`, the tokenizer and safetensors files.
         adapter: Folder of the adapter.
         target: An empty folder.
-        base: How the method keeps the base.
 
     Raises:
         StageError: Adapter and base do not belong together.
     """
-    updates = read_updates(adapter)
-    files = sorted(base_folder.glob("*.safetensors"))
-    done = {name for file in files for name in merge_file(file, target / file.name, updates, base)}
-    missing = updates.keys() - done
-    if missing:
-        raise StageError(
-            f"the base in {base_folder} has no {sorted(missing)[0]}, which the adapter changes",
-            fix=AGAIN.format("RECIPE"),
-        )
-    for kind in ("*.json", "*.jinja", "*.model", "*.txt"):
-        for file in base_folder.glob(kind):
-            shutil.copyfile(file, target / file.name)
+    config = load_config(recipe)
+    merger = _Merger(recipe, config, adapter)
+    model = shape_base(config, METHODS["lora"], torch.float32)
+    with contextlib.ExitStack() as stack:
+        shards = [stack.enter_context(Shard(path)) for path in shard_paths(base_folder)]
+        base = _Base(shards, written_as(config))
+        groups = groups_for(model, base.entries, merger.changed)
+        names = own_names(base.entries)
+        files: dict[str, _File] = {}
+        for shard in shards:
+            own = [name for name in names if name in shard.entries]
+            rows = {name: (base.dtype_of(name), base.shape_of(name)) for name in own}
+            file = _File(target / shard.path.name, rows)
+            stack.callback(file.close)
+            files |= dict.fromkeys(own, file)
+        for group, _ in groups:
+            for name, tensor in _merge_group(group, base, merger, model).items():
+                files[name].write(name, [tensor])
+        changed = {name for group, _ in groups for name in group.names}
+        for name in names:
+            if name not in changed:
+                files[name].write(name, base.unchanged(name))
+    copy_beside(base_folder, target)
+    _write_index(target, files)
+
+
+def written_as(config: Any) -> torch.dtype:
+    """Return the type in which unpacked weights are written."""
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.itemsize > 1 else torch.bfloat16
+
+
+def _write_index(target: Path, files: Mapping[str, _File]) -> None:
+    if len(set(files.values())) > 1:
+        size = sum(file.path.stat().st_size for file in set(files.values()))
+        names = {name: file.path.name for name, file in files.items()}
+        index = {"metadata": {"total_size": size}, "weight_map": names}
+        write_text(target / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def copy_beside(base_folder: Path, target: Path) -> None:
+    """Copy what a model needs beside its weights: settings, tokenizer, templates, its own code.
+
+    Args:
+        base_folder: Of the base.
+        target: Folder of the merged model.
+    """
+    for file in beside_weights(base_folder):
+        place = target / file.relative_to(base_folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    if config.pop("quantization_config", None):
+        write_text(target / "config.json", json.dumps(config, indent=2) + "\n")

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from strixft import views
 from strixft.errors import StageError
+from strixft.export.check import LEAST_TOP1, MOST_DIFFERENCE, MOST_KL
 from strixft.runs import Result, resume_command
-from strixft.units import format_gib, format_number
+from strixft.units import format_gib
 
 Table = tuple[list[list[str]], list[str]]
 """Rows and header."""
@@ -55,7 +56,7 @@ class Exported(Result):
         return f"{command} --set 'export.gguf=[f16]', or {_MERGED_FIX}"
 
     def tables(self) -> list[Table]:
-        """What was made; the merges that were compared; the files beside the trained model."""
+        """What was made; the merged model and the files beside the trained model."""
         made = [
             [kind, row.get("path", ""), format_gib(row.get("bytes")), row.get("type", "")]
             for kind, row in self.figures["made"].items()
@@ -66,7 +67,7 @@ class Exported(Result):
         ]
         found = [
             (made, ["export", "where", "size", "type this"]),
-            merges_table(self.figures["made"]),
+            check_table(self.figures["made"]),
             (parity, ["file", "same next token", "same answer", ""]),
         ]
         return [(rows, header) for rows, header in found if rows]
@@ -78,27 +79,27 @@ class Exported(Result):
         return f"{warnings}{tables}{compared}"
 
 
-def merges_table(made: Mapping[str, Any]) -> Table:
-    """Candidates of a quantised run's merge; no rows if none were compared.
+def check_table(made: Mapping[str, Any]) -> Table:
+    """The merged model beside the trained one; no rows if none was made.
 
     Args:
         made: Figures of what was made, by kind.
     """
-    found = made.get("merged", {}).get("compared")
-    header = ["merged into", "KL to the trained function", "perplexity", ""]
+    found = made.get("merged", {}).get("check")
+    header = ["merged model beside the trained one", "", "bound"]
     if not found:
         return [], header
+    bounds = [f"at most {MOST_DIFFERENCE:g}", "", ""] if found["exact"] else None
+    difference, kl, top1 = bounds or ["", f"at most {MOST_KL:g}", f"at least {LEAST_TOP1}"]
+    where = ", a part of it read from disk" if found["offloaded"] else ""
     rows = [
-        [
-            name,
-            f"{row['kl']:.2g}",
-            format_number(row["perplexity"]),
-            "written" if name == found["chosen"] else "",
-        ]
-        for name, row in found["candidates"].items()
+        ["merged into", str(made["merged"]["base"]), ""],
+        ["rows, tokens", f"{found['rows']}, {found['tokens']}{where}", ""],
+        ["largest difference of logits", f"{found['max_difference']:.1e}", difference],
+        ["KL, nats a token", f"{found['kl']:.1e}", kl],
+        ["same next token", f"{found['top1']:.4f}", top1],
     ]
-    trained = ["as trained", "0", format_number(found["trained_perplexity"]), ""]
-    return [*rows, trained], header
+    return rows, header
 
 
 def _told(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from strixft.export.result import merges_table
+from strixft.export.result import check_table
 from strixft.prepare import Prepared
 from strixft.recipe import dump_recipe
 from strixft.runs import Result, Run
@@ -88,8 +88,8 @@ def _metrics(evaluated: Result | None) -> str:
     return f"| held-out rows | base | tuned |\n| --- | --- | --- |\n{rows}"
 
 
-def _merges(made: Mapping[str, Any]) -> str:
-    rows, header = merges_table(made)
+def _check(made: Mapping[str, Any]) -> str:
+    rows, header = check_table(made)
     if not rows:
         return ""
     lines = [header, ["---"] * len(header), *rows]
@@ -138,7 +138,7 @@ tags: [{recipe.method}, strixft]
 ## Figures
 
 {_metrics(evaluated)}
-{_merges(made)}{_parity(parity)}
+{_check(made)}{_parity(parity)}
 ## Recipe
 
 ```yaml

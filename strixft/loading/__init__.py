@@ -19,9 +19,10 @@ from torch import nn
 from strixft.architecture import auto_class
 from strixft.errors import StageError
 from strixft.loading import cache
-from strixft.loading.shards import DTYPES, Shard, shard_paths
+from strixft.loading.shards import DTYPES, Shard
 from strixft.loading.streamed import DamagedError, Sums, streaming
 from strixft.progress import say
+from strixft.weights import shard_paths
 
 __all__ = ["Target", "load_weights"]
 

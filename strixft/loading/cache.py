@@ -25,13 +25,12 @@ from torch import nn
 from strixft.checkpoints import read_manifest, write_manifest
 from strixft.disk import free_bytes, is_full, sync
 from strixft.errors import StageError
-from strixft.loading.shards import shard_paths
 from strixft.loading.streamed import Sums, sums_of
 from strixft.locks import hold
 from strixft.progress import say
 from strixft.text import redact_all
 from strixft.units import GIB, format_gib
-from strixft.weights import sampled_hash
+from strixft.weights import sampled_hash, shard_paths
 
 FORMAT = 1
 """Of this cache: counted up when what is written changes."""

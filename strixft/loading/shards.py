@@ -117,17 +117,3 @@ def _read_header(path: Path) -> tuple[int, dict[str, Entry]]:
 def _entry(first: int, row: dict[str, list[int]]) -> Entry:
     start, end = row["data_offsets"]
     return Entry(str(row["dtype"]), tuple(row["shape"]), first + start, end - start)
-
-
-def shard_paths(folder: Path) -> list[Path]:
-    """The files with the weights of a model; none where they have other names than usual.
-
-    Args:
-        folder: Of the model.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(listed))]
-    whole = folder / "model.safetensors"
-    return [whole] if whole.is_file() else []

@@ -1,0 +1,212 @@
+"""`merged = adapter`: the merged model beside the one that was trained, on a few rows.
+
+Shapes: K positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strixft import attention
+from strixft.attention import Heads, ladder, use_rung
+from strixft.errors import StageError
+from strixft.evaluate import load_side
+from strixft.guard import budget_for, device_type, find_host
+from strixft.loading.shards import Shard
+from strixft.methods import METHODS
+from strixft.model import native_dtype
+from strixft.recipe import Recipe
+from strixft.weights import shard_paths
+
+ROWS = 4
+"""Held-out rows that are compared."""
+TOKENS = 1024
+"""Most tokens of a row; so many logits of the largest vocabulary take 1 GiB."""
+POSITIONS = 256
+"""Most positions of a row that are compared: the last ones."""
+MOST_DIFFERENCE = 1e-5
+"""Of two logits in float32, as a share of the largest logit."""
+MOST_KL = 1e-3
+"""Nats a token, where weights are rounded: the trained function's mean divergence from it."""
+LEAST_TOP1 = 0.99
+"""Share of positions at which both choose the same token."""
+LEAST_LEARNED_KL = 1e-6
+"""Below it training has changed too little for its absence to show."""
+
+Logits = list[Tensor]
+"""(K, V) of each row, float32, on the host."""
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Logits:
+    found = []
+    for row in rows:
+        ids = torch.tensor([list(row["input_ids"][:TOKENS])], device=device_type())
+        scores: Tensor = model(input_ids=ids, use_cache=False).logits[0, -POSITIONS:]
+        found.append(scores.float().cpu())
+    return found
+
+
+def _divergence(left: Logits, right: Logits) -> float:
+    """Mean over all positions of KL(left ‖ right), in nats."""
+    total, count = 0.0, 0
+    for a, b in zip(left, right, strict=True):
+        p, q = a.log_softmax(-1), b.log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
+        count += len(a)
+    return total / count
+
+
+def compare(trained: Logits, merged: Logits, base: Logits | None) -> dict[str, Any]:
+    """Return how far the merged model is from the trained one.
+
+    Args:
+        trained: Of base and adapter, as they were trained.
+        merged: Of the merged model.
+        base: Of the base alone.
+
+    Returns:
+        `max_difference`, of logits, as a share of the largest one; `kl` of the trained function
+        from the merged one and `learned_kl` from the base, nats a token; `top1`, the share of
+        positions with the same choice.
+    """
+    pairs = list(zip(trained, merged, strict=True))
+    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
+    tokens = sum(map(len, trained))
+    largest = max(float(a.abs().max()) for a in trained)
+    return {
+        "rows": len(trained),
+        "tokens": tokens,
+        "max_difference": max(float((a - b).abs().max()) for a, b in pairs) / largest,
+        "kl": max(0.0, _divergence(trained, merged)),
+        "learned_kl": None if base is None else max(0.0, _divergence(trained, base)),
+        "top1": same / tokens,
+    }
+
+
+def faults(found: Mapping[str, Any], *, exact: bool) -> list[str]:
+    """Return which bounds are broken, in words.
+
+    Args:
+        found: What `compare` gave.
+        exact: No weight was rounded.
+    """
+    if exact:
+        far = found["max_difference"] > MOST_DIFFERENCE
+        by = f"logits differ by {found['max_difference']:.1e} of the largest"
+        return [f"{by}, at most {MOST_DIFFERENCE:g} is rounding"] if far else []
+    told = [f"KL {found['kl']:.1e} nats (at most {MOST_KL:g})"] if found["kl"] > MOST_KL else []
+    if found["top1"] < LEAST_TOP1:
+        told.append(f"same next token {found['top1']:.3f} (at least {LEAST_TOP1})")
+    learned = found["learned_kl"] or 0.0
+    if learned > LEAST_LEARNED_KL and found["kl"] > learned / 2:
+        told.append(
+            f"KL {found['kl']:.1e} nats, where training moved the base by {learned:.1e}:"
+            " what was learned is lost in rounding, or missing"
+        )
+    return told
+
+
+def _is_exact(recipe: Recipe, merged: Path) -> bool:
+    """All weights are float32, in the files and where they are used."""
+    if METHODS[recipe.method].base != "native" or _dtype(recipe) is not torch.float32:
+        return False
+    kinds = set()
+    for path in shard_paths(merged):
+        with Shard(path) as shard:
+            kinds |= {entry.dtype for entry in shard.entries.values()}
+    return kinds <= {"F32", "I64"}
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return native_dtype(device_type(), bfloat16=find_host(recipe.memory.host).bfloat16)
+
+
+def _trained_logits(
+    recipe: Recipe, adapter: Path, rows: Sequence[Mapping[str, Any]]
+) -> tuple[Logits, Logits | None]:
+    """Of the trained model and of its base."""
+    model: Any = load_side(recipe, adapter, "tuned")
+    if METHODS[recipe.method].adapter == "none":
+        return _logits(model, rows), None
+    model.unmerge_adapter()
+    trained = _logits(model, rows)
+    with model.disable_adapter():
+        return trained, _logits(model, rows)
+
+
+def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Module, bool]:
+    """Return the merged model, and whether a part of it stays on disk.
+
+    What does not fit stays in its files and is read layer by layer (accelerate's disk offload).
+
+    Args:
+        recipe: Of the run.
+        folder: Of the merged model.
+        budget_bytes: What the host has for it.
+    """
+    size_bytes = sum(path.stat().st_size for path in shard_paths(folder))
+    same = recipe.model_copy(update={"model": str(folder), "method": "lora"})
+    if size_bytes < budget_bytes * 0.9:
+        return load_side(same, folder, "base"), False
+    from transformers import AutoModelForCausalLM
+
+    device = device_type()
+    most = {"cpu" if device == "cpu" else 0: int(budget_bytes * 0.7)}
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=_dtype(recipe),
+        device_map="auto",
+        max_memory={"cpu": 0, **most},
+        offload_folder=folder / ".offload",
+        attn_implementation=attention.NAME,
+        local_files_only=True,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    host = find_host(recipe.memory.host)
+    use_rung(model, ladder(Heads.of(model.config), device, host.architecture, packing=False)[0])
+    return model.eval(), True
+
+
+def check_merged(
+    recipe: Recipe, adapter: Path, merged: Path, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Compare a merged model with the trained one; one is in memory at a time.
+
+    Args:
+        recipe: Of the run.
+        adapter: The trained weights.
+        merged: Folder of the merged model.
+        rows: Token rows; the first `ROWS` are taken.
+
+    Returns:
+        What `compare` gives; `exact`, whether no weight was rounded; `offloaded`, whether a part
+        of the merged model was read from disk; `seconds`.
+
+    Raises:
+        StageError: They are not the same function.
+    """
+    began, chosen = time.monotonic(), list(rows[:ROWS])
+    trained, base = _trained_logits(recipe, adapter, chosen)
+    gc.collect()
+    budget = budget_for(recipe.memory, find_host(recipe.memory.host)).num_bytes
+    model, offloaded = load_merged(recipe, merged, budget)
+    found = compare(trained, _logits(model, chosen), base)
+    del model
+    gc.collect()
+    exact = _is_exact(recipe, merged)
+    wrong = faults(found, exact=exact)
+    if wrong:
+        raise StageError(
+            f"the merged model is not the trained one: {'; '.join(wrong)}",
+            fix="--to gguf-lora   (the adapter alone, beside the base it was trained on)",
+        )
+    seconds = round(time.monotonic() - began, 3)
+    return {**found, "exact": exact, "offloaded": offloaded, "seconds": seconds}
