@@ -12,6 +12,7 @@ from strixft.errors import StrixftError
 from strixft.evaluate import load_side
 from strixft.formats import Message
 from strixft.model import load_tokenizer
+from strixft.prepare import Prepared
 from strixft.runs import Run
 from strixft.text import visible
 from strixft.train import ADAPTER, Trained
@@ -37,6 +38,7 @@ class Chat:
         adapter = trained.folder / ADAPTER
         self.model: Any = load_side(run.recipe, adapter, "base" if base else "tuned")
         self.tokenizer = load_tokenizer(run.recipe)
+        self.ends = run.require(Prepared).ends(self.tokenizer)
         self.messages: list[Message] = []
 
     def ask(self, text: str) -> Iterator[str]:
@@ -56,15 +58,14 @@ class Chat:
             kwargs={
                 "input_ids": prompt["input_ids"],
                 "attention_mask": prompt["attention_mask"],
-                "eos_token_id": self.tokenizer.eos_token_id,
-                "pad_token_id": self.tokenizer.eos_token_id,
+                **self.ends.settings(self.tokenizer),
                 **settings,
             },
             daemon=True,
         )
         worker.start()
         pieces = []
-        for piece in streamer:
+        for piece in self.ends.stream(streamer):
             pieces.append(piece)
             yield piece
         worker.join()

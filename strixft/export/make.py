@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strixft.data.ends import Ends
 from strixft.disk import folder_bytes
 from strixft.export import gguf, texts
 from strixft.export.candidates import compare_merges
@@ -63,6 +64,10 @@ class Job:
         """A GGUF file of the merged model."""
         return self.folder / f"{plain(self.run.name)}-{kind}.gguf"
 
+    def ends(self, tokenizer: Any) -> Ends:
+        """Where the model's answers end."""
+        return self.run.require(Prepared).ends(tokenizer)
+
     def held_out(self) -> list[dict[str, Any]]:
         """Token rows that were not trained on."""
         rows = self.run.require(Prepared).token_rows(self.run.recipe.dataset).validation
@@ -92,6 +97,7 @@ def _merge(job: Job) -> Made:
         temporary.mkdir()
         kept = job.method.base if chosen == "dequantised" else "native"
         merge(job.base_folder, job.adapter, temporary, kept)
+    texts.write_generation_config(temporary, job.ends(load_tokenizer(job.run.recipe)))
     temporary.rename(job.merged)
     seconds, size = time.monotonic() - began, folder_bytes(job.merged)
     rate = round(size / max(seconds, 1e-3))
@@ -101,13 +107,13 @@ def _merge(job: Job) -> Made:
 
 def _gguf(job: Job) -> Made:
     kinds = job.run.recipe.export.gguf
-    source = job.gguf_path("f16")
+    source, ends = job.gguf_path("f16"), job.ends(load_tokenizer(job.run.recipe)).token_ids
     for kind in sorted(kinds, key=lambda kind: kind != "f16"):
         if kind in gguf.DIRECT:
-            gguf.convert_model(job.merged, job.gguf_path(kind), kind)
+            gguf.convert_model(job.merged, job.gguf_path(kind), kind, ends)
             continue
         if not source.is_file():
-            gguf.convert_model(job.merged, source, "f16")
+            gguf.convert_model(job.merged, source, "f16", ends)
         gguf.quantise(source, job.gguf_path(kind), kind)
     if "f16" not in kinds:
         source.unlink(missing_ok=True)
@@ -129,7 +135,8 @@ def _smallest(job: Job) -> Path:
 
 def _ollama(job: Job) -> Made:
     path = job.folder / "Modelfile"
-    write_text(path, texts.modelfile(_smallest(job).name, load_tokenizer(job.run.recipe)))
+    tokenizer = load_tokenizer(job.run.recipe)
+    write_text(path, texts.modelfile(_smallest(job).name, tokenizer, job.ends(tokenizer)))
     return {"path": str(path), "type": f"ollama create {plain(job.run.name)} -f {path}"}
 
 
