@@ -157,8 +157,8 @@ def linear_head(base: Any) -> Head | None:
 
 @torch.no_grad()
 def _find_head(base: Any) -> Head | None:
-    own = base.get_output_embeddings()
-    if not isinstance(own, nn.Linear) or own.bias is not None:
+    own: Any = base.get_output_embeddings()
+    if not isinstance(own, nn.Linear) or getattr(own, "bias", None) is not None:
         return None
     draw = torch.Generator().manual_seed(0)
     small = nn.Linear(own.in_features, 8, bias=False, device="cpu", dtype=torch.float32)

@@ -15,6 +15,7 @@ from strixft.evaluate import load_side
 from strixft.formats import Message
 from strixft.memory import is_out_of_memory
 from strixft.model import load_tokenizer
+from strixft.prepare import Prepared
 from strixft.runs import Run
 from strixft.text import visible
 from strixft.train import ADAPTER, Trained
@@ -41,6 +42,7 @@ class Chat:
         with _failure_told("the model cannot be loaded"):
             self.model: Any = load_side(run.recipe, adapter, "base" if base else "tuned")
         self.tokenizer = load_tokenizer(run.recipe)
+        self.ends = run.require(Prepared).ends(self.tokenizer)
         self.messages: list[Message] = []
 
     def ask(self, text: str) -> Iterator[str]:
@@ -76,8 +78,7 @@ class Chat:
                 self.model.generate(
                     input_ids=prompt["input_ids"],
                     attention_mask=prompt["attention_mask"],
-                    eos_token_id=self.tokenizer.eos_token_id,
-                    pad_token_id=self.tokenizer.eos_token_id,
+                    **self.ends.settings(self.tokenizer),
                     max_new_tokens=LONGEST_ANSWER,
                     do_sample=False,
                     streamer=streamer,
@@ -91,7 +92,7 @@ class Chat:
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
-            yield from streamer
+            yield from self.ends.stream(streamer)
         finally:
             given_up.set()  # Ctrl-C: the thread ends with its token
             worker.join()

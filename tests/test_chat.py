@@ -101,7 +101,7 @@ def test_an_answer_that_nobody_reads_on_ends(run: Run) -> None:
     talk, before = Chat(run), threading.active_count()
     answer = talk.ask("Count to 3.")
     next(answer)
-    answer.close()
+    answer.close()  # type: ignore[attr-defined]  # it is a generator
     assert threading.active_count() == before
 
 

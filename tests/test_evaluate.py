@@ -14,6 +14,7 @@ from test_train import trained
 
 from strixft.attention.core import EAGER_NAME
 from strixft.data import collate
+from strixft.data.ends import Ends
 from strixft.errors import DataError, FitError, HostError, RecipeError
 from strixft.evaluate import check_evaluation, evaluate_recipe, row_losses
 from strixft.evaluate.batches import groups_of
@@ -32,6 +33,8 @@ from strixft.report import render_report
 from strixft.runs import Run
 from strixft.step import MemoryTracker, batch_loss
 from strixft.train import ADAPTER
+
+ENDS = Ends((2,), ("<|im_end|>",))
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +90,8 @@ def test_answers_in_a_batch_are_the_answers_alone(shared_run: Run) -> None:
     model = load_base(shared_run.recipe, "cpu", torch.float32).eval()
     tokenizer = load_tokenizer(shared_run.recipe)
     prompts = [tokenizer(text)["input_ids"] for text in ("One.", "A much longer prompt than that.")]
-    together = generate(model, tokenizer, prompts, 8)
-    assert together == [generate(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
+    together = generate(model, tokenizer, ENDS, prompts, 8)
+    assert together == [generate(model, tokenizer, ENDS, [prompt], 8)[0] for prompt in prompts]
 
 
 def test_nothing_held_out_is_an_error(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -209,7 +212,7 @@ def test_evaluation_holds_what_its_plan_says(shared_run: Run) -> None:
     works: dict[str, Callable[[], object]] = {
         "evaluate": lambda: row_losses(model, [whole] * rows, rows * length),
         "generate": lambda: generate(
-            model, tokenizer, [[5] * (length - 4)] * rows, 4, rows * length
+            model, tokenizer, ENDS, [[5] * (length - 4)] * rows, 4, rows * length
         ),
     }
     for phase, work in works.items():
@@ -226,9 +229,9 @@ def test_plain_attention_sees_the_cache(shared_run: Run) -> None:
     model.eval()
     tokenizer = load_tokenizer(shared_run.recipe)
     prompts = [tokenizer("A prompt of some words.")["input_ids"]]
-    usual = generate(model, tokenizer, prompts, 8)
+    usual = generate(model, tokenizer, ENDS, prompts, 8)
     model.set_attn_implementation(EAGER_NAME)
-    assert generate(model, tokenizer, prompts, 8) == usual
+    assert generate(model, tokenizer, ENDS, prompts, 8) == usual
 
 
 def test_general_texts_are_many_and_of_many_kinds(shared_run: Run) -> None:
@@ -256,7 +259,7 @@ def test_prompts_of_ones_own_are_answered_side_by_side(
     tokenizer = load_tokenizer(run.recipe)
     chat = [{"role": "user", "content": "Count to three."}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    (answer,) = generate(model, tokenizer, [ids], 5)
+    (answer,) = generate(model, tokenizer, ENDS, [ids], 5)
     assert prompts[1]["base"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
     for page in (evaluated._repr_html_(), render_report(run)):
         assert "your prompt" in page

@@ -15,6 +15,7 @@ from test_train import trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from strixft import llama
+from strixft.data.ends import Ends
 from strixft.errors import HostError, RecipeError, StageError
 from strixft.export import Exported, export_recipe, gguf
 from strixft.export.parity import END, chosen_prompts, compare, measure_parity
@@ -28,6 +29,8 @@ from strixft.recipe import load_recipe
 from strixft.report import render_report
 from strixft.runs import Run
 from strixft.servers import ask
+
+ENDS = Ends((2,), ("<|im_end|>", '\n### "User":'))
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +104,13 @@ def test_everything_that_a_server_needs_is_there(exported: tuple[Run, Exported])
 
 def test_the_modelfile_writes_what_the_template_writes(exported: tuple[Run, Exported]) -> None:
     tokenizer = load_tokenizer(exported[0].recipe)
-    text = modelfile("x.gguf", tokenizer)
+    text = modelfile("x.gguf", tokenizer, ENDS)
     template = text.split('"""')[1]
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     filled = template.replace("{{ .System }}", "Be brief.").replace("{{ .Prompt }}", "Hi")
     wanted = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert filled == f"{wanted}{{{{ .Response }}}}"
-    assert f'PARAMETER stop "{tokenizer.eos_token}"' in text
+    assert 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "\\n### \\"User\\":"\n' in text
     assert "You are a helpful AI assistant named SmolLM" in text.split("SYSTEM")[1]
 
 
@@ -138,7 +141,7 @@ def test_a_template_that_llama_cpp_cannot_express_is_said(
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role.ljust(12) + m.content }}{% endfor %}"
     )
-    gguf.convert_model(folder, tmp_path / "x.gguf", "f16")
+    gguf.convert_model(folder, tmp_path / "x.gguf", "f16", ENDS.token_ids)
     tokenizer = load_tokenizer(run.recipe.model_copy(update={"model": str(folder)}))
     prompts = [([5, 6, 7], [8, 9])]
     row = measure_parity(tmp_path / "x.gguf", QUANTISATIONS["f16"], tokenizer, prompts)
@@ -243,14 +246,14 @@ def test_a_file_that_is_no_gguf_does_not_start(tmp_path: Path) -> None:
 def test_a_converter_that_refuses_is_quoted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
     with pytest.raises(StageError, match=r"cannot write x\.gguf"):
-        gguf.convert_model(tmp_path, tmp_path / "x.gguf", "f16")
+        gguf.convert_model(tmp_path, tmp_path / "x.gguf", "f16", [])
     assert not list(tmp_path.glob("*.gguf"))
 
 
 def test_a_folder_that_is_no_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(gguf.LLAMA_CPP, str(tmp_path))
     with pytest.raises(HostError, match=r"has no convert_hf_to_gguf\.py"):
-        gguf.convert_model(tmp_path, tmp_path / "x.gguf", "f16")
+        gguf.convert_model(tmp_path, tmp_path / "x.gguf", "f16", [])
 
 
 def test_what_needs_llama_quantize_says_so_first(

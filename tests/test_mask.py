@@ -413,18 +413,10 @@ def shipped_templates() -> list[Path]:
     return sorted(path for path in folder.glob("*.jinja") if "training" not in path.stem)
 
 
-WANT_PARTS = {"idefics3", "llava_next", "smolvlm"}
-"""Templates of models that see: they take content in parts only."""
-
-
 @pytest.mark.parametrize("path", shipped_templates(), ids=lambda path: path.stem)
 def test_real_templates_train_every_answer_whole(path: Path, tokenizer: Any) -> None:
     one = copy.deepcopy(tokenizer)
     one.chat_template = path.read_text()
-    if path.stem in WANT_PARTS:
-        with pytest.raises(DataError, match="cannot show a question and its answer"):
-            Encoder(one).masker  # noqa: B018
-        return
     for texts in (
         ("Hi there", " Hello to you. ", "Bye now", "So long."),
         ("Hi there", "<think>\nhm one\n</think>\n\nHello to you.", "Bye now",

@@ -109,7 +109,7 @@ def test_the_figures_add_up(stage: Stage) -> None:
     assert sum(figures["lengths"]["rows"]) == figures["rows_train"]
     assert sum(figures["lengths"]["too_long"]) == 1
     assert figures["mask_checked"] == {"rows": 26, "equal": 26}
-    assert figures["end_token"] == "<|im_end|>"
+    assert figures["answer_ends"] == {"token_ids": [2], "texts": ["<|im_end|>"]}
 
 
 def test_every_problem_stands_in_the_file_with_its_row_and_what_became_of_it(stage: Stage) -> None:

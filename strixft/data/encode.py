@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from strixft.data.mask import Masker, Piece, Span, squeezed
+from strixft.data.mask import Masker, Piece, Span
 from strixft.data.template import ChatTemplate
+from strixft.data.whole import squeezed
 from strixft.data.words import Encoding, Words
 from strixft.errors import DataError
 from strixft.formats import Chat, Message, RowFault
@@ -82,7 +83,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.words = Words(backend) if words is None else words
         self.loss_on = loss_on
-        self._masker: Masker | None = None
+        self._maskers: dict[bool, Masker] = {}
         self._start_of_text: str = tokenizer.bos_token if _adds_bos(tokenizer) else ""
         self._longest_token = 1 if max_length is None else longest_token(tokenizer)
         self.most_characters = max_length and max_length * self._longest_token
@@ -96,10 +97,17 @@ class Encoder:
         Raises:
             DataError: The tokenizer has no chat template that can be used.
         """
-        if self._masker is None:
-            template = ChatTemplate(self.tokenizer)
-            self._masker = Masker(template, self.loss_on, self.tokenizer.eos_token or "")
-        return self._masker
+        return self._masker_for(with_tools=False)
+
+    def _masker_for(self, *, with_tools: bool) -> Masker:
+        """As transformers chooses among several templates: rows with tools may have their own."""
+        named = self.tokenizer.chat_template
+        with_tools = with_tools and isinstance(named, dict) and "tool_use" in named
+        if with_tools not in self._maskers:
+            template = ChatTemplate(self.tokenizer, for_tools=with_tools)
+            masker = Masker(template, self.loss_on, self.tokenizer.eos_token or "")
+            self._maskers[with_tools] = masker
+        return self._maskers[with_tools]
 
     def text_piece(self, text: str, *, begins: bool = True, ends: bool = True) -> Piece:
         """Plain text, between the tokens with which the model's texts begin and end.
@@ -121,7 +129,8 @@ class Encoder:
     def _pieces(self, chat: Chat, messages: Sequence[Message]) -> list[Piece]:
         if chat.text is not None:
             return [self.text_piece(chat.text)]
-        return self.masker.pieces(messages, chat.tools)
+        masker = self._masker_for(with_tools=chat.tools is not None)
+        return masker.pieces(messages, chat.tools)
 
     def pieces(self, chat: Chat, *, rejected: bool = False) -> list[Piece] | RowFault:
         """The texts of a chat with what is trained of them, or why there are none."""

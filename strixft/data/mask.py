@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from strixft.data.template import REASONING, ChatTemplate, shared_length
+from strixft.data.template import REASONING, ChatTemplate, Form, shared_length
+from strixft.data.whole import check_calls, check_tools, lacking, left_out, squeezed
+from strixft.errors import DataError
 from strixft.formats import Message, RowFault
 
 Span = tuple[int, int]
@@ -47,11 +49,6 @@ class Piece:
     """Text of that answer."""
 
 
-def squeezed(text: str) -> str:
-    """The text without spaces, which templates may trim or add."""
-    return "".join(text.split())
-
-
 def _mark(text: str, first: int) -> str:
     core = text.strip()  # templates may trim: keep the markers inside what survives
     start = text.index(core)
@@ -60,24 +57,26 @@ def _mark(text: str, first: int) -> str:
 
 def _marked(messages: Sequence[Message], first: int) -> list[Message]:
     return [
-        {**m, "content": _mark(m["content"], first + 2 * i)}
-        if m["role"] == "assistant" and m["content"].strip()
-        else m
+        {**m, "content": _mark(m["content"], first + 2 * i)} if m["content"].strip() else m
         for i, m in enumerate(messages)
     ]
 
 
-def _unmark(text: str, first: int, answers: Sequence[int]) -> tuple[str, Places]:
+def _unmark(text: str, area: int) -> tuple[str, Places]:
     """A text without its markers, and where in it each of them stood, if it stands there once."""
-    markers = [chr(first + 2 * answer + side) for answer in answers for side in (0, 1)]
-    found = sorted((text.find(marker), ord(marker) - first) for marker in markers)
-    found = [row for row in found if row[0] >= 0]
-    parts, places, last = [], Places(), 0
-    for count, (place, marker) in enumerate(found):
-        parts.append(text[last:place])
-        places[marker] = place - count
-        last = place + 1
+    parts, places, last, length = [], Places(), 0, 0
+    for match in _MARKERS[area].finditer(text):
+        marker = ord(match[0]) - _AREAS[area][0]
+        if marker in places:
+            continue
+        parts.append(text[last : match.start()])
+        length += match.start() - last
+        places[marker], last = length, match.end()
     return "".join([*parts, text[last:]]), places
+
+
+def _free_area(text: str) -> int:
+    return next((i for i, m in enumerate(_MARKERS) if text.isascii() or not m.search(text)), 0)
 
 
 class Masker:
@@ -87,9 +86,18 @@ class Masker:
         template: The model's chat template.
         loss_on: `assistant`, `completion` (the last answer) or `all`.
         end_of_text: Written after the last answer where the template ends it with nothing.
+
+    Raises:
+        DataError: Nothing would tell the model to stop.
     """
 
     def __init__(self, template: ChatTemplate, loss_on: str, end_of_text: str = "") -> None:
+        if not template.end_token and not end_of_text:
+            raise DataError(
+                "the chat template writes nothing after an answer and the tokenizer has no end"
+                " token, so the model would not learn to stop",
+                fix='"eos_token": "…" in the model\'s tokenizer_config.json',
+            )
         self.template = template
         self.loss_on = loss_on
         self._end_of_text = "" if template.end_token else end_of_text
@@ -98,43 +106,90 @@ class Masker:
         """The rows that a chat becomes: one, or more where the template rewrites answers.
 
         Raises:
-            RowFault: The template refuses the chat, or hides where its answers stand.
+            RowFault: The template refuses the chat, leaves something of it out, or hides where its
+                answers stand.
         """
-        messages, tools = self.template.adapted(messages, tools)
-        text = self.template.render(messages, tools)
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if len(messages) > MOST_ANSWERS:
             raise RowFault("too_many_turns", f"has more than {MOST_ANSWERS} messages")
+        form, text = self._chosen(messages, tools)
+        messages, tools = form.messages, form.tools
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if self.loss_on == "all":
             # the prompt that evaluation gives is that of the last answer all the same
-            last = self._pieces(messages, tools, text, answers[-1:])[-1]
-            inside = last.text == text
-            piece = Piece(text, [(0, len(text))], last.prompt_end, last.request, last.answer)
-            return [piece if inside else Piece(text, piece.spans, 1, piece.request, piece.answer)]
+            last = self._pieces(form, text, answers[-1:])[-1]
+            if last.text.startswith(text.rstrip()) or answers[-1] == len(messages) - 1:
+                return [replace(last, spans=[(0, len(last.text))])]
+            self._require_all(form, text)
+            return [replace(last, text=text, spans=[(0, len(text))], prompt_end=1)]
         wanted = answers[-1:] if self.loss_on == "completion" else answers
         wanted = [i for i in wanted if messages[i].get("train", True)]
         if not wanted:
             raise RowFault("nothing_to_train", "the last answer is marked as not to be trained")
-        return self._pieces(messages, tools, text, wanted)
+        return self._pieces(form, text, wanted)
 
-    def _pieces(
-        self, messages: Sequence[Message], tools: Any, text: str, wanted: Sequence[int]
-    ) -> list[Piece]:
-        places = None if hides_system(messages, text) else self._places(messages, tools, text)
+    def _chosen(self, messages: Sequence[Message], tools: Any) -> tuple[Form, str]:
+        """The first form in which the template shows reasoning, calls and functions of the chat.
+
+        Raises:
+            RowFault: There is none.
+        """
+        fault: RowFault | None = None
+        for form in self.template.forms(messages, tools):
+            try:
+                text = self.template.render(form.messages, form.tools)
+                check_tools(form.tools, text)
+                check_calls(self.template, form, text)
+                self._check_reasoning(form)
+            except RowFault as one:
+                fault = fault or one
+            else:
+                return form, text
+        assert fault is not None
+        raise fault
+
+    def _check_reasoning(self, form: Form) -> None:
+        """Refuse a form whose keys for reasoning the template does not read."""
+        given = [i for i, m in enumerate(form.messages) if REASONING[0] in m]
+        if not given:
+            return
+        turn = self._turn(form, given[-1])
+        if squeezed(form.messages[given[-1]][REASONING[0]]) not in squeezed(turn):
+            raise left_out(form.messages, given[-1], "the reasoning of ")
+
+    def _turn(self, form: Form, index: int) -> str:
+        """What a message adds to the chat before it."""
+        text = self.template.render(form.messages[: index + 1], form.tools)
+        before = self.template.render(form.messages[:index], form.tools) if index else ""
+        return text[shared_length(before, text) :]
+
+    def _pieces(self, form: Form, text: str, wanted: Sequence[int]) -> list[Piece]:
+        places = self._places(form, text)
+        is_whole = lacking(form.messages, text, places) is None
         spans: dict[int, Span] = {}
         own: list[Piece] = []
         for index in wanted:
-            span = self._in_place(messages[index], index, text, places)
+            span = self._in_place(form.messages[index], index, text, places) if is_whole else None
             if span is None:
-                found = self._as_last(messages, tools, index)
-                if text.startswith(found.text):
+                found = self._as_last(form, index)
+                if is_whole and text.startswith(found.text):
                     span = found.spans[0]
                 else:
                     own.append(found)
                     continue
             spans[index] = span
-        shared = [self._shared(messages, text, spans)] if spans else []
+        shared = [self._shared(form.messages, text, spans)] if spans else []
         return [*shared, *own]
+
+    def _require_all(self, form: Form, text: str, *, prompt: bool = False) -> None:
+        """Refuse a chat of which a message is not shown.
+
+        Raises:
+            RowFault: It names the message.
+        """
+        places = self._places(form, text, prompt=prompt)
+        missing = lacking(form.messages, text, places)
+        if missing is not None:
+            raise left_out(form.messages, missing)
 
     def _shared(self, messages: Sequence[Message], text: str, spans: dict[int, Span]) -> Piece:
         last = max(spans)
@@ -144,20 +199,21 @@ class Masker:
             ordered[-1] = (ordered[-1][0], len(text))
         return Piece(text, ordered, ordered[-1][0], *_exchange(messages, last))
 
-    def _places(self, messages: Sequence[Message], tools: Any, text: str) -> Places | None:
-        """Where the markers of each answer stand in the plain text; None if they change it."""
-        area = next((i for i, m in enumerate(_MARKERS) if text.isascii() or not m.search(text)), 0)
-        first = _AREAS[area][0]
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        marked = self.template.render(_marked(messages, first), tools)
-        plain, places = _unmark(marked, first, answers)
+    def _places(self, form: Form, text: str, *, prompt: bool = False) -> Places | None:
+        """Where the markers of each message stand in the plain text; None if they change it."""
+        area = _free_area(text)
+        shown = _marked(form.messages, _AREAS[area][0])
+        try:
+            plain, places = _unmark(self.template.render(shown, form.tools, prompt=prompt), area)
+        except RowFault:  # of a template that looks into what is said
+            return None
         return places if plain == text else None  # a marker that stands twice is still in `plain`
 
     def _in_place(
         self, message: Message, index: int, text: str, places: Places | None
     ) -> Span | None:
         """What is trained of an answer where it stands whole in the chat; None otherwise."""
-        if places is None or "tool_calls" in message or REASONING[0] in message:
+        if places is None or message.get("tool_calls") or REASONING[0] in message:
             return None
         opened, closed = places.get(2 * index), places.get(2 * index + 1)
         content: str = message["content"]
@@ -182,31 +238,36 @@ class Masker:
                     return closed + len(written)
         return None
 
-    def _as_last(self, messages: Sequence[Message], tools: Any, index: int) -> Piece:
+    def _as_last(self, form: Form, index: int) -> Piece:
         """The chat up to an answer, as the model would have seen it, and the answer.
 
         Raises:
-            RowFault: The template hides where the answer stands.
+            RowFault: The template leaves something out, or hides where the answer stands.
         """
-        message = messages[index]
-        prompt = self.template.render(messages[:index], tools, prompt=True)
-        text = self.template.render(messages[: index + 1], tools).rstrip()
-        turn = shared_length(self.template.render(messages[:index], tools), text)
-        hidden = hides_system(messages, text) and not hides_system(messages, prompt)
+        message, render = form.messages[index], self.template.render
+        asked = Form(form.messages[:index], form.tools)
+        upto = Form(form.messages[: index + 1], form.tools)
+        prompt = render(asked.messages, form.tools, prompt=True)
+        text = render(upto.messages, form.tools).rstrip()
+        turn = shared_length(render(asked.messages, form.tools), text)
+        whole = render(upto.messages, form.tools)
+        hidden = lacking(upto.messages, whole, self._places(upto, whole)) is not None
         if hidden or not _shows(message, text[turn:]):
-            start, text = len(prompt), prompt + self._written(message, prompt)
+            self._require_all(asked, prompt, prompt=True)
+            start, text = len(prompt), prompt + self._written(form.messages, index, prompt)
         elif text.startswith(prompt):
             start = len(prompt)
         else:
-            start = self._opened(messages, tools, index, text, prompt)
+            start = self._opened(upto, text, prompt)
         if not self.template.end_token and self._end_of_text:
             text += self._end_of_text
-        return Piece(text, [(start, len(text))], start, *_exchange(messages, index))
+        return Piece(text, [(start, len(text))], start, *_exchange(form.messages, index))
 
-    def _written(self, message: Message, prompt: str) -> str:
+    def _written(self, messages: Sequence[Message], index: int, prompt: str) -> str:
         """An answer in the model's own words, where the template would leave some of them out."""
-        if "tool_calls" in message:
-            raise RowFault("no_mask", "the chat template hides the call of an answer")
+        message = messages[index]
+        if message.get("tool_calls") or REASONING[0] in message:
+            raise left_out(messages, index, "some of ")
         content: str = message["content"].strip()
         tag = _OPEN_TAG.search(prompt)
         if tag and content.startswith(tag[1]):  # the prompt has it already
@@ -214,31 +275,24 @@ class Masker:
         lead = self.template.frames[0].lead
         return (lead if lead.isspace() else "") + content + self.template.end_token
 
-    def _opened(
-        self, messages: Sequence[Message], tools: Any, index: int, text: str, prompt: str
-    ) -> int:
+    def _opened(self, upto: Form, text: str, prompt: str) -> int:
         """Where an answer starts that does not follow the prompt: its marker shows it.
 
-        Where the template moves the marker away, it is where prompt and chat part.
+        Where the template moves the marker away, or writes reasoning before it, it is where prompt
+        and chat part.
         """
-        upto = messages[: index + 1]
-        places = self._places(upto, tools, self.template.render(upto, tools))
-        opened = (places or {}).get(2 * index)
+        if REASONING[0] in upto.messages[-1]:
+            return shared_length(prompt, text)
+        whole = self.template.render(upto.messages, upto.tools)
+        places = self._places(upto, whole) or {}
+        opened = places.get(2 * (len(upto.messages) - 1))
         return shared_length(prompt, text) if opened is None else opened
-
-
-def hides_system(messages: Sequence[Message], text: str) -> bool:
-    """A rendered chat does not have the system message's words, spaces aside."""
-    if not messages or messages[0]["role"] != "system":
-        return False
-    system: str = messages[0]["content"].strip()
-    return system not in text and squeezed(system) not in squeezed(text)
 
 
 def _shows(message: Message, turn: str) -> bool:
     """A rendered turn has all of a message's words, spaces aside."""
     flat = squeezed(turn)
-    calls = message.get("tool_calls", [])
+    calls = message.get("tool_calls") or []
     named = all(call["function"]["name"] in turn for call in calls)
     return named and all(part in flat for part in _told(message))
 

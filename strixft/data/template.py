@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,17 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
     },
 }
-_CALL = {"id": "zcall00001", "type": "function"}
-
-
 _TAG = re.compile(r"\s*<[^<>\s]{1,40}>")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which templates look for reasoning that does not stand in the content."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A chat as a template takes it."""
+
+    messages: list[Message]
+    tools: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +73,32 @@ class ChatTemplate:
 
     Args:
         tokenizer: A tokenizer of transformers with a chat template.
+        for_tools: Take the one for rows with tools, where there are several (`tool_use`).
 
     Raises:
         DataError: It has none, or it refuses a question and its answer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, for_tools: bool = False) -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template",
                 fix="use the model's instruct version, or data of the format text",
             )
         self._tokenizer = tokenizer
+        self._tools = [_TOOL] if for_tools else None
+        self._in_parts = False
         try:
+            self._source: str = tokenizer.get_chat_template(tools=self._tools)
             self._render = self._compiled() or self._slowly
-        except Exception as error:  # of the template's syntax
+            self.knows_tools = "tools" in _variables(self._source) or "tool_calls" in self._source
+            """The template has a place for functions or for calls."""
+        except Exception as error:  # of the template's syntax, or of several without a default
             raise self._refused(error) from None
         self.specials = re.compile(r"\s*(?:" + "|".join(map(re.escape, _longest(tokenizer))) + ")")
+        self._opener = ""
+        """What it writes at the end of every chat as if an answer were asked for."""
         self._look()
-        self.call_style = self._tool_style()
-        """How the template takes arguments of calls: data or text; None if it knows no tools."""
-        self.reasoning_apart = self._wants_reasoning_apart()
-        """The template takes reasoning in a key of its own, and not in the content."""
 
     def _refused(self, error: Exception) -> DataError:
         return DataError(
@@ -110,7 +119,7 @@ class ChatTemplate:
             from transformers.utils.chat_template_utils import _compile_jinja_template
         except ImportError:
             return None
-        template = _compile_jinja_template(self._tokenizer.get_chat_template())
+        template = _compile_jinja_template(self._source)
         specials = dict(self._tokenizer.special_tokens_map)
 
         def render(messages: Sequence[Message], tools: Any, prompt: bool) -> str:
@@ -133,34 +142,53 @@ class ChatTemplate:
         Raises:
             RowFault: The template refuses the chat.
         """
+        shown = [_with_parts(message) for message in messages] if self._in_parts else messages
         try:
-            return self._render(messages, tools, prompt)
+            text = self._render(shown, tools, prompt)
         except Exception as error:  # templates raise what they like
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RowFault("template_refuses", f"the chat template refuses it: {first}") from error
+        return text if prompt or not self._opener else text.removesuffix(self._opener)
 
     def _look(self) -> None:
-        """Try the template, and note what it writes before and after an answer."""
+        """Try the template, and note what it writes before and after an answer.
+
+        Templates of models that see may take content as a list of parts only.
+        """
+        try:
+            self._look_at()
+        except (RowFault, ValueError) as error:
+            self._in_parts = True
+            try:
+                self._look_at()
+            except (RowFault, ValueError):
+                raise self._refused(error) from None
+
+    def _look_at(self) -> None:
         question, answer = _turn("user", QUESTIONS[0]), _turn("assistant", ANSWERS[0])
         second = [_turn("user", QUESTIONS[1]), _turn("assistant", ANSWERS[1])]
-        try:
-            prompt = self.render([question], prompt=True)
-            single = self.render([question, answer])
-            before = _between(single, QUESTIONS[0], ANSWERS[0])
-        except (RowFault, ValueError) as error:
-            raise self._refused(error) from None
-        self.end_token = single[single.index(ANSWERS[0]) + len(ANSWERS[0]) :].rstrip()
-        """What the template writes after the last answer; empty if nothing."""
+        prompt = self.render([question], self._tools, prompt=True)
+        single = self.render([question, answer], self._tools)
+        before = _between(single, QUESTIONS[0], ANSWERS[0])
+        written = single[single.index(ANSWERS[0]) + len(ANSWERS[0]) :]
         tail = prompt[prompt.index(QUESTIONS[0]) + len(QUESTIONS[0]) :]
-        plain = self.render([question])
+        plain = self.render([question], self._tools)
+        if plain == prompt and written.endswith(tail):  # it does not heed add_generation_prompt
+            self._opener = self._opened_after(written)
+            written = written.removesuffix(self._opener)
+        self.end_token = written.rstrip()
+        """What the template writes after the last answer; empty if nothing."""
         closed = len(tail) - len(prompt[len(plain) :]) if prompt.startswith(plain) else 0
         closed = closed if closed < len(tail) else 0  # nothing opens a turn of the assistant
-        self.follows_prompt = before.startswith(tail)
-        """Answers stand after the very prompt that the model will be given."""
         self.frames = [self._frame(before, tail, closed)]
         self.ends = [self.end_token]
         with contextlib.suppress(RowFault, ValueError):  # one answer may be all that it takes
-            self._look_at_first(self.render([question, answer, *second]), tail, closed)
+            double = self.render([question, answer, *second], self._tools)
+            self._look_at_first(double, tail, closed)
+
+    def _opened_after(self, written: str) -> str:
+        match = self.specials.match(written) or _TAG.match(written)
+        return written[match.end() :] if match else written
 
     def _frame(self, before: str, tail: str, closed: int) -> Frame:
         """What stands before an answer: the prompt, or, where that differs, all of it."""
@@ -181,50 +209,47 @@ class ChatTemplate:
             match = self.specials.match(after) or _TAG.match(after)
             self.ends.append(match[0] if match else "")
 
-    def _tool_style(self) -> str | None:
-        for style in ("data", "text"):
-            arguments: Any = {"place": "zplace"}
-            function = {
-                "name": "zfunction",
-                "arguments": arguments if style == "data" else json.dumps(arguments),
-            }
-            chat = [
-                _turn("user", QUESTIONS[0]),
-                _turn("assistant", "", tool_calls=[{**_CALL, "function": function}]),
-                _turn("tool", "zresult", tool_call_id=_CALL["id"], name="zfunction"),
-                _turn("assistant", ANSWERS[0]),
-            ]
-            try:
-                text = self.render(chat, [_TOOL])
-            except RowFault:
-                continue
-            if all(word in text for word in ("zdescription", "zplace", "zresult", ANSWERS[0])):
-                return style
-        return None
+    def forms(self, messages: Sequence[Message], tools: Any) -> Iterator[Form]:
+        """Yield the ways in which the template may take a chat, the best first.
 
-    def _wants_reasoning_apart(self) -> bool:
-        inside = _turn("assistant", f"<think>\nzreason\n</think>\n\n{ANSWERS[0]}")
-        question = _turn("user", QUESTIONS[0])
-        try:
-            apart = self.render([question, with_reasoning_apart(inside)])
-            within = self.render([question, inside])
-        except RowFault:
-            return False
-        return "zreason" in apart and within.count("</think>") > apart.count("</think>")
+        Reasoning is given in a key of its own, or in tags before the answer; arguments of calls as
+        data, or as JSON text. Only where the template has no place for functions and calls at all
+        are they written out as text.
+        """
+        if not self.knows_tools and (
+            tools is not None or any(m.get("tool_calls") for m in messages)
+        ):
+            messages, tools = tools_as_text(messages, tools), None
+        apart = [with_reasoning_apart(message) for message in messages]
+        has_reasoning = any(REASONING[0] in message for message in apart)
+        takes_it = has_reasoning and any(name in self._source for name in REASONING)
+        for way in ([apart] if takes_it else []) + [list(messages)]:
+            yield Form(way, tools)
+            if any("tool_calls" in message for message in way):
+                yield Form([_calls_as_text(message) for message in way], tools)
 
-    def adapted(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None
-    ) -> tuple[list[Message], list[dict[str, Any]] | None]:
-        """A chat as this template takes it: calls as data or text, or all of it as plain turns."""
-        if self.reasoning_apart:
-            messages = [with_reasoning_apart(message) for message in messages]
-        if tools is None and not any(m["role"] == "tool" or "tool_calls" in m for m in messages):
-            return list(messages), None
-        if self.call_style is None:
-            return tools_as_text(messages, tools), None
-        if self.call_style == "data":
-            return list(messages), tools
-        return [_calls_as_text(message) for message in messages], tools
+
+def written_ends(tokenizer: Any) -> list[str]:
+    """Return what a tokenizer's chat templates write after the last answer."""
+    if not tokenizer.chat_template:
+        return []
+    found = [ChatTemplate(tokenizer).end_token]
+    if isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template:
+        with contextlib.suppress(DataError):  # rows with tools are refused then
+            found.append(ChatTemplate(tokenizer, for_tools=True).end_token)
+    return found
+
+
+def _variables(source: str) -> set[str]:
+    """Names that a template expects to be given."""
+    from jinja2 import meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return meta.find_undeclared_variables(_compile_jinja_template(source).environment.parse(source))
+
+
+def _with_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def _longest(tokenizer: Any) -> list[str]:
@@ -234,17 +259,25 @@ def _longest(tokenizer: Any) -> list[str]:
     )
 
 
-def with_reasoning_apart(message: Message) -> Message:
-    """An answer whose reasoning stands in a key of its own, if it has any.
+def reasoning_of(message: Message) -> tuple[str, str]:
+    """Return the reasoning of an answer, which stands in tags before it, and the answer itself.
 
-    >>> with_reasoning_apart({"role": "assistant", "content": "<think>a</think>b"})["content"]
-    'b'
+    >>> reasoning_of({"role": "assistant", "content": "<think>a</think>b"})
+    ('a', 'b')
     """
-    if message["role"] != "assistant" or "</think>" not in message["content"]:
+    content: str = message["content"]
+    if message["role"] != "assistant" or "</think>" not in content:
+        return "", content
+    reasoning, _, answer = content.partition("</think>")
+    return reasoning.strip().removeprefix("<think>").strip(), answer.lstrip()
+
+
+def with_reasoning_apart(message: Message) -> Message:
+    """An answer whose reasoning stands in a key of its own, if it has any."""
+    reasoning, answer = reasoning_of(message)
+    if not reasoning:
         return message
-    reasoning, _, answer = message["content"].partition("</think>")
-    apart = reasoning.strip().removeprefix("<think>").strip()
-    return {**message, "content": answer.lstrip(), **dict.fromkeys(REASONING, apart)}
+    return {**message, "content": answer, **dict.fromkeys(REASONING, reasoning)}
 
 
 def _calls_as_text(message: Message) -> Message:

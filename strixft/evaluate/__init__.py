@@ -168,7 +168,10 @@ def _sides(work: Work, folder: Path) -> dict[str, Side]:
     if device_type() == "cuda":
         torch.cuda.reset_peak_memory_stats()
     found = {}
+    model: Any
     for side, model in load_sides(work.recipe, folder):
+        # lm-eval's tasks generate by the model's own settings
+        model.generation_config.eos_token_id = list(work.ends.token_ids) or None
         found[side] = measure(work, model)
         del model  # the next one may need its place
     return found
@@ -183,7 +186,8 @@ def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     names, why = chosen(recipe.evaluate.metrics, references)
     tokenizer, watch = load_tokenizer(recipe), StageWatch(run)
     tasks, general = load_tasks(recipe), general_rows(tokenizer)
-    work = Work(recipe, plan, tokenizer, rows, general, names, tasks, watch)
+    ends = prepared.ends(tokenizer)
+    work = Work(recipe, plan, tokenizer, ends, rows, general, names, tasks, watch)
     capped = cap(plan.figures["host"]["budget_bytes"], _needed_bytes(plan))
     with watch.watching_memory() as seen:
         found = _sides(work, trained.folder / ADAPTER)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from strixft.data.ends import Ends
 from strixft.evaluate.batches import groups_of
 from strixft.progress import progress_bar
 
@@ -25,11 +26,11 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def _batch(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], most: int
+    model: Any, tokenizer: Any, ends: Ends, prompts: Sequence[Sequence[int]], most: int
 ) -> list[list[int]]:
-    end = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    ids, mask = (tensor.to(model.device) for tensor in left_padded(prompts, pad))
+    settings = ends.settings(tokenizer)
+    padded = left_padded(prompts, settings["pad_token_id"])
+    ids, mask = (tensor.to(model.device) for tensor in padded)
     produced = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -38,19 +39,23 @@ def _batch(
         temperature=None,
         top_p=None,
         top_k=None,
-        eos_token_id=end,
-        pad_token_id=pad,
+        **settings,
     )
-    return [_to_end(row, end) for row in produced[:, ids.shape[1] :].tolist()]
+    answers = (ends.cut(row) for row in produced[:, ids.shape[1] :].tolist())
+    return [_without_padding(answer, settings["pad_token_id"], ends) for answer in answers]
 
 
-def _to_end(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+def _without_padding(answer: list[int], pad: int, ends: Ends) -> list[int]:
+    """An answer that a text ended has padding after it where others of its batch go on."""
+    while answer and answer[-1] == pad and pad not in ends.token_ids:
+        answer.pop()
+    return answer
 
 
 def generate(
     model: Any,
     tokenizer: Any,
+    ends: Ends,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     most_tokens: int | None = None,
@@ -61,6 +66,7 @@ def generate(
     Args:
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
+        ends: Where its answers end.
         prompts: Tokens of each prompt, up to where the answer starts.
         max_new_tokens: Longest answer.
         most_tokens: Of a batch, padding and answers counted; `AT_ONCE` prompts if not given.
@@ -71,6 +77,8 @@ def generate(
     found: dict[int, list[int]] = {}
     for group in progress_bar(groups_of(lengths, most), unit="batch", desc="answers"):
         look()
-        answers = _batch(model, tokenizer, [prompts[index] for index in group], max_new_tokens)
+        answers = _batch(
+            model, tokenizer, ends, [prompts[index] for index in group], max_new_tokens
+        )
         found |= dict(zip(group, answers, strict=True))
     return [found[index] for index in range(len(prompts))]

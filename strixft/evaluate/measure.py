@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from strixft.data.ends import Ends
 from strixft.evaluate.generate import generate
 from strixft.evaluate.harness import Values, rows_at_once, run_tasks
 from strixft.evaluate.losses import row_losses
@@ -42,6 +43,7 @@ class Work:
     recipe: Recipe
     plan: Plan
     tokenizer: Any
+    ends: Ends
     rows: Rows
     general: Rows
     metrics: list[str]
@@ -68,13 +70,12 @@ class Work:
     ) -> list[list[int]]:
         """Greedy answers to prompts, with at most so many tokens."""
         return generate(
-            model, self.tokenizer, prompts, most, self.most_tokens, look=self.watch.look
+            model, self.tokenizer, self.ends, prompts, most, self.most_tokens, look=self.watch.look
         )
 
     def decoded(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         """Answers as text."""
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return [self.ends.text(self.tokenizer, answer).strip() for answer in tokens]
 
 
 def _answer_rows(work: Work, model: nn.Module) -> tuple[list[str], dict[str, Any]]:

@@ -83,7 +83,7 @@ def _answers(job: Job, tokenizer: Any) -> list[Prompt]:
     """Prompts with the trained model's answers; the model is not kept."""
     prompts = chosen_prompts(tokenizer, job.held_out())
     model = load_side(job.run.recipe, job.adapter, "tuned")
-    answers = greedy_answers(model, tokenizer, prompts)
+    answers = greedy_answers(model, tokenizer, job.ends(tokenizer), prompts)
     del model
     gc.collect()
     return [(p, a) for p, a in zip(prompts, answers, strict=True) if a]
@@ -100,7 +100,7 @@ def _parity(job: Job, kinds: tuple[str, ...]) -> dict[str, Any]:
     }
     if "gguf-lora" in kinds:
         base = job.folder / ".base-f16.gguf"
-        gguf.convert_model(job.base_folder, base, "f16")
+        gguf.convert_model(job.base_folder, base, "f16", job.ends(tokenizer).token_ids)
         like = QUANTISATIONS["f16"]
         found["gguf-lora"] = measure_parity(base, like, tokenizer, pairs, job.lora_path)
         base.unlink()
@@ -127,7 +127,8 @@ def _export(
             made[kind] = MAKE[kind](job)
         parity = _parity(job, kinds) if is_served else {}
     card = job.merged if job.merged.is_dir() else folder
-    write_text(card / "README.md", texts.model_card(run, _licence(job.base_folder), made, parity))
+    tokenizer, licence = load_tokenizer(run.recipe), _licence(job.base_folder)
+    write_text(card / "README.md", texts.model_card(run, tokenizer, licence, made, parity))
     figures = {"made": made, "parity": parity, "kinds": list(kinds), "memory": seen}
     return {"base": base}, figures
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from strixft import attention
-from strixft.attention import Heads, ladder, use_rung
+from strixft.architecture import architecture_of
+from strixft.attention import ladder, use_rung
 from strixft.errors import StageError
 from strixft.evaluate import load_side
 from strixft.guard import budget_for, device_type, find_host
@@ -171,7 +172,8 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
         trust_remote_code=recipe.trust_remote_code,
     )
     host = find_host(recipe.memory.host)
-    use_rung(model, ladder(Heads.of(model.config), device, host.architecture, packing=False)[0])
+    heads = architecture_of(model.config).heads
+    use_rung(model, ladder(heads, device, host.architecture, packing=False)[0])
     return model.eval(), True
 
 

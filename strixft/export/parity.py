@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from strixft.data.ends import Ends
 from strixft.errors import HostError
 from strixft.evaluate.generate import generate
 from strixft.exports import Quantisation
@@ -60,17 +61,20 @@ def chosen_prompts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[li
     return held_out + general
 
 
-def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
+def greedy_answers(
+    model: Any, tokenizer: Any, ends: Ends, prompts: Sequence[list[int]]
+) -> list[list[int]]:
     """The trained model's greedy answers as tokens; the last may be `END`.
 
     Args:
         model: In evaluation mode.
         tokenizer: Its tokenizer.
+        ends: Where its answers end.
         prompts: Tokens.
     """
-    answers = generate(model, tokenizer, prompts, ANSWER_TOKENS)
-    end = tokenizer.eos_token_id
-    return [[END if token == end else token for token in answer] for answer in answers]
+    answers = generate(model, tokenizer, ends, prompts, ANSWER_TOKENS)
+    stops = frozenset(ends.token_ids)
+    return [[END if token in stops else token for token in answer] for answer in answers]
 
 
 def _answer(url: str, prompt: list[int], num_tokens: int) -> list[int]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from strixft.data.ends import Ends
 from strixft.export.result import check_table
 from strixft.prepare import Prepared
 from strixft.recipe import dump_recipe
-from strixft.runs import Result, Run
+from strixft.runs import Result, Run, write_text
 from strixft.units import format_number
 
 _PLACES = ("zsystem", "zquestion")
@@ -52,16 +54,25 @@ def _default_system(tokenizer: Any) -> str:
     return plain[start:found] if found > start else ""
 
 
-def modelfile(gguf: str, tokenizer: Any) -> str:
-    """Ollama's Modelfile for a GGUF file beside it."""
-    stop = tokenizer.eos_token
+def modelfile(gguf: str, tokenizer: Any, ends: Ends) -> str:
+    """Return Ollama's Modelfile for a GGUF file beside it."""
     system = _default_system(tokenizer)
     lines = [f"FROM ./{gguf}"]
     if tokenizer.chat_template:
         lines.append(f'TEMPLATE """{_go_template(tokenizer)}"""')
     lines += [f'SYSTEM """{system}"""'] if system else []
-    lines += [f'PARAMETER stop "{stop}"', "PARAMETER temperature 0"]
+    lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in ends.texts]
+    lines.append("PARAMETER temperature 0")
     return "\n".join(lines) + "\n"
+
+
+def write_generation_config(merged: Path, ends: Ends) -> None:
+    """Write every end token into a merged model's settings, where `generate` and vLLM stop."""
+    path = merged / "generation_config.json"
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    ids = list(ends.token_ids)
+    if ids:
+        write_text(path, json.dumps({**found, "eos_token_id": ids}, indent=2) + "\n")
 
 
 def lemonade_command(folder: Path) -> str:
@@ -114,7 +125,11 @@ def _yes(passes: bool) -> str:
 
 
 def model_card(
-    run: Run, licence: str | None, made: Mapping[str, Any], parity: Mapping[str, Any]
+    run: Run,
+    tokenizer: Any,
+    licence: str | None,
+    made: Mapping[str, Any],
+    parity: Mapping[str, Any],
 ) -> str:
     """The README of an exported model: data, recipe, figures, licence of the base."""
     prepared = run.require(Prepared)
@@ -134,6 +149,8 @@ tags: [{recipe.method}, strixft]
 
 {data["rows_read"]} rows were read ({data["format"]}); {data["rows_left_out"]} were left out,
 {data["rows_validation"]} held out. SHA-256 of the source: `{prepared.inputs["source_sha256"]}`.
+
+An answer ends with {" or ".join(f"`{text}`" for text in prepared.ends(tokenizer).texts)}.
 
 ## Figures
 

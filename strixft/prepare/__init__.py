@@ -14,9 +14,11 @@ import psutil
 
 from strixft.data import Encoder, Input, PackedRows, Packing, RowWriter, TokenRows, open_inputs
 from strixft.data.account import Account
+from strixft.data.ends import Ends, eos_of_files, find_ends
 from strixft.data.hub import HubSet
 from strixft.data.pack import origins
 from strixft.data.preview import example, spread
+from strixft.data.template import written_ends
 from strixft.data.words import Words, WordsDifferError
 from strixft.disk import cache_folder
 from strixft.errors import DataError
@@ -79,6 +81,17 @@ class Prepared(Result):
         packing = Packing(order["packed_rows"], order["packed_starts"], int(order["max_length"]))
         return PackedRows(rows, packing)
 
+    def ends(self, tokenizer: Any) -> Ends:
+        """Return where the model's answers end; found anew for a run of an older version.
+
+        Args:
+            tokenizer: The model's.
+        """
+        found = self.figures.get("answer_ends")
+        if found is not None:
+            return Ends.of(found)
+        return find_ends(tokenizer, written_ends(tokenizer), eos_of_files(tokenizer, offline=True))
+
     def names_of(self, rows: Any, numbers: Iterable[int]) -> list[str]:
         """Rows by file and number, as a person finds them.
 
@@ -119,11 +132,11 @@ def _formats(inputs: Sequence[Input]) -> str:
     return ", ".join(dict.fromkeys(one.form.name for one in inputs))
 
 
-def _encoding_figures(encoder: Encoder, kind: str, work: Work) -> dict[str, Any]:
-    template = None if kind == "text" else encoder.masker.template
-    end = encoder.tokenizer.eos_token if template is None else template.end_token
+def _encoding_figures(encoder: Encoder, kind: str, work: Work, *, offline: bool) -> dict[str, Any]:
+    eos = eos_of_files(encoder.tokenizer, offline=offline)
+    written = [] if kind == "text" else written_ends(encoder.tokenizer)
     return {
-        "end_token": end or encoder.tokenizer.eos_token,
+        "answer_ends": find_ends(encoder.tokenizer, written, eos).to_dict(),
         "mask_checked": dict(zip(("rows", "equal"), work.total.checked, strict=True)),
     }
 
@@ -142,7 +155,7 @@ def _notes(figures: dict[str, Any], encoder: Encoder, work: Work) -> list[str]:
             "The chat template ends an answer with nothing; the tokenizer's end token"
             f" {encoder.tokenizer.eos_token!r} is put after the last answer of each chat."
         )
-    if template is not None and template.call_style is None and work.total.tools:
+    if template is not None and not template.knows_tools and work.total.tools:
         notes.append(
             "The chat template knows no tools: functions stand in the system message, and calls"
             " and results in the turns, as <tool_call> and <tool_response>."
@@ -255,7 +268,7 @@ def _figures(
         "keys_unused": dict(work.total.unused.most_common()),
         "tokens_read": work.total.num_tokens + sum(account.long_lengths),
         **figures_of(chosen, recipe.dataset.max_length, account),
-        **_encoding_figures(encoder, kind, work),
+        **_encoding_figures(encoder, kind, work, offline=recipe.offline),
         "rows_per_s": round(account.rows_read / seconds, 1),
         "tok_per_s": round(work.total.num_tokens / seconds, 1),
         "problems": account.kinds,

@@ -17,7 +17,7 @@ from strixft.data.duplicates import sketch
 from strixft.data.encode import Encoded, TooLong
 from strixft.data.hashes import content_hash, hash_text, question_hash
 from strixft.data.load import group_of, read_row
-from strixft.data.mask import Piece, hides_system
+from strixft.data.mask import Piece
 from strixft.data.readers import RawRow
 from strixft.data.rows import batch_of
 from strixft.formats import Chat, Row, RowFault
@@ -175,10 +175,6 @@ class _Batch:
         pieces = self._encoder.pieces(chat)
         paired = chat.rejected is not None
         rejected = self._encoder.pieces(chat, rejected=True) if paired else None
-        texts = [] if isinstance(pieces, RowFault) else [piece.text for piece in pieces]
-        if any(hides_system(chat.messages, text) for text in texts):
-            text = "has a system message, which the chat template does not show"
-            self._note(row, "system_hidden", text, KEPT)
         self.made.tools |= chat.tools is not None
         self.made.chats_divided += not isinstance(pieces, RowFault) and len(pieces) > 1
         self._items.append(_Item(row, chat, group, pieces, rejected))

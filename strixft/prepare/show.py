@@ -48,9 +48,15 @@ def summary(figures: Figures) -> str:
         "longest row": f"{number(figures['longest_tokens'])} tokens",
         "fill, one chat in a row": f"{packing['fill_without']:.1%} of {packing['max_length']}",
         "fill, packed": f"{packing['fill']:.1%}, {number(packing['rows'])} rows",
-        "an answer ends with": figures["end_token"] or "nothing",
+        "an answer ends with": _ends(figures),
     }
     return views.mapping(shown)
+
+
+def _ends(figures: Figures) -> str:
+    """Every end; a run of an older version names one."""
+    found = figures.get("answer_ends", {}).get("texts", [figures.get("end_token")])
+    return ", ".join(filter(None, found)) or "nothing"
 
 
 def warnings(figures: Figures) -> str:

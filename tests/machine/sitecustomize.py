@@ -15,6 +15,6 @@ if has := os.environ.get("STRIXFT_TEST_AVX512BF16"):
     _look_up = ctypes.CDLL.__getattr__
 
     def _answer(library: ctypes.CDLL, name: str) -> object:
-        return (lambda: int(has)) if name == "has_avx512bf16_cpu" else _look_up(library, name)
+        return (lambda: has == "1") if name == "has_avx512bf16_cpu" else _look_up(library, name)
 
     ctypes.CDLL.__getattr__ = _answer  # type: ignore[assignment, method-assign]
