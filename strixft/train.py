@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from strixft import views
 from strixft.architecture import architecture_of
-from strixft.checkpoints import KEPT, Checkpoints
+from strixft.checkpoints import KEPT, Checkpoint, Checkpoints
 from strixft.data import (
     Batch,
     PackedShape,
@@ -41,7 +42,7 @@ from strixft.guard import (
 from strixft.loop import NotFiniteError, Progress, TrainingLoop
 from strixft.memory import is_out_of_memory
 from strixft.methods import METHODS
-from strixft.model import base_of, build, model_source, native_dtype
+from strixft.model import attach_adapter, base_of, load_base, model_source, native_dtype
 from strixft.plan import Plan
 from strixft.plan.compare import compare_html, device_parts, planned_figures
 from strixft.plan.result import read_config
@@ -49,15 +50,16 @@ from strixft.prepare import Prepared
 from strixft.prepare.vocabulary import require_known_tokens
 from strixft.probe.right import fastest_blas, joins_sums, require_attention, require_right
 from strixft.progress import progress_bar, say
+from strixft.proof import expected, proof_batches, prove
 from strixft.recipe import Recipe
-from strixft.runs import Result, Run, resume_command
-from strixft.step import TrainingStep, Ways, peak_memory
+from strixft.runs import Result, Run, resume_command, write_json
+from strixft.step import TrainingStep, Ways, peak_memory, release_memory
 from strixft.units import format_gib, format_number, format_seconds
 from strixft.weights import fingerprint_base
 
 ADAPTER = "adapter"
 """Folder of the trained weights: a PEFT adapter, or a whole model for `method: full`."""
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PROOF = "checkpoints", "proof.json"
 CHECKPOINT_FORMAT = 2
 """Changes with the files of a checkpoint: one of another format is refused."""
 
@@ -95,6 +97,7 @@ class Trained(Result):
             "loss, last update": format_number(figures["losses"][-1]),
             "time": format_seconds(figures["train_seconds"]),
             "process, resident": format_gib(figures["resident_bytes"]),
+            **_shown_proof(figures["proof"]),
         }
         told = "".join(map(views.warning, self._told()))
         return told + views.mapping(shown) + compare_html(figures) + self.loss_curve()
@@ -119,6 +122,17 @@ class Trained(Result):
         axes.set_ylabel("loss per trained token")
         axes.set_ylim(bottom=0)
         return views.picture(figure, "training loss by update")
+
+
+def _shown_proof(proof: Mapping[str, Any]) -> dict[str, str]:
+    """The first loss beside the model's own, as people see it."""
+    if not proof:
+        return {}
+    own, apart = format_number(proof["own_loss"], 5), f"{proof['difference']:.2g}"
+    return {
+        "first loss": f"{format_number(proof['loss'], 5)} on {proof['tokens']} tokens; the model's"
+        f" own forward {own}, at most {apart} nats a token apart"
+    }
 
 
 class _Watch:
@@ -225,11 +239,40 @@ def _require_room(step: TrainingStep, checkpoints: Checkpoints) -> None:
     require_room(checkpoints.folder, left * (weights + moments) + weights)
 
 
-def _build_step(recipe: Recipe, plan: Plan, device: str) -> TrainingStep:
+def _build_step(
+    run: Run, plan: Plan, first: Sequence[Batch]
+) -> tuple[TrainingStep, dict[str, Any]]:
+    """Build the step, and prove its first loss.
+
+    Args:
+        run: What is trained.
+        plan: Its plan.
+        first: Micro-batches to prove it on; none where training goes on, with other weights.
+
+    Returns:
+        The step, and figures of the proof.
+    """
+    recipe, device, began = run.recipe, device_type(), time.monotonic()
     dtype = native_dtype(device, bfloat16=find_host(recipe.memory.host).bfloat16)
     set_seed(recipe.train.seed)
-    model = build(recipe, device, dtype)
-    return TrainingStep(model, recipe.train, ways_of(recipe, plan.figures["choice"]))
+    base = load_base(recipe, device, dtype)
+    loaded = time.monotonic()
+    documents = expected(base, first, _proof_bytes(plan)) if first else []
+    release_memory()
+    model = attach_adapter(base, METHODS[recipe.method], recipe.lora)
+    step = TrainingStep(model, recipe.train, ways_of(recipe, plan.figures["choice"]))
+    path = run.stage_folder(Trained.name) / PROOF
+    if first:
+        proof = prove(step, first, documents)
+        release_memory()
+        seconds = {"load_s": loaded - began, "seconds": time.monotonic() - loaded}
+        write_json(path, {**asdict(proof), **seconds})
+    return step, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _proof_bytes(plan: Plan) -> int:
+    parts, phases = plan.figures["parts"], plan.figures["phases"]
+    return int(phases["proof"]["device_bytes"] - parts["weights"] - parts["adapter"])
 
 
 def out_of_memory(recipe: Recipe, plan: Plan, what: str, peak_bytes: int | None) -> FitError:
@@ -273,11 +316,14 @@ def _not_finite(
 
 
 def _run_loop(
-    run: Run, plan: Plan, loop: TrainingLoop, batches: _Batches, watches: Watches
+    run: Run,
+    plan: Plan,
+    loop: TrainingLoop,
+    batches: _Batches,
+    watches: Watches,
+    newest: Checkpoint | None,
 ) -> None:
     """Train to the end, or save the last finished update and say why it ended before."""
-    newest = loop.checkpoints.newest()
-    _tell_set_aside(loop.checkpoints, watches)
     try:
         loop.run(newest)
     except NotFiniteError as error:
@@ -334,7 +380,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     _require_right(run, plan)
     missed = [name for name, value in seen_by_torch().items() if value is None]
     capped = cap(plan.figures["host"]["budget_bytes"], plan.figures["reserved_bytes"])
-    watches, device = Watches(run), device_type()
+    watches = Watches(run)
     watch = _Watch(run, plan.figures["updates"])
     if capped.warning:
         watches.warn(capped.warning)
@@ -342,8 +388,11 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         watches.warn(f"{', '.join(missed)} was set after torch was imported: import strixft first")
     require_known_tokens(run.recipe, prepared)
     with watches.watching() as seen:
-        step, checkpoints = _build_step(run.recipe, plan, device), _checkpoints(run, prepared, plan)
-        batches = _Batches(run.recipe, prepared, plan, device)
+        checkpoints = _checkpoints(run, prepared, plan)
+        newest = checkpoints.newest()
+        _tell_set_aside(checkpoints, watches)
+        batches = _Batches(run.recipe, prepared, plan, device_type())
+        step, proof = _build_step(run, plan, proof_batches(batches(0)) if newest is None else [])
         loop = TrainingLoop(
             step,
             batches,
@@ -356,7 +405,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         _require_room(step, checkpoints)
         began = time.monotonic()
         with contextlib.closing(watch), peak_memory(step.model) as memory:
-            _run_loop(run, plan, loop, batches, watches)
+            _run_loop(run, plan, loop, batches, watches, newest)
         seconds, rate = time.monotonic() - began, watch.tok_per_s(loop.progress)
         memory["peak_parts"] = memory["peak_parts"] or device_parts(
             step.model, step.optimizer, memory["peak_bytes"]
@@ -374,6 +423,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         **memory,
         **seen,
         "cap": capped.says,
+        "proof": proof,
         "checkpoints_set_aside": checkpoints.torn,
     }
     inputs = {

@@ -22,7 +22,7 @@ FLOORS = [
     ["prepare", "step", "mergeable"],
     ["probe"],
     ["plan"],
-    ["loop"],
+    ["loop", "proof"],
     ["train"],
     ["evaluate", "bench", "doctor", "mkl"],
     ["export", "chat"],

@@ -23,10 +23,12 @@ from strixft.plan.memo import Memo
 from strixft.plan.trace import RowShape, forward_bytes
 from strixft.recipe import Recipe
 from strixft.step import rows_of_whole_chunks
-from strixft.units import MIB
+from strixft.units import GIB, MIB
 
 Phase = dict[str, int]
 
+MOST_PROOF_BYTES = 4 * GIB
+"""Most memory that the proof of the first loss takes beside the weights, and no less than 1 GiB."""
 MOST_EVALUATED = 32
 """Rows of the full length that are evaluated at once where the budget has room for them."""
 PROCESS = Sourced(
@@ -130,6 +132,11 @@ class Life:
         """What the allocator holds; the host has the process, and rows that do not count."""
         return self._phase(self._run.reserved_bytes, 0)
 
+    def proof(self) -> Phase:
+        """Weights, and the scores and logits of a document by the model's own forward pass."""
+        spare = self._run.reserved_bytes - self._fixed
+        return self._phase(self._fixed + min(max(spare, GIB), MOST_PROOF_BYTES), 0)
+
     def evaluate(self, rows: int = MOST_EVALUATED) -> Phase:
         """Weights, and a forward pass without gradients over rows trained whole, run dry."""
         length, vocabulary = self._run.shape.length, self._config.get_text_config().vocab_size
@@ -181,6 +188,7 @@ def phases(life: Life, evaluated_rows: int) -> dict[str, Phase]:
     """Device and host peak of each phase; see `Life` for each one's rule."""
     return {
         "load": life.load(),
+        "proof": life.proof(),
         "train": life.train(),
         "evaluate": life.evaluate(evaluated_rows),
         "generate": life.generate(evaluated_rows),

@@ -71,22 +71,26 @@ def _own_head_losses(base: Any, batch: Batch, ways: Ways, reduction: str) -> Ten
         return nn.functional.cross_entropy(chosen.float(), batch["labels"], reduction=reduction)
 
 
-@torch.no_grad()
-def token_losses(model: nn.Module, batch: Batch, ways: Ways = Ways()) -> Tensor:
-    """Loss of each trained token of a batch, (K,), in float32 and without gradients.
-
-    Args:
-        model: What `model.build` gave.
-        batch: See `strixft.data.Batch`.
-        ways: How it is computed.
-    """
+def _token_losses(model: nn.Module, batch: Batch, ways: Ways) -> Tensor:
     base = base_of(model)
     head = linear_head(base)
     if head is None:
-        return _own_head_losses(base, batch, ways, "none")
+        return _own_head_losses(base, batch, ways, "none").detach()
     chosen = _trained_hidden(base, batch, ways, head.scale)
     weight = base.get_output_embeddings().weight
-    return token_cross_entropy(chosen, weight, batch["labels"], head.softcap)
+    return token_cross_entropy(chosen.detach(), weight, batch["labels"], head.softcap)
+
+
+@torch.no_grad()
+def token_losses(model: nn.Module, batch: Batch, ways: Ways = Ways()) -> Tensor:
+    """Return the loss of each trained token of a batch, (K,), in float32 and without gradients.
+
+    Args:
+        model: The model of `model.build`.
+        batch: See `strixft.data.Batch`.
+        ways: How it is computed.
+    """
+    return _token_losses(model, batch, ways)
 
 
 def batch_loss(
@@ -167,6 +171,19 @@ class TrainingStep:
     def loss(self, batch: Batch, num_trained: int | Tensor) -> Tensor:
         """Return the loss of a batch; see `batch_loss`."""
         return self._loss(self.model, batch, num_trained, self.ways)
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Return the loss of each trained token of a batch, (K,), in float32.
+
+        The forward pass is that of training: compiled layers need not be compiled again for it.
+        """
+        return _token_losses(self.model, batch, self.ways)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type in which the base computes."""
+        dtype: torch.dtype = base_of(self.model).dtype
+        return dtype
 
     def update(
         self,
