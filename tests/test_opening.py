@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,8 @@ def test_a_run_folder_that_was_typed_otherwise_is_refused(recipe: Path, given: o
     with pytest.raises(RecipeError, match=f"run_dir is {given!r}, which papermill") as caught:
         open_run(recipe, given)  # type: ignore[arg-type]
     assert caught.value.fix == "-r run_dir …   gives the text as it is typed"
+
+
+def test_a_name_that_is_not_utf_8_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"the name '.*/l\\udce4uf' is not UTF-8"):
+        open_run(recipe, tmp_path / os.fsdecode(b"l\xe4uf"))
