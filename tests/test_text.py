@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ ORDINARY = [
 ]
 """What people give a variable that needs a value, and texts hold."""
 LETTERS = string.ascii_letters + string.digits
-RANDOM = {
+RANDOM: dict[str, Callable[[Callable[[str, int], str]], str]] = {
     "hub": lambda draw: "hf_" + draw(string.ascii_letters, 34),
     "hex": lambda draw: draw("0123456789abcdef", 40),
     "short hex": lambda draw: draw("0123456789abcdef", 16),
