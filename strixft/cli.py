@@ -586,7 +586,9 @@ def mkl(as_json: AsJson = False, debug: Debug = False) -> None:
 
 @app.command()
 def lab(
-    port: Annotated[int, typer.Option(help="Port; the next free one if it is taken.")] = 8888,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port; the next free one if it is taken.")
+    ] = 8888,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it.")] = True,
     debug: Debug = False,
 ) -> None:

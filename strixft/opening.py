@@ -162,6 +162,7 @@ def open_run(
     path = find_recipe(_as_typed("recipe", recipe))
     resolved = load_recipe(path, parse_overrides(overrides))
     folder = run_folder(path, run_dir)
+    _require_utf8(path, folder)
     if (folder / "recipe.yaml").is_file():
         _take_recipe(folder, resolved, first)
         if first != "prepare":
@@ -183,6 +184,15 @@ def _as_typed(name: str, given: Any) -> Any:
             fix=f"-r {name} …   gives the text as it is typed",
         )
     return str(given) if isinstance(given, int) else given
+
+
+def _require_utf8(*paths: Path) -> None:
+    """Notebooks name them, and are UTF-8."""
+    for path in paths:
+        if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+            raise RecipeError(
+                f"the name {str(path)!r} is not UTF-8", fix="rename it, or --run-dir and a folder"
+            )
 
 
 def _is_new(folder: Path) -> bool:

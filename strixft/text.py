@@ -29,6 +29,19 @@ _SECRET_NAME = re.compile(
     r"(?i)(?:^|_)(?:token|api_?key|access_?key|secret|secret_?key|passw(?:or)?d|credentials?)$"
 )
 _SHORTEST_SECRET = 8
+_LONGEST_WORDS = 20
+"""From here on, what is made of words is a pass phrase: no text holds it by chance."""
+_FEWEST_CHARACTERS = 6
+"""Different ones that a secret has."""
+_PAIRS = (
+    " ab ac ad ag ai al am an ap ar as at ay ba be bl bo ca ce ch ck co ct da de di do ds ea ec"
+    " ed ee el em en ep er es et ev ex fi fo ge gh ha he hi ho ic id ie ig il im in io ir is it"
+    " iz ke ks la le li ll lo ma me mi mo mp na nc nd ne ng ni no ns nt oc od ol om on oo op or"
+    " os ot ou ow pa pe pl po pr qu ra rd re ri ro rs rt se sh si so ss st su ta tc te th ti to"
+    " tr ts tt tu ul un ur us ut va ve wa we ze "
+)
+"""Letters that follow each other in English words; of random ones a fifth does."""
+_LETTERS = re.compile(r"[A-Z]?[a-z]{2,}|[A-Z]{3,}")
 SECRET = "[secret]"
 
 
@@ -75,12 +88,33 @@ def find_keys(text: str) -> Iterator[re.Match[str]]:
         yield from _ASSIGNED.finditer(text)
 
 
+def _is_word(letters: str) -> bool:
+    low = letters.lower()
+    pairs = [f" {low[i : i + 2]} " in _PAIRS for i in range(len(low) - 1)]
+    return sum(pairs) > 0.5 * len(pairs)
+
+
+def _looks_random(value: str) -> bool:
+    """A value is too long or too irregular to stand in a text by chance.
+
+    >>> _looks_random("training"), _looks_random("password123"), _looks_random("k7Qz-p0Wv-x3Lt")
+    (False, False, True)
+    """
+    if len(set(value)) < _FEWEST_CHARACTERS or value.isdigit():
+        return False
+    words = sum(len(run) for run in _LETTERS.findall(value) if _is_word(run))
+    return len(value) >= _LONGEST_WORDS or words < 0.7 * sum(map(str.isalnum, value))
+
+
 def _own_secrets() -> list[str]:
-    """Values of this process's environment that are tokens, keys or passwords by their names."""
+    """Values of this process's environment that are secret: by their names, and not mere words."""
     found = {
         value
         for name, value in os.environ.items()
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and value[0] not in "/~"
+        if _SECRET_NAME.search(name)
+        and len(value) >= _SHORTEST_SECRET
+        and value[0] not in "/~"
+        and _looks_random(value)
     }
     return sorted(found, key=len, reverse=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -453,3 +454,35 @@ def test_a_pipe_that_closes_early_is_no_error() -> None:
     os.close(writer)
     assert "Traceback" not in done.stderr
     assert "strixft failed" not in done.stderr
+
+
+HOSTS = {
+    "locale without letters": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "ASCII terminal": {"PYTHONIOENCODING": "ascii", "TERM": "dumb"},
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_names_hold_any_letters_under_any_locale(
+    host: str, monkeypatch: pytest.MonkeyPatch, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    for name, value in HOSTS[host].items():
+        monkeypatch.setenv(name, value)
+    path = write_recipe("Lauf ü – 1", rows=[chat("Größe?", f"Größe {n} ✓") for n in range(9)])
+    answer = type_in_a_shell("prepare", path, "--run-dir", tmp_path / "Läufe")
+    assert answer.code == 0, answer.err
+    row = json.loads(type_in_a_shell("recipe", path, "--json").out)
+    assert row["dataset"]["source"].endswith("/Lauf ü – 1.jsonl")
+    problem, _ = refusal(type_in_a_shell("recipe", tmp_path / "Größe"), 2)
+    assert "Traceback" not in problem
+    assert "there is no recipe" in problem
+
+
+def test_what_to_type_can_be_typed(tmp_path: Path, write_recipe: WriteRecipe) -> None:
+    name = "-x {b} 100%s q'u\"o$HOME`x`#"
+    path = write_recipe(rows=[*chats(3), "{broken"])
+    path = path.rename(tmp_path / f"{name}.yaml")
+    folder = tmp_path / "runs" / name
+    _, fix = refusal(type_in_a_shell("run", path, "--run-dir", folder, "--json"), 2)
+    command = fix.rpartition("then: ")[2]
+    assert shlex.split(command) == ["strixft", "run", str(path), "--run-dir", str(folder)]

@@ -207,6 +207,7 @@ def test_the_fix_script_is_shell_and_changes_nothing_by_itself(
     subprocess.run(["sh", "-n", path], check=True)
     assert script.startswith("#!/bin/sh\n# Fixes that strixft doctor proposes")
     assert not re.search(r"^(export|unset) ", script, re.MULTILINE)
+    assert not re.search(r"^[^#]*(release-upgrade|full-upgrade|bookworm)", script, re.MULTILINE)
 
 
 def test_json_has_the_six_keys(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Evaluation: loss and answers of base and tuned on the held-out rows."""
 
 import math
+import tracemalloc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import WriteRecipe
@@ -181,6 +183,63 @@ def test_losses_in_batches_are_the_losses_alone(shared_run: Run, most_tokens: in
             alone.append(float(batch_loss(model, batch, len(batch["labels"]))))
     assert len({len(row["input_ids"]) for row in rows}) > 1
     assert row_losses(model, rows, most_tokens) == pytest.approx(alone, rel=1e-5)
+
+
+class Row(dict[str, Any]):
+    """A row that is counted as long as it is held."""
+
+    held = most_held = 0
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        super().__init__(row)
+        Row.held += 1
+        Row.most_held = max(Row.most_held, Row.held)
+
+    def __del__(self) -> None:
+        Row.held -= 1
+
+
+class OnDisk(Sequence[Row]):
+    """Rows that are made when they are asked for."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Row(self._rows[index])
+
+
+def test_losses_hold_the_rows_of_one_batch(shared_run: Run) -> None:
+    rows = held_out(shared_run) * 20
+    model = load_base(shared_run.recipe, "cpu", torch.float32).eval()
+    most_tokens = 4 * max(len(row["input_ids"]) for row in rows)
+    found = row_losses(model, OnDisk(rows), most_tokens)
+    assert Row.most_held <= 20 < len(rows)
+    assert found == row_losses(model, rows, most_tokens)
+
+
+def test_an_interval_of_many_rows_takes_little_memory() -> None:
+    values = np.random.default_rng(0).random((2, 50_000))  # drawn 2000 times: 0.8 GB
+    base, tuned = values.tolist()
+    tracemalloc.start()
+    change = paired_change(base, tuned)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 50e6
+    assert change["low"] < change["change"] < change["high"]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 700])  # 700: several parts
+def test_an_interval_is_that_of_all_draws_at_once(rows: int) -> None:
+    generator = np.random.default_rng(3)
+    base, tuned, weights = generator.random(rows), generator.random(rows), np.arange(1.0, rows + 1)
+    drawn = np.random.default_rng(5).integers(0, rows, (2000, rows))
+    means = ((tuned - base) * weights)[drawn].sum(1) / weights[drawn].sum(1)
+    found = paired_change(base.tolist(), tuned.tolist(), weights.tolist(), seed=5)
+    assert [found["low"], found["high"]] == np.percentile(means, (2.5, 97.5)).tolist()
 
 
 def test_a_batch_keeps_within_its_tokens() -> None:

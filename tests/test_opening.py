@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,21 @@ def test_a_change_that_nothing_depends_on_is_taken(recipe: Path, tmp_path: Path)
     prepare_recipe(run)
     assert open_run(recipe, run.folder, {"offline": True}).recipe.offline
     assert run.is_done("prepare")
+
+
+def test_a_run_folder_may_be_a_number(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()  # the workspace
+    run = open_run(recipe, 20261125)  # type: ignore[arg-type]  # papermill: -p run_dir 20261125
+    assert run.folder == tmp_path / "20261125"
+
+
+@pytest.mark.parametrize("given", [1e5, 2.1, True])
+def test_a_run_folder_that_was_typed_otherwise_is_refused(recipe: Path, given: object) -> None:
+    with pytest.raises(RecipeError, match=f"run_dir is {given!r}, which papermill") as caught:
+        open_run(recipe, given)  # type: ignore[arg-type]
+    assert caught.value.fix == "-r run_dir …   gives the text as it is typed"
+
+
+def test_a_name_that_is_not_utf_8_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"the name '.*/l\\udce4uf' is not UTF-8"):
+        open_run(recipe, tmp_path / os.fsdecode(b"l\xe4uf"))

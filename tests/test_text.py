@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import string
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,41 @@ KEYS = [
 ]
 
 
+ORDINARY = [
+    *("training", "Assistant", "experiment", "password123", "changeme", "minioadmin", "PRODUCTION"),
+    *("llama-3.1", "batch_size", "aaaaaaaa", "--------------------", "20261130", "deadbeef"),
+]
+"""What people give a variable that needs a value, and texts hold."""
+LETTERS = string.ascii_letters + string.digits
+RANDOM: dict[str, Callable[[Callable[[str, int], str]], str]] = {
+    "hub": lambda draw: "hf_" + draw(string.ascii_letters, 34),
+    "hex": lambda draw: draw("0123456789abcdef", 40),
+    "short hex": lambda draw: draw("0123456789abcdef", 16),
+    "uuid": lambda draw: "-".join(draw("0123456789abcdef", n) for n in (8, 4, 4, 4, 12)),
+    "base 64": lambda draw: draw(LETTERS + "+/", 43) + "=",
+    "gitlab": lambda draw: "glpat-" + draw(LETTERS + "-_", 20),
+    "short": lambda draw: draw(LETTERS, 12),
+    "pass phrase": lambda draw: " ".join(draw(string.ascii_lowercase, 6) for _ in range(4)),
+}
+"""Tokens as services make them."""
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_random_tokens_of_the_environment_are_left_out(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = random.Random(0)
+    values = [
+        RANDOM[kind](lambda letters, count: "".join(generator.choices(letters, k=count)))
+        for _ in range(500)
+    ]
+    kept = 0
+    for value in values:
+        monkeypatch.setenv("CI_TOKEN", value)
+        kept += value in redact(f"it is {value}, see")
+    assert kept <= len(values) / 100  # a short one may look like a word
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_what_looks_like_a_key_is_left_out(key: str) -> None:
     text = redact(f"before {key} after")
@@ -34,13 +72,18 @@ def test_what_looks_like_a_key_is_left_out(key: str) -> None:
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_API_KEY", "wandb_api_key", "DB_PASSWORD"])
 def test_tokens_of_the_environment_are_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "plain words here")
-    assert redact("it is plain words here, see") == f"it is {SECRET}, see"
+    monkeypatch.setenv(name, "k7Qz-p0Wv-x3Lt")
+    assert redact("it is k7Qz-p0Wv-x3Lt, see") == f"it is {SECRET}, see"
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("HF_TOKEN", "short"), ("SSH_KEY_FILE", "long enough"), ("API_KEY", "/a/path/to/it")],
+    [
+        ("HF_TOKEN", "short"),
+        *(("CI_TOKEN", value) for value in ORDINARY),
+        ("SSH_KEY_FILE", "long enough"),
+        ("API_KEY", "/a/path/to/it"),
+    ],
 )
 def test_other_values_of_the_environment_stay(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
@@ -55,8 +98,8 @@ def test_plain_data_are_redacted_to_the_last_text() -> None:
 
 
 def test_a_file_of_a_run_holds_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "not-a-known-form")
-    write_json(tmp_path / "a.json", {"url": "https://not-a-known-form@hub", "key": HUB_TOKEN})
+    monkeypatch.setenv("HF_TOKEN", "n0t-4-kn0wn-f0rm")
+    write_json(tmp_path / "a.json", {"url": "https://n0t-4-kn0wn-f0rm@hub", "key": HUB_TOKEN})
     assert json.loads((tmp_path / "a.json").read_text()) == {
         "url": f"https://{SECRET}@hub",
         "key": SECRET,

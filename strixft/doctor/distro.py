@@ -214,16 +214,19 @@ def rebuild_initramfs(view: HostView) -> tuple[str, ...]:
 
 UPGRADE = {
     "fedora": "sudo dnf upgrade --refresh",
-    "debian": "sudo apt update && sudo apt full-upgrade",
+    "debian": "sudo apt update && sudo apt upgrade",
     "arch": "sudo pacman -Syu",
-    "suse": "sudo zypper dup",
+    "suse": "sudo zypper update",
     "nixos": "sudo nixos-rebuild boot --upgrade",
 }
 
 
 def upgrade(view: HostView) -> tuple[str, ...]:
-    """Command that brings every package up to date."""
+    """Command that brings every package up to date, within the release of the distribution."""
+    distribution = read_distribution(view)
     if view.exists("/run/ostree-booted"):
         return ("sudo rpm-ostree upgrade",)
-    family = read_distribution(view).family
+    if distribution.id == "opensuse-tumbleweed":
+        return ("sudo zypper dup",)  # it has no releases
+    family = distribution.family
     return (UPGRADE[family],) if family in UPGRADE else ()

@@ -20,6 +20,8 @@ NOBLE_GENERIC = (6, 17, 0, 19)
 """Ubuntu 24.04's HWE kernel 6.17.0-19.19~24.04.2 has them as patches."""
 NOBLE_OEM = (6, 14, 0, 1018)
 BAD_FIRMWARE = "20251125"
+SUSPECT_KERNEL, SUSPECT_FIRMWARE = (7, 2), "20260810"
+"""A pair; the same user space does not fault with older firmware."""
 WHY_FLOOR = (
     "without two fixes of the compute driver, torch.cuda.synchronize() hangs with the GPU at 100 %,"
     " or training ends in HSA page faults"
@@ -97,8 +99,8 @@ def _upgrade_kernel(view: HostView, distribution: Distribution) -> Fix:
     if distribution.is_noble:
         packages = "sudo apt update && sudo apt install linux-generic-hwe-24.04"
         return Fix("install the HWE kernel, 6.17.0-19 or newer", (packages,), "reboot")
-    if distribution.id == "ubuntu":
-        return Fix("go to Ubuntu 26.04", ("sudo do-release-upgrade",), "reboot")
+    if distribution.id == "ubuntu" and distribution.version < "26.04":
+        return _next_release("Ubuntu 26.04", "https://documentation.ubuntu.com/release-notes/")
     if distribution.id == "debian":
         return _debian_backports(distribution)
     if distribution.family == "fedora" and distribution.id not in ("fedora", "bazzite", "nobara"):
@@ -106,16 +108,17 @@ def _upgrade_kernel(view: HostView, distribution: Distribution) -> Fix:
     return Fix("install kernel 6.18.4 or newer", upgrade(view), "reboot")
 
 
+def _next_release(name: str, guide: str) -> Fix:
+    """A new release of the distribution: a decision, with a backup before it; never a command."""
+    return Fix(
+        f"no kernel of this release is new enough: go to {name}, by hand and after a backup, as"
+        f" {guide} says; then type strixft doctor again"
+    )
+
+
 def _debian_backports(distribution: Distribution) -> Fix:
     if distribution.version.isdigit() and int(distribution.version) < 13:
-        return Fix(
-            "go to Debian 13 first, then type strixft doctor again",
-            (
-                "sudo sed -i 's/bookworm/trixie/g' /etc/apt/sources.list /etc/apt/sources.list.d/*",
-                "sudo apt update && sudo apt full-upgrade",
-            ),
-            "reboot",
-        )
+        return _next_release("Debian 13", "https://www.debian.org/releases/trixie/release-notes/")
     suites = r"/^Suites:/ { /trixie-backports/! s/(trixie-updates)/\1 trixie-backports/ }"
     return Fix(
         "take the kernel and the firmware from Debian's backports",
@@ -218,7 +221,21 @@ def check_firmware(view: HostView) -> Iterator[Finding]:
     dates = re.findall(r"20\d{6}", answer or "")
     why = f"linux-firmware {BAD_FIRMWARE} makes ROCm unstable or crash on this GPU"
     source = "kyuz0/amd-strix-halo-toolboxes: docs/troubleshooting-firmware.md (measured)"
-    if BAD_FIRMWARE in dates:
+    kernel = kernel_version(view.release)
+    if SUSPECT_FIRMWARE in dates and kernel and kernel[:2] == SUSPECT_KERNEL:
+        yield Finding(
+            status="warn",
+            saw=f"linux-firmware {SUSPECT_FIRMWARE} with kernel {view.release}",
+            why="GPU faults were reported with this pair; with linux-firmware 20260622 they ended",
+            fix=Fix(
+                "go back to linux-firmware 20260622, or start a kernel 7.0 or 7.1: your"
+                " distribution keeps the older packages",
+                (),
+                "reboot",
+            ),
+            source="noamsto/nix-amd-ai#105, PR #121 (measured)",
+        )
+    elif BAD_FIRMWARE in dates:
         yield Finding(
             status="fail",
             saw=f"linux-firmware {BAD_FIRMWARE} ({query[0] if query else ''})",

@@ -19,6 +19,8 @@ WHEELS = "ROCm/TheRock: RELEASES.md; amd/playbooks (vendor)"
 BNB_SOURCE = "bitsandbytes-foundation/bitsandbytes PR #1885; wheels unpacked (tested)"
 
 Version = tuple[int, ...]
+HIP_OF_ROCM = {10: (7, 16)}
+"""Where the two differ (shootthesound/Fizgig PR #103)."""
 GOOD_ROCM = (((7, 2, 1), (7, 3)), ((7, 11), (8,)))
 """Half-open ranges that work with the kernels of the floor; 7.9 and 7.10 do not."""
 
@@ -57,6 +59,16 @@ def rocm_version(view: HostView) -> Version | None:
     local = (view.package_version("torch") or "").partition("+")[2]
     found = re.search(r"rocm(?:sdk)?(\d+)\.(\d+)(?:\.(\d+))?", local)
     return tuple(int(part) for part in found.groups() if part) if found else None
+
+
+def hip_version(view: HostView) -> Version | None:
+    """HIP version of torch, by which bitsandbytes chooses its library: ROCm 10 has HIP 7.16."""
+    text = view.read(view.package_folder / "torch" / "version.py") or ""
+    found = re.search(r"^hip\b.*?(\d+)\.(\d+)", text, re.MULTILINE)
+    if found:
+        return int(found[1]), int(found[2])
+    rocm = rocm_version(view)
+    return HIP_OF_ROCM.get(rocm[0], rocm[:2]) if rocm else None
 
 
 def needed_build(view: HostView) -> str:
@@ -144,8 +156,7 @@ def check_rocm(view: HostView) -> Iterator[Finding]:
         yield Finding(
             status="warn" if new else "fail",
             saw=f"ROCm {_shown(version)}",
-            why="no training report on gfx1151 with it was found, and bitsandbytes has no library"
-            " for it"
+            why="no training report on gfx1151 with it was found"
             if new
             else "6.4, 7.1, 7.9 and 7.10 do not work with the kernels that this GPU needs",
             fix=rocm_torch(view),
@@ -193,8 +204,8 @@ def _bitsandbytes_on_rocm(view: HostView, version: str, install: Fix) -> Iterato
             source=BNB_SOURCE,
         )
         return
-    rocm, libraries = rocm_version(view), library_versions(view)
-    if rocm is None or not libraries:
+    hip, libraries = hip_version(view), library_versions(view)
+    if hip is None or not libraries:
         yield Finding(
             status="unknown",
             saw=f"bitsandbytes {version}; its ROCm libraries could not be listed",
@@ -203,25 +214,31 @@ def _bitsandbytes_on_rocm(view: HostView, version: str, install: Fix) -> Iterato
             source=BNB_SOURCE,
         )
         return
-    usable = [row for row in libraries if row[0] == rocm[0] and row <= rocm[:2]]
-    yield _library(version, rocm, usable) if usable else _no_library(view, version, rocm)
+    usable = [row for row in libraries if row[0] == hip[0] and row <= hip]
+    yield _library(view, version, hip, usable[-1]) if usable else _no_library(view, version, hip)
 
 
-def _library(version: str, rocm: Version, usable: list[Version]) -> Finding:
+def _library(view: HostView, version: str, hip: Version, used: Version) -> Finding:
+    saw = f"bitsandbytes {version}: its library for ROCm {_shown(used)} serves HIP {_shown(hip)}"
+    rocm = rocm_version(view)
+    if rocm is None or rocm[0] == hip[0] or used == hip:
+        why = "it takes the nearest lower library of the same major"
+        return Finding(status="ok", saw=saw, why=why, source=BNB_SOURCE)
     return Finding(
-        status="ok",
-        saw=f"bitsandbytes {version}: its library for ROCm {_shown(usable[-1])} serves"
-        f" {_shown(rocm)}",
-        why="it takes the nearest lower library of the same major",
-        source=BNB_SOURCE,
+        status="warn",
+        saw=f"{saw}, which is ROCm {_shown(rocm)}'s",
+        why="unproved on this GPU: the library is loaded with a warning, and no report of 4-bit"
+        " training with it was found; the NF4 round trip decides",
+        fix=Fix("look at check nf4: where it is ok, 4-bit weights are right here"),
+        source="bitsandbytes 0.50.2: cextension.py, cuda_specs.py; shootthesound/Fizgig PR #103",
     )
 
 
-def _no_library(view: HostView, version: str, rocm: Version) -> Finding:
+def _no_library(view: HostView, version: str, hip: Version) -> Finding:
     return Finding(
         status="fail",
-        saw=f"bitsandbytes {version} has no library for ROCm {_shown(rocm)}",
-        why="qlora and 8-bit optimisers raise 'not found': wheels up to 0.50.2 stop at ROCm 7",
+        saw=f"bitsandbytes {version} has no library for HIP {_shown(hip)}",
+        why="qlora and 8-bit optimisers raise 'not found': wheels up to 0.50.2 stop at HIP 7",
         fix=rocm_torch(view),
         source=f"{BNB_SOURCE}; patientx-cfz/comfyui-rocm#113",
     )

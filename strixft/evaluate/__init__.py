@@ -181,8 +181,8 @@ def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     prepared, trained, plan = run.require(Prepared), run.require(Trained), run.require(Plan)
     require_held_out(prepared)
     trained.require_same_base(run.recipe)
-    recipe, rows = run.recipe, list(prepared.token_rows(run.recipe.dataset).validation)
-    references = [row["answer"] for row in rows[: recipe.evaluate.max_rows]]
+    recipe, rows = run.recipe, prepared.token_rows(run.recipe.dataset).validation
+    references = rows["answer"][: recipe.evaluate.max_rows]
     names, why = chosen(recipe.evaluate.metrics, references)
     tokenizer, watch = load_tokenizer(recipe), StageWatch(run)
     tasks, general = load_tasks(recipe), general_rows(tokenizer)

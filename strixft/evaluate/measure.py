@@ -45,6 +45,7 @@ class Work:
     tokenizer: Any
     ends: Ends
     rows: Rows
+    """Held out; they are on disk, and read as they are needed."""
     general: Rows
     metrics: list[str]
     tasks: Any
@@ -53,7 +54,8 @@ class Work:
     @property
     def answered(self) -> Rows:
         """Held-out rows that are answered in full."""
-        return self.rows[: self.recipe.evaluate.max_rows]
+        count = min(len(self.rows), self.recipe.evaluate.max_rows)
+        return [self.rows[index] for index in range(count)]
 
     @property
     def most_tokens(self) -> int:

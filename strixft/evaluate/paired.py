@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 DRAWS = 2000
+NUMBERS_AT_ONCE = 2**20
+"""Drawn rows that are held at once."""
 BOUNDS = (2.5, 97.5)
 """Percentiles: the interval holds 95 % of the draws."""
+
+
+def _means(
+    changes: npt.NDArray[Any], counts: npt.NDArray[Any], generator: np.random.Generator
+) -> Iterator[npt.NDArray[Any]]:
+    """Mean change of every draw, so many draws at once that they fit."""
+    rows = len(counts)
+    at_once = max(1, NUMBERS_AT_ONCE // rows)
+    for first in range(0, DRAWS, at_once):
+        drawn = generator.integers(0, rows, (min(at_once, DRAWS - first), rows))
+        yield changes[drawn].sum(1) / counts[drawn].sum(1)
 
 
 def paired_change(
@@ -30,8 +45,7 @@ def paired_change(
     """
     counts = np.ones(len(base)) if weights is None else np.asarray(weights, dtype=float)
     changes = (np.asarray(tuned) - np.asarray(base)) * counts
-    drawn = np.random.default_rng(seed).integers(0, len(counts), (DRAWS, len(counts)))
-    means = changes[drawn].sum(1) / counts[drawn].sum(1)
+    means = np.concatenate(list(_means(changes, counts, np.random.default_rng(seed))))
     low, high = (float(bound) for bound in np.percentile(means, BOUNDS))
     change = float(changes.sum() / counts.sum())
     return {"change": change, "low": low, "high": high, "clear": low > 0 or high < 0}

@@ -11,7 +11,8 @@ if cores := int(os.environ.get("STRIXFT_TEST_CORES", 0)):
     os.cpu_count = lambda: cores
     os.sched_getaffinity = lambda pid: set(range(cores))
 
-if has := os.environ.get("STRIXFT_TEST_AVX512BF16"):
+has = os.environ.get("STRIXFT_TEST_AVX512BF16", "")
+if has:
     _look_up = ctypes.CDLL.__getattr__
 
     def _answer(library: ctypes.CDLL, name: str) -> object:
