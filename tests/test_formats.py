@@ -378,9 +378,9 @@ def test_tools_of_a_message_are_those_of_the_chat() -> None:
             "message 1 has 'prefix', which is not read: True",
         ),
         (
-            {"content": None, "refusal": "No."},
-            "no_text",
-            "content of message 1 is missing or null",
+            {"content": None, "refusal": "No.", "name": "a", "weight": 1},
+            "unknown_key",
+            "message 1 has 'refusal', which is not read: 'No.'",
         ),
         (
             {"refusal": "No."},
@@ -426,6 +426,7 @@ def test_a_row_with_pictures_or_sounds_is_refused_unless_they_are_ignored(name: 
     ("name", "value"),
     [
         ("chat_template_kwargs", {"enable_thinking": False}),
+        ("chat_template_kwargs", {"custom_instructions": "", "python_tools": ["f"]}),
         ("history", [["a", "b"]]),
         ("documents", ["d"]),
         ("context", "c"),
@@ -437,7 +438,12 @@ def test_a_column_that_a_model_should_see_is_refused_where_no_format_reads_it(
 ) -> None:
     fault = fault_of({**messages(USER, GOOD), name: value})
     assert (fault.kind, fault.key) == ("unknown_key", name)
-    assert fault.problem == f"has {name!r}, which its format does not read: {value!r}"
+    assert fault.problem.startswith(f"has {name!r}, which its format does not read: ")
+
+
+def test_a_column_that_says_nothing_is_no_column() -> None:
+    empty = {"chat_template_kwargs": {"custom_instructions": "", "tools": []}, "documents": [None]}
+    assert FORMATS["messages"].to_chat({**messages(USER, GOOD), **empty}).unused == set()
 
 
 def test_a_sharegpt_call_joins_the_words_before_it() -> None:

@@ -321,6 +321,15 @@ def test_every_special_token_in_a_row_is_told(stage: Stage) -> None:
     ]
 
 
+def test_the_name_of_a_speaker_that_the_template_hides_is_told(stage: Stage) -> None:
+    row = chat("Hello.", "Hello, Ann.")
+    row["messages"][0]["name"] = "Bo"
+    row["messages"][1]["name"] = "Ann"
+    assert stage.run([*chats(4), row])["problems"]["name_hidden"]["first"] == (
+        "rows.jsonl, row 5: names who speaks, 'Bo', which the chat template does not show"
+    )
+
+
 def test_an_address_in_a_call_is_masked(stage: Stage) -> None:
     call = {"name": "mail", "arguments": {"to": "a.b@mail.org"}}
     row = chat("Mail it.", "")

@@ -179,9 +179,19 @@ class _Batch:
         if any(hides_system(chat.messages, text) for text in texts):
             text = "has a system message, which the chat template does not show"
             self._note(row, "system_hidden", text, KEPT)
+        self._look_at_names(row, chat, pieces)
         self.made.tools |= chat.tools is not None
         self.made.chats_divided += not isinstance(pieces, RowFault) and len(pieces) > 1
         self._items.append(_Item(row, chat, group, pieces, rejected))
+
+    def _look_at_names(self, row: int, chat: Chat, pieces: list[Piece] | RowFault) -> None:
+        """Tell of names of speakers, which few chat templates show."""
+        names = {m["name"]: None for m in chat.messages if "name" in m and m["role"] != "tool"}
+        text = "" if isinstance(pieces, RowFault) else "".join(piece.text for piece in pieces)
+        hidden = [name for name in names if text and name not in text]
+        if hidden:
+            told = f"names who speaks, {hidden[0]!r}, which the chat template does not show"
+            self._note(row, "name_hidden", told, KEPT)
 
     def finish(self) -> None:
         """Tokenise all that was read, in one go."""
