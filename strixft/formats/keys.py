@@ -20,9 +20,9 @@ CHANGES = frozenset({"partial", "prefix"})
 MEDIA = frozenset({"audio", "audios", "image", "images", "video", "videos"})
 """Columns with what is not text, as LLaMA-Factory, TRL and ms-swift name them."""
 SHOWN = MEDIA | {
-    *("chat_template_kwargs", "choices", "context", "contexts", "documents", "functions"),
-    *("history", "options", "passage", "passages", "reasoning", "reasoning_content", "system"),
-    *("system_message", "system_prompt", "thinking", "tools"),
+    *("available_tools", "chat_template_kwargs", "choices", "context", "contexts", "documents"),
+    *("functions", "history", "options", "passage", "passages", "reasoning", "reasoning_content"),
+    *("system", "system_message", "system_prompt", "thinking", "tool_defs", "tools"),
 }
 """Columns that belong to what a model is shown; other columns describe the row."""
 
@@ -115,10 +115,10 @@ class Keys:
             if says or name in CHANGES:
                 raise RowFault(
                     "unknown_key",
-                    f"{self.what} has {name!r}, which is not read: {shown(value)}",
+                    f"{self.what} has {shown(name)}, which is not read: {shown(value)}",
                     name,
                 )
-            self.unused.add(f"{kind}.{name}")
+            self.unused.add(f"{kind}.{_label(name)}")
 
     def finish_row(self, *, is_text: bool) -> None:
         """Refuse columns that the format should read; note the others in `unused`.
@@ -142,7 +142,12 @@ class Keys:
                     f"has {name!r}, which its format does not read: {shown(value)}",
                     name,
                 )
-            self.unused.add(name)
+            self.unused.add(_label(name))
+
+
+def _label(name: str) -> str:
+    """Return a key as it may be shown."""
+    return name if name.isprintable() and len(name) <= 60 else shown(name)
 
 
 def _is_metadata(name: str) -> bool:

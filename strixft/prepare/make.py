@@ -151,8 +151,12 @@ class _Batch:
             self._refuse(number, fault)
 
     def _look(self, row: int, chat: Chat) -> None:
+        found: dict[str, list[str]] = {}
         for kind, text in oddities(chat, self._specials):
-            self._note(row, kind, text, KEPT)
+            found.setdefault(kind, []).append(text)
+        for kind, texts in found.items():
+            more = f", and {len(texts) - 1} more" if len(texts) > 1 else ""
+            self._note(row, kind, texts[0] + more, KEPT)
 
     def _private(self, row: int, chat: Chat) -> Chat | None:
         """The chat as the recipe's policy for personal data leaves it; None if it is left out."""
