@@ -160,10 +160,12 @@ def test_a_map_is_a_mapping_with_its_nulls(tmp_path: Path) -> None:
         {"role": pa.string(), "content": pa.string(), "tool_calls": pa.list_(function)}
     )
     written = {"name": "lamp", "arguments": [("colour", "red"), ("place", None)]}
-    chat = [{"role": "assistant", "content": None, "tool_calls": [written]}]
-    table = pa.table({"messages": pa.array([chat], pa.list_(message))})
+    twice = {"name": "lamp", "arguments": [("colour", "red"), ("colour", "blue")]}
+    chats = [[{"role": "assistant", "content": None, "tool_calls": [c]}] for c in (written, twice)]
+    table = pa.table({"messages": pa.array(chats, pa.list_(message))})
     pq.write_table(table, tmp_path / "rows.parquet")
-    (made,) = read(tmp_path / "rows.parquet")
+    made, problem = read(tmp_path / "rows.parquet")
+    assert "row 2: has a map with a key twice: [('colour'," in str(problem)
     assert isinstance(made, Chat)
     arguments = made.messages[0]["tool_calls"][0]["function"]["arguments"]
     assert arguments == {"colour": "red", "place": None}

@@ -250,6 +250,14 @@ def test_openais_earlier_calls_are_read() -> None:
     assert chat.tools == [{"type": "function", "function": told}]
 
 
+def deep(levels: int) -> Any:
+    """A mapping in a mapping in a mapping."""
+    value: Any = 1
+    for _ in range(levels):
+        value = {"x": value}
+    return value
+
+
 TOOL = {"type": "function", "function": {"name": "f", "strict": True}, "extra": 1}
 FLAT = {"type": "function", "name": "f", "strict": True}
 
@@ -327,6 +335,11 @@ def test_tools_of_a_message_are_those_of_the_chat() -> None:
             "a call of message 1: f.x has half a character at place 0: surrogates not allowed",
         ),
         (
+            {"tool_calls": [{"name": "f", "arguments": {"x": deep(99)}}]},
+            "bad_tool_call",
+            f"{'a call of message 1: f.x' + '.x' * 64} is nested more than 64 levels deep",
+        ),
+        (
             {"tool_calls": [{**CALL, "id": 7}]},
             "not_text",
             "the id of a call in message 1 should be text, it is int: 7",
@@ -378,9 +391,9 @@ def test_tools_of_a_message_are_those_of_the_chat() -> None:
             "message 1 has 'prefix', which is not read: True",
         ),
         (
-            {"content": None, "refusal": "No."},
-            "no_text",
-            "content of message 1 is missing or null",
+            {"content": None, "refusal": "No.", "name": "a", "weight": 1},
+            "unknown_key",
+            "message 1 has 'refusal', which is not read: 'No.'",
         ),
         (
             {"refusal": "No."},
@@ -426,6 +439,7 @@ def test_a_row_with_pictures_or_sounds_is_refused_unless_they_are_ignored(name: 
     ("name", "value"),
     [
         ("chat_template_kwargs", {"enable_thinking": False}),
+        ("chat_template_kwargs", {"custom_instructions": "", "python_tools": ["f"]}),
         ("history", [["a", "b"]]),
         ("documents", ["d"]),
         ("context", "c"),
@@ -437,7 +451,19 @@ def test_a_column_that_a_model_should_see_is_refused_where_no_format_reads_it(
 ) -> None:
     fault = fault_of({**messages(USER, GOOD), name: value})
     assert (fault.kind, fault.key) == ("unknown_key", name)
-    assert fault.problem == f"has {name!r}, which its format does not read: {value!r}"
+    assert fault.problem.startswith(f"has {name!r}, which its format does not read: ")
+
+
+def test_a_key_that_cannot_be_printed_is_shown_escaped() -> None:
+    row = {**messages(USER, GOOD), "\ud83d": "x", "\x1b[2J": "x", "long" * 50: "x"}
+    assert FORMATS["messages"].to_chat(row).unused == {
+        *("'\\ud83d'", "'\\x1b[2J'", f"'{('long' * 50)[:59]}…")
+    }
+
+
+def test_a_column_that_says_nothing_is_no_column() -> None:
+    empty = {"chat_template_kwargs": {"custom_instructions": "", "tools": []}, "documents": [None]}
+    assert FORMATS["messages"].to_chat({**messages(USER, GOOD), **empty}).unused == set()
 
 
 def test_a_sharegpt_call_joins_the_words_before_it() -> None:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -286,16 +287,17 @@ def test_keys_that_should_be_seen_are_refused_with_the_setting_that_ignores_them
 ) -> None:
     rows = [{**row, "images": ["a.png"]} for row in chats(8)]
     rows[3]["messages"][1]["tool_plan"] = "I look."
+    rows[4]["messages"][1]["it's"] = "I look."
     with pytest.raises(DataError) as caught:
         stage.run(rows)
     assert "row 1: has 'images', and only text is trained: ['a.png']" in str(caught.value)
     assert "row 4: message 2 has 'tool_plan', which is not read: 'I look.'" in str(caught.value)
     assert caught.value.fix is not None
-    assert caught.value.fix.startswith(
-        "--set 'dataset.ignore=[images, tool_plan]'   trains without these keys; else"
-    )
-    assert {p["key"] for p in stage.problems()} == {"images", "tool_plan"}
-    figures = stage.run(rows, ignore=["images", "tool_plan"])
+    typed, _, why = caught.value.fix.partition("   ")
+    assert shlex.split(typed) == ["--set", """dataset.ignore=[images, tool_plan, "it's"]"""]
+    assert why.startswith("trains without these keys; else")
+    assert {p["key"] for p in stage.problems()} == {"images", "tool_plan", "it's"}
+    figures = stage.run(rows, ignore=["images", "tool_plan", "it's"])
     assert figures["rows_train"] + figures["rows_validation"] == 8
     assert figures["keys_unused"] == {}
 
@@ -314,11 +316,20 @@ def test_a_row_of_another_format_than_the_first_is_bad_unless_the_format_is_name
 
 def test_every_special_token_in_a_row_is_told(stage: Stage) -> None:
     figures = stage.run([*chats(4), chat("<|endoftext|>", "<|im_start|>")])
-    assert figures["problems"]["special_token"]["rows"] == 2
-    assert [p["text"] for p in stage.problems()] == [
-        "message 1 contains the token '<|endoftext|>'",
-        "message 2 contains the token '<|im_start|>'",
-    ]
+    assert figures["problems"]["special_token"] == {
+        "rows": 1,
+        "first": "rows.jsonl, row 5: message 1 contains the token '<|endoftext|>', and 1 more",
+        "action": "kept",
+    }
+
+
+def test_the_name_of_a_speaker_that_the_template_hides_is_told(stage: Stage) -> None:
+    row = chat("Hello.", "Hello, Ann.")
+    row["messages"][0]["name"] = "Bo"
+    row["messages"][1]["name"] = "Ann"
+    assert stage.run([*chats(4), row])["problems"]["name_hidden"]["first"] == (
+        "rows.jsonl, row 5: names who speaks, 'Bo', which the chat template does not show"
+    )
 
 
 def test_an_address_in_a_call_is_masked(stage: Stage) -> None:

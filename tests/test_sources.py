@@ -228,6 +228,22 @@ def test_a_cell_stays_the_text_that_it_is(text: str, tmp_path: Path) -> None:
     ]
 
 
+def test_a_space_before_a_quote_is_a_fault_and_one_in_a_text_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\nq, "a"\nq, a "b"\nq," a"\nq, \n')
+    found = [row for _, row, _ in raw_rows(SourceFile(path, "csv"))]
+    assert isinstance(found[0], RowFault)
+    assert found[0].problem == (
+        "is not CSV: a space stands before the quotes of 'completion', which would then be part of"
+        " its text"
+    )
+    assert [row["completion"] for row in found[1:] if isinstance(row, dict)] == [
+        ' a "b"',
+        " a",
+        " ",
+    ]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_text_in_utf16_comes_with_a_command_that_converts_it(encoding: str, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"

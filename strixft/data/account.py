@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -87,16 +89,23 @@ class Account:
         first = next(iter(self._first_bad.values()))
         return expected_rows(next(one for one in inputs if one.name == first.file))
 
+    def _ignoring(self) -> str:
+        """The setting that leaves out the keys of bad rows."""
+        names = [*self.dataset.ignore, *self._keys]
+        written = [
+            name if re.fullmatch(r"[A-Za-z]\w*", name) else json.dumps(name) for name in names
+        ]
+        return shlex.quote(f"dataset.ignore=[{', '.join(written)}]")
+
     def _fix_of_bad(self, rows_kept: int, inputs: Sequence[Input]) -> str:
         if quote := self._first_bad.get("open_quote"):  # good rows stand in it: not left out
             return close_quote(quote.file, quote.row)
         least = -(-self.rows_bad * 100 // self.rows_read) / 100
         fix = f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
-        if self._keys:
-            ignored = ", ".join([*self.dataset.ignore, *self._keys])
-            return f"--set 'dataset.ignore=[{ignored}]'   trains without these keys; else {fix}"
         if rows_kept == 0:
             fix = self._nothing_left(inputs)
+        if self._keys:
+            return f"--set {self._ignoring()}   trains without these keys; else {fix}"
         other = self._first_bad.get("not_utf8")
         if other and (convert := to_utf8(other.file)):
             return f"{convert}; else {fix}"

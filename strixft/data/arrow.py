@@ -8,6 +8,7 @@ left out. Nulls in lists, in maps and in JSON text are what somebody wrote.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow as pa
 from strixft.data.streams import MAX_ROW_BYTES, too_large
 from strixft.errors import DataError
 from strixft.formats import Row, RowFault
-from strixft.formats.faults import parse_json
+from strixft.formats.faults import parse_json, shown
 
 Change = Callable[[Any], Any]
 
@@ -25,23 +26,30 @@ def _change(kind: pa.DataType) -> Change | None:
     if isinstance(kind, pa.JsonType):  # how `datasets` keeps values of several types
         return lambda value: parse_json(value, "not_json", "a value")
     if pa.types.is_struct(kind):
-        inner = {field.name: _change(field.type) for field in kind}
+        inner = {field.name: change for field in kind if (change := _change(field.type))}
         return lambda value: {
-            name: change(value[name]) if change else value[name]
-            for name, change in inner.items()
-            if value[name] is not None
+            name: inner[name](one) if name in inner else one
+            for name, one in value.items()
+            if one is not None
         }
     if pa.types.is_map(kind):
-        item = _change(kind.item_type)
-        return item and (lambda value: {k: v if v is None else item(v) for k, v in value.items()})
+        return partial(_mapping, _change(kind.item_type))
     if hasattr(kind, "value_type"):  # lists of every kind, and dictionaries
         each = _change(kind.value_type)
         return each and (lambda value: [one if one is None else each(one) for one in value])
     return None
 
 
+def _mapping(change: Change | None, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return an Arrow map, of which `to_pylist` makes pairs."""
+    made = {key: one if one is None or change is None else change(one) for key, one in pairs}
+    if len(made) < len(pairs):
+        raise RowFault("not_json", f"has a map with a key twice: {shown(pairs)}")
+    return made
+
+
 def _rows(table: Any, changes: dict[str, Change]) -> Iterator[Row]:
-    for row in table.to_pylist(maps_as_pydicts="strict"):
+    for row in table.to_pylist():
         for name, change in changes.items():
             if row[name] is not None:
                 row[name] = change(row[name])
@@ -59,7 +67,7 @@ def rows_of(table: Any, changes: dict[str, Change]) -> Iterator[Row | RowFault]:
         if table.nbytes <= MAX_ROW_BYTES:
             yield from list(_rows(table, changes))
             return
-    except (UnicodeDecodeError, RowFault, KeyError):
+    except (UnicodeDecodeError, RowFault):
         pass  # one row of them; find it below
     for index in range(table.num_rows):
         row = table.slice(index, 1)
@@ -67,8 +75,6 @@ def rows_of(table: Any, changes: dict[str, Change]) -> Iterator[Row | RowFault]:
             yield from _rows(row, changes) if row.nbytes <= MAX_ROW_BYTES else [too_large()]
         except UnicodeDecodeError:
             yield RowFault("not_utf8", "is not UTF-8 text")
-        except KeyError as error:
-            yield RowFault("not_json", f"has a map with the key {error} twice")
         except RowFault as fault:
             yield fault
 

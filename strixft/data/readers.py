@@ -250,6 +250,13 @@ def _cells(cells: list[str], header: list[str]) -> Row:
         raise RowFault("bad_cells", f"has {len(cells)} cells, the header has {len(header)}")
     if any(not cell.isascii() and _HALF.search(cell) for cell in cells):
         raise RowFault("not_utf8", "is not UTF-8 text")
+    for name, cell in zip(header, cells, strict=True):
+        if cell[:1] == " " and cell.endswith('"') and cell.lstrip(" ")[0] == '"':
+            raise RowFault(
+                "not_csv",
+                f"is not CSV: a space stands before the quotes of {name!r}, which would"
+                " then be part of its text",
+            )
     return dict(zip(header, cells, strict=True))
 
 

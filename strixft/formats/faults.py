@@ -102,7 +102,11 @@ def parse_json(text: str, kind: str, what: str) -> Any:
         raise RowFault(kind, f"{what} is not JSON ({error}): {shown(text)}") from None
 
 
-def check_json(value: object, kind: str, what: str) -> None:
+MOST_LEVELS = 64
+"""Of mappings and lists in one another."""
+
+
+def check_json(value: object, kind: str, what: str, level: int = 0) -> None:
     """Refuse a value that JSON has no form for, such as a date that Arrow made of text.
 
     Raises:
@@ -110,12 +114,13 @@ def check_json(value: object, kind: str, what: str) -> None:
     """
     if isinstance(value, str):
         as_text(value, what)
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            check_json(inner, kind, f"{what}.{as_text(name, f'a key of {what}')}")
-    elif isinstance(value, list):
-        for inner in value:
-            check_json(inner, kind, what)
+    elif isinstance(value, (Mapping, list)):
+        if level > MOST_LEVELS:
+            raise RowFault(kind, f"{what[:200]} is nested more than {MOST_LEVELS} levels deep")
+        named = value.items() if isinstance(value, Mapping) else ((None, one) for one in value)
+        for name, inner in named:
+            part = what if name is None else f"{what}.{as_text(name, f'a key of {what}')}"
+            check_json(inner, kind, part, level + 1)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise RowFault(kind, f"{what} is {value}, which is no JSON value")

@@ -20,22 +20,25 @@ CHANGES = frozenset({"partial", "prefix"})
 MEDIA = frozenset({"audio", "audios", "image", "images", "video", "videos"})
 """Columns with what is not text, as LLaMA-Factory, TRL and ms-swift name them."""
 SHOWN = MEDIA | {
-    *("chat_template_kwargs", "choices", "context", "contexts", "documents", "functions"),
-    *("history", "options", "passage", "passages", "reasoning", "reasoning_content", "system"),
-    *("system_message", "system_prompt", "thinking", "tools"),
+    *("available_tools", "chat_template_kwargs", "choices", "context", "contexts", "documents"),
+    *("functions", "history", "options", "passage", "passages", "reasoning", "reasoning_content"),
+    *("system", "system_message", "system_prompt", "thinking", "tool_defs", "tools"),
 }
 """Columns that belong to what a model is shown; other columns describe the row."""
 
 
 def is_empty(value: object) -> bool:
-    """Return whether a value says nothing.
+    """Return whether a value says nothing: no text, not yes, and nothing in it that says anything.
 
-    >>> is_empty(" "), is_empty({}), is_empty(False), is_empty(0)
+    >>> is_empty(" "), is_empty({"a": [None]}), is_empty(False), is_empty({"a": False})
     (True, True, True, False)
     """
     if isinstance(value, str):
         return not value.strip()
-    return value is None or value is False or (isinstance(value, (list, Mapping)) and not value)
+    if isinstance(value, (list, Mapping)):
+        inner = value.values() if isinstance(value, Mapping) else value
+        return all(one is not False and is_empty(one) for one in inner)
+    return value is None or value is False
 
 
 class Keys:
@@ -45,20 +48,27 @@ class Keys:
         value: The mapping. A key without a value is the same as no key.
         what: What it is, for texts: `message 2`.
         ignored: Keys that the recipe leaves out, wherever they stand.
+        unused: Where to note keys that are not read.
     """
 
-    def __init__(self, value: Mapping[str, Any], what: str, ignored: frozenset[str]) -> None:
+    __slots__ = ("_ignored", "_left", "unused", "what")
+
+    def __init__(
+        self,
+        value: Mapping[str, Any],
+        what: str,
+        ignored: frozenset[str] = frozenset(),
+        unused: set[str] | None = None,
+    ) -> None:
         self._left = {k: v for k, v in value.items() if v is not None and k not in ignored}
         self._ignored = ignored
         self.what = what
-        self.unused: set[str] = set()
+        self.unused: set[str] = set() if unused is None else unused
         """Keys that describe the row, and say nothing to a model."""
 
     def inside(self, value: Mapping[str, Any], what: str) -> Keys:
         """Return the keys of a mapping that stands in this one."""
-        inner = Keys(value, what, self._ignored)
-        inner.unused = self.unused
-        return inner
+        return Keys(value, what, self._ignored, self.unused)
 
     def take(self, *names: str) -> Any:
         """Return the value of a key that has several names, None if it has none.
@@ -66,9 +76,12 @@ class Keys:
         Raises:
             RowFault: Two of the names say different things.
         """
-        found = {name: self._left.pop(name) for name in names if name in self._left}
-        if len(found) < 2:
-            return next(iter(found.values()), None)
+        left = self._left
+        if left.keys().isdisjoint(names):
+            return None
+        found = {name: left.pop(name) for name in names if name in left}
+        if len(found) == 1:
+            return next(iter(found.values()))
         filled = {name: value for name, value in found.items() if not is_empty(value)} or found
         (first, value), *others = filled.items()
         for name, other in others:
@@ -80,6 +93,11 @@ class Keys:
                     name,
                 )
         return value
+
+    @property
+    def all_read(self) -> bool:
+        """No key is left."""
+        return not self._left
 
     def finish(self, kind: str) -> None:
         """Refuse what is left and could be shown to a model; note the rest in `unused`.
@@ -97,10 +115,10 @@ class Keys:
             if says or name in CHANGES:
                 raise RowFault(
                     "unknown_key",
-                    f"{self.what} has {name!r}, which is not read: {shown(value)}",
+                    f"{self.what} has {shown(name)}, which is not read: {shown(value)}",
                     name,
                 )
-            self.unused.add(f"{kind}.{name}")
+            self.unused.add(f"{kind}.{_label(name)}")
 
     def finish_row(self, *, is_text: bool) -> None:
         """Refuse columns that the format should read; note the others in `unused`.
@@ -124,7 +142,12 @@ class Keys:
                     f"has {name!r}, which its format does not read: {shown(value)}",
                     name,
                 )
-            self.unused.add(name)
+            self.unused.add(_label(name))
+
+
+def _label(name: str) -> str:
+    """Return a key as it may be shown."""
+    return name if name.isprintable() and len(name) <= 60 else shown(name)
 
 
 def _is_metadata(name: str) -> bool:

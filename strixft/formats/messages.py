@@ -189,9 +189,8 @@ def _flag(keys: Keys) -> bool | None:
     return next(map(bool, found.values()), None)
 
 
-def _content(keys: Keys, role: str, *, calls: bool) -> str:
+def _content(value: object, keys: Keys, role: str, *, calls: bool) -> str:
     """Return the text of a message, an answer's reasoning before it."""
-    value = keys.take("content", "value")
     about, within = f"content of {keys.what}", None
     if isinstance(value, list):
         value, within = _parts(value, about, keys)
@@ -199,6 +198,8 @@ def _content(keys: Keys, role: str, *, calls: bool) -> str:
     if within is not None and not is_empty(reasoning) and reasoning != within:
         raise RowFault("two_values", f"{keys.what} has reasoning in its parts and other beside it")
     reasoning = within if is_empty(reasoning) else reasoning
+    if value is None and not calls:
+        keys.finish("message")  # what stands in its place is a better reason than that it is gone
     content = as_text("" if value is None and calls else value, about)
     if is_empty(reasoning):
         return content
@@ -209,17 +210,22 @@ def _content(keys: Keys, role: str, *, calls: bool) -> str:
     return with_reasoning(content, as_text(reasoning, f"reasoning of {keys.what}"), about)
 
 
-def _calls_of(keys: Keys, named: str, role: str) -> list[dict[str, Any]]:
-    """Return the calls of a message, in whichever of the ways it says them."""
+def _calls_of(content: object, keys: Keys, role: str) -> list[dict[str, Any]]:
+    """Return the calls of a message, in whichever of the ways it says them.
+
+    Args:
+        content: Of a message that is a call and nothing else; None of others.
+        keys: Of the message.
+        role: Whose it is.
+    """
     found = {name: keys.take(name) for name in ("tool_calls", "function_call")}
-    if named == "function_call":
-        found["content"] = keys.take("content", "value")
     said = {name: value for name, value in found.items() if not is_empty(value)}
+    said |= {} if content is None else {"content": content}
     if len(said) > 1:
         raise RowFault("two_values", f"{keys.what} has calls in {' and '.join(map(repr, said))}")
-    calls = next(iter(said.values()), None)
-    if calls is None and named != "function_call":
+    if not said:
         return []
+    calls = next(iter(said.values()))
     if role != "assistant":
         raise RowFault("bad_tool_call", f"{keys.what}, the {role}'s, has calls: {shown(calls)}")
     return read_calls(calls, keys.what, keys)
@@ -248,22 +254,25 @@ def read_message(message: object, number: int, above: Keys) -> Message:
         raise RowFault(
             "unknown_role", f"{what} has the role {shown(named)}; known are {', '.join(_ROLE_OF)}"
         )
-    calls = _calls_of(keys, named, role)
-    only_calls = named == "function_call"
-    content = "" if only_calls else _content(keys, role, calls=bool(calls))
-    made: Message = {"role": role, "content": content}
-    if calls:
-        made["tool_calls"] = calls
-    names = ("name", "tool_call_id") if role == "tool" else ("name",)
-    for key in names:
-        if not is_empty(value := keys.take(key)):
-            made[key] = as_text(value, f"{key} of {what}")
+    value = keys.take("content", "value")
+    if isinstance(value, str) and keys.all_read and named != "function_call":
+        return {"role": role, "content": as_text(value, f"content of {what}")}
+    made: Message = {"role": role, "content": ""}
+    for key in ("name", "tool_call_id") if role == "tool" else ("name",):
+        if not is_empty(said := keys.take(key)):
+            made[key] = as_text(said, f"{key} of {what}")
     flag = _flag(keys)
     if flag is not None and flag is not (role == "assistant"):
         made["train"] = flag
     tools = read_tools(keys.take("tools", "functions"))
     if tools:
         made["tools"] = tools
+    is_call = named == "function_call"
+    calls = _calls_of((value or "") if is_call else None, keys, role)
+    if calls:
+        made["tool_calls"] = calls
+    if not is_call:
+        made["content"] = _content(value, keys, role, calls=bool(calls))
     keys.finish("message")
     return made
 

@@ -151,8 +151,12 @@ class _Batch:
             self._refuse(number, fault)
 
     def _look(self, row: int, chat: Chat) -> None:
+        found: dict[str, list[str]] = {}
         for kind, text in oddities(chat, self._specials):
-            self._note(row, kind, text, KEPT)
+            found.setdefault(kind, []).append(text)
+        for kind, texts in found.items():
+            more = f", and {len(texts) - 1} more" if len(texts) > 1 else ""
+            self._note(row, kind, texts[0] + more, KEPT)
 
     def _private(self, row: int, chat: Chat) -> Chat | None:
         """The chat as the recipe's policy for personal data leaves it; None if it is left out."""
@@ -175,9 +179,19 @@ class _Batch:
         pieces = self._encoder.pieces(chat)
         paired = chat.rejected is not None
         rejected = self._encoder.pieces(chat, rejected=True) if paired else None
+        self._look_at_names(row, chat, pieces)
         self.made.tools |= chat.tools is not None
         self.made.chats_divided += not isinstance(pieces, RowFault) and len(pieces) > 1
         self._items.append(_Item(row, chat, group, pieces, rejected))
+
+    def _look_at_names(self, row: int, chat: Chat, pieces: list[Piece] | RowFault) -> None:
+        """Tell of names of speakers, which few chat templates show."""
+        names = {m["name"]: None for m in chat.messages if "name" in m and m["role"] != "tool"}
+        text = "" if isinstance(pieces, RowFault) else "".join(piece.text for piece in pieces)
+        hidden = [name for name in names if text and name not in text]
+        if hidden:
+            told = f"names who speaks, {hidden[0]!r}, which the chat template does not show"
+            self._note(row, "name_hidden", told, KEPT)
 
     def finish(self) -> None:
         """Tokenise all that was read, in one go."""
