@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,46 @@ def test_what_stands_beside_the_weights_is_taken_along(
     found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     assert found == {*beside, "config.json", "model.safetensors"}
     assert (target / "own/layers.py").read_text() == '"own/layers.py"'
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **options):
+        found = super().forward(*args, **options)
+        found.logits = found.logits * 2
+        return found
+"""
+
+
+def test_a_model_with_code_of_its_own(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base")
+    (base / "own.py").write_text(OWN_CODE)
+    config = json.loads((base / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (base / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": names})
+    )
+    trusting = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", trusting)
+    wanted = adapt(base, tmp_path / "adapter")
+    recipe = load_recipe(write_recipe("it", model=str(base), trust_remote_code=True))
+    target = tmp_path / "merged"
+    target.mkdir()
+    merge(recipe, base, tmp_path / "adapter", target)
+    base.rename(tmp_path / "gone")
+    merged = plain(target)
+    assert_same(merged, wanted, plain(tmp_path / "gone"))
 
 
 def damaged(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
