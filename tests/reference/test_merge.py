@@ -35,7 +35,8 @@ SIDES = {
     "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 FULL, SLIDE, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+"""Experts narrower than the model: their two sides cannot be told apart by size."""
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DELTA = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
@@ -79,7 +80,54 @@ TYPES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", FULL], "num_dense_layers": 1, **ROUTED},
     "qwen3_next": {"shared_expert_intermediate_size": 32, **DELTA, **ROUTED},
     "qwen3_5_text": DELTA,
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "layer_types": [SLIDE, FULL],
+        "num_experts": 4,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+        "hidden_size_per_layer_input": 0,
+    },
+    "deepseek_v3": {
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+        **GROUPED,
+    },
+    "nemotron_h": {
+        "head_dim": 16,
+        "layers_block_type": [LINEAR, "moe", FULL, "mlp"],
+        "num_hidden_layers": 4,
+        "ssm_state_size": 16,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+        **GROUPED,
+    },
+    "gpt_oss": {"head_dim": 16, "layer_types": [SLIDE, FULL], **LOCAL},
+    "jamba": {
+        **ROUTED,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
+    },
 }
+TARGETS = {
+    "nemotron_h": [*ATTENTION, "in_proj", "up_proj", "down_proj"],
+    "jamba": [*ATTENTION, "in_proj", "x_proj", "gate_proj", "up_proj", "down_proj"],
+}
+"""PEFT refuses `out_proj` of Mamba layers; `dt_proj` is read beside its adapter."""
 WRAPPERS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {
@@ -165,7 +213,7 @@ def merged(write_recipe: WriteRecipe, tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize("kind", [*TYPES, *WRAPPERS])
 def test_every_type(kind: str, merged: Callable[..., Path], tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", kind)
-    wanted = adapt(base, tmp_path / "adapter")
+    wanted = adapt(base, tmp_path / "adapter", TARGETS.get(kind, "all-linear"))
     assert_same(plain(merged(base)), wanted, plain(base))
     names = [set(load_file(path / "model.safetensors")) for path in (base, tmp_path / "merged")]
     assert names[0] == names[1]
