@@ -179,13 +179,14 @@ def _empty(entry: Entry, parameter: Tensor) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def _made_by(group: Group, entries: Mapping[str, Entry], model: Any) -> list[str]:
-    """Names of the parameters that a group becomes.
+def _made_by(
+    group: Group, entries: Mapping[str, Entry], model: Any, known: Mapping[str, Tensor]
+) -> list[str]:
+    """Names of the parameters that a group becomes, of those that are known.
 
     Raises:
         ValueError: They cannot be changed through the files.
     """
-    known = model.state_dict()
     for name in group.names:
         if entries[name].dtype not in (*FLOATS, *PACKED):
             raise ValueError(f"{name} is stored as {entries[name].dtype}")
@@ -213,10 +214,10 @@ def groups_for(
     Raises:
         StageError: The files do not hold one of them, or hold it so that it cannot be changed.
     """
-    found, faults, missing = [], [], set(wanted)
+    found, faults, missing, known = [], [], set(wanted), model.state_dict()
     for group in groups_of(model, own_names(entries)):
         try:
-            made = _made_by(group, entries, model)
+            made = _made_by(group, entries, model, known)
         except Exception as error:  # whatever an operation of transformers raises
             faults.append(first_lines(error))
             continue
