@@ -236,9 +236,13 @@ def build_shape(config: Any, dtype: torch.dtype) -> Any:
     Raises:
         RecipeError: Its sides do not go together.
     """
+    own_code = type(config).__module__.startswith("transformers_modules")  # trusted: it has run
     try:
         return auto_class(config).from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation=NAME
+            copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation=NAME,
+            trust_remote_code=own_code,
         )
     except Exception as error:  # whatever a model's class raises at sides that do not go together
         raise RecipeError(

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from strixft.disk import disk_full, free_bytes
 from strixft.errors import HostError
-from strixft.weights import model_folder
+from strixft.weights import BESIDE, model_folder
 
-SETTINGS = ("config.json", "generation_config.json")
+SETTINGS = (*BESIDE, "README.md")
+"""Small files: an export takes them along, and the model card names the licence."""
 INDEX = "model.safetensors.index.json"
 SPARE_BYTES = 2**30
 

@@ -14,19 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from strixft import gguf
 from strixft.config import first_lines
 from strixft.errors import RecipeError, StageError
 from strixft.exports import with_needs
+from strixft.llama import require_runtime
 from strixft.loading.shards import Entry, Shard
 from strixft.methods import METHODS
 from strixft.model import attach_adapter, base_of, load_config, model_source, shape_base
 from strixft.recipe import Recipe
-from strixft.weights import model_folder, shard_paths
+from strixft.weights import model_folder, refuse_pickles, shard_paths
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights that an update can be added to."""
 PACKED = ("U8", "I8")
 """Types of weights that bitsandbytes has quantised; what it needs to undo it stands beside them."""
+SERVED = frozenset(("gguf", "gguf-lora"))
+"""Kinds that are started with llama.cpp and compared with the trained model."""
 _ADAPTER_ALONE = "--set 'export.to=[gguf-lora]'   (the adapter alone)"
 
 
@@ -175,13 +179,14 @@ def _empty(entry: Entry, parameter: Tensor) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def _made_by(group: Group, entries: Mapping[str, Entry], model: Any) -> list[str]:
-    """Names of the parameters that a group becomes.
+def _made_by(
+    group: Group, entries: Mapping[str, Entry], model: Any, known: Mapping[str, Tensor]
+) -> list[str]:
+    """Names of the parameters that a group becomes, of those that are known.
 
     Raises:
         ValueError: They cannot be changed through the files.
     """
-    known = model.state_dict()
     for name in group.names:
         if entries[name].dtype not in (*FLOATS, *PACKED):
             raise ValueError(f"{name} is stored as {entries[name].dtype}")
@@ -209,10 +214,10 @@ def groups_for(
     Raises:
         StageError: The files do not hold one of them, or hold it so that it cannot be changed.
     """
-    found, faults, missing = [], [], set(wanted)
+    found, faults, missing, known = [], [], set(wanted), model.state_dict()
     for group in groups_of(model, own_names(entries)):
         try:
-            made = _made_by(group, entries, model)
+            made = _made_by(group, entries, model, known)
         except Exception as error:  # whatever an operation of transformers raises
             faults.append(first_lines(error))
             continue
@@ -249,15 +254,27 @@ def check_merge(recipe: Recipe, entries: Mapping[str, Entry]) -> None:
     groups_for(base, entries, adapted.keys() | quantised)
 
 
-def require_mergeable(recipe: Recipe) -> list[str]:
-    """Check before training, on names and shapes, that its result can be merged.
+def require_kinds(recipe: Recipe, kinds: Collection[str]) -> None:
+    """Refuse exports that the method cannot have, or that need a program which is not there.
 
-    Returns:
-        What cannot be exported, in sentences, where the recipe does not ask for it.
+    Args:
+        recipe: What is trained.
+        kinds: Of export.
 
     Raises:
-        RecipeError: The recipe asks for an export that will not be possible.
+        HostError: A program is missing.
+        StageError: The method has no such export.
     """
+    if "gguf-lora" in kinds and METHODS[recipe.method].adapter != "lora":
+        raise StageError(f"method {recipe.method} has no plain LoRA adapter", fix="--to gguf")
+    gguf.require_tools(kinds, recipe.export.gguf)
+    if SERVED.intersection(kinds):
+        require_runtime()
+
+
+def _merge_warnings(recipe: Recipe) -> list[str]:
+    """Why what is trained cannot be merged, or why that is not known."""
+    refuse_pickles(model_source(recipe.model))
     entries = _entries(recipe)
     if entries is None:
         why = "the files of the base are not on this machine: whether it can be merged is not known"
@@ -270,3 +287,26 @@ def require_mergeable(recipe: Recipe) -> list[str]:
             raise RecipeError(told, fix=error.fix) from error
         return [told]
     return []
+
+
+def require_exportable(recipe: Recipe) -> list[str]:
+    """Check before training that its result can be exported: the merge and the converter run dry.
+
+    Returns:
+        What cannot be exported, in sentences, where the recipe does not ask for it.
+
+    Raises:
+        HostError: The recipe asks for an export that needs a program which is not there.
+        RecipeError: It asks for one that the model or the method cannot have.
+    """
+    kinds = with_needs(tuple(recipe.export.to))
+    warnings = _merge_warnings(recipe)
+    require_kinds(recipe, kinds)
+    folder = model_folder(model_source(recipe.model))
+    if folder is not None and SERVED.intersection(kinds):
+        try:
+            gguf.check_convertible(folder)
+        except StageError as error:
+            fix = "--set 'export.to=[merged]'; or " + error.fix.partition(";")[0]
+            raise RecipeError(f"{recipe.model}: {error.problem}", fix=fix) from error
+    return warnings

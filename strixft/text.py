@@ -128,6 +128,11 @@ def typed(path: object) -> str:
     return shlex.quote(str(path))
 
 
+def is_secret_name(name: str) -> bool:
+    """Return whether a variable of this name holds a token or a password."""
+    return _SECRET_NAME.search(name) is not None
+
+
 def redact(text: str) -> str:
     """A text without this environment's tokens and without what looks like a key.
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from test_mask import TEMPLATES, chat, encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from strixft import gguf
 from strixft.data import Encoder, TokenRow
 from strixft.data.ends import Ends, eos_of_files, find_ends
 from strixft.data.template import written_ends
 from strixft.errors import DataError
 from strixft.evaluate.generate import generate
-from strixft.export import gguf
 from strixft.export.parity import END, compare, greedy_answers
 from strixft.export.texts import write_generation_config
 from strixft.formats import Chat

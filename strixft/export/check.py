@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from strixft import attention
-from strixft.architecture import architecture_of
+from strixft.architecture import architecture_of, auto_class
 from strixft.attention import ladder, use_rung
 from strixft.errors import StageError
 from strixft.evaluate import load_side
 from strixft.guard import budget_for, device_type, find_host
 from strixft.loading.shards import Shard
 from strixft.methods import METHODS
-from strixft.model import native_dtype
+from strixft.model import load_config, native_dtype
 from strixft.recipe import Recipe
 from strixft.weights import shard_paths
 
@@ -157,11 +157,9 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
     same = recipe.model_copy(update={"model": str(folder), "method": "lora"})
     if size_bytes < budget_bytes * 0.9:
         return load_side(same, folder, "base"), False
-    from transformers import AutoModelForCausalLM
-
-    device = device_type()
+    device, host = device_type(), find_host(recipe.memory.host)
     most = {"cpu" if device == "cpu" else 0: int(budget_bytes * 0.7)}
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+    model: nn.Module = auto_class(load_config(same)).from_pretrained(
         folder,
         dtype=_dtype(recipe),
         device_map="auto",
@@ -171,7 +169,6 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
         local_files_only=True,
         trust_remote_code=recipe.trust_remote_code,
     )
-    host = find_host(recipe.memory.host)
     heads = architecture_of(model.config).heads
     use_rung(model, ladder(heads, device, host.architecture, packing=False)[0])
     return model.eval(), True

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strixft import gguf
 from strixft.data.ends import Ends
 from strixft.disk import folder_bytes
-from strixft.export import gguf, texts
+from strixft.export import texts
 from strixft.export.check import ROWS, check_merged
 from strixft.export.merge import copy_beside, merge
 from strixft.exports import QUANTISATIONS

@@ -15,6 +15,7 @@ from strixft.errors import FitError, RecipeError, StageError, StrixftError
 from strixft.families import MODELS
 from strixft.guard import budget_for, find_host
 from strixft.hardware import THIS_MACHINE, Budget, Host, Sourced
+from strixft.mergeable import require_exportable
 from strixft.methods import METHODS
 from strixft.model import load_config
 from strixft.plan import correction, show
@@ -299,7 +300,9 @@ def _plan(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     prepared = run.require(Prepared)
     require_known_tokens(run.recipe, prepared)
     inputs = {"rows_sha256": prepared.inputs["rows_sha256"]}
-    return inputs, plan_figures(run.recipe, prepared=prepared)
+    figures = plan_figures(run.recipe, prepared=prepared)
+    figures["warnings"] += require_exportable(run.recipe)
+    return inputs, figures
 
 
 def plan_recipe(run: Run) -> Plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ SIDES = {
     "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 FULL, SLIDE, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+"""Experts narrower than the model: their two sides cannot be told apart by size."""
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DELTA = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
@@ -78,7 +80,54 @@ TYPES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", FULL], "num_dense_layers": 1, **ROUTED},
     "qwen3_next": {"shared_expert_intermediate_size": 32, **DELTA, **ROUTED},
     "qwen3_5_text": DELTA,
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "layer_types": [SLIDE, FULL],
+        "num_experts": 4,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+        "hidden_size_per_layer_input": 0,
+    },
+    "deepseek_v3": {
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+        **GROUPED,
+    },
+    "nemotron_h": {
+        "head_dim": 16,
+        "layers_block_type": [LINEAR, "moe", FULL, "mlp"],
+        "num_hidden_layers": 4,
+        "ssm_state_size": 16,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+        **GROUPED,
+    },
+    "gpt_oss": {"head_dim": 16, "layer_types": [SLIDE, FULL], **LOCAL},
+    "jamba": {
+        **ROUTED,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
+    },
 }
+TARGETS = {
+    "nemotron_h": [*ATTENTION, "in_proj", "up_proj", "down_proj"],
+    "jamba": [*ATTENTION, "in_proj", "x_proj", "gate_proj", "up_proj", "down_proj"],
+}
+"""PEFT refuses `out_proj` of Mamba layers; `dt_proj` is read beside its adapter."""
 WRAPPERS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {
@@ -164,7 +213,7 @@ def merged(write_recipe: WriteRecipe, tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize("kind", [*TYPES, *WRAPPERS])
 def test_every_type(kind: str, merged: Callable[..., Path], tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", kind)
-    wanted = adapt(base, tmp_path / "adapter")
+    wanted = adapt(base, tmp_path / "adapter", TARGETS.get(kind, "all-linear"))
     assert_same(plain(merged(base)), wanted, plain(base))
     names = [set(load_file(path / "model.safetensors")) for path in (base, tmp_path / "merged")]
     assert names[0] == names[1]
@@ -299,6 +348,46 @@ def test_what_stands_beside_the_weights_is_taken_along(
     found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     assert found == {*beside, "config.json", "model.safetensors"}
     assert (target / "own/layers.py").read_text() == '"own/layers.py"'
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **options):
+        found = super().forward(*args, **options)
+        found.logits = found.logits * 2
+        return found
+"""
+
+
+def test_a_model_with_code_of_its_own(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base")
+    (base / "own.py").write_text(OWN_CODE)
+    config = json.loads((base / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (base / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": names})
+    )
+    trusting = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", trusting)
+    wanted = adapt(base, tmp_path / "adapter")
+    recipe = load_recipe(write_recipe("it", model=str(base), trust_remote_code=True))
+    target = tmp_path / "merged"
+    target.mkdir()
+    merge(recipe, base, tmp_path / "adapter", target)
+    base.rename(tmp_path / "gone")
+    merged = plain(target)
+    assert_same(merged, wanted, plain(tmp_path / "gone"))
 
 
 def damaged(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
