@@ -5,18 +5,30 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from strixft.architecture import architecture_of
-from strixft.attention import ladder, use_rung
-from strixft.guard import device_type, find_host
+from strixft.attention import Rung, use_rung
+from strixft.guard import device_type, find_host, training_host
 from strixft.methods import METHODS
 from strixft.model import base_of, load_adapter, load_base, native_dtype
+from strixft.probe.ladder import probed_ladder
 from strixft.recipe import Recipe
 
 SIDES = ("base", "tuned")
+
+
+def answering_rung(config: Any) -> Rung:
+    """Return the attention that was tried here and is right, for rows that share none.
+
+    Raises:
+        HostError: None is right on this machine.
+    """
+    heads = architecture_of(config).heads
+    return probed_ladder(heads, training_host(), packing=False)[0]
 
 
 def load_side(recipe: Recipe, adapter: Path, side: str) -> nn.Module:
@@ -42,8 +54,7 @@ def load_sides(
     device, host = device_type(), find_host(recipe.memory.host)
     dtype = native_dtype(device, bfloat16=host.bfloat16)
     model = load_base(recipe, device, dtype)
-    heads = architecture_of(model.config).heads
-    rung = ladder(heads, device, host.architecture, packing=False)[0]
+    rung = answering_rung(model.config)
 
     def ready(model: nn.Module) -> nn.Module:
         use_rung(base_of(model), rung)

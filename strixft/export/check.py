@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from strixft import attention
-from strixft.architecture import architecture_of, auto_class
-from strixft.attention import ladder, use_rung
+from strixft.architecture import auto_class
+from strixft.attention import use_rung
 from strixft.errors import StageError
 from strixft.evaluate import load_side
+from strixft.evaluate.sides import answering_rung
 from strixft.guard import budget_for, device_type, find_host
 from strixft.loading.shards import Shard
 from strixft.methods import METHODS
@@ -157,7 +158,7 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
     same = recipe.model_copy(update={"model": str(folder), "method": "lora"})
     if size_bytes < budget_bytes * 0.9:
         return load_side(same, folder, "base"), False
-    device, host = device_type(), find_host(recipe.memory.host)
+    device = device_type()
     most = {"cpu" if device == "cpu" else 0: int(budget_bytes * 0.7)}
     model: nn.Module = auto_class(load_config(same)).from_pretrained(
         folder,
@@ -169,8 +170,7 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
         local_files_only=True,
         trust_remote_code=recipe.trust_remote_code,
     )
-    heads = architecture_of(model.config).heads
-    use_rung(model, ladder(heads, device, host.architecture, packing=False)[0])
+    use_rung(model, answering_rung(model.config))
     return model.eval(), True
 
 
