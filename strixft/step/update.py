@@ -179,12 +179,6 @@ class TrainingStep:
         """
         return _token_losses(self.model, batch, self.ways)
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Type in which the base computes."""
-        dtype: torch.dtype = base_of(self.model).dtype
-        return dtype
-
     def update(
         self,
         batches: Sequence[Batch],
