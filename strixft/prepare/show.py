@@ -33,7 +33,9 @@ def summary(figures: Figures) -> str:
         "near duplicates": figures["rows_near_duplicate"],
         "rows left out on request": figures["rows_left_out"],
     }
-    unused = [f"{name} ({number(count)} rows)" for name, count in figures["keys_unused"].items()]
+    unused = [
+        f"{name} ({number(count)} rows)" for name, count in figures.get("keys_unused", {}).items()
+    ]
     shown = {
         "format": figures["format"],
         "loss on": figures["loss_on"],
