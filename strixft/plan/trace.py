@@ -203,7 +203,8 @@ class _Recorder(MemoryTracker):
         """Note which layer each state of the optimiser belongs to."""
         for index, layer in enumerate(decoder_layers(model)):
             for parameter in layer.parameters():
-                for state in optimizer.state.get(parameter, {}).values():
+                states = optimizer.state.get(parameter, {}).values()
+                for state in (state for state in states if isinstance(state, Tensor)):
                     storage = self.trace.storages[self._index[state.untyped_storage()._cdata]]
                     storage.born = replace(storage.born, layer=index)
 

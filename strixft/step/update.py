@@ -16,6 +16,7 @@ from strixft.model import base_of
 from strixft.recipe import Train
 from strixft.step.layers import compile_layers, keep_products, set_recompute
 from strixft.step.loss import chunked_cross_entropy, token_cross_entropy
+from strixft.step.optimizer import BFloat16AdamW
 from strixft.step.room import give_room
 from strixft.step.tracker import part
 
@@ -161,12 +162,10 @@ class TrainingStep:
         return list(self._trainable.items())
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self.trainable(),
-            lr=self.settings.learning_rate,
-            weight_decay=self.settings.weight_decay,
-            fused=True,
-        )
+        rate, decay = self.settings.learning_rate, self.settings.weight_decay
+        if any(weight.dtype is torch.bfloat16 for weight in self.trainable()):
+            return BFloat16AdamW(self.trainable(), rate, decay)
+        return torch.optim.AdamW(self.trainable(), rate, weight_decay=decay, fused=True)
 
     def loss(self, batch: Batch, num_trained: int | Tensor) -> Tensor:
         """Return the loss of a batch; see `batch_loss`."""
