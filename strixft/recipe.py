@@ -252,7 +252,7 @@ class Train(_Section):
     compile: Literal["auto", "layers", "none"] = "auto"
     """Run decoder layers as generated kernels; `auto` does on a GPU where rows are packed."""
     optimizer: Literal["adamw"] = "adamw"
-    """AdamW, with float32 master weights; 12 bytes a weight that is trained in bf16, 16 in float32."""
+    """AdamW with float32 masters: 12 bytes for a weight that is trained in bf16, 16 in float32."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
