@@ -294,7 +294,7 @@ def test_keys_that_should_be_seen_are_refused_with_the_setting_that_ignores_them
     assert "row 4: message 2 has 'tool_plan', which is not read: 'I look.'" in str(caught.value)
     assert caught.value.fix is not None
     typed, _, why = caught.value.fix.partition("   ")
-    assert shlex.split(typed) == ["--set", """dataset.ignore=[images, tool_plan, "it's"]"""]
+    assert shlex.split(typed) == ["--set", """dataset.ignore=["images", "tool_plan", "it's"]"""]
     assert why.startswith("trains without these keys; else")
     assert {p["key"] for p in stage.problems()} == {"images", "tool_plan", "it's"}
     figures = stage.run(rows, ignore=["images", "tool_plan", "it's"])

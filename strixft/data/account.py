@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from array import array
 from collections.abc import Iterable, Sequence
@@ -91,11 +90,8 @@ class Account:
 
     def _ignoring(self) -> str:
         """The setting that leaves out the keys of bad rows."""
-        names = [*self.dataset.ignore, *self._keys]
-        written = [
-            name if re.fullmatch(r"[A-Za-z]\w*", name) else json.dumps(name) for name in names
-        ]
-        return shlex.quote(f"dataset.ignore=[{', '.join(written)}]")
+        names = json.dumps([*self.dataset.ignore, *self._keys])
+        return shlex.quote(f"dataset.ignore={names}")
 
     def _fix_of_bad(self, rows_kept: int, inputs: Sequence[Input]) -> str:
         if quote := self._first_bad.get("open_quote"):  # good rows stand in it: not left out
