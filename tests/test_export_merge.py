@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from conftest import WriteRecipe
 from safetensors.torch import load_file, save_file
 from test_train import trained
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from strixft.errors import HostError, StageError
 from strixft.export import export_recipe
@@ -81,6 +82,25 @@ def test_a_merge_of_less_than_was_trained_is_no_export(
     assert "gguf-lora" in caught.value.fix
     assert not run.is_done("export")
     assert not (run.stage_folder("export") / "merged").exists()
+
+
+def test_where_the_base_rounds_too_much_away_weights_are_written_in_float32(
+    tiny_model: Path, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a bound that bf16 cannot keep and float32 can."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "half"))
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(folder)
+    run = open_run(write_recipe(model=str(folder)), tmp_path / "run")
+    trained(run)
+    monkeypatch.setattr("strixft.export.check.MOST_KL", 1e-12)
+    made = export_recipe(run, ("merged",)).figures["made"]["merged"]
+    assert made["rounded"]["faults"]
+    assert made["check"]["exact"]
+    assert not made["check"]["faults"]
+    weights = load_file(Path(made["path"]) / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert json.loads((Path(made["path"]) / "config.json").read_text())["dtype"] == "float32"
+    assert "float32: in the base" in render_report(run)
 
 
 def test_a_model_that_does_not_fit_is_compared_from_disk(

@@ -120,11 +120,16 @@ def _is_exact(recipe: Recipe, merged: Path) -> bool:
     """All weights are float32, in the files and where they are used."""
     if METHODS[recipe.method].base != "native" or _dtype(recipe) is not torch.float32:
         return False
+    return stored_types(merged) <= {"F32", "I64"}
+
+
+def stored_types(folder: Path) -> set[str]:
+    """Return the types of a model's weights, as its files call them."""
     kinds = set()
-    for path in shard_paths(merged):
+    for path in shard_paths(folder):
         with Shard(path) as shard:
             kinds |= {entry.dtype for entry in shard.entries.values()}
-    return kinds <= {"F32", "I64"}
+    return kinds
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
@@ -156,22 +161,25 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
     """
     size_bytes = sum(path.stat().st_size for path in shard_paths(folder))
     same = recipe.model_copy(update={"model": str(folder), "method": "lora"})
-    if size_bytes < budget_bytes * 0.9:
+    whole = stored_types(folder) <= {"F32", "I64"}  # written so because a half rounds too much
+    dtype = torch.float32 if whole else _dtype(recipe)
+    fits = size_bytes < budget_bytes * 0.9
+    if fits and dtype is _dtype(recipe):
         return load_side(same, folder, "base"), False
     device = device_type()
     most = {"cpu" if device == "cpu" else 0: int(budget_bytes * 0.7)}
     model: nn.Module = auto_class(load_config(same)).from_pretrained(
         folder,
-        dtype=_dtype(recipe),
-        device_map="auto",
-        max_memory={"cpu": 0, **most},
+        dtype=dtype,
+        device_map={"": device} if fits else "auto",
+        max_memory=None if fits else {"cpu": 0, **most},
         offload_folder=folder / ".offload",
         attn_implementation=attention.NAME,
         local_files_only=True,
         trust_remote_code=recipe.trust_remote_code,
     )
     use_rung(model, answering_rung(model.config))
-    return model.eval(), True
+    return model.eval(), not fits
 
 
 def check_merged(
@@ -186,11 +194,8 @@ def check_merged(
         rows: Token rows; the first `ROWS` are taken.
 
     Returns:
-        What `compare` gives; `exact`, whether no weight was rounded; `offloaded`, whether a part
-        of the merged model was read from disk; `seconds`.
-
-    Raises:
-        StageError: They are not the same function.
+        What `compare` gives; `faults`, the bounds that are broken; `exact`, whether no weight was
+        rounded; `offloaded`, whether a part of the merged model was read from disk; `seconds`.
     """
     began, chosen = time.monotonic(), list(rows[:ROWS])
     trained, base = _trained_logits(recipe, adapter, chosen)
@@ -201,11 +206,22 @@ def check_merged(
     del model
     gc.collect()
     exact = _is_exact(recipe, merged)
-    wrong = faults(found, exact=exact)
-    if wrong:
+    seconds = round(time.monotonic() - began, 3)
+    told = {"exact": exact, "offloaded": offloaded, "seconds": seconds}
+    return {**found, **told, "faults": faults(found, exact=exact)}
+
+
+def require_same(found: Mapping[str, Any]) -> None:
+    """Raise if the merged model is another function than the trained one.
+
+    Args:
+        found: What `check_merged` gave.
+
+    Raises:
+        StageError: With the bounds that are broken.
+    """
+    if found["faults"]:
         raise StageError(
-            f"the merged model is not the trained one: {'; '.join(wrong)}",
+            f"the merged model is not the trained one: {'; '.join(found['faults'])}",
             fix="--to gguf-lora   (the adapter alone, beside the base it was trained on)",
         )
-    seconds = round(time.monotonic() - began, 3)
-    return {**found, "exact": exact, "offloaded": offloaded, "seconds": seconds}

@@ -12,9 +12,9 @@ from typing import Any
 
 from strixft import gguf
 from strixft.data.ends import Ends
-from strixft.disk import folder_bytes
+from strixft.disk import folder_bytes, require_room
 from strixft.export import texts
-from strixft.export.check import ROWS, check_merged
+from strixft.export.check import ROWS, check_merged, require_same
 from strixft.export.merge import copy_beside, merge
 from strixft.exports import QUANTISATIONS
 from strixft.methods import METHODS, Method
@@ -85,24 +85,33 @@ class Job:
         return [side[index] for side in sides for index in range(min(ROWS, len(side)))][:ROWS]
 
 
-def _merge(job: Job) -> Made:
-    temporary = job.folder / f".{MERGED}"
-    for old in (temporary, job.merged):
-        shutil.rmtree(old, ignore_errors=True)
-    temporary.mkdir()
-    began = time.monotonic()
+def _write_merged(job: Job, folder: Path, *, float32: bool = False) -> Made:
+    """Merge into a folder; the model there beside the trained one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     if job.method.adapter == "none":
-        copy_beside(job.base_folder, temporary)
-        shutil.copytree(job.adapter, temporary, dirs_exist_ok=True)
+        copy_beside(job.base_folder, folder)
+        shutil.copytree(job.adapter, folder, dirs_exist_ok=True)
     else:
-        merge(job.run.recipe, job.base_folder, job.adapter, temporary)
-    texts.write_generation_config(temporary, job.ends(load_tokenizer(job.run.recipe)))
+        merge(job.run.recipe, job.base_folder, job.adapter, folder, float32=float32)
+    texts.write_generation_config(folder, job.ends(load_tokenizer(job.run.recipe)))
+    return check_merged(job.run.recipe, job.adapter, folder, job.compared())
+
+
+def _merge(job: Job) -> Made:
+    """Weights keep the base's types; where these round too much away, they become float32."""
+    temporary = job.folder / f".{MERGED}"
+    shutil.rmtree(job.merged, ignore_errors=True)
+    began = time.monotonic()
+    check, rounded = _write_merged(job, temporary), None
+    if check["faults"] and not check["exact"] and job.method.adapter != "none":
+        require_room(job.folder, folder_bytes(temporary))  # it takes twice what is there
+        check, rounded = _write_merged(job, temporary, float32=True), check
+    require_same(check)
     seconds, size = time.monotonic() - began, folder_bytes(temporary)
-    check = check_merged(job.run.recipe, job.adapter, temporary, job.compared())
     temporary.rename(job.merged)
-    rate = round(size / max(seconds, 1e-3))
-    place = {"path": str(job.merged), "bytes": size, "bytes_per_s": rate}
-    return {**place, "base": STORED[job.method.base], "check": check}
+    place = {"path": str(job.merged), "bytes": size, "seconds": round(seconds, 1)}
+    return {**place, "base": STORED[job.method.base], "check": check, "rounded": rounded}
 
 
 def _gguf(job: Job) -> Made:

@@ -49,7 +49,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class _Base:
     """The weights of the base, by their names in its files."""
 
-    def __init__(self, shards: Sequence[Shard], packed_as: torch.dtype) -> None:
+    def __init__(self, shards: Sequence[Shard], packed_as: torch.dtype, *, float32: bool) -> None:
+        self._float32 = float32
         self._shards = {name: shard for shard in shards for name in shard.entries}
         self._packed_as = packed_as
         self.entries: dict[str, Entry] = {n: s.entries[n] for n, s in self._shards.items()}
@@ -68,7 +69,8 @@ class _Base:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The type of a weight, of a packed one the type that it is written in."""
-        return self._packed_as if self.is_packed(name) else DTYPES[self.entries[name].dtype]
+        dtype = self._packed_as if self.is_packed(name) else DTYPES[self.entries[name].dtype]
+        return torch.float32 if self._float32 and dtype.is_floating_point else dtype
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is stored."""
@@ -79,8 +81,8 @@ class _Base:
 
     def unchanged(self, name: str) -> Iterator[Tensor]:
         """A weight that is not merged into, stretch by stretch."""
-        if self.is_packed(name):
-            yield self.read(name).to(self._packed_as)
+        if self.is_packed(name) or self._float32:
+            yield self.read(name).to(self.dtype_of(name))
             return
         entry = self.entries[name]
         for start in range(0, entry.size_bytes, STRETCH_BYTES):
@@ -295,7 +297,9 @@ def _merge_group(group: Group, base: _Base, merger: _Merger, model: Any) -> dict
     }
 
 
-def merge(recipe: Recipe, base_folder: Path, adapter: Path, target: Path) -> None:
+def merge(
+    recipe: Recipe, base_folder: Path, adapter: Path, target: Path, *, float32: bool = False
+) -> None:
     """Write a model folder: the base as it was trained on, with a trained adapter in it.
 
     Args:
@@ -303,6 +307,7 @@ def merge(recipe: Recipe, base_folder: Path, adapter: Path, target: Path) -> Non
         base_folder: With `config.json`, the tokenizer and safetensors files.
         adapter: Folder of the adapter.
         target: An empty folder.
+        float32: Write all weights in it; else in the types of the base.
 
     Raises:
         StageError: Adapter and base do not belong together.
@@ -312,7 +317,7 @@ def merge(recipe: Recipe, base_folder: Path, adapter: Path, target: Path) -> Non
     model = shape_base(config, METHODS["lora"], torch.float32)
     with contextlib.ExitStack() as stack:
         shards = [stack.enter_context(Shard(path)) for path in shard_paths(base_folder)]
-        base = _Base(shards, written_as(config))
+        base = _Base(shards, written_as(config), float32=float32)
         groups = groups_for(model, base.entries, merger.changed)
         names = own_names(base.entries)
         files: dict[str, _File] = {}
@@ -329,7 +334,7 @@ def merge(recipe: Recipe, base_folder: Path, adapter: Path, target: Path) -> Non
         for name in names:
             if name not in changed:
                 files[name].write(name, base.unchanged(name))
-    copy_beside(base_folder, target)
+    copy_beside(base_folder, target, float32=float32)
     _write_index(target, files)
 
 
@@ -347,17 +352,22 @@ def _write_index(target: Path, files: Mapping[str, _File]) -> None:
         write_text(target / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def copy_beside(base_folder: Path, target: Path) -> None:
+def copy_beside(base_folder: Path, target: Path, *, float32: bool = False) -> None:
     """Copy what a model needs beside its weights: settings, tokenizer, templates, its own code.
 
     Args:
         base_folder: Of the base.
         target: Folder of the merged model.
+        float32: Its weights are.
     """
     for file in beside_weights(base_folder):
         place = target / file.relative_to(base_folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    if config.pop("quantization_config", None):
+    packed = config.pop("quantization_config", None)
+    if float32:
+        config.pop("torch_dtype", None)
+        config["dtype"] = "float32"
+    if packed or float32:
         write_text(target / "config.json", json.dumps(config, indent=2) + "\n")

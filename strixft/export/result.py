@@ -92,8 +92,11 @@ def check_table(made: Mapping[str, Any]) -> Table:
     bounds = [f"at most {MOST_DIFFERENCE:g}", "", ""] if found["exact"] else None
     difference, kl, top1 = bounds or ["", f"at most {MOST_KL:g}", f"at least {LEAST_TOP1}"]
     where = ", a part of it read from disk" if found["offloaded"] else ""
+    rounded = made["merged"].get("rounded")
+    written = f"float32: in the base's types KL would be {rounded['kl']:.1e}" if rounded else ""
     rows = [
         ["merged into", str(made["merged"]["base"]), ""],
+        ["written in", written or "the base's types", ""],
         ["rows, tokens", f"{found['rows']}, {found['tokens']}{where}", ""],
         ["largest difference of logits", f"{found['max_difference']:.1e}", difference],
         ["KL, nats a token", f"{found['kl']:.1e}", kl],
