@@ -18,10 +18,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from strixft.data.template import REASONING, ChatTemplate, Form, shared_length
+from strixft.data.template import ChatTemplate, Form, shared_length
 from strixft.data.whole import check_calls, check_tools, lacking, left_out, squeezed
 from strixft.errors import DataError
 from strixft.formats import Message, RowFault
+from strixft.formats.messages import REASONING
 
 Span = tuple[int, int]
 """Half-open [start, end) in characters."""

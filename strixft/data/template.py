@@ -11,6 +11,7 @@ from typing import Any
 
 from strixft.errors import DataError
 from strixft.formats import Message, RowFault
+from strixft.formats.messages import REASONING
 
 QUESTIONS = ("zquestion one", "zquestion two")
 ANSWERS = ("zanswer one", "zanswer two")
@@ -24,8 +25,6 @@ _TOOL = {
     },
 }
 _TAG = re.compile(r"\s*<[^<>\s]{1,40}>")
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which templates look for reasoning that does not stand in the content."""
 
 
 @dataclass(frozen=True, slots=True)
