@@ -55,8 +55,26 @@ def text_layers(base: Any) -> nn.ModuleList:
     return layers
 
 
+_decoders: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], str]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def _decoder_and_layers(base: Any) -> tuple[Any, str]:
-    """Return the innermost module that holds the token embedding and a list of layers."""
+    """Return the innermost module that holds the token embedding and a list of layers.
+
+    Looking through a model of many modules takes 10 ms, and each micro-batch asks.
+    """
+    known = _decoders.get(base)
+    decoder = known[0]() if known else None
+    if known is None or decoder is None:
+        decoder, name = _find_decoder(base)
+        _decoders[base] = weakref.ref(decoder), name
+        return decoder, name
+    return decoder, known[1]
+
+
+def _find_decoder(base: Any) -> tuple[Any, str]:
     embedding, found = base.get_input_embeddings(), None
     for module in base.modules():
         lists = {n: m for n, m in module.named_children() if isinstance(m, nn.ModuleList)}

@@ -110,6 +110,7 @@ class TrainingLoop:
         updates: Updates of the whole run.
         checkpoints: The run's checkpoints.
         hang: Told of every micro-batch.
+        reserve_bytes: Memory that the allocator may keep between updates; None for any.
         is_asked: Returns whether somebody wants the training to stop.
         on_update: Called with the progress after each update.
     """
@@ -122,6 +123,7 @@ class TrainingLoop:
         checkpoints: Checkpoints,
         hang: HangWatch,
         *,
+        reserve_bytes: int | None = None,
         is_asked: Callable[[], bool],
         on_update: Callable[[Progress], None],
     ) -> None:
@@ -135,6 +137,7 @@ class TrainingLoop:
         self._random = random_states()
         self._updating = False  # the weights are between two updates
         self._skipped = 0
+        self._reserve_bytes, self._released = reserve_bytes, -2
 
     def run(self, checkpoint: Checkpoint | None = None) -> None:
         """Train from a checkpoint, or from the start.
@@ -166,11 +169,26 @@ class TrainingLoop:
             batches, trained, after_batch=self._after_batch, before_step=self._before_step
         )
         self._check_skipped()
+        self._release_cache()
         self._updating, self._random = False, random_states()
         self.progress.update += 1
         self.progress.tokens += sum(batch["num_tokens"] for batch in batches)
         self.progress.losses.append(float(loss))
         self._on_update(self.progress)
+
+    def _release_cache(self) -> None:
+        """Give cached memory back where micro-batches of many sizes have filled it beyond the plan.
+
+        Once is enough, if the very next update needs as much: then it is what the step needs.
+        """
+        if self._reserve_bytes is None or not torch.cuda.is_available():
+            return
+        if torch.cuda.memory_reserved() <= self._reserve_bytes:
+            return
+        torch.cuda.empty_cache()
+        if self.progress.update == self._released + 1:
+            self._reserve_bytes = None
+        self._released = self.progress.update
 
     def _over_processes(self, count: int) -> int:
         """Sum of a count over all processes."""

@@ -44,7 +44,7 @@ from strixft.memory import is_out_of_memory
 from strixft.methods import METHODS
 from strixft.model import attach_adapter, base_of, load_base, model_source, native_dtype
 from strixft.plan import Plan
-from strixft.plan.compare import compare_html, device_parts, planned_figures
+from strixft.plan.compare import GAP_FLAGGED, compare_html, device_parts, planned_figures
 from strixft.plan.result import read_config
 from strixft.prepare import Prepared
 from strixft.prepare.vocabulary import require_known_tokens
@@ -194,10 +194,10 @@ class _Batches:
             if shape
             else prepared.token_rows(recipe.dataset).train
         )
-        lengths = self._rows.sums("length").tolist() if shape else self._rows["length"]
-        num_rows = rows_of_epochs(len(lengths), recipe.train.epochs)
-        padded = 1 if shape else self._size
-        self._order = training_order(lengths, num_rows, recipe.train.seed, padded)
+        sizes = self._rows.sums("num_trained").tolist() if shape else self._rows["length"]
+        num_rows = rows_of_epochs(len(sizes), recipe.train.epochs)
+        seed, padded = recipe.train.seed, not shape
+        self._order = training_order(sizes, num_rows, seed, self._size, padded=padded)
 
     def _numbers(self, update: int) -> list[list[int]]:
         """Rows of each micro-batch of an update; the last update may have fewer."""
@@ -399,6 +399,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             plan.figures["updates"],
             checkpoints,
             watches.hang,
+            reserve_bytes=round(plan.figures["reserved_bytes"] * (1 + GAP_FLAGGED)),
             is_asked=watches.is_asked,
             on_update=watch,
         )

@@ -146,10 +146,12 @@ def test_every_micro_batch_of_training_is_within_the_planned_one(seed: int) -> N
     epochs, rows = rng.choice([0.5, 1.0, 1.7, 3.0]), 2 ** rng.randrange(4)
     train = Train(epochs=epochs, tokens_per_update=rng.randrange(1, 200), seed=seed)
     recipe = Recipe(model="none", method="lora", dataset=Dataset(source="none"), train=train)
-    order = training_order(data.lengths, data.num_rows(recipe), seed)
+    order = training_order(trained, data.num_rows(recipe), seed, rows)
     planned = data.largest(recipe, rows)
     assert planned.packed is not None
     padding = len(planned.packed.empty_row())
+    first = [sum(trained[row] for row in order[at : at + rows]) for at in (0, rows)]
+    assert first == sorted(first, reverse=True)
     for start in range(0, len(order), rows):
         batch = order[start : start + rows]
         assert sum(trained[row] for row in batch) <= planned.trained

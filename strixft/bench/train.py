@@ -261,7 +261,7 @@ class TrainBench:
     def _timed(self, step: TrainingStep, run: DryRun) -> dict[str, Any]:
         device, chats, shape = self.host.device, self.chats, run.shape.packed
         assert shape is not None
-        order = training_order(self.data.lengths, len(chats), 0)
+        order = training_order(self.data.trained, len(chats), 0, run.shape.rows)
         batches = _updates(chats, run, order, shape, device)
         with peak_memory(step.model) as memory:
             first = _timed(step, batches, 1, device)

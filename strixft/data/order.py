@@ -16,47 +16,50 @@ def rows_of_epochs(num_rows: int, epochs: float) -> int:
 
 
 def training_order(
-    lengths: Sequence[int], num_rows: int, seed: int, padded_rows: int = 1
+    sizes: Sequence[int], num_rows: int, seed: int, rows: int = 1, *, padded: bool = False
 ) -> list[int]:
     """Return indices of the rows in the order of training: whole shuffled passes, one by one.
 
-    The longest row comes first, so that the first update needs the most memory of all.
+    A micro-batch that needs the most memory comes first: what the allocator keeps after the first
+    update is enough for the others.
 
     Args:
-        lengths: Tokens of each row.
+        sizes: Tokens of each row where rows are padded, trained tokens where they are packed.
         num_rows: Rows to train in all.
         seed: The same seed gives the same order.
-        padded_rows: Rows of a micro-batch that are padded to one length: rows of similar length
-            come together then. 1 where rows are packed.
+        rows: Rows of a micro-batch.
+        padded: Rows of a micro-batch are padded to one length, so similar lengths come together.
     """
     rng = random.Random(seed)
     order: list[int] = []
     while len(order) < num_rows:
         first = len(order)
-        order += rng.sample(range(len(lengths)), len(lengths))
+        order += rng.sample(range(len(sizes)), len(sizes))
+        if padded and rows > 1:
+            _group_pass(order, first, sizes, rows, seed)
         if first == 0:
-            longest = order.index(max(range(len(lengths)), key=lengths.__getitem__))
-            order[0], order[longest] = order[longest], order[0]
-        if padded_rows > 1:
-            _group_pass(order, first, lengths, padded_rows, seed)
+            _put_largest_first(order, sizes, rows, padded=padded)
     return order[:num_rows]
 
 
-def _group_pass(order: list[int], first: int, lengths: Sequence[int], rows: int, seed: int) -> None:
+def _group_pass(order: list[int], first: int, sizes: Sequence[int], rows: int, seed: int) -> None:
     """Order a pass so that rows of a micro-batch have similar lengths.
 
     Micro-batches that also hold rows of another pass, at both ends, stay as they are.
     """
     begin, end = -(-first // rows) * rows, len(order) // rows * rows
-    inside = np.asarray(order[begin:end])
-    if len(inside) == 0:
-        return
-    grouped = inside[length_groups(np.asarray(lengths)[inside], rows, seed + first)]
-    if begin == 0:  # the longest row was the first, and its micro-batch is again
-        whole = grouped.reshape(-1, rows)
-        longest = int((whole == inside[0]).any(axis=1).argmax())
-        whole[[0, longest]] = whole[[longest, 0]]
-    order[begin:end] = grouped.tolist()
+    inside = np.asarray(order[begin:end], dtype=np.int64)
+    order[begin:end] = inside[length_groups(np.asarray(sizes)[inside], rows, seed + first)].tolist()
+
+
+def _put_largest_first(order: list[int], sizes: Sequence[int], rows: int, *, padded: bool) -> None:
+    """Swap the first micro-batch of a pass with the one that needs the most memory."""
+    in_order = np.asarray(sizes)[order]
+    starts = range(0, len(order), rows)
+    reduced = (np.maximum if padded else np.add).reduceat(in_order, starts)
+    start = int(reduced.argmax()) * rows
+    moved = min(rows, len(order) - start)  # the last one of a pass may go on in the next
+    order[:moved], order[start : start + moved] = order[start : start + moved], order[:moved]
 
 
 def largest_batch(

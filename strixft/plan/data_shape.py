@@ -120,8 +120,9 @@ class DataShape:
         if not self.lengths:
             packed = self._packed_shape([0] * rows, rows)
             return RowShape(rows, self.max_length, rows * (self.max_length - 1), packed)
-        padded = 1 if self.is_packed else rows
-        order = training_order(self.lengths, self.num_rows(recipe), recipe.train.seed, padded)
+        sizes, seed = self.trained if self.is_packed else self.lengths, recipe.train.seed
+        padded = not self.is_packed
+        order = training_order(sizes, self.num_rows(recipe), seed, rows, padded=padded)
         length, trained = largest_batch(self.lengths, self.trained, order, rows)
         packed = self._packed_shape(order, rows)
         return RowShape(rows, self.max_length if packed else length, trained, packed)
