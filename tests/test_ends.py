@@ -69,6 +69,15 @@ def test_what_stands_before_an_end_token_does_not_hide_it(make: Make) -> None:
     assert ends_of(make(template(CHATML + "</answer><|im_end|>\n"))).token_ids == (2, 0)
 
 
+def test_the_first_of_two_end_tokens_ends_an_answer(make: Make) -> None:
+    """Phi-3 writes `<|end|>` after each answer, and then the end of the text."""
+    written = "{% for m in messages %}" + CHATML + "<jupyter_text>\n{% endfor %}"
+    asked = (
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+    )
+    assert ends_of(make(written + asked)).texts == ("<jupyter_text>", "<|endoftext|>")
+
+
 def test_words_that_are_no_token_end_an_answer_as_text(make: Make) -> None:
     found = ends_of(make(template("### {{ m.role }}: {{ m.content }} [END]\n", "### assistant:")))
     assert found == Ends((0,), ("<|endoftext|>", " [END]"))

@@ -132,6 +132,13 @@ class Encoder:
         masker = self._masker_for(with_tools=chat.tools is not None)
         return masker.pieces(messages, chat.tools)
 
+    def writes_as_text(self, chat: Chat) -> bool:
+        """Check that the template has no place for the chat's functions or calls."""
+        if chat.text is not None:
+            return False
+        template = self._masker_for(with_tools=chat.tools is not None).template
+        return template.writes_as_text(chat.messages, chat.tools)
+
     def pieces(self, chat: Chat, *, rejected: bool = False) -> list[Piece] | RowFault:
         """The texts of a chat with what is trained of them, or why there are none."""
         messages = (chat.rejected or []) if rejected else chat.messages

@@ -88,7 +88,7 @@ def find_ends(tokenizer: Any, written: Iterable[str], settings: Iterable[int] = 
     for text in filter(None, written):
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         if tokens and tokens[-1] in known:  # whatever stands before it, it comes last
-            ids.append(tokens[-1])
+            ids += [token for token in (tokens[0], tokens[-1]) if token in known]
         else:
             strings.append(text)
     ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -33,6 +33,7 @@ _AREAS = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 """Private-use characters; markers come from the first area that the chat does not use."""
 _MARKERS = [re.compile(f"[{chr(first)}-{chr(last)}]") for first, last in _AREAS]
 MOST_ANSWERS = (_AREAS[0][1] - _AREAS[0][0]) // 2
+_BEGUN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 _OPEN_TAG = re.compile(r"(<[^<>\s]+>)\s*$")
 
 
@@ -142,7 +143,7 @@ class Masker:
                 check_calls(self.template, form, text)
                 self._check_reasoning(form)
             except RowFault as one:
-                fault = fault or one
+                fault = one if fault is None or fault.kind == "template_refuses" else fault
             else:
                 return form, text
         assert fault is not None
@@ -169,7 +170,7 @@ class Masker:
         spans: dict[int, Span] = {}
         own: list[Piece] = []
         for index in wanted:
-            span = self._in_place(form.messages[index], index, text, places) if is_whole else None
+            span = self._in_place(form.messages, index, text, places) if is_whole else None
             if span is None:
                 found = self._as_last(form, index)
                 if is_whole and text.startswith(found.text):
@@ -211,9 +212,16 @@ class Masker:
         return places if plain == text else None  # a marker that stands twice is still in `plain`
 
     def _in_place(
-        self, message: Message, index: int, text: str, places: Places | None
+        self, messages: Sequence[Message], index: int, text: str, places: Places | None
     ) -> Span | None:
-        """What is trained of an answer where it stands whole in the chat; None otherwise."""
+        """What is trained of an answer where it stands whole in the chat; None otherwise.
+
+        After the result of a tool, templates may open an answer in other words than after a
+        question, or not at all.
+        """
+        message = messages[index]
+        if index and messages[index - 1]["role"] == "tool":
+            return None
         if places is None or message.get("tool_calls") or REASONING[0] in message:
             return None
         opened, closed = places.get(2 * index), places.get(2 * index + 1)
@@ -283,11 +291,21 @@ class Masker:
         and chat part.
         """
         if REASONING[0] in upto.messages[-1]:
-            return shared_length(prompt, text)
+            return _parting(prompt, text)
         whole = self.template.render(upto.messages, upto.tools)
         places = self._places(upto, whole) or {}
         opened = places.get(2 * (len(upto.messages) - 1))
-        return shared_length(prompt, text) if opened is None else opened
+        if opened is None:
+            return _parting(prompt, text)
+        framed = self._start(text, opened, "")
+        return opened if framed is None else framed
+
+
+def _parting(prompt: str, text: str) -> int:
+    """Where a text parts from a prompt; tags and tokens that begin alike part as a whole."""
+    shared = shared_length(prompt, text)
+    tag = _BEGUN_TAG.search(text, 0, shared)
+    return tag.start() if tag else shared
 
 
 def _shows(message: Message, turn: str) -> bool:

@@ -90,8 +90,8 @@ class ChatTemplate:
         try:
             self._source: str = tokenizer.get_chat_template(tools=self._tools)
             self._render = self._compiled() or self._slowly
-            self.knows_tools = "tools" in _variables(self._source) or "tool_calls" in self._source
-            """The template has a place for functions or for calls."""
+            self.lists_tools = "tools" in _variables(self._source)
+            """The template has a place for functions."""
         except Exception as error:  # of the template's syntax, or of several without a default
             raise self._refused(error) from None
         self.specials = re.compile(r"\s*(?:" + "|".join(map(re.escape, _longest(tokenizer))) + ")")
@@ -208,16 +208,19 @@ class ChatTemplate:
             match = self.specials.match(after) or _TAG.match(after)
             self.ends.append(match[0] if match else "")
 
+    def writes_as_text(self, messages: Sequence[Message], tools: Any) -> bool:
+        """Check that the chat has functions or calls, and the template no place for them."""
+        calls = "tool_calls" not in self._source and any(m.get("tool_calls") for m in messages)
+        return not self.lists_tools and (tools is not None or calls)
+
     def forms(self, messages: Sequence[Message], tools: Any) -> Iterator[Form]:
         """Yield the ways in which the template may take a chat, the best first.
 
         Reasoning is given in a key of its own, or in tags before the answer; arguments of calls as
-        data, or as JSON text. Only where the template has no place for functions and calls at all
-        are they written out as text.
+        data, or as JSON text. Only where the template has no place for functions are they and
+        their calls written out as text.
         """
-        if not self.knows_tools and (
-            tools is not None or any(m.get("tool_calls") for m in messages)
-        ):
+        if self.writes_as_text(messages, tools):
             messages, tools = tools_as_text(messages, tools), None
         apart = [with_reasoning_apart(message) for message in messages]
         has_reasoning = any(REASONING[0] in message for message in apart)

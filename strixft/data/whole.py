@@ -140,9 +140,9 @@ class _Marks:
         name, arguments = function["name"], function["arguments"]
         of = f" of the call of {shown(name)}"
         as_text = isinstance(arguments, str)
+        function["name"] = self._text(name, f"the call of {shown(name)}")
         made = self._value(json.loads(arguments) if as_text else arguments, "a value", of)
         function["arguments"] = json.dumps(made, ensure_ascii=False) if as_text else made
-        function["name"] = self._text(name, f"the name{of}")
         return {**call, "function": function}
 
     def _text(self, text: str, what: str) -> str:

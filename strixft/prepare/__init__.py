@@ -155,10 +155,10 @@ def _notes(figures: dict[str, Any], encoder: Encoder, work: Work) -> list[str]:
             "The chat template ends an answer with nothing; the tokenizer's end token"
             f" {encoder.tokenizer.eos_token!r} is put after the last answer of each chat."
         )
-    if template is not None and not template.knows_tools and work.total.tools:
+    if template is not None and work.total.tools_as_text:
         notes.append(
-            "The chat template knows no tools: functions stand in the system message, and calls"
-            " and results in the turns, as <tool_call> and <tool_response>."
+            "The chat template has no place for tools: functions stand in the system message, and"
+            " calls and results in the turns, as <tool_call> and <tool_response>."
         )
     if kind in TRAINED_AS:
         notes.append(

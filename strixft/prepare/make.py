@@ -43,10 +43,10 @@ class Made:
     """Rows that became several because they were too long."""
     chats_divided: int = 0
     """Chats that became several rows because the template rewrites answers."""
-    tools: bool = False
-    """A chat had tools."""
     unused: Counter[str] = field(default_factory=Counter)
     """Columns, and keys of messages, that are not read → rows that have them."""
+    tools_as_text: bool = False
+    """A chat had functions or calls for which the template has no place."""
     sketches: bytes = b""
     checked: tuple[int, int] = (0, 0)
     """Rows whose mask was checked by decoding, and those of them that were right."""
@@ -180,7 +180,7 @@ class _Batch:
         paired = chat.rejected is not None
         rejected = self._encoder.pieces(chat, rejected=True) if paired else None
         self._look_at_names(row, chat, pieces)
-        self.made.tools |= chat.tools is not None
+        self.made.tools_as_text |= self._encoder.writes_as_text(chat)
         self.made.chats_divided += not isinstance(pieces, RowFault) and len(pieces) > 1
         self._items.append(_Item(row, chat, group, pieces, rejected))
 

@@ -166,8 +166,8 @@ class Work:
         total = self.total
         for name in ("num_rows", "num_tokens", "rows_divided", "chats_divided"):
             setattr(total, name, getattr(total, name) + getattr(made, name))
-        total.tools |= made.tools
         total.unused += made.unused
+        total.tools_as_text |= made.tools_as_text
         total.checked = total.checked[0] + made.checked[0], total.checked[1] + made.checked[1]
         self.account.rows_read += made.num_rows
         return self.account.rows_read
