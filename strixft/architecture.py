@@ -231,6 +231,8 @@ class Architecture:
     cached: tuple[Cached, ...]
     positions: int | None
     """Tokens of the longest row, where positions are looked up in a table."""
+    idle: frozenset[str]
+    """Last parts of the names of layers that training does not call: an adapter would not learn."""
 
 
 _asked: dict[str, Architecture] = {}
@@ -272,8 +274,9 @@ def build_shape(config: Any, dtype: torch.dtype) -> Any:
 def _ask(config: Any) -> Architecture:
     with torch.device("meta"):
         base = build_shape(config, torch.bfloat16)
-    base.eval()
-    calls, tables = _run(base)
+    base.train()
+    with _called(base) as called:
+        calls, tables = _run(base)
     _require_causal(config, calls)
     layers = text_layers(base)
     of_layer = _by_layer(layers, calls)
@@ -286,7 +289,33 @@ def _ask(config: Any) -> Architecture:
         kinds=tuple(kinds),
         cached=tuple(Cached(call.cached_numbers, call.mask.window) for call in calls),
         positions=_longest_row(config, tables),
+        idle=frozenset(_last_parts(base, nn.Linear) - called),
     )
+
+
+def _last_parts(base: Any, kind: type[nn.Module]) -> set[str]:
+    """Return the last parts of the names of a kind of modules within the text decoder."""
+    modules = text_decoder(base).named_modules()
+    return {name.rpartition(".")[2] for name, module in modules if isinstance(module, kind)}
+
+
+@contextlib.contextmanager
+def _called(base: Any) -> Iterator[set[str]]:
+    """Within this block, note the last parts of the names of modules that are called."""
+    found: set[str] = set()
+
+    def note(last: str) -> Any:
+        return lambda *_: found.add(last)
+
+    handles = [
+        module.register_forward_pre_hook(note(name.rpartition(".")[2]))
+        for name, module in text_decoder(base).named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Tables(TorchDispatchMode):
@@ -405,7 +434,7 @@ def _can_be_sampled(
     if len(sampled) == len(kinds):
         return True
     with torch.device("meta"):
-        small = build_shape(config, torch.bfloat16).eval()
+        small = build_shape(config, torch.bfloat16).train()
     keep_layers(small, sampled)
     try:
         calls = _by_layer(text_layers(small), _run(small)[0])

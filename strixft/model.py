@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 
 from strixft import attention, int8
 from strixft.architecture import (
+    architecture_of,
     auto_class,
     build_shape,
     keep_layers,
@@ -434,10 +435,18 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
+def attach_adapter(
+    model: nn.Module, method: Method, lora: Lora, idle: Collection[str] = ()
+) -> nn.Module:
     """The model with its trainable weights: a frozen base with an adapter, or all of it.
 
     Adapter weights stay in float32 and are cast to the base's dtype where they are used.
+
+    Args:
+        model: The base.
+        method: What is trained.
+        lora: Its adapter.
+        idle: See `architecture.Architecture.idle`.
     """
     if method.adapter == "none":
         model.requires_grad_(True)
@@ -446,7 +455,7 @@ def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
         return model
     from peft import LoraConfig, get_peft_model
 
-    targets = find_targets(model, lora.target_modules)
+    targets = find_targets(model, lora.target_modules, idle)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -489,12 +498,13 @@ def build(
         config: For `meta`: the model's configuration; read from the recipe's model if not given.
         layers: For `meta`: only these of the decoder's layers.
     """
-    method = METHODS[recipe.method]
+    method, config = METHODS[recipe.method], config or load_config(recipe)
+    idle = architecture_of(config).idle
     if device != "meta":
-        return attach_adapter(load_base(recipe, device, dtype), method, recipe.lora)
-    base = shape_base(config or load_config(recipe), method, dtype, layers=layers)
+        return attach_adapter(load_base(recipe, device, dtype), method, recipe.lora, idle)
+    base = shape_base(config, method, dtype, layers=layers)
     with torch.device("meta"):
-        return attach_adapter(base, method, recipe.lora)
+        return attach_adapter(base, method, recipe.lora, idle)
 
 
 def base_of(model: nn.Module) -> Any:

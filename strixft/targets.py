@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,12 +50,13 @@ def _is_router(name: str, base: Any) -> bool:
     return "router" in name.split(".") or (leaf == "gate" and hasattr(block, "experts"))
 
 
-def find_targets(base: Any, asked: str | list[str]) -> Targets:
+def find_targets(base: Any, asked: str | list[str], idle: Collection[str] = ()) -> Targets:
     """Find the layers that a recipe names.
 
     Args:
         base: The model.
         asked: `all-linear`, or last parts of layers' names.
+        idle: Last parts of the names of layers that training does not call.
 
     Raises:
         RecipeError: A name means no linear layer.
@@ -64,10 +65,11 @@ def find_targets(base: Any, asked: str | list[str]) -> Targets:
     layers = _linear_layers(base)
     inside = {n: m for n, m in layers.items() if id(m) in decoder and not _is_router(n, base)}
     if isinstance(asked, list):
-        _require_known(base, asked, inside)
+        _require_known(base, asked, inside, idle)
         wanted = [n for n in inside if any(f".{n}".endswith(f".{name}") for name in asked)]
         return Targets(asked, _pattern(base, asked, wanted), [])
-    taken = _taken_by_peft(base)
+    taken = dict.fromkeys(idle, "training reads its weights past an adapter")
+    taken |= _taken_by_peft(base)
     names = dict.fromkeys(name.rpartition(".")[2] for name in inside)
     kept = [name for name in names if name not in taken]
     wanted = [name for name in inside if name.rpartition(".")[2] in kept]
@@ -76,7 +78,9 @@ def find_targets(base: Any, asked: str | list[str]) -> Targets:
     return Targets(kept, _pattern(base, kept, wanted), left_out)
 
 
-def _require_known(base: Any, asked: list[str], inside: Mapping[str, nn.Module]) -> None:
+def _require_known(
+    base: Any, asked: list[str], inside: Mapping[str, nn.Module], idle: Collection[str]
+) -> None:
     """Require that every name means a linear layer; PEFT is content if one of them does."""
     unknown = []
     parameters = {name.rpartition(".")[2] for name, _ in text_decoder(base).named_parameters()}
@@ -92,6 +96,12 @@ def _require_known(base: Any, asked: list[str], inside: Mapping[str, nn.Module])
             )
         if not is_there and not is_of_experts:
             unknown.append(name)
+        if name.rpartition(".")[2] in idle:
+            raise RecipeError(
+                f"lora.target_modules: training reads the weights of {name} past an adapter, which"
+                " would not learn",
+                fix="leave it out, or lora.target_modules: all-linear",
+            )
         if is_there and is_of_experts:
             raise RecipeError(
                 f"lora.target_modules: {name} is the name of a layer and of experts here, and PEFT"
