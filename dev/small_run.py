@@ -1,6 +1,6 @@
 """Small jobs on this device, from the rows to the trained weights, beside their plans.
 
-    python dev/small_run.py [METHOD …]       # qlora if none is named; also lora, full, unpacked, lora-unpacked
+    python dev/small_run.py [METHOD …]       # qlora if none is named; also lora, full, …
 
 A model of Llama 3.2 1B's sides with random weights learns 1,300 short chats: what most people run
 first. Prints one line of JSON for each: reserved memory and speed by the plan and as measured, the

@@ -72,6 +72,12 @@ GAP = Sourced(
     source="compiled steps of 2 to 16 rows on an H200, QLoRA and LoRA alike, docs/plan-accuracy.md;"
     " not measured on other hosts",
 )
+PYTHON = Sourced(
+    value=14e-3,
+    mark="derived",
+    source="LoRA and QLoRA of a 1B, 1 × 1024 tokens, beyond their launches, on an H200:"
+    " python dev/small_run.py qlora lora, 2026-11-30; not measured on other hosts",
+)
 NO_LAUNCH = Sourced(value=0, mark="derived", source="a CPU computes where it launches")
 
 
@@ -103,6 +109,8 @@ class Host:
     """Rate of large square products by dtype."""
     launch_s: Sourced = LAUNCH
     """What an operator takes the processor to launch, Python included."""
+    python_s: Sourced = PYTHON
+    """What a micro-batch takes the processor besides its launches."""
     unpack_share: Sourced = UNPACK
     """Share of the bandwidth at which 4-bit matrices are written out to be multiplied."""
     compiled_unpack_share: Sourced = COMPILED_UNPACK
@@ -424,5 +432,6 @@ def this_host(root: Path = Path("/"), *, device: str = "cpu") -> Host:
         memory_bytes=available_host_memory(root),
         bfloat16=False,
         launch_s=NO_LAUNCH,
+        python_s=NO_LAUNCH,
         gap_s=NO_LAUNCH,
     )

@@ -37,6 +37,7 @@ class Rates:
     flop_per_s: dict[str, float]
     """By dtype."""
     launch_s: float
+    python_s: float
     gap_s: float
     shares: dict[str, float]
     """Of the bandwidth, where a 4-bit matrix is written out; by the `Cost`'s dtype."""
@@ -52,7 +53,8 @@ class Rates:
             UNPACKED_BY_KERNEL: host.compiled_unpack_share.value,
         }
         bandwidth = host.bandwidth_bytes_per_s.value
-        return cls(bandwidth, rates, host.launch_s.value, host.gap_s.value, shares)
+        times = (host.launch_s.value, host.python_s.value, host.gap_s.value)
+        return cls(bandwidth, rates, *times, shares)
 
     def of_dtype(self, dtype: str) -> float:
         """Matrix rate of a dtype; the fastest known where it was not measured."""
@@ -174,6 +176,8 @@ class Seconds:
     device: Floats
     launch: Floats
     """Of the processor, to launch it."""
+    python_s: float
+    """Of the processor, in a micro-batch besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,4 +210,5 @@ class Work:
         moving_s = self.moved / (rates.bytes_per_s * share)
         is_launched: Floats = np.where(self.moved > 0, repeats, 0.0)
         each: Floats = np.maximum(self.flop / flop_per_s, moving_s) * repeats
-        return Seconds(each + is_launched * rates.gap_s, is_launched * rates.launch_s)
+        device, launch = each + is_launched * rates.gap_s, is_launched * rates.launch_s
+        return Seconds(device, launch, rates.python_s)

@@ -144,6 +144,7 @@ def _assumptions(heads: Heads, host: Host, limit: Budget, ways: Ways) -> list[di
         _assumption("bandwidth_bytes_per_s", host.bandwidth_bytes_per_s),
         *(_assumption(f"matmul_flop_per_s, {dtype}", rate) for dtype, rate in rates),
         _assumption("launch_s of an operator", host.launch_s),
+        _assumption("python_s of a micro-batch", host.python_s),
         _assumption("gap_s between two kernels", host.gap_s),
         _assumption("unpack_share of the bandwidth, 4-bit", host.unpack_share),
         _assumption("the same in compiled layers", host.compiled_unpack_share),

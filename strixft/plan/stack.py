@@ -86,7 +86,10 @@ class Schedule:
         return np.cumsum(signed[self.changes])
 
     def seconds_per_update(self, sizes: Ints, seconds: Seconds | None, steps: int) -> float | None:
-        """Predicted time of an update: each place takes the longer of device and launches.
+        """Return the predicted time of an update.
+
+        Each place takes the longer of device and launches, and the whole no less than all that the
+        processor does.
 
         Args:
             sizes: Of the trace's storages.
@@ -100,7 +103,8 @@ class Schedule:
         device = np.where(is_update, more_bytes, steps * counts) * seconds.device
         launch = np.where(is_update, more_tensors, steps * counts) * seconds.launch
         places = (np.bincount(self.trace.work_places[1], each) for each in (device, launch))
-        return float(np.maximum(*places).sum())
+        processor = float(launch.sum()) + steps * seconds.python_s
+        return max(float(np.maximum(*places).sum()), processor)
 
     @cached_property
     def _counts(self) -> tuple[Floats, npt.NDArray[np.bool_]]:

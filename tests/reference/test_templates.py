@@ -171,7 +171,11 @@ SHAPES: dict[str, tuple[list[dict[str, Any]], Any]] = {
         TOOLS,
     ),
     "arguments of all kinds": (
-        [ONE_CALL[0], turn("assistant", "", tool_calls=[call("weather", **NESTED)]), *ONE_CALL[2:]],
+        [
+            ONE_CALL[0],
+            turn("assistant", "", tool_calls=[call("weather", 0, **NESTED)]),
+            *ONE_CALL[2:],
+        ],
         TOOLS,
     ),
     "two calls": (TWO_CALLS, TOOLS),
