@@ -179,7 +179,9 @@ def _find_head(base: Any) -> Head | None:
     if not isinstance(own, nn.Linear) or getattr(own, "bias", None) is not None:
         return None
     draw = torch.Generator().manual_seed(0)
-    small = nn.Linear(own.in_features, 8, bias=False, device="cpu", dtype=torch.float32)
+    small = nn.utils.skip_init(  # drawing its weights would move training's own generator
+        nn.Linear, own.in_features, 8, bias=False, device="cpu", dtype=torch.float32
+    )
     small.weight.normal_(generator=draw)
     hidden = torch.randn(1, TOKENS, own.in_features, generator=draw) * 20 / own.in_features
     decoders = {id(m): m for m in (base.base_model, text_decoder(base)) if m is not base}
