@@ -119,7 +119,9 @@ class Encoder:
         """
         start, end = self._start_of_text, self.tokenizer.eos_token or ""
         start = start if begins and not text.lstrip().startswith(start) else ""
-        end = end if ends and not text.rstrip().endswith(end) else ""
+        if end and text.rstrip().endswith(end):
+            text, end = text.rstrip(), ""  # a line end after it would be trained
+        end = end if ends else ""
         whole = f"{start}{text}{end}"
         middle = len(start) + len(text) // 2  # evaluation continues the first half
         return Piece(

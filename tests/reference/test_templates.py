@@ -72,7 +72,7 @@ def chat(*texts: str) -> list[dict[str, Any]]:
     return [turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
 
 
-def call(name: str, number: int | None = 0, **arguments: Any) -> dict[str, Any]:
+def call(name: str, number: int | None = 0, /, **arguments: Any) -> dict[str, Any]:
     made = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return made if number is None else {"id": f"callNum{number:02}", **made}
 
@@ -108,7 +108,7 @@ TWO_CALLS = [
     result("3", "add", 1),
     turn("assistant", "17 degrees; 3."),
 ]
-NESTED = {"deep": {"list": [1, 2.5, "x\ny", None, True]}, "quote": 'a "b" <c> é'}
+NESTED: dict[str, Any] = {"deep": {"list": [1, 2.5, "x\ny", None, True]}, "quote": 'a "b" <c> é'}
 
 SHAPES: dict[str, tuple[list[dict[str, Any]], Any]] = {
     "one turn": (chat("Hi there", "Hello to you."), None),
