@@ -187,7 +187,7 @@ def _row_cases() -> list[tuple[str, Any, str]]:
     call = {"type": "function", "function": {"name": "f", "arguments": "{no json"}}
     shapes = [
         ("no-columns", {}, "no_messages"),
-        ("other-columns", {"text": "hello"}, "no_messages"),
+        ("other-columns", {"text": "hello"}, "other_format"),
         ("message-text", _chat("hello", "there"), "bad_message"),
         ("message-null", _chat(None), "bad_message"),
         ("no-answer", _chat(USER), "no_answer"),

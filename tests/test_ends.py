@@ -145,7 +145,7 @@ def test_text_that_somebody_rendered_begins_and_ends_once(make: Make, text: str)
     assert isinstance(found, list)
     (row,) = found
     assert isinstance(row, TokenRow)
-    assert one.decode(row.input_ids.tolist()) == "<s>Only words.<|endoftext|>"
+    assert one.decode(row.input_ids.tolist()).rstrip() == "<s>Only words.<|endoftext|>"
 
 
 @given(st.lists(st.text("ab#E[] ", max_size=4), max_size=8))

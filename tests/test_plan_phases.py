@@ -72,7 +72,15 @@ def real_forward(model: nn.Module) -> int:
 
 def test_every_phase_is_known(write_recipe: WriteRecipe) -> None:
     figures = plan_figures(load_recipe(write_recipe()), "strix-halo-128")
-    assert list(figures["phases"]) == ["load", "train", "evaluate", "generate", "merge", "export"]
+    assert list(figures["phases"]) == [
+        "load",
+        "proof",
+        "train",
+        "evaluate",
+        "generate",
+        "merge",
+        "export",
+    ]
     for phase in figures["phases"].values():
         assert phase["device_bytes"] >= 0
         assert phase["host_bytes"] >= PROCESS.value

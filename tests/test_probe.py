@@ -38,7 +38,7 @@ from strixft.train import train_recipe
 HEADS = Heads(
     model_type="llama", head_size=16, query_heads=4, key_heads=2, softcap=None, windowed=False
 )
-ON_CPU = ("sdpa-packed", "sdpa", "eager")
+ON_CPU = ("sdpa-packed", "sdpa", "eager", "eager-rows")
 
 BAD_WAYS = '''
 """Ways to compute attention that go wrong, each in its own way."""
@@ -153,16 +153,19 @@ def test_each_thing_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     forget(monkeypatch)
     children, host = count_children(monkeypatch), find_host("cpu")
     require_right(HEADS, METHODS["qlora"], host)
-    assert children == [4]  # three ways and the 4-bit weights, in one child
+    assert children == [5]  # four ways and the 4-bit weights, in one child
     verdicts = probe_attention(HEADS, host)
     assert [v.rung.name for v in verdicts if v.outcome == "right"] == list(ON_CPU)
     assert [rung.name for rung in probed_ladder(HEADS, host)] == list(ON_CPU)
-    assert [rung.name for rung in probed_ladder(HEADS, host, packing=False)] == ["sdpa", "eager"]
+    assert [rung.name for rung in probed_ladder(HEADS, host, packing=False)] == [
+        "sdpa",
+        "eager-rows",
+    ]
     forget(monkeypatch)
     assert probe_attention(HEADS, host) == verdicts
-    assert children == [4]
+    assert children == [5]
     kept = [json.loads(path.read_text()) for path in (tmp_path / "cache/probes").iterdir()]
-    assert len(kept) == 4
+    assert len(kept) == 5
     for row in kept:
         assert row["depends_on"]["torch"] == torch.__version__
         assert row["depends_on"]["arguments"]["dtype"] == "float32"
@@ -224,6 +227,7 @@ def test_a_way_gives_way_to_a_faster_one_that_keeps_no_more(
         "sdpa-packed": "right",
         "sdpa": "right",
         "eager": "right",
+        "eager-rows": "no way",
     }
     assert verdicts["varlen"].reason == "takes 6 ms where flex takes 3"
     names = [rung.name for rung in probed_ladder(HEADS, GPU)]
@@ -233,7 +237,11 @@ def test_a_way_gives_way_to_a_faster_one_that_keeps_no_more(
 def test_only_a_measurement_overrules_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
     gemma = replace(HEADS, model_type="gemma3_text")
     assert known_bad(RUNGS["varlen"], gemma, "gfx1151") is not None
-    assert [rung.name for rung in ladder(gemma, "cuda", "gfx1151")] == ["flex", "eager"]
+    assert [rung.name for rung in ladder(gemma, "cuda", "gfx1151")] == [
+        "flex",
+        "eager",
+        "eager-rows",
+    ]
     host = replace(GPU, architecture="gfx1151")
     figures = {name: timed(1.0) for name in RUNGS} | {"sdpa": timed(1.0, float("inf"))}
     monkeypatch.setattr(probe_ladder, "measure", lambda tasks, fresh: figures)
