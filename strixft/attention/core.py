@@ -142,13 +142,16 @@ def varlen(
     Returns:
         (B, T, H, D).
     """
-    rows, _, length, _ = query.shape
+    rows, _, length, size = query.shape
+    narrow = value.shape[-1]
+    if narrow != size:  # flash attention has one size for all: columns of zeros give zeros
+        value = nn.functional.pad(value, (0, size - narrow))
     flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # (B·T, H, D)
     sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     output: Tensor = aten._flash_attention_forward(
         *flat, cu_seq_lens, cu_seq_lens, longest, longest, 0.0, True, False, scale=scale, **sides
     )[0]
-    return output.view(rows, length, *output.shape[1:])
+    return output.view(rows, length, *output.shape[1:])[..., :narrow]
 
 
 def _refuse_sinks(options: dict[str, Any]) -> None:

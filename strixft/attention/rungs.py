@@ -199,8 +199,6 @@ def cannot(rung: Rung, heads: Heads, device_type: str) -> str | None:
         return "leaves out the cap of the scores"
     if rung.mask == "lengths" and heads.head_size > LARGEST_FLASH_HEAD:
         return f"heads of {heads.head_size} are too large for flash attention"
-    if rung.mask == "lengths" and heads.value_size not in (None, heads.head_size):
-        return f"values of {heads.value_size} beside heads of {heads.head_size}"
     if rung.mask in ("lengths", "blocks") and heads.mask_alone:
         return "only a mask of all tokens says what layers look back to"
     return None

@@ -9,14 +9,19 @@ from typing import Any
 import numpy as np
 
 from strixft.architecture import architecture_of, sample_layers
+from strixft.errors import StageError
 from strixft.hardware import Host
+from strixft.model import build, native_dtype
 from strixft.plan.allocator import Replay, replay
 from strixft.plan.cost import Rates, Seconds, Work
 from strixft.plan.memo import Memo
 from strixft.plan.stack import Ints, Kind, Schedule, rounded_all, stands_for
 from strixft.plan.trace import RowShape, trace_step
+from strixft.plan.ways import ways_for
 from strixft.recipe import Recipe
+from strixft.step import MemoryTracker, TrainingStep
 from strixft.step.tracker import PARTS
+from strixft.units import format_gib
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,26 @@ def _held(schedule: Schedule, sizes: Ints, host: Host) -> Replay:
         return replay(sizes[blocks.storages].tolist(), blocks.events)
     asked = int(schedule.live_bytes(sizes).max())
     return Replay(asked, asked)
+
+
+def require_all_weights(recipe: Recipe, config: Any, host: Host, run: DryRun) -> None:
+    """Require that a dry run, put together from a few layers, counts the weights of all.
+
+    Raises:
+        StageError: It does not, so its peak cannot be trusted.
+    """
+    ways = ways_for(recipe, config, host, recomputed_layers=run.recomputed_layers)
+    model = build(recipe, "meta", native_dtype(host.device, bfloat16=host.bfloat16), config)
+    TrainingStep(model, recipe.train, ways)
+    tracker = MemoryTracker()
+    tracker.watch_model(model)
+    counted = run.parts["weights"] + run.parts["adapter"]
+    if counted != tracker.live_bytes:
+        raise StageError(
+            f"strixft failed to plan a {config.model_type}: it counts {format_gib(counted)} of"
+            f" weights, and all layers have {format_gib(tracker.live_bytes)}",
+            fix="report it with the model's name: this says nothing against the model",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from strixft.plan.boxes import share_figures
 from strixft.plan.choose import Choice, choose
 from strixft.plan.correction import Correction
 from strixft.plan.data_shape import DataShape
+from strixft.plan.dry_run import require_all_weights
 from strixft.plan.measure import measure
 from strixft.plan.phases import PROCESS, Life, Phase, phases
 from strixft.plan.ways import ways_for
@@ -107,8 +108,8 @@ def _named(recipe: Recipe, config: Any) -> Iterator[None]:
         raise StageError(
             f"strixft failed to plan {recipe.model}, a {config.model_type}: its training step, run"
             f" without weights, says: {first_lines(error)}",
-            fix="type it again with --debug and report what it shows: this says nothing against"
-            " the model",
+            fix="--set train.compile=none, which asks less of the model's code; and report what"
+            " --debug shows: this says nothing against the model",
         ) from error
 
 
@@ -258,6 +259,7 @@ def plan_figures(
     data = DataShape.of(recipe, prepared, packed=ways.rung.packed)
     with _named(recipe, config):
         chosen = choose(recipe, config, host, limit, data)
+        require_all_weights(recipe, config, host, chosen.run)
     if measured:
         found = measure(recipe, config, host, limit, chosen.run)
         correction.save(recipe, config, host, found)

@@ -80,6 +80,8 @@ def is_generated(node: fx.Node) -> bool:
     """Whether the compiler writes the kernel: elementwise, a sum along a row, 4-bit weights."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
+    if not isinstance(node.meta.get("val"), Tensor):  # several results, as of `var_mean`
+        return False
     if writes_4bit_out(node.target) or node.target is aten.constant_pad_nd.default:
         return True
     tags = node.target.tags
