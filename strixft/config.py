@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from strixft.errors import RecipeError
-from strixft.families import FAMILIES
+from strixft.families import MODELS
 from strixft.tables import did_you_mean
 
 MOST = {
@@ -50,6 +50,9 @@ SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 """Kinds of rotary positions that stretch by a factor."""
 STORED_AS = ("bitsandbytes",)
 """Quantised checkpoints that can be trained."""
+
+_TYPES = sorted({row.sides["model_type"] for row in MODELS.values()})
+"""Types that ship a recipe."""
 
 Raw = Mapping[str, Any]
 
@@ -190,13 +193,13 @@ def _check_type(raw: Raw, place: str) -> None:
     if model_type not in CONFIG_MAPPING:
         raise RecipeError(
             f"{place}: transformers knows no model type {model_type!r}",
-            fix=f"{did_you_mean(model_type, FAMILIES)}; or a model that transformers knows",
+            fix=f"{did_you_mean(model_type, _TYPES)}; or a model that transformers knows",
         )
     is_wrapper = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_wrapper:
         raise RecipeError(
             f"{place}: a {model_type} is no model that writes text on from text",
-            fix=f"a causal language model, such as one of: {', '.join(FAMILIES)}",
+            fix=f"a causal language model, such as one of: {', '.join(_TYPES)}",
         )
 
 

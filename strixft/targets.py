@@ -154,7 +154,7 @@ def _taken_by_peft(base: Any) -> dict[str, str]:
 def _experts(base: Any) -> list[str]:
     blocks = (m for m in text_decoder(base).modules() if hasattr(m, "experts"))
     fused = any(not list(_linear_layers(block.experts)) for block in blocks)
-    return ["experts that a router chooses: they stay as they are"] if fused else []
+    return ["experts: those that a router chooses stay as they are"] if fused else []
 
 
 def _pattern(base: Any, names: list[str], wanted: list[str]) -> str | None:

@@ -42,10 +42,16 @@ from strixft.guard import (
 from strixft.loop import NotFiniteError, Progress, TrainingLoop
 from strixft.memory import is_out_of_memory
 from strixft.methods import METHODS
-from strixft.model import attach_adapter, base_of, load_base, model_source, native_dtype
+from strixft.model import (
+    attach_adapter,
+    base_of,
+    load_base,
+    load_config,
+    model_source,
+    native_dtype,
+)
 from strixft.plan import Plan
 from strixft.plan.compare import GAP_FLAGGED, compare_html, device_parts, planned_figures
-from strixft.plan.result import read_config
 from strixft.prepare import Prepared
 from strixft.prepare.vocabulary import require_known_tokens
 from strixft.probe.right import fastest_blas, joins_sums, require_attention, require_right
@@ -361,7 +367,7 @@ def _save(model: nn.Module, folder: Path) -> None:
 def _require_right(run: Run, plan: Plan) -> None:
     """Try what the plan chose, unless that is known: it may be of another machine, or driver."""
     host, recipe = training_host(), run.recipe
-    heads, method = architecture_of(read_config(recipe)).heads, METHODS[recipe.method]
+    heads, method = architecture_of(load_config(recipe)).heads, METHODS[recipe.method]
     require_right(heads, method, host)
     planned_here = recipe.memory.host in ("auto", "cpu")
     again = (
@@ -393,6 +399,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         _tell_set_aside(checkpoints, watches)
         batches = _Batches(run.recipe, prepared, plan, device_type())
         step, proof = _build_step(run, plan, proof_batches(batches(0)) if newest is None else [])
+        plan.require_same_config(run.recipe)
         loop = TrainingLoop(
             step,
             batches,

@@ -19,7 +19,6 @@ from strixft.attention.masks import dense_mask
 from strixft.attention.rungs import cannot
 from strixft.bench import sets
 from strixft.data import Batch, PackedRows, PackedShape, collate, length_groups, pack
-from strixft.families import FAMILIES
 
 
 @given(st.lists(st.integers(1, 64), max_size=300), st.integers(0, 5))
@@ -158,6 +157,7 @@ SIDES = {
     "pad_token_id": 0,
 }
 SLIDING = {"sliding_window": 8}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 def random_family(name: str) -> Any:

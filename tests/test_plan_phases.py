@@ -16,7 +16,6 @@ from strixft.model import build, load_base, load_config
 from strixft.plan import RowShape, dry_run, plan_figures
 from strixft.plan.memo import Memo
 from strixft.plan.phases import MERGED_BYTES, PROCESS, Life, Tensors, kv_cache_bytes
-from strixft.plan.result import read_config
 from strixft.plan.trace import forward_bytes
 from strixft.recipe import load_recipe
 from strixft.step import MemoryTracker, token_losses
@@ -89,7 +88,7 @@ def test_every_phase_is_known(write_recipe: WriteRecipe) -> None:
 
 def test_a_70b_is_merged_within_16_gib() -> None:
     recipe = load_recipe("llama-3.3-70b-qlora")
-    config, host = read_config(recipe), HOSTS["strix-halo-128"]
+    config, host = load_config(recipe), HOSTS["strix-halo-128"]
     run = dry_run(recipe, config, host, RowShape(1, 64, 63), 80)
     life = Life(recipe, config, host, run)
     assert Tensors.of(config, host).largest_linear == 8192 * 28672

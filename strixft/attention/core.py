@@ -23,7 +23,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from strixft.attention import asked
 from strixft.attention.masks import make_mask
 from strixft.attention.rungs import Rung
-from strixft.errors import RecipeError
 
 NAME = "strixft"
 """What `attn_implementation` is called."""
@@ -154,14 +153,6 @@ def varlen(
     return output.view(rows, length, *output.shape[1:])[..., :narrow]
 
 
-def _refuse_sinks(options: dict[str, Any]) -> None:
-    if options.get("s_aux") is not None:
-        raise RecipeError(
-            "the model's attention has learned sinks, which no way of computing it here has",
-            fix="another model",
-        )
-
-
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -188,7 +179,6 @@ def attend(
     """
     if asked.watch is not None:
         return asked.watch.attend(module, query, key, value, attention_mask, options), None
-    _refuse_sinks(options)
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
@@ -222,7 +212,6 @@ def attend_eagerly(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As `attend`, by plain products and a softmax in float32; knows tanh-capped scores."""
-    _refuse_sinks(options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)  # (B, H, T, T)

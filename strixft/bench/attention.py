@@ -8,7 +8,7 @@ from strixft.architecture import architecture_of
 from strixft.bench.gemm import MODEL
 from strixft.bench.result import Row
 from strixft.guard import training_host
-from strixft.plan.result import read_config
+from strixft.model import load_config
 from strixft.probe.ladder import Verdict, dtype_name, probe_attention
 from strixft.recipe import Dataset, Recipe
 from strixft.units import MIB
@@ -39,7 +39,7 @@ def bench_attention(model: str = "auto") -> list[Row]:
     """
     host = training_host()
     name = MODEL[host.device] if model == "auto" else model
-    config = read_config(Recipe(model=name, method="lora", dataset=Dataset(source="none")))
+    config = load_config(Recipe(model=name, method="lora", dataset=Dataset(source="none")))
     heads = architecture_of(config).heads
     sizes = f"{heads.query_heads}/{heads.key_heads}×{heads.head_size}"
     shown = {"heads": sizes, "dtype": dtype_name(host)}

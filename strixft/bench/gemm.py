@@ -30,7 +30,7 @@ def layer_shapes(model: str, tokens: int) -> dict[str, Shape]:
         model: A row of `MODELS`.
         tokens: T.
     """
-    config = MODELS[model].config
+    config = MODELS[model].sides
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     layers = {

@@ -25,7 +25,7 @@ def _share(model: str, method: str, host: str, tok_per_s: float | None) -> float
     """Of the host's matrix rate."""
     if model not in MODELS or tok_per_s is None:
         return None
-    weights = weights_of(model, MODELS[model].config, MODELS[model].source)
+    weights = weights_of(model, MODELS[model].sides, MODELS[model].source)
     flop = FLOP_PER_TOKEN["full" if method == "full" else "adapter"]
     ceiling = compute_ceiling(HOSTS[host], weights.read_parameters, flop)
     return ceiling.share(tok_per_s) if ceiling else None

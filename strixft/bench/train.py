@@ -49,7 +49,7 @@ def bench_config(model: str, layers: int = 0) -> Any:
     """Of a model that planning knows; 0 layers are all of them."""
     from transformers import AutoConfig
 
-    config = dict(MODELS[model].config)
+    config = MODELS[model].sides
     return AutoConfig.for_model(**config | ({"num_hidden_layers": layers} if layers else {}))
 
 

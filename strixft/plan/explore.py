@@ -8,10 +8,10 @@ from typing import Any
 from strixft import views
 from strixft.guard import budget_for, find_host
 from strixft.hardware import Budget
+from strixft.model import load_config
 from strixft.plan.choose import Candidate, Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import Step
-from strixft.plan.result import read_config
 from strixft.plan.ways import ways_for
 from strixft.prepare import Prepared
 from strixft.runs import Run
@@ -150,7 +150,7 @@ def explore_plan(run: Run) -> Explorer:
         run: Its data decide how long rows can be.
     """
     recipe = run.recipe
-    host, config = find_host(recipe.memory.host), read_config(recipe)
+    host, config = find_host(recipe.memory.host), load_config(recipe)
     packed = ways_for(recipe, config, host).rung.packed
     data = DataShape.of(recipe, run.require(Prepared), packed=packed)
     limit = budget_for(recipe.memory, host)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from strixft.architecture import architecture_of
 from strixft.attention import Heads
 from strixft.config import first_lines, warnings_of
 from strixft.errors import FitError, RecipeError, StageError, StrixftError
-from strixft.families import MODELS
 from strixft.guard import budget_for, find_host
 from strixft.hardware import THIS_MACHINE, Budget, Host, Sourced
 from strixft.mergeable import require_exportable
 from strixft.methods import METHODS
-from strixft.model import load_config
+from strixft.model import load_config, shape_base
 from strixft.plan import correction, show
 from strixft.plan.advice import advise, cause
 from strixft.plan.boxes import share_figures
@@ -33,8 +36,9 @@ from strixft.prepare.vocabulary import require_known_tokens
 from strixft.probe.ladder import probe_attention
 from strixft.probe.right import require_right
 from strixft.recipe import Recipe
-from strixft.runs import Result, Run
+from strixft.runs import Result, Run, resume_command
 from strixft.step import Ways
+from strixft.targets import find_targets
 from strixft.units import format_gib
 
 
@@ -59,6 +63,20 @@ class Plan(Result):
         """
         require_fit(self.figures)
 
+    def require_same_config(self, recipe: Recipe) -> None:
+        """Raise if the model's configuration is no longer the one that was planned.
+
+        A plan may be made from the file that ships; the model's own comes with its weights.
+
+        Raises:
+            StageError: It is another one.
+        """
+        if self.inputs.get("config") not in (None, _digest(load_config(recipe))):
+            raise StageError(
+                f"the config.json of {recipe.model} is not the one that the plan was made from",
+                fix=f"{resume_command(self.folder.parent)} --from plan",
+            )
+
 
 def require_fit(figures: dict[str, Any]) -> None:
     """Raise `FitError` if a plan's figures do not fit."""
@@ -76,13 +94,12 @@ def require_fit(figures: dict[str, Any]) -> None:
     )
 
 
-def read_config(recipe: Recipe) -> Any:
-    """The model's configuration: known shapes need no network and no token."""
-    if recipe.model not in MODELS:
-        return load_config(recipe)
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**MODELS[recipe.model].config)
+def _digest(config: Any) -> str:
+    """Of what a configuration says of the model."""
+    said = config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        said.pop(name, None)
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _no_share_fits(figures: dict[str, Any]) -> FitError:
@@ -189,6 +206,15 @@ def _require_positions(recipe: Recipe, config: Any) -> None:
         )
 
 
+def _without_adapter(recipe: Recipe, config: Any) -> Iterator[str]:
+    """Layers that `all-linear` leaves as they are."""
+    if METHODS[recipe.method].adapter != "none":
+        whole = shape_base(config, METHODS["full"], torch.bfloat16)
+        idle = architecture_of(config).idle
+        for told in find_targets(whole, recipe.lora.target_modules, idle).left_out:
+            yield f"no adapter for {told}"
+
+
 FEW_UPDATES = 50
 
 
@@ -251,7 +277,7 @@ def plan_figures(
     host = find_host(name)
     limit = budget_for(recipe.memory, host)
     _require_master_weights(recipe, host)
-    config = read_config(recipe)
+    config = load_config(recipe)
     _require_positions(recipe, config)
     if host.here:
         require_right(architecture_of(config).heads, METHODS[recipe.method], host)
@@ -293,6 +319,7 @@ def plan_figures(
         "advice": [asdict(row) for row in advice],
         "warnings": [
             *warnings_of(config, data.max_length),
+            *_without_adapter(recipe, config),
             *_few(recipe, updates),
             *_warnings(peaks, limit, known),
         ],
@@ -302,7 +329,8 @@ def plan_figures(
 def _plan(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     prepared = run.require(Prepared)
     require_known_tokens(run.recipe, prepared)
-    inputs = {"rows_sha256": prepared.inputs["rows_sha256"]}
+    config = _digest(load_config(run.recipe))
+    inputs = {"rows_sha256": prepared.inputs["rows_sha256"], "config": config}
     figures = plan_figures(run.recipe, prepared=prepared)
     figures["warnings"] += require_exportable(run.recipe)
     return inputs, figures

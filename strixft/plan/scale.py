@@ -22,11 +22,14 @@ from strixft.architecture import architecture_of
 from strixft.data import PackedShape
 from strixft.plan.cost import SEEN, Floats, Work
 from strixft.plan.stack import Ints, rounded_all
-from strixft.plan.trace import RowShape, Trace
+from strixft.plan.trace import Place, RowShape, Trace
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
 
 TILE = 32
 """Some attention operators pad T to a multiple of this (aten/src/ATen/native/transformers)."""
+OUTSIDE = Place(0, "load")
+"""Where weights outside the layers are born, such as a vision tower, whose sides are many: frozen,
+they grow with nothing, whatever divides their sizes."""
 LARGEST = 10_000
 """Where the search for a traced length ends."""
 
@@ -176,10 +179,12 @@ class _Growth:
     Args:
         numbers: As they were traced.
         traced: The micro-batch of the trace.
+        fixed: Which of them do not grow.
     """
 
-    def __init__(self, numbers: Ints, traced: Sample) -> None:
+    def __init__(self, numbers: Ints, traced: Sample, fixed: Sequence[bool] = ()) -> None:
         self.powers = np.stack([_powers(numbers, prime) for prime in traced.primes], axis=1)
+        self.powers[np.flatnonzero(fixed)] = 0
         self._unit = numbers / self._product(traced.sides)
 
     def _product(self, sides: Sides) -> Floats:
@@ -213,7 +218,8 @@ class ScaledTrace:
         costs = [cost for _, cost in trace.work]
         self.trace = trace
         self._chunks = traced.sides.chunks
-        self._sizes = _Growth(np.array([s.num_bytes for s in trace.storages]), traced)
+        frozen = [s.part == "weights" and s.born == OUTSIDE for s in trace.storages]
+        self._sizes = _Growth(np.array([s.num_bytes for s in trace.storages]), traced, frozen)
         self._flop = _Growth(np.array([cost.flop for cost in costs]), traced)
         self._moved = _Growth(np.array([part for cost in costs for part in cost.moved]), traced)
         self._owner = np.repeat(np.arange(len(costs)), [len(cost.moved) for cost in costs])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY, VOCABULARY
+from tiny_models import SHIPPED, TINY, VOCABULARY
 from torch import Tensor, nn
 
 from strixft.architecture import auto_class, text_decoder
@@ -111,12 +111,15 @@ def cpu() -> Host:
     return find_host("cpu")
 
 
-@pytest.mark.parametrize("name", TINY)
+MODELS_TRIED = TINY | SHIPPED
+
+
+@pytest.mark.parametrize("name", MODELS_TRIED)
 def test_first_loss_and_gradients_are_those_of_transformers_and_peft(
     name: str, tmp_path: Path
 ) -> None:
     folder, adapter = tmp_path / "model", tmp_path / "adapter"
-    write_model(folder, TINY[name])
+    write_model(folder, MODELS_TRIED[name])
     recipe = a_recipe(folder)
     ways = ways_for(recipe, load_config(recipe), cpu())
     torch.manual_seed(3)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from strixft.families import MODELS
 
 SLIDE, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 WINDOW = 8
@@ -201,3 +204,37 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_neox": _text("gpt_neox"),
     "stablelm": _text("stablelm"),
 }  # fmt: skip
+
+SMALL = {
+    **SIDES,
+    "head_dim": 8,
+    "sliding_window": WINDOW,
+    "max_window_layers": 3,
+    "query_pre_attn_scalar": 8,
+    "original_max_position_embeddings": 64,
+    "mm_tokens_per_image": 4,
+    "boi_token_index": 3,
+    "eoi_token_index": 4,
+    "image_token_index": 5,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def shrunk(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A shipped `config.json` with small numbers; what it holds, and what not, stays."""
+    small: dict[str, Any] = {}
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            small[name] = shrunk(value)
+        else:
+            small[name] = SMALL.get(name, value) if value is not None else None
+    if raw.get("model_type") == "gemma3_text":  # what the file leaves out is large otherwise
+        small |= {name: SMALL[name] for name in ("vocab_size", "num_attention_heads", "head_dim")}
+        small |= {"num_key_value_heads": 2, "query_pre_attn_scalar": 8}
+    if raw.get("model_type") == "siglip_vision_model":
+        small |= TOWER
+    return small
+
+
+SHIPPED = {f"{name}, small": shrunk(row.config) for name, row in MODELS.items()}
