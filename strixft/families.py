@@ -1,4 +1,7 @@
-"""`MODELS`: models whose `config.json` comes with the package, as the hub has it."""
+"""`MODELS`: models whose `config.json` comes with the package; most are reconstructed.
+
+`strixft/configs/README.md` says which were compared with a public copy.
+"""
 
 from __future__ import annotations
 
