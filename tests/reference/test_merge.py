@@ -111,7 +111,6 @@ TYPES: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 32,
         **GROUPED,
     },
-    "gpt_oss": {"head_dim": 16, "layer_types": [SLIDE, FULL], **LOCAL},
     "jamba": {
         **ROUTED,
         "expert_layer_period": 2,
