@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from strixft.errors import HostError
+from strixft.text import OWN_KEY
 from strixft.units import MIB
 
 START_S = 10.0
@@ -20,7 +21,7 @@ START_S = 10.0
 ANSWER_S = 1800.0
 """How long to wait for the next bytes of an answer: a 70B may be loaded first."""
 SHOWN = 300
-KEY = "STRIXFT_API_KEY"
+KEY = OWN_KEY
 """Variable with the key of a server that wants one."""
 LARGEST_BYTES = 256 * MIB
 """A longer answer is none."""

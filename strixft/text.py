@@ -28,6 +28,8 @@ _ASSIGNED = re.compile(
 _SECRET_NAME = re.compile(
     r"(?i)(?:^|_)(?:token|api_?key|access_?key|secret|secret_?key|passw(?:or)?d|credentials?)$"
 )
+OWN_KEY = "STRIXFT_API_KEY"
+"""Variable whose value is sent to servers: a secret even if it is made of words."""
 _SHORTEST_SECRET = 8
 _LONGEST_WORDS = 20
 """From here on, what is made of words is a pass phrase: no text holds it by chance."""
@@ -107,14 +109,17 @@ def _looks_random(value: str) -> bool:
 
 
 def _own_secrets() -> list[str]:
-    """Values of this process's environment that are secret: by their names, and not mere words."""
+    """Return values of this process's environment that are secret.
+
+    Their names say so, and they are not mere words; what we send ourselves may be.
+    """
     found = {
         value
         for name, value in os.environ.items()
         if _SECRET_NAME.search(name)
         and len(value) >= _SHORTEST_SECRET
         and value[0] not in "/~"
-        and _looks_random(value)
+        and (name == OWN_KEY or _looks_random(value))
     }
     return sorted(found, key=len, reverse=True)
 

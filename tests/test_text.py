@@ -116,3 +116,11 @@ def test_an_error_holds_no_token_and_no_control_characters() -> None:
 
 def test_lines_and_tabs_stay() -> None:
     assert visible("a\tb\nc – é 漢") == "a\tb\nc – é 漢"
+
+
+def test_the_key_that_we_send_is_secret_even_if_it_is_made_of_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STRIXFT_API_KEY", "open-sesame-1234")
+    monkeypatch.setenv("CI_TOKEN", "training")
+    assert redact("training with open-sesame-1234") == "training with [secret]"
