@@ -18,7 +18,8 @@ from strixft.runs import Run
 
 MACHINE = Path(__file__).parent / "machine"
 runpy.run_path(str(MACHINE / "sitecustomize.py"))  # children find it by the variable
-os.environ["PYTHONPATH"] = f"{MACHINE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+_PATHS = filter(None, (str(MACHINE), os.environ.get("PYTHONPATH")))  # an empty one is the folder
+os.environ["PYTHONPATH"] = os.pathsep.join(_PATHS)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait
 signal.signal(signal.SIGINT, signal.default_int_handler)  # `&` and `nohup` ignore what tests send
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
