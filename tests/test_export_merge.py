@@ -62,6 +62,19 @@ def test_the_merged_model_is_compared_with_the_trained_one(
     assert "| KL, nats a token |" in card
 
 
+def test_a_trained_model_of_16_bits_is_compared_in_float32(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its activations are rounded too, by more than the weights."""
+    run = open_run(write_recipe(), tmp_path / "run")
+    trained(run)
+    for module in ("evaluate.sides", "export.check"):
+        monkeypatch.setattr(f"strixft.{module}.native_dtype", lambda *_, **__: torch.bfloat16)
+    check = export_recipe(run, ("merged",)).figures["made"]["merged"]["check"]
+    assert not check["exact"]
+    assert check["kl"] < MOST_KL / 1000
+
+
 def test_a_merge_of_less_than_was_trained_is_no_export(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

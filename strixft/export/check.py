@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from strixft import attention
 from strixft.architecture import auto_class
-from strixft.attention import use_rung
+from strixft.attention import RUNGS, use_rung
 from strixft.errors import StageError
 from strixft.evaluate import load_side
-from strixft.evaluate.sides import answering_rung
+from strixft.export.widened import in_float32
 from strixft.guard import budget_for, device_type, find_host
 from strixft.loading.shards import Shard
 from strixft.methods import METHODS
-from strixft.model import load_config, native_dtype
+from strixft.model import base_of, load_config, native_dtype
 from strixft.recipe import Recipe
 from strixft.weights import shard_paths
 
@@ -48,11 +48,14 @@ Logits = list[Tensor]
 
 @torch.no_grad()
 def _logits(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Logits:
+    """Computed in float32 and without flash kernels, so that only weights are rounded."""
     found = []
-    for row in rows:
-        ids = torch.tensor([list(row["input_ids"][:TOKENS])], device=device_type())
-        scores: Tensor = model(input_ids=ids, use_cache=False).logits[0, -POSITIONS:]
-        found.append(scores.float().cpu())
+    use_rung(base_of(model), RUNGS["eager-rows"])
+    with in_float32(model):
+        for row in rows:
+            ids = torch.tensor([list(row["input_ids"][:TOKENS])], device=device_type())
+            scores: Tensor = model(input_ids=ids, use_cache=False).logits[0, -POSITIONS:]
+            found.append(scores.float().cpu())
     return found
 
 
@@ -117,7 +120,7 @@ def faults(found: Mapping[str, Any], *, exact: bool) -> list[str]:
 
 
 def _is_exact(recipe: Recipe, merged: Path) -> bool:
-    """All weights are float32, in the files and where they are used."""
+    """No weight was rounded: all are float32, in the files and in training."""
     if METHODS[recipe.method].base != "native" or _dtype(recipe) is not torch.float32:
         return False
     return stored_types(merged) <= {"F32", "I64"}
@@ -143,7 +146,8 @@ def _trained_logits(
     model: Any = load_side(recipe, adapter, "tuned")
     if METHODS[recipe.method].adapter == "none":
         return _logits(model, rows), None
-    model.unmerge_adapter()
+    if model.get_model_status().merged_adapters:
+        model.unmerge_adapter()
     trained = _logits(model, rows)
     with model.disable_adapter():
         return trained, _logits(model, rows)
@@ -178,7 +182,6 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
         local_files_only=True,
         trust_remote_code=recipe.trust_remote_code,
     )
-    use_rung(model, answering_rung(model.config))
     return model.eval(), not fits
 
 
