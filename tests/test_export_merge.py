@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from strixft.errors import HostError, StageError
 from strixft.export import export_recipe
-from strixft.export.check import LEAST_TOP1, MOST_KL, ROWS, load_merged
+from strixft.export.check import LEAST_TOP1, MOST_DIFFERENCE, MOST_KL, ROWS, load_merged
 from strixft.export.merge import as_stored, load_adapted, merge
 from strixft.model import load_config
 from strixft.opening import open_run
@@ -62,19 +62,6 @@ def test_the_merged_model_is_compared_with_the_trained_one(
     assert "| KL, nats a token |" in card
 
 
-def test_a_trained_model_of_16_bits_is_compared_in_float32(
-    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else its activations are rounded too, by more than the weights."""
-    run = open_run(write_recipe(), tmp_path / "run")
-    trained(run)
-    for module in ("evaluate.sides", "export.check"):
-        monkeypatch.setattr(f"strixft.{module}.native_dtype", lambda *_, **__: torch.bfloat16)
-    check = export_recipe(run, ("merged",)).figures["made"]["merged"]["check"]
-    assert not check["exact"]
-    assert check["kl"] < MOST_KL / 1000
-
-
 def test_a_merge_of_less_than_was_trained_is_no_export(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,20 +87,22 @@ def test_a_merge_of_less_than_was_trained_is_no_export(
 def test_where_the_base_rounds_too_much_away_weights_are_written_in_float32(
     tiny_model: Path, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a bound that bf16 cannot keep and float32 can."""
+    """Against a bound that bf16 cannot keep and float32 can, trained and answering in bf16."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "half"))
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(folder)
     run = open_run(write_recipe(model=str(folder)), tmp_path / "run")
     trained(run)
-    monkeypatch.setattr("strixft.export.check.MOST_KL", 1e-12)
+    monkeypatch.setattr("strixft.export.check.MOST_KL", 1e-8)
+    for module in ("evaluate.sides", "export.check"):  # as on a GPU
+        monkeypatch.setattr(f"strixft.{module}.native_dtype", lambda *_, **__: torch.bfloat16)
     made = export_recipe(run, ("merged",)).figures["made"]["merged"]
     assert made["rounded"]["faults"]
-    assert made["check"]["exact"]
-    assert not made["check"]["faults"]
+    assert not made["check"]["exact"]
+    assert made["check"]["max_difference"] < MOST_DIFFERENCE  # activations in bf16: 1e-2
     weights = load_file(Path(made["path"]) / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert json.loads((Path(made["path"]) / "config.json").read_text())["dtype"] == "float32"
-    assert "float32: in the base" in render_report(run)
+    assert "float32; in the base&#x27;s types: KL" in render_report(run)
 
 
 def test_a_model_that_does_not_fit_is_compared_from_disk(

@@ -93,10 +93,11 @@ def check_table(made: Mapping[str, Any]) -> Table:
     difference, kl, top1 = bounds or ["", f"at most {MOST_KL:g}", f"at least {LEAST_TOP1}"]
     where = ", a part of it read from disk" if found["offloaded"] else ""
     rounded = made["merged"].get("rounded")
-    written = f"float32: in the base's types KL would be {rounded['kl']:.1e}" if rounded else ""
+    why = "; ".join(rounded["faults"]) if rounded else ""
+    written = f"float32; in the base's types: {why}" if rounded else "the base's types"
     rows = [
         ["merged into", str(made["merged"]["base"]), ""],
-        ["written in", written or "the base's types", ""],
+        ["written in", written, ""],
         ["rows, tokens", f"{found['rows']}, {found['tokens']}{where}", ""],
         ["largest difference of logits", f"{found['max_difference']:.1e}", difference],
         ["KL, nats a token", f"{found['kl']:.1e}", kl],
