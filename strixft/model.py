@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from strixft import attention, int8
+from strixft import int8
 from strixft.architecture import (
     architecture_of,
     auto_class,
@@ -27,6 +27,7 @@ from strixft.architecture import (
     keep_layers,
     outside_text,
 )
+from strixft.attention import NAME
 from strixft.config import first_lines, read_config
 from strixft.disk import cache_folder
 from strixft.download import fetch
@@ -260,7 +261,7 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
         device=device,
         dtype=dtype,
         quantization=_quantization(method, dtype),
-        attention=attention.NAME,
+        attention=NAME,
         cache=cache_folder() / "nf4",
     )
     config = load_config(recipe)

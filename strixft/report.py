@@ -40,12 +40,12 @@ def _flag(trained: Trained | None) -> str:
 
 
 def _sections(run: Run) -> str:
-    html = ""
+    markup = ""
     for title, kind in SECTIONS.items():
         result = kind.load(run.stage_folder(kind.name))
         body = views.note("Not done yet.") if result is None else result._repr_html_()
-        html += f"<h2>{title}</h2>{body}"
-    return html
+        markup += f"<h2>{title}</h2>{body}"
+    return markup
 
 
 def _versions(run: Run, result: Result | None) -> str:
@@ -82,9 +82,9 @@ def write_report(run: Run) -> Path:
         HostError: It cannot be written there.
     """
     path = run.folder / "report.html"
-    html = render_report(run)
+    markup = render_report(run)
     try:
-        write_text(path, html)
+        write_text(path, markup)
     except OSError as error:
         raise HostError(
             f"{path} cannot be written: {error.strerror}",

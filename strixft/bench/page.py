@@ -102,10 +102,10 @@ def _linked(rows: list[list[str]], header: list[str], here: int = 0) -> str:
         here: So many of the first rows are this machine's: they stand out, without an address.
     """
     cells = [[*row[:-1], f"@{number}@"] for number, row in enumerate(rows)]
-    html = views.table(cells, header).replace("<tr><td>", '<tr class="here"><td>', here)
+    markup = views.table(cells, header).replace("<tr><td>", '<tr class="here"><td>', here)
     for number, row in enumerate(rows):
-        html = html.replace(f"@{number}@", escape(row[-1]) if number < here else _link(row[-1]))
-    return html
+        markup = markup.replace(f"@{number}@", escape(row[-1]) if number < here else _link(row[-1]))
+    return markup
 
 
 def _rate_cells(row: Figure) -> list[str]:
@@ -205,11 +205,11 @@ class Benchmarks:
 
     def here(self) -> Html:
         """What was measured on this machine."""
-        html = "".join(views.warning(text) for text in self.stored.left_out)
+        markup = "".join(views.warning(text) for text in self.stored.left_out)
         if not self.stored.results:
-            return Html(html + views.note("Nothing was measured here yet: strixft bench decode"))
+            return Html(markup + views.note("Nothing was measured here yet: strixft bench decode"))
         latest = {(result.bench, result.host["device"]): result for result in self.stored.results}
-        return Html(html + "".join(result._repr_html_() for result in latest.values()))
+        return Html(markup + "".join(result._repr_html_() for result in latest.values()))
 
     def points(self) -> list[Point]:
         """This machine's decode figures, for the pictures."""

@@ -61,10 +61,10 @@ class Judged:
 
     def _repr_html_(self) -> str:
         found = self.figures
-        html = "".join(map(views.warning, found["warnings"]))
+        markup = "".join(map(views.warning, found["warnings"]))
         if found["problem"]:
             done = f"{found['rows_judged']} of {found['rows_asked']} rows were judged"
-            html += views.warning(f"The judge ended early, {done}: {found['problem']}")
-        html += views.table(self.rows())
+            markup += views.warning(f"The judge ended early, {done}: {found['problem']}")
+        markup += views.table(self.rows())
         header = ["row", "request", "base", "tuned", "better", "the judge's reason"]
-        return html + (views.table(self._shown(), header) if found["rows_judged"] else "")
+        return markup + (views.table(self._shown(), header) if found["rows_judged"] else "")

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strixft import attention
 from strixft.architecture import auto_class
-from strixft.attention import RUNGS, use_rung
+from strixft.attention import NAME, RUNGS, use_rung
 from strixft.errors import StageError
 from strixft.evaluate import load_side
 from strixft.export.widened import in_float32
@@ -178,7 +177,7 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
         device_map={"": device} if fits else "auto",
         max_memory=None if fits else {"cpu": 0, **most},
         offload_folder=folder / ".offload",
-        attn_implementation=attention.NAME,
+        attn_implementation=NAME,
         local_files_only=True,
         trust_remote_code=recipe.trust_remote_code,
     )

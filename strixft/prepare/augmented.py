@@ -34,8 +34,8 @@ def summary(figures: Mapping[str, Any]) -> str:
         [f"{kind.replace('_', ' ')}: {format_number(found['rows'])}", found["first"]]
         for kind, found in figures["refused"].items()
     ]
-    html = "".join(map(views.warning, figures["warnings"])) + views.mapping(counts)
-    return html + (views.table(refused, ["not used", "the first of them"]) if refused else "")
+    markup = "".join(map(views.warning, figures["warnings"])) + views.mapping(counts)
+    return markup + (views.table(refused, ["not used", "the first of them"]) if refused else "")
 
 
 @dataclass(frozen=True)

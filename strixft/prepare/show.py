@@ -112,7 +112,7 @@ def _runs(runs: list[Any]) -> Iterator[str]:
 
 def examples(figures: Figures) -> str:
     """A few rows from the shortest to the longest, masked and trained tokens in two colours."""
-    html = (
+    markup = (
         f'<p>Rows as the model reads them: <span style="{TRAINED_STYLE}">trained</span>,'
         f' <span style="{MASKED_STYLE}">masked</span>.</p>'
     )
@@ -123,9 +123,9 @@ def examples(figures: Figures) -> str:
         if row["runs_left_out"]:
             count += f"; {row['runs_left_out']} stretches in the middle are not shown"
         # <pre> keeps the notebook from reading $…$ as a formula
-        html += views.note(f"{name}: {count}")
-        html += f'<pre class="sx-row" style="{BOX_STYLE}">{"".join(_runs(row["runs"]))}</pre>'
-    return html
+        markup += views.note(f"{name}: {count}")
+        markup += f'<pre class="sx-row" style="{BOX_STYLE}">{"".join(_runs(row["runs"]))}</pre>'
+    return markup
 
 
 def page(figures: Figures) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from strixft import attention
+from strixft.attention import core
 from strixft.rates import cpu_name
 from strixft.runs import versions
 
@@ -30,7 +30,7 @@ DRIVERS = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
 @cache
 def _source_digest() -> str:
     """The probe's own version: of the code that is probed, and of the code that probes."""
-    folders = (Path(__file__).parent, Path(attention.__file__).parent)
+    folders = (Path(__file__).parent, Path(core.__file__).parent)
     files = (path for folder in folders for path in sorted(folder.glob("*.py")))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
