@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-from strixft import attention, int8, loading
+from strixft import int8, loading
+from strixft.attention import NAME
 from strixft.errors import RecipeError, StageError
 from strixft.loading import cache
 from strixft.loading.shards import Shard
@@ -98,7 +99,7 @@ def by_transformers(folder: Path, method: str) -> Any:
         dtype=torch.float32,
         quantization_config=_quantization(METHODS[method], torch.float32),
         device_map={"": "cpu"},
-        attn_implementation=attention.NAME,
+        attn_implementation=NAME,
     )
     int8.use_own_product(model)
     return model
@@ -405,7 +406,7 @@ def test_ready_made_4_bit_weights_are_taken_as_they_are(
     assert "weight.quant_state.bitsandbytes__nf4" in parts
     ours: Any = load_base(recipe_of(folder, "qlora", write_recipe), "cpu", torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, device_map={"": "cpu"}, attn_implementation=attention.NAME
+        folder, dtype=torch.float32, device_map={"": "cpu"}, attn_implementation=NAME
     )
     layer = ours.model.layers[0].mlp.up_proj
     assert layer.compute_dtype is torch.float32  # of the run, not of whoever wrote the checkpoint

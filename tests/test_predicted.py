@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from strixft import plan as planning
 from strixft.bench import predicted
 from strixft.bench.predicted import HEADER, predict_training
+from strixft.plan import plan_figures
 
 
 def test_recipes_are_planned_for_a_host_and_a_failure_is_a_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = planning.plan_figures
+    real = plan_figures
 
     def plan(recipe: Any, host: str) -> Any:
         if recipe.model.startswith("meta-llama"):

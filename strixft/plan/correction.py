@@ -98,7 +98,7 @@ def _path(recipe: Recipe, config: Any, host: Host) -> Path:
     return cache_folder() / FOLDER / f"{name}.json"
 
 
-def save(recipe: Recipe, config: Any, host: Host, correction: Correction) -> Path:
+def save_correction(recipe: Recipe, config: Any, host: Host, correction: Correction) -> Path:
     """Keep a correction for all plans of such a step on this device."""
     path = _path(recipe, config, host)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def save(recipe: Recipe, config: Any, host: Host, correction: Correction) -> Pat
     return path
 
 
-def load(recipe: Recipe, config: Any, host: Host) -> Correction:
+def load_correction(recipe: Recipe, config: Any, host: Host) -> Correction:
     """What was measured for such a step; nothing, where nothing was or the file is damaged."""
     try:
         data = json.loads(_path(recipe, config, host).read_text(encoding="utf-8"))

@@ -21,11 +21,11 @@ from strixft.hardware import THIS_MACHINE, Budget, Host, Sourced
 from strixft.mergeable import require_exportable
 from strixft.methods import METHODS
 from strixft.model import load_config, shape_base
-from strixft.plan import correction, show
+from strixft.plan import show
 from strixft.plan.advice import advise, cause
 from strixft.plan.boxes import share_figures
 from strixft.plan.choose import Choice, choose
-from strixft.plan.correction import Correction
+from strixft.plan.correction import Correction, load_correction, save_correction
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import require_all_weights
 from strixft.plan.measure import measure
@@ -288,9 +288,9 @@ def plan_figures(
         require_all_weights(recipe, config, host, chosen.run)
     if measured:
         found = measure(recipe, config, host, limit, chosen.run)
-        correction.save(recipe, config, host, found)
+        save_correction(recipe, config, host, found)
         chosen = choose(recipe, config, host, limit, data)
-    known = correction.load(recipe, config, host)
+    known = load_correction(recipe, config, host)
     run = chosen.run
     updates = data.updates(recipe, run.shape.rows)
     life = Life(recipe, config, host, run)
