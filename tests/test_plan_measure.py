@@ -13,7 +13,7 @@ from strixft.hardware import HOSTS, Budget, Sourced
 from strixft.model import load_config
 from strixft.plan import RowShape, dry_run, plan_figures
 from strixft.plan.choose import Planner
-from strixft.plan.correction import Correction, Line, load, save
+from strixft.plan.correction import Correction, Line, load_correction, save_correction
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun
 from strixft.plan.measure import LAYERS, measure
@@ -121,7 +121,7 @@ def test_the_choice_goes_by_what_was_measured() -> None:
     data = DataShape(64, longest=64)
     recipe = a_recipe(tokens_per_update=640)
     before = Planner(recipe, CONFIG, HOST, data)
-    save(recipe, CONFIG, HOST, Correction(Line(1.0, 50 * MIB), Line(2.0, 0.5), "a test"))
+    save_correction(recipe, CONFIG, HOST, Correction(Line(1.0, 50 * MIB), Line(2.0, 0.5), "a test"))
     after = Planner(recipe, CONFIG, HOST, data)
     old, new = before.dry_run(2, 0), after.dry_run(2, 0)
     assert new.peak_bytes == old.peak_bytes + 50 * MIB
@@ -134,10 +134,10 @@ def test_the_choice_goes_by_what_was_measured() -> None:
 @pytest.mark.parametrize("damage", ["", "[]", '{"peak": null}'])
 def test_a_damaged_measurement_is_none(damage: str, cache: Path) -> None:
     recipe = a_recipe()
-    path = save(recipe, CONFIG, HOST, Correction(Line(1.0, 1.0), None, "a test"))
-    assert load(recipe, CONFIG, HOST).source == "a test"
+    path = save_correction(recipe, CONFIG, HOST, Correction(Line(1.0, 1.0), None, "a test"))
+    assert load_correction(recipe, CONFIG, HOST).source == "a test"
     path.write_text(damage)
-    assert load(recipe, CONFIG, HOST) == Correction()
+    assert load_correction(recipe, CONFIG, HOST) == Correction()
 
 
 def test_another_machine_cannot_be_measured(write_recipe: WriteRecipe) -> None:

@@ -14,13 +14,13 @@ ESCAPED = "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;&amp;&quot;"
 
 
 def test_a_cell_is_escaped() -> None:
-    html = views.table([[HOSTILE]])
-    assert html == f'<table class="sx"><tr><td>{ESCAPED}</td></tr></table>'
+    markup = views.table([[HOSTILE]])
+    assert markup == f'<table class="sx"><tr><td>{ESCAPED}</td></tr></table>'
 
 
 def test_a_header_is_escaped() -> None:
-    html = views.table([], [HOSTILE])
-    assert html == f'<table class="sx"><tr><th>{ESCAPED}</th></tr></table>'
+    markup = views.table([], [HOSTILE])
+    assert markup == f'<table class="sx"><tr><th>{ESCAPED}</th></tr></table>'
 
 
 def test_a_name_and_its_value_are_escaped() -> None:
@@ -38,8 +38,8 @@ def test_a_warning_is_escaped() -> None:
 
 def test_the_text_beside_a_picture_cannot_leave_its_attribute() -> None:
     figure, _ = views.new_figure()
-    html = views.picture(figure, '" onload="alert(1)')
-    assert 'alt="&quot; onload=&quot;alert(1)"' in html
+    markup = views.picture(figure, '" onload="alert(1)')
+    assert 'alt="&quot; onload=&quot;alert(1)"' in markup
 
 
 def test_a_picture_is_inside_the_page() -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 from strixft.architecture import architecture_of
 from strixft.hardware import Budget, Host
-from strixft.plan import correction
 from strixft.plan.compiled import shared_kernels
+from strixft.plan.correction import load_correction
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun, Step
 from strixft.plan.traces import Traces
@@ -86,7 +86,7 @@ class Planner:
         self.outside_bytes = int(host.outside_bytes.value)
         self.num_layers = len(architecture_of(config).kinds)
         self.traces = Traces(recipe, config, host)
-        self.correction = correction.load(recipe, config, host)
+        self.correction = load_correction(recipe, config, host)
         self._per_update = data.rows_per_update(recipe)
         self.steps = cache(self._steps)
         self.step = cache(self._step)
