@@ -15,7 +15,13 @@ import torch
 from conftest import WriteRecipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 from strixft import attention, int8, loading
 from strixft.errors import RecipeError, StageError
@@ -403,6 +409,26 @@ def test_a_layer_more_than_the_files_hold_is_refused(
     with pytest.raises(RecipeError, match=r"model\.layers\.1\..* and 8 more") as caught:
         load_base(recipe_of(folder, "lora", write_recipe), "cpu", torch.float32)
     assert str(folder / "config.json") in caught.value.fix
+
+
+def test_a_vision_tower_may_lack_its_weights(tmp_path: Path, write_recipe: WriteRecipe) -> None:
+    tower = {"num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    tower |= {"hidden_size": 32, "intermediate_size": 48}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={"model_type": "gemma3_text", **SHAPE},
+        vision_config={"model_type": "siglip_vision_model", **tower},
+    )
+    AutoModelForImageTextToText.from_config(config).save_pretrained(
+        tmp_path / "seeing", max_shard_size=50_000
+    )
+    folder = without(tmp_path / "seeing", "vision_tower.")
+    assert len(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]) < 20
+    recipe = recipe_of(folder, "lora", write_recipe)
+    load_base(recipe, "cpu", torch.float32)
+    without(folder, "language_model.model.layers.0.mlp.up_proj")
+    with pytest.raises(RecipeError, match=r"layers\.0\.mlp\.up_proj\.weight\n"):
+        load_base(recipe, "cpu", torch.float32)
 
 
 def test_a_head_that_is_not_in_the_files_is_to_be_tied(
