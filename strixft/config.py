@@ -275,13 +275,31 @@ def read_config(source: str, *, offline: bool, trust_remote_code: bool = False) 
         ) from error
 
 
+def _longrope_switch(config: Any) -> int | None:
+    """Tokens beyond which LongRoPE takes its long factors; None where there is no LongRoPE."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for one in (rotary, *rotary.values()):  # a kind of layers may have its own
+        if isinstance(one, Mapping) and one.get("rope_type") == "longrope":
+            return one.get("original_max_position_embeddings")
+    return None
+
+
 def warnings_of(config: Any, max_length: int) -> list[str]:
     """What a configuration says against rows of this length, in sentences."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not positions or max_length <= positions:
-        return []
-    return [
-        f"rows of {max_length:,} tokens are longer than the {positions:,} positions that the model"
-        " was trained for: it runs, and does not know what lies beyond them"
-        f" (--set dataset.max_length={positions})"
-    ]
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    switch = _longrope_switch(text)
+    found = []
+    if positions and max_length > positions:
+        found.append(
+            f"rows of {max_length:,} tokens are longer than the {positions:,} positions that the"
+            " model was trained for: it runs, and does not know what lies beyond them"
+            f" (--set dataset.max_length={positions})"
+        )
+    if switch and max_length > switch:
+        found.append(
+            f"a chat of more than {switch:,} tokens takes the long factors of LongRoPE, and"
+            " transformers then takes them for all chats of its micro-batch: short ones are trained"
+            f" otherwise than they are answered (--set dataset.max_length={switch})"
+        )
+    return found

@@ -325,14 +325,45 @@ def _read_int(path: Path) -> int | None:
     return int(text) if text.isdecimal() and text.isascii() else None  # "max" is no number
 
 
-def _cgroup_left(root: Path) -> int | None:
-    limit = _read_int(root / "sys/fs/cgroup/memory.max")
-    used = _read_int(root / "sys/fs/cgroup/memory.current")
-    return None if limit is None or used is None else limit - used
+_CGROUPS = {
+    "": ("", "memory.max", "memory.current", ""),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
+"""By controller, as `/proc/self/cgroup` has it: folder, limit, use, prefix in `memory.stat`."""
+
+
+def _cgroup_left(root: Path) -> tuple[int, Path] | None:
+    """What the tightest limit on this process leaves it, and the file with that limit.
+
+    A limit on any control group above the process's own holds for it too.
+    """
+    lines = _read_text(root / "proc/self/cgroup").splitlines() or ["0::/"]
+    found = []
+    for line in lines:
+        controller, _, group = line.partition(":")[2].partition(":")
+        if controller in _CGROUPS:
+            folder, *names = _CGROUPS[controller]
+            place = Path(folder, group.strip("/"))
+            for one in (place, *place.parents):
+                found += _left_in(root / "sys/fs/cgroup" / one, *names)
+    return min(found, default=None)
+
+
+def _left_in(folder: Path, limit: str, current: str, prefix: str) -> list[tuple[int, Path]]:
+    """What the limit of one control group leaves; nothing where it has none.
+
+    Files in the page cache count as used, and are dropped before anything is killed.
+    """
+    most, used = _read_int(folder / limit), _read_int(folder / current)
+    if most is None or used is None:
+        return []
+    stat = _read_text(folder / "memory.stat")
+    files = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", stat, re.MULTILINE)
+    return [(max(0, most - max(0, used - sum(map(int, files)))), folder / limit)]
 
 
 def available_host_memory(root: Path = Path("/")) -> Sourced:
-    """What the kernel says a new process could still take; the less of it and the cgroup's rest.
+    """What the kernel says a new process could still take, or a control group's limit leaves.
 
     Raises:
         HostError: The kernel does not say.
@@ -344,8 +375,9 @@ def available_host_memory(root: Path = Path("/")) -> Sourced:
             fix="plan for a host by its name: --set memory.host=strix-halo-128",
         )
     left = _cgroup_left(root)
-    if left is not None and left < available:
-        return Sourced(value=left, mark="read here", source="/sys/fs/cgroup/memory.max − current")
+    if left is not None and left[0] < available:
+        source = f"/{left[1].relative_to(root)} less what is used beside cached files"
+        return Sourced(value=left[0], mark="read here", source=source)
     return Sourced(value=available, mark="read here", source="MemAvailable of /proc/meminfo")
 
 

@@ -33,7 +33,7 @@ from strixft.disk import cache_folder
 from strixft.download import fetch
 from strixft.errors import HostError, RecipeError
 from strixft.families import MODELS
-from strixft.loading import Target, load_weights
+from strixft.loading import Target, load_weights, require_weights
 from strixft.methods import METHODS, Method
 from strixft.recipe import Lora, Recipe
 from strixft.tables import did_you_mean
@@ -233,7 +233,7 @@ def _use_stored(config: Any, method: Method, dtype: torch.dtype) -> None:
 
 
 def _load_by_transformers(recipe: Recipe, source: str, target: Target) -> nn.Module:
-    model: nn.Module = auto_class(load_config(recipe)).from_pretrained(
+    model, info = auto_class(load_config(recipe)).from_pretrained(
         source,
         dtype=target.dtype,
         quantization_config=target.quantization,
@@ -242,16 +242,20 @@ def _load_by_transformers(recipe: Recipe, source: str, target: Target) -> nn.Mod
         local_files_only=recipe.offline,
         use_safetensors=True,
         trust_remote_code=recipe.trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in `info`
     )
-    return model
+    require_weights(source, model, info)
+    loaded: nn.Module = model
+    return loaded
 
 
 def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
     """The base model with its weights on a device.
 
     Raises:
-        RecipeError: There is no such model, its weights are a pickle, or they are stored otherwise
-            than the method keeps them.
+        RecipeError: There is no such model, its weights are a pickle, some are missing, or they are
+            stored otherwise than the method keeps them.
         HostError: The disk has no room for what is to be downloaded.
         StageError: A file of the weights is damaged.
     """
@@ -270,6 +274,8 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
         folder = fetch(source, offline=recipe.offline)
         model = load_weights(source, folder, config, target)
         model = model or _load_by_transformers(recipe, source, target)
+    except RecipeError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(recipe.model, error) from error
     int8.use_own_product(model)

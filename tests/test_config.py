@@ -122,6 +122,29 @@ def test_rows_beyond_the_positions_are_warned_about(recipe_of: Any) -> None:
     assert "--set dataset.max_length=512" in warning
 
 
+def test_rows_that_change_the_positions_of_others_are_warned_about(recipe_of: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    longrope = {"type": "longrope", **factors}
+    sides = {"model_type": "phi3", "pad_token_id": 0, "original_max_position_embeddings": 16}
+    config = load_config(recipe_of(GOOD | sides | {"rope_scaling": longrope}))
+    assert warnings_of(config, 16) == []
+    (warning,) = warnings_of(config, 17)
+    assert "more than 16 tokens takes the long factors" in warning
+    assert "--set dataset.max_length=16" in warning
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        short = torch.arange(1, 11)[None]
+        alone, long = model(short).logits, torch.arange(1, 18)[None]
+        mask = torch.ones(2, 17, dtype=torch.long)
+        mask[1, 10:] = 0
+        rows = torch.cat([long, torch.nn.functional.pad(short, (0, 7))])
+        together = model(rows, attention_mask=mask).logits[1, :10]
+    assert not torch.allclose(alone[0], together, atol=1e-3)
+
+
 def test_the_plan_shows_the_warning(recipe_of: Any) -> None:
     figures = plan_figures(recipe_of(GOOD | {"max_position_embeddings": 100}), "strix-halo-128")
     assert "longer than the 100 positions" in figures["warnings"][0]

@@ -59,12 +59,22 @@ def record_card(
     return device
 
 
-def record_cgroup(root: Path, *, limit: str, used_gib: float) -> None:
-    """`/sys/fs/cgroup` of a container."""
-    folder = root / "sys/fs/cgroup"
+def record_cgroup(
+    root: Path, *, limit: str, used_gib: float, group: str = "", cached_gib: float = 0
+) -> None:
+    """`/sys/fs/cgroup` of a container, or one of its control groups."""
+    folder = root / "sys/fs/cgroup" / group
     folder.mkdir(parents=True)
     (folder / "memory.max").write_text(f"{limit}\n")
     (folder / "memory.current").write_text(f"{round(used_gib * GIB)}\n")
+    half = round(cached_gib * GIB / 2)
+    (folder / "memory.stat").write_text(f"anon 7\ninactive_file {half}\nactive_file {half}\n")
+
+
+def record_own_cgroup(root: Path, *lines: str) -> None:
+    """`/proc/self/cgroup`."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text("".join(f"{line}\n" for line in lines))
 
 
 def gib(host: Host, reserve_gib: float) -> float:
@@ -193,6 +203,44 @@ def test_a_cgroup_with_more_left_than_the_host_does_not_count(tmp_path: Path) ->
     record_meminfo(tmp_path, 20)
     record_cgroup(tmp_path, limit=str(32 * GIB), used_gib=2)
     assert available_host_memory(tmp_path).value == 20 * GIB
+
+
+def test_the_tightest_limit_above_a_process_counts(tmp_path: Path) -> None:
+    record_meminfo(tmp_path, 120)
+    record_own_cgroup(tmp_path, "0::/user.slice/user-7.slice/jupyter.service")
+    record_cgroup(tmp_path, group="user.slice", limit=str(64 * GIB), used_gib=10)
+    record_cgroup(tmp_path, group="user.slice/user-7.slice", limit=str(32 * GIB), used_gib=2)
+    service = "user.slice/user-7.slice/jupyter.service"
+    record_cgroup(tmp_path, group=service, limit="max", used_gib=2)
+    found = available_host_memory(tmp_path)
+    assert found.value == 30 * GIB
+    assert "user.slice/user-7.slice/memory.max" in found.source
+
+
+def test_the_limit_of_another_process_does_not_count(tmp_path: Path) -> None:
+    record_meminfo(tmp_path, 20)
+    record_own_cgroup(tmp_path, "0::/user.slice/mine.service")
+    record_cgroup(tmp_path, group="user.slice/other.service", limit=str(2 * GIB), used_gib=1)
+    assert available_host_memory(tmp_path).value == 20 * GIB
+
+
+def test_a_limit_of_the_first_version_of_cgroups_counts(tmp_path: Path) -> None:
+    record_meminfo(tmp_path, 120)
+    record_own_cgroup(tmp_path, "5:cpu:/box", "4:memory:/box", "0::/")
+    folder = tmp_path / "sys/fs/cgroup/memory/box"
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{32 * GIB}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{12 * GIB}\n")
+    (folder / "memory.stat").write_text(f"inactive_file 7\ntotal_inactive_file {10 * GIB}\n")
+    (folder.parent / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (folder.parent / "memory.usage_in_bytes").write_text(f"{50 * GIB}\n")
+    assert available_host_memory(tmp_path).value == 30 * GIB
+
+
+def test_files_in_the_page_cache_are_not_used_up(tmp_path: Path) -> None:
+    record_meminfo(tmp_path, 120)
+    record_cgroup(tmp_path, limit=str(100 * GIB), used_gib=98, cached_gib=96)
+    assert available_host_memory(tmp_path).value == 98 * GIB
 
 
 def test_a_cgroup_without_a_limit_does_not_count(tmp_path: Path) -> None:

@@ -15,7 +15,13 @@ import torch
 from conftest import WriteRecipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 from strixft import int8, loading
 from strixft.attention import NAME
@@ -365,17 +371,84 @@ def test_small_models_are_not_kept(llama: Path, tmp_path: Path, write_recipe: Wr
     assert not (tmp_path / "cache" / "nf4").exists()
 
 
-def test_random_weights_are_never_kept(
-    llama: Path, tmp_path: Path, write_recipe: WriteRecipe, small_is_kept: None
+def without(folder: Path, start: str) -> Path:
+    """A checkpoint less the weights whose names start so."""
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    for name in [one for one in index["weight_map"] if one.startswith(start)]:
+        path = folder / index["weight_map"].pop(name)
+        save_file({k: v for k, v in load_file(path).items() if k != name}, path, {"format": "pt"})
+    file.write_text(json.dumps(index))
+    return folder
+
+
+def with_sides(folder: Path, **sides: Any) -> Path:
+    """A checkpoint whose configuration says something else."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | sides))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_weights_that_the_files_lack_are_never_made_up(
+    method: str, llama: Path, tmp_path: Path, write_recipe: WriteRecipe, small_is_kept: None
 ) -> None:
-    """transformers makes up what a checkpoint lacks, with a warning."""
-    folder = shutil.copytree(llama, tmp_path / "lacking")
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    name = "model.layers.0.mlp.up_proj.weight"
-    path = folder / index["weight_map"].pop(name)
-    save_file({k: v for k, v in load_file(path).items() if k != name}, path, {"format": "pt"})
-    load_base(recipe_of(folder, "qlora", write_recipe), "cpu", torch.float32)
+    folder = without(shutil.copytree(llama, tmp_path / "lacking"), "model.layers.0.mlp.up_proj")
+    with pytest.raises(RecipeError, match=r"do not hold .*: model.layers.0.mlp.up_proj.weight\n"):
+        load_base(recipe_of(folder, method, write_recipe), "cpu", torch.float32)
     assert not (tmp_path / "cache" / "nf4").exists()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_layer_more_than_the_files_hold_is_refused(
+    streamed: bool, llama: Path, tmp_path: Path, write_recipe: WriteRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = with_sides(shutil.copytree(llama, tmp_path / "copy"), num_hidden_layers=2)
+    if not streamed:
+        monkeypatch.setattr(loading, "_hindrance", lambda *_: "it is not to be")
+    with pytest.raises(RecipeError, match=r"model\.layers\.1\..* and 8 more") as caught:
+        load_base(recipe_of(folder, "lora", write_recipe), "cpu", torch.float32)
+    assert str(folder / "config.json") in caught.value.fix
+
+
+def test_a_vision_tower_may_lack_its_weights(tmp_path: Path, write_recipe: WriteRecipe) -> None:
+    tower = {"num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    tower |= {"hidden_size": 32, "intermediate_size": 48}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={"model_type": "gemma3_text", **SHAPE},
+        vision_config={"model_type": "siglip_vision_model", **tower},
+    )
+    AutoModelForImageTextToText.from_config(config).save_pretrained(
+        tmp_path / "seeing", max_shard_size=50_000
+    )
+    folder = without(tmp_path / "seeing", "vision_tower.")
+    assert len(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]) < 20
+    recipe = recipe_of(folder, "lora", write_recipe)
+    load_base(recipe, "cpu", torch.float32)
+    without(folder, "language_model.model.layers.0.mlp.up_proj")
+    with pytest.raises(RecipeError, match=r"layers\.0\.mlp\.up_proj\.weight\n"):
+        load_base(recipe, "cpu", torch.float32)
+
+
+def test_a_head_that_is_not_in_the_files_is_to_be_tied(
+    tmp_path: Path, write_recipe: WriteRecipe
+) -> None:
+    folder = write_model(tmp_path / "qwen2", "qwen2")  # tied: the file has no head
+    recipe = recipe_of(with_sides(folder, tie_word_embeddings=False), "lora", write_recipe)
+    with pytest.raises(RecipeError, match=r"lm_head\.weight\n") as caught:
+        load_base(recipe, "cpu", torch.float32)
+    assert '"tie_word_embeddings": true' in caught.value.fix
+
+
+def test_weights_of_other_sides_are_named_with_both(
+    llama: Path, tmp_path: Path, write_recipe: WriteRecipe
+) -> None:
+    folder = with_sides(shutil.copytree(llama, tmp_path / "copy"), intermediate_size=128)
+    words = r"gate_proj\.weight \(\[96, 64\] in the file, \[128, 64\] in the model\) and 2 more"
+    with pytest.raises(RecipeError, match=words):
+        load_base(recipe_of(folder, "lora", write_recipe), "cpu", torch.float32)
 
 
 def ready_made(llama: Path, folder: Path, **settings: Any) -> Path:

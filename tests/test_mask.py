@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -370,6 +371,38 @@ def test_where_no_token_ends_an_answer_the_end_of_text_does(tokenizer: Any) -> N
     assert "".join(trained_texts(one, row)).endswith(f"So long.{one.eos_token}")
     assert trained_texts(one, row)[0].startswith("Hello.")
     assert "###" not in "".join(trained_texts(one, row))
+
+
+def test_what_opens_the_next_turn_ends_an_answer_where_the_model_stops_at_it(
+    tokenizer: Any,
+) -> None:
+    import trl
+
+    one = copy.deepcopy(tokenizer)
+    one.add_tokens(["<|user|>", "<|assistant|>", "<|observation|>"], special_tokens=True)
+    folder = Path(trl.__file__).parent / "chat_templates"
+    one.chat_template = (folder / "glm4moe.jinja").read_text()
+    texts = ("Hi", "Hello.", "Bye", "So long.")
+    eos = one.convert_tokens_to_ids([one.eos_token, "<|user|>"])
+    (found,) = Encoder(one, eos=eos).encode([Chat(chat(*texts))])
+    assert isinstance(found, list)
+    assert isinstance(found[0], TokenRow)
+    reference = one.apply_chat_template(
+        chat(*texts),
+        chat_template=(folder / "glm4moe_training.jinja").read_text(),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    flags = np.array(reference["assistant_masks"], dtype=np.bool_)
+    first, last = [
+        one.decode(reference["input_ids"][start:end])
+        for start, end, trained in runs(flags)
+        if trained
+    ]
+    assert first.endswith("Hello.<|user|>")
+    last = last.removesuffix("<|user|>") + one.eos_token
+    assert trained_texts(one, found[0]) == [first, last]
+    assert trained_texts(one, encode(one, chat(*texts))[0])[0] == first.removesuffix("<|user|>")
 
 
 def test_a_tokenizer_without_a_template_reads_plain_text_only(tokenizer: Any) -> None:

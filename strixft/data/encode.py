@@ -59,6 +59,7 @@ class Encoder:
         loss_on: `assistant`, `completion` (the last answer) or `all`.
         max_length: Texts that must have more tokens than this are not tokenised.
         words: Words of this tokenizer that are known already.
+        eos: Tokens at which the model stops, as its files name them.
 
     Raises:
         DataError: The tokenizer is a slow one.
@@ -70,6 +71,7 @@ class Encoder:
         loss_on: str = "assistant",
         max_length: int | None = None,
         words: Words | None = None,
+        eos: Sequence[int] = (),
     ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -83,6 +85,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.words = Words(backend) if words is None else words
         self.loss_on = loss_on
+        self.eos = eos
         self._maskers: dict[bool, Masker] = {}
         self._start_of_text: str = tokenizer.bos_token if _adds_bos(tokenizer) else ""
         self._longest_token = 1 if max_length is None else longest_token(tokenizer)
@@ -105,7 +108,8 @@ class Encoder:
         with_tools = with_tools and isinstance(named, dict) and "tool_use" in named
         if with_tools not in self._maskers:
             template = ChatTemplate(self.tokenizer, for_tools=with_tools)
-            masker = Masker(template, self.loss_on, self.tokenizer.eos_token or "")
+            names = [self.tokenizer.decode([token]) for token in self.eos]
+            masker = Masker(template, self.loss_on, self.tokenizer.eos_token or "", names)
             self._maskers[with_tools] = masker
         return self._maskers[with_tools]
 

@@ -88,12 +88,20 @@ class Masker:
         template: The model's chat template.
         loss_on: `assistant`, `completion` (the last answer) or `all`.
         end_of_text: Written after the last answer where the template ends it with nothing.
+        eos: Texts at which the model stops. Where the template ends an answer with nothing, one
+            that opens the next turn is the answer's end: `<|user|>` of GLM-4.
 
     Raises:
         DataError: Nothing would tell the model to stop.
     """
 
-    def __init__(self, template: ChatTemplate, loss_on: str, end_of_text: str = "") -> None:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        loss_on: str,
+        end_of_text: str = "",
+        eos: Sequence[str] = (),
+    ) -> None:
         if not template.end_token and not end_of_text:
             raise DataError(
                 "the chat template writes nothing after an answer and the tokenizer has no end"
@@ -103,6 +111,7 @@ class Masker:
         self.template = template
         self.loss_on = loss_on
         self._end_of_text = "" if template.end_token else end_of_text
+        self._ends = template.ends if template.end_token else [*eos, *template.ends]
 
     def pieces(self, messages: Sequence[Message], tools: Any = None) -> list[Piece]:
         """The rows that a chat becomes: one, or more where the template rewrites answers.
@@ -241,7 +250,7 @@ class Masker:
         return None
 
     def _end(self, text: str, closed: int, space: str) -> int | None:
-        for end in self.template.ends:
+        for end in self._ends:
             for written in (space + end, end):
                 if text.startswith(written, closed):
                     return closed + len(written)

@@ -34,16 +34,27 @@ def rocm_torch(view: HostView) -> Fix:
     )
 
 
+def _built_with(view: HostView, name: str) -> str | None:
+    """What torch's `version.py` says of `hip`, `rocm` or `cuda`: "" for None, None if nothing."""
+    text = view.read(view.package_folder / "torch" / "version.py") or ""
+    found = re.search(rf"^{name}\b[^=\n]*=\s*(?:None|['\"](.+)['\"])", text, re.MULTILINE)
+    return (found[1] or "") if found else None
+
+
 def torch_build(view: HostView) -> str | None:
     """`rocm`, `cpu` or `cuda`; None where torch is not installed.
 
-    The index's name is the local part of the version; PyPI's own build has none and is for CUDA.
+    The index's name is the local part of the version. PyPI's build for CUDA has none, nor have
+    those of distributions or one's own (`2.9.0a0+git7bcbafe`, unslothai/unsloth PR #4053), so
+    `version.py` is asked too.
     """
     version = view.package_version("torch")
     if version is None:
         return None
     local = version.partition("+")[2]
-    return next((kind for kind in ("rocm", "cpu") if kind in local), "cuda")
+    if "rocm" in local or _built_with(view, "hip"):
+        return "rocm"
+    return "cpu" if "cpu" in local or _built_with(view, "cuda") == "" else "cuda"
 
 
 def has_rocm_torch(view: HostView) -> bool:
@@ -52,19 +63,21 @@ def has_rocm_torch(view: HostView) -> bool:
 
 
 def rocm_version(view: HostView) -> Version | None:
-    """ROCm version that torch was built with, from its local version.
+    """ROCm version that torch was built with, from its local version or its `version.py`.
 
-    `2.11.0+rocm7.13.0` is (7, 13, 0); `2.9.1+rocm7.2.1.lw.git7e1940d4` is (7, 2, 1).
+    `2.11.0+rocm7.13.0` is (7, 13, 0); `2.9.1+rocm7.2.1.lw.git7e1940d4` is (7, 2, 1). A torch
+    without `rocm` in `version.py` is older than ROCm 10, so HIP's 7.2.53211 is some ROCm 7.2.
     """
     local = (view.package_version("torch") or "").partition("+")[2]
-    found = re.search(r"rocm(?:sdk)?(\d+)\.(\d+)(?:\.(\d+))?", local)
+    named = f"{local} rocm{_built_with(view, 'rocm')}"
+    found = re.search(r"rocm(?:sdk)?(\d+)\.(\d+)(?:\.(\d+))?", named)
+    found = found or re.match(r"(\d+)\.(\d+)", _built_with(view, "hip") or "")
     return tuple(int(part) for part in found.groups() if part) if found else None
 
 
 def hip_version(view: HostView) -> Version | None:
     """HIP version of torch, by which bitsandbytes chooses its library: ROCm 10 has HIP 7.16."""
-    text = view.read(view.package_folder / "torch" / "version.py") or ""
-    found = re.search(r"^hip\b.*?(\d+)\.(\d+)", text, re.MULTILINE)
+    found = re.match(r"(\d+)\.(\d+)", _built_with(view, "hip") or "")
     if found:
         return int(found[1]), int(found[2])
     rocm = rocm_version(view)

@@ -8,7 +8,7 @@ pieces of a file and the device one tensor as it was stored, and keeps the 4-bit
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from strixft.architecture import auto_class
-from strixft.errors import StageError
+from strixft.architecture import auto_class, outside_text
+from strixft.config import place_of
+from strixft.errors import RecipeError, StageError
 from strixft.loading import cache
 from strixft.loading.shards import DTYPES, Shard
 from strixft.loading.streamed import DamagedError, Sums, streaming
 from strixft.progress import say
 from strixft.weights import shard_paths
 
-__all__ = ["Target", "load_weights"]
+__all__ = ["Target", "load_weights", "require_weights"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,7 @@ def load_weights(source: str, folder: Path | None, config: Any, target: Target) 
         None where only transformers itself can load it, which is said in one line.
 
     Raises:
+        RecipeError: The files lack weights that the configuration describes.
         StageError: A file is damaged.
     """
     paths = shard_paths(folder) if folder else []
@@ -92,17 +94,54 @@ def _quantised(
 ) -> Any:
     """The model; 4-bit weights come from the cache, or go into it."""
     if not _is_kept(paths, config, target):
-        return _stream(paths, config, target)[0]
+        return _streamed_whole(source, paths, config, target)
     inputs = cache.cache_inputs(
         source, [*paths, folder / "config.json"], target.device, target.dtype, target.quantization
     )
     kept = cache.find_kept(target.cache, inputs)
     model = _from_cache(kept, config, target) if kept else None
     if model is None:
-        model, is_whole = _stream(paths, config, target)
-        if is_whole:
-            cache.keep(model, target.cache, inputs)
+        model = _streamed_whole(source, paths, config, target)
+        cache.keep(model, target.cache, inputs)
     return model
+
+
+def _streamed_whole(source: str, paths: Sequence[Path], config: Any, target: Target) -> Any:
+    model, info = _stream(paths, config, target)
+    require_weights(source, model, info)
+    return model
+
+
+def require_weights(source: str, model: Any, info: Mapping[str, Any]) -> None:
+    """Refuse a model of which some weights are drawn at random: the files lack them.
+
+    A vision tower may lack its weights, since no text goes through it.
+
+    Args:
+        source: What the recipe calls the model.
+        model: The loaded model.
+        info: What transformers says of its loading.
+
+    Raises:
+        RecipeError: It names the weights.
+    """
+    outside = tuple(f"{name}." for name in outside_text(model))
+    sides = {name: f" ({list(file)} in the file, {list(own)} in the model)"
+             for name, file, own in info["mismatched_keys"]}  # fmt: skip
+    drawn = {**dict.fromkeys(info["missing_keys"], ""), **sides}
+    own = [n for n, _ in model.named_parameters() if n in drawn and not n.startswith(outside)]
+    if own:
+        more = f" and {len(own) - 1} more" if len(own) > 1 else ""
+        head = model.get_output_embeddings()
+        tied = head is not None and model.get_parameter(own[0]) is head.weight
+        place = place_of(source)
+        raise RecipeError(
+            f"the files of {source} do not hold weights that its config.json describes:"
+            f" {own[0]}{drawn[own[0]]}{more}",
+            fix=f'"tie_word_embeddings": true in {place}, if the model was trained so'
+            if tied and not sides
+            else f"correct {place}, or download the model again",
+        )
 
 
 def _is_stored(config: Any) -> bool:
@@ -122,16 +161,17 @@ def _from_cache(kept: cache.Kept, config: Any, target: Target) -> Any:
     stored = copy.deepcopy(config)
     stored.quantization_config = target.quantization.to_dict()
     try:
-        model, is_whole = _stream(kept.paths, stored, target, kept.sums)
+        model, info = _stream(kept.paths, stored, target, kept.sums)
     except (DamagedError, StageError, OSError) as error:
         return cache.discard(kept.folder, str(error))
+    is_whole = not (info["missing_keys"] or info["mismatched_keys"])
     return model if is_whole else cache.discard(kept.folder, "weights are missing")
 
 
 def _stream(
     paths: Sequence[Path], config: Any, target: Target, sums: Sums | None = None
-) -> tuple[Any, bool]:
-    """The model, and whether the files had all of its weights."""
+) -> tuple[Any, Mapping[str, Any]]:
+    """The model, and what transformers says of its loading."""
     model_class, own = _class_of(config)
     with streaming(paths, target.device, sums) as tensors, cache.quiet():
         model, info = model_class.from_pretrained(
@@ -143,10 +183,11 @@ def _stream(
             device_map={"": target.device},
             attn_implementation=target.attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in `info`
         )
     if _is_stored(own):
         _cast_rest(model, target.dtype)
-    return model, not (info["missing_keys"] or info["mismatched_keys"])
+    return model, info
 
 
 def _cast_rest(model: Any, dtype: torch.dtype) -> None:

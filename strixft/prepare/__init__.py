@@ -132,11 +132,10 @@ def _formats(inputs: Sequence[Input]) -> str:
     return ", ".join(dict.fromkeys(one.form.name for one in inputs))
 
 
-def _encoding_figures(encoder: Encoder, kind: str, work: Work, *, offline: bool) -> dict[str, Any]:
-    eos = eos_of_files(encoder.tokenizer, offline=offline)
+def _encoding_figures(encoder: Encoder, kind: str, work: Work) -> dict[str, Any]:
     written = [] if kind == "text" else written_ends(encoder.tokenizer)
     return {
-        "answer_ends": find_ends(encoder.tokenizer, written, eos).to_dict(),
+        "answer_ends": find_ends(encoder.tokenizer, written, encoder.eos).to_dict(),
         "mask_checked": dict(zip(("rows", "equal"), work.total.checked, strict=True)),
     }
 
@@ -249,7 +248,8 @@ def _write(
         return _write_once(recipe, inputs, folder, encoder, run)
     except WordsDifferError:  # so ask the tokenizer for whole texts, from the start
         words = encoder.words.distrusted()
-        encoder = Encoder(encoder.tokenizer, encoder.loss_on, recipe.dataset.max_length, words)
+        length = recipe.dataset.max_length
+        encoder = Encoder(encoder.tokenizer, encoder.loss_on, length, words, encoder.eos)
         return _write_once(recipe, inputs, folder, encoder, run)
 
 
@@ -268,7 +268,7 @@ def _figures(
         "keys_unused": dict(work.total.unused.most_common()),
         "tokens_read": work.total.num_tokens + sum(account.long_lengths),
         **figures_of(chosen, recipe.dataset.max_length, account),
-        **_encoding_figures(encoder, kind, work, offline=recipe.offline),
+        **_encoding_figures(encoder, kind, work),
         "rows_per_s": round(account.rows_read / seconds, 1),
         "tok_per_s": round(work.total.num_tokens / seconds, 1),
         "problems": account.kinds,
@@ -302,7 +302,8 @@ def prepare_data(
     dataset = recipe.dataset
     inputs = open_inputs(dataset, offline=recipe.offline)
     loss_on = _loss_on(dataset, _kind(inputs))
-    encoder = Encoder(tokenizer, loss_on, dataset.max_length, words)
+    eos = eos_of_files(tokenizer, offline=recipe.offline)
+    encoder = Encoder(tokenizer, loss_on, dataset.max_length, words, eos)
     work, chosen, seconds = _write(recipe, inputs, folder, encoder, run)
     written: dict[str, Any] = {}
     (folder / FILE).unlink(missing_ok=True)  # of a run that was killed
