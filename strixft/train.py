@@ -399,6 +399,10 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         _tell_set_aside(checkpoints, watches)
         batches = _Batches(run.recipe, prepared, plan, device_type())
         step, proof = _build_step(run, plan, proof_batches(batches(0)) if newest is None else [])
+        if step.dropout:
+            left_out = f"training leaves out the dropout of {step.dropout:g} that the model has"
+            watches.warn(left_out)
+            say(f"Warning: {left_out}")
         plan.require_same_config(run.recipe)
         loop = TrainingLoop(
             step,
