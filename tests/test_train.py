@@ -438,6 +438,19 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(
     assert_equal_bit_for_bit(run, undisturbed)
 
 
+def test_settings_of_later_stages_may_change_before_training_goes_on(
+    long_run: tuple[Path, Run], tmp_path: Path
+) -> None:
+    recipe, undisturbed = long_run
+    child = start(recipe, tmp_path / "run")
+    child.send_signal(signal.SIGTERM)
+    child.communicate()
+    later = {"evaluate.max_rows": 3, "export.to": ["merged"], "offline": True}
+    run = open_run(recipe, tmp_path / "run", later)
+    train_recipe(run)
+    assert_equal_bit_for_bit(run, undisturbed)
+
+
 def test_packed_rows_go_on_bit_for_bit(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     train = {**LONG, "epochs": 6, "tokens_per_update": 200}
     recipe = write_recipe(rows=chats(40), train=train, dataset={"max_length": 128})
