@@ -50,6 +50,7 @@ from strixft.model import (
     model_source,
     native_dtype,
 )
+from strixft.opening import READ_BY
 from strixft.plan import Plan
 from strixft.plan.compare import GAP_FLAGGED, compare_html, device_parts, planned_figures
 from strixft.prepare import Prepared
@@ -229,7 +230,11 @@ class _Batches:
 def _checkpoints(run: Run, prepared: Prepared, plan: Plan) -> Checkpoints:
     inputs = {
         "checkpoint_format": CHECKPOINT_FORMAT,
-        "recipe": run.recipe.to_dict(),
+        "recipe": {
+            section: settings
+            for section, settings in run.recipe.to_dict().items()
+            if READ_BY.get(section) in ("prepare", "plan")  # of the rest, no weight depends on it
+        },
         "rows_sha256": prepared.inputs["rows_sha256"],
         "choice": plan.figures["choice"],
         "base": fingerprint_base(model_source(run.recipe.model)),
@@ -399,6 +404,10 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         _tell_set_aside(checkpoints, watches)
         batches = _Batches(run.recipe, prepared, plan, device_type())
         step, proof = _build_step(run, plan, proof_batches(batches(0)) if newest is None else [])
+        if step.dropout:
+            left_out = f"training leaves out the dropout of {step.dropout:g} that the model has"
+            watches.warn(left_out)
+            say(f"Warning: {left_out}")
         plan.require_same_config(run.recipe)
         loop = TrainingLoop(
             step,

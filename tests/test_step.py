@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from strixft.architecture import architecture_of
 from strixft.data import Batch, PackedShape, collate
@@ -195,6 +195,21 @@ def test_accumulation_is_one_large_batch(tiny_model: Path) -> None:
         a = small.update([collate([row]) for row in ROWS])
         b = large.update([collate(ROWS)])
         assert float(a) == pytest.approx(float(b), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "phi", "stablelm", "starcoder2"])
+def test_no_value_is_dropped_in_training(kind: str) -> None:
+    config = AutoConfig.for_model(kind, **SIDES | {"num_key_value_heads": 2})
+    names = [name for name in config.to_dict() if "drop" in name and "summary" not in name]
+    config.update(dict.fromkeys(names, 0.5))
+    model = AutoModelForCausalLM.from_config(config)
+    batch = collate(ROWS)
+    ids, labels = batch["input_ids"], padded_labels(batch)
+    with torch.no_grad():
+        expected = float(model.eval()(input_ids=ids, labels=labels).loss)
+    step = TrainingStep(model, TRAIN)
+    assert step.dropout == 0.5
+    assert float(step.update([batch])) == pytest.approx(expected, rel=1e-5)
 
 
 def test_recomputed_layers_give_the_same_losses(tiny_model: Path) -> None:

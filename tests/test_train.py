@@ -1,6 +1,8 @@
 """Training: the loop around the step, measured, resumed, and stopped before harm."""
 
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +93,22 @@ def test_the_same_seed_gives_the_same_losses(write_recipe: WriteRecipe, tmp_path
     runs = [open_run(write_recipe(), tmp_path / name) for name in ("a", "b")]
     first, second = (trained(run)[1].figures["losses"] for run in runs)
     assert first == second
+
+
+def test_a_model_with_dropout_trains_as_one_without(
+    write_recipe: WriteRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "dropout")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    runs = [
+        open_run(write_recipe(name, model=str(model)), tmp_path / f"run-{name}")
+        for name, model in (("with", folder), ("without", tiny_model))
+    ]
+    found, expected = (trained(run)[1].figures for run in runs)
+    assert found["losses"] == expected["losses"]
+    assert "training leaves out the dropout of 0.1 that the model has" in found["warnings"]
+    assert not any("dropout" in warning for warning in expected["warnings"])
 
 
 def test_no_module_is_walked_between_the_first_batch_and_the_last(
@@ -417,6 +435,19 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(
     recipe, undisturbed = long_run
     run, errors = end_and_finish(recipe, tmp_path / "run", number)
     assert ("Stopped" in errors) == (number is not signal.SIGKILL)
+    assert_equal_bit_for_bit(run, undisturbed)
+
+
+def test_settings_of_later_stages_may_change_before_training_goes_on(
+    long_run: tuple[Path, Run], tmp_path: Path
+) -> None:
+    recipe, undisturbed = long_run
+    child = start(recipe, tmp_path / "run")
+    child.send_signal(signal.SIGTERM)
+    child.communicate()
+    later = {"evaluate.max_rows": 3, "export.to": ["merged"], "offline": True}
+    run = open_run(recipe, tmp_path / "run", later)
+    train_recipe(run)
     assert_equal_bit_for_bit(run, undisturbed)
 
 

@@ -115,6 +115,21 @@ Loss = Callable[[nn.Module, Batch, "int | Tensor", Ways], Tensor]
 """The loss of a batch; see `batch_loss`."""
 
 
+def _leave_out_dropout(model: nn.Module) -> float:
+    """Let training drop no values; return the largest share that the model would have dropped.
+
+    Few attention kernels can drop any, so what is learned would depend on the one that is taken.
+    """
+    most = 0.0
+    for module in model.modules():
+        shares = {name: value for name, value in vars(module).items() if isinstance(value, float)}
+        for name, share in shares.items():
+            if "drop" in name or (name == "p" and isinstance(module, nn.Dropout)):
+                most = max(most, share)
+                setattr(module, name, 0.0)
+    return most
+
+
 class TrainingStep:
     """The training step of one model.
 
@@ -132,6 +147,8 @@ class TrainingStep:
         use_rung(base_of(model), ways.rung)
         self._prepare_layers()
         model.train()
+        self.dropout = _leave_out_dropout(model)
+        """The largest share of values that the model would have dropped."""
         self._trainable = {n: w for n, w in model.named_parameters() if w.requires_grad}
         self.optimizer = self._build_optimizer()
         base = base_of(model)
