@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from strixft.data import PackedShape, collate, on_device
-from strixft.guard import find_host
-from strixft.methods import METHODS
-from strixft.model import NF4, build, load_config, native_dtype
-from strixft.plan.ways import ways_for
-from strixft.recipe import Dataset, Lora, Recipe, Train
-from strixft.step import TrainingStep
+from strixft.catalog.methods import METHODS
+from strixft.data.batches import PackedShape, collate, on_device
+from strixft.guard.host import find_host
+from strixft.model.load import build, load_config, native_dtype
+from strixft.model.shapes import NF4
+from strixft.probe.checks import ways_for
+from strixft.recipe.schema import Dataset, Lora, Recipe, Train
+from strixft.step.update import TrainingStep
 
 UPDATES, ROWS, LENGTH, VOCABULARY = 100, 8, 512, 8192
 RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}

@@ -19,13 +19,13 @@ from strixft.evaluate.general import general_rows
 from strixft.evaluate.generate import generate
 from strixft.evaluate.losses import row_losses
 from strixft.evaluate.measure import ANSWER_ROOM
-from strixft.evaluate.sides import load_sides
-from strixft.model import load_tokenizer
-from strixft.opening import find_run
-from strixft.plan import Plan
-from strixft.prepare import Prepared
-from strixft.runs import Run
-from strixft.train import ADAPTER
+from strixft.evaluate.variants import load_sides
+from strixft.model.load import load_tokenizer
+from strixft.plan.result import Plan
+from strixft.prepare.stage import Prepared
+from strixft.run.folder import Run
+from strixft.run.open import find_run
+from strixft.train.stage import ADAPTER
 
 PHASES = ("loss", "general", "answers")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from strixft.bench.timing import direct_seconds, take_turns
-from strixft.guard import device_type
+from strixft.guard.host import device_type
 
 RANK, ROOM, CALLS, TURNS = 16, 64, 3, 9
 PRODUCTS = {

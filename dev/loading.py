@@ -93,10 +93,10 @@ def load(way: str, folder: Path, method: str, device: str) -> dict[str, float]:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    import strixft.loading.cache as cache
-    import strixft.model as ours
-    from strixft.methods import METHODS
-    from strixft.recipe import Recipe
+    import strixft.model.load as ours
+    import strixft.model.nf4_cache as cache
+    from strixft.catalog.methods import METHODS
+    from strixft.recipe.schema import Recipe
 
     dtype = ours.native_dtype(device, bfloat16=True)
     if way == "streamed":

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from strixft.export.merge import merge
-from strixft.recipe import Recipe
+from strixft.recipe.schema import Recipe
 
 C, D, R = 4096, 14336, 16
 

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from strixft.families import MODELS
-from strixft.hardware import HOSTS
-from strixft.recipe import Dataset, Recipe, Train
+from strixft.catalog.hosts import HOSTS
+from strixft.catalog.models import MODELS
+from strixft.recipe.schema import Dataset, Recipe, Train
 
 HOST = HOSTS["h200-141"]
 UPDATES = 3
@@ -98,7 +98,8 @@ CASES = [
 
 def predict(case: Case) -> dict[str, Any]:
     """The plan's figures, and how long they took."""
-    from strixft.plan import RowShape, dry_run
+    from strixft.plan.dry_run import dry_run
+    from strixft.plan.trace import RowShape
 
     began = time.monotonic()
     shape = RowShape(case.rows, case.length, case.trained)
@@ -117,10 +118,10 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     """The same step on the GPU."""
     import torch
 
-    from strixft.data import shape_batch
-    from strixft.model import random_model
-    from strixft.plan.ways import ways_for
-    from strixft.step import TrainingStep
+    from strixft.data.batches import shape_batch
+    from strixft.model.load import random_model
+    from strixft.probe.checks import ways_for
+    from strixft.step.update import TrainingStep
 
     case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
     model = random_model(case.recipe(), case.config(), "cuda", torch.bfloat16)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from strixft.bench.train import TrainBench, bench_config, bench_recipe
-from strixft.hardware import HOSTS, Budget
+from strixft.catalog.hosts import HOSTS, Budget
 
 PREDICTED = Path(__file__).with_name("plan-compiled-predicted.json")
 BUDGET_GB, LENGTH = 120.0, 2048

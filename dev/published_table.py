@@ -28,8 +28,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from strixft.families import MODELS
-from strixft.step import MemoryTracker
+from strixft.catalog.models import MODELS
+from strixft.step.tracker import MemoryTracker
 
 aten = torch.ops.aten
 GB = 1e9

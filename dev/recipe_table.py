@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from strixft.plan import plan_figures
-from strixft.recipe import find_recipes, load_recipe
-from strixft.units import format_gib, format_number
+from strixft.plan.result import plan_figures
+from strixft.recipe.find import find_recipes
+from strixft.recipe.load import load_recipe
+from strixft.support.units import format_gib, format_number
 
 HEADER = """# The recipes
 
@@ -18,8 +19,8 @@ Each file in `recipes/` is one run; it holds only what differs from the default,
 Copy one, set `dataset.source`, and run it.
 
 The figures are **predicted** for `{host}`, a budget of {budget}: rows of `max_length` without
-a gap, and every operator at the rate that the host's row in `strixft/hardware.py` names. Of plans
-that are as fast but for 0.5 % the table has the smallest ([plan.md](plan.md)). Beside a
+a gap, and every operator at the rate that the host's row in `strixft/catalog/hosts.py` names. Of
+plans that are as fast but for 0.5 % the table has the smallest ([plan.md](plan.md)). Beside a
 GPU the plan of now is within 0.4 % of allocated and 1.8 % of reserved memory
 ([plan-accuracy.md](plan-accuracy.md)). Time has not
 been measured on this host; work that is not large matrix products will be slower than this.

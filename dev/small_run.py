@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from strixft import open_run, plan_recipe, prepare_recipe, train_recipe
-from strixft.guard import device_type
+from strixft.guard.host import device_type
 
 ROWS, VOCABULARY = 1300, 128_256
 TEMPLATE = (

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
 
 from strixft import open_run, train_recipe
-from strixft.guard import device_type
+from strixft.guard.host import device_type
 
 UPDATES, SHOWN, ACTIONS = 2, 12, 6
 

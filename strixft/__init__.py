@@ -3,47 +3,47 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from strixft import environment
+from strixft.support import environment
 
 if TYPE_CHECKING:
-    from strixft.bench import run_bench as run_bench
+    from strixft.app.chat import chat_box as chat_box
+    from strixft.app.lab import list_recipes as list_recipes
+    from strixft.app.lab import run_recipe as run_recipe
+    from strixft.app.report import write_report as write_report
     from strixft.bench.page import open_benchmarks as open_benchmarks
-    from strixft.bench.predicted import predict_training as predict_training
-    from strixft.chat import chat_box as chat_box
-    from strixft.doctor import check_host as check_host
-    from strixft.errors import StrixftError as StrixftError
-    from strixft.evaluate import evaluate_recipe as evaluate_recipe
-    from strixft.export import export_recipe as export_recipe
-    from strixft.lab import list_recipes as list_recipes
-    from strixft.lab import run_recipe as run_recipe
-    from strixft.opening import find_runs as find_runs
-    from strixft.opening import open_run as open_run
-    from strixft.plan import explore_plan as explore_plan
-    from strixft.plan import plan_recipe as plan_recipe
-    from strixft.prepare import prepare_recipe as prepare_recipe
-    from strixft.recipe import load_recipe as load_recipe
-    from strixft.report import write_report as write_report
-    from strixft.train import train_recipe as train_recipe
+    from strixft.bench.page import predict_training as predict_training
+    from strixft.bench.run import run_bench as run_bench
+    from strixft.doctor.checks import check_host as check_host
+    from strixft.evaluate.stage import evaluate_recipe as evaluate_recipe
+    from strixft.export.stage import export_recipe as export_recipe
+    from strixft.plan.explore import explore_plan as explore_plan
+    from strixft.plan.result import plan_recipe as plan_recipe
+    from strixft.prepare.stage import prepare_recipe as prepare_recipe
+    from strixft.recipe.load import load_recipe as load_recipe
+    from strixft.run.open import find_runs as find_runs
+    from strixft.run.open import open_run as open_run
+    from strixft.support.errors import StrixftError as StrixftError
+    from strixft.train.stage import train_recipe as train_recipe
 
 _HOME = {
-    "StrixftError": "errors",
-    "chat_box": "chat",
-    "check_host": "doctor",
-    "evaluate_recipe": "evaluate",
-    "explore_plan": "plan",
-    "export_recipe": "export",
-    "find_runs": "opening",
-    "list_recipes": "lab",
-    "load_recipe": "recipe",
+    "StrixftError": "support.errors",
+    "chat_box": "app.chat",
+    "check_host": "doctor.checks",
+    "evaluate_recipe": "evaluate.stage",
+    "explore_plan": "plan.explore",
+    "export_recipe": "export.stage",
+    "find_runs": "run.open",
+    "list_recipes": "app.lab",
+    "load_recipe": "recipe.load",
     "open_benchmarks": "bench.page",
-    "open_run": "opening",
-    "plan_recipe": "plan",
-    "predict_training": "bench.predicted",
-    "prepare_recipe": "prepare",
-    "run_bench": "bench",
-    "run_recipe": "lab",
-    "train_recipe": "train",
-    "write_report": "report",
+    "open_run": "run.open",
+    "plan_recipe": "plan.result",
+    "predict_training": "bench.page",
+    "prepare_recipe": "prepare.stage",
+    "run_bench": "bench.run",
+    "run_recipe": "app.lab",
+    "train_recipe": "train.stage",
+    "write_report": "app.report",
 }
 """Public name → module; imported on first use, so that `strixft --help` starts without torch."""
 

@@ -1,6 +1,6 @@
 """`python -m strixft` is `strixft`."""
 
-from strixft.cli import main
+from strixft.app.cli import main
 
 if __name__ == "__main__":
     main()

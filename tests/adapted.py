@@ -10,7 +10,7 @@ import torch
 from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch import Tensor, fx, nn
 
-from strixft.plan.compiled import make_backend
+from strixft.plan.inductor import make_backend
 from strixft.step.products import rewrite
 
 SIDE, RANK = 80, 4

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from strixft.opening import open_run
-from strixft.runs import Run
+from strixft.run.folder import Run
+from strixft.run.open import open_run
 
 MACHINE = Path(__file__).parent / "machine"
 runpy.run_path(str(MACHINE / "sitecustomize.py"))  # children find it by the variable
@@ -43,7 +43,7 @@ def write_tiny_model(folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from strixft.model import model_source
+    from strixft.model.load import model_source
 
     tokenizer = AutoTokenizer.from_pretrained(model_source(EMBEDDED))
     torch.manual_seed(0)

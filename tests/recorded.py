@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from strixft.doctor import HostView, Probe
-from strixft.doctor.view import User
-from strixft.units import GIB
+from strixft.doctor.view import HostView, User
+from strixft.support.child import Probe
+from strixft.support.units import GIB
 
 HOSTS = Path(__file__).parent / "hosts"
 UNREADABLE = "unreadable"

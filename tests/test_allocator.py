@@ -5,7 +5,7 @@ from itertools import count
 import pytest
 
 from strixft.plan.allocator import LARGE_SEGMENT, SMALL_SEGMENT, Mode, Replay, replay
-from strixft.units import MIB
+from strixft.support.units import MIB
 
 Step = int | tuple[str, int]
 

@@ -15,11 +15,10 @@ import pytest
 import strategies
 from hypothesis import given, settings
 
-from strixft.data import Problem, open_inputs, read_rows
-from strixft.data.hub import HubSet
-from strixft.errors import DataError
-from strixft.formats import Chat
-from strixft.recipe import Dataset
+from strixft.data.load import HubSet, Problem, open_inputs, read_rows
+from strixft.formats.messages import Chat
+from strixft.recipe.schema import Dataset
+from strixft.support.errors import DataError
 
 Rows = list[dict[str, Any]]
 

@@ -15,17 +15,18 @@ from http_server import serving
 from test_judge import CHAT, MODELS, completion
 from typer.testing import CliRunner
 
-from strixft.cli import app
-from strixft.errors import DataError, HostError, RecipeError
-from strixft.formats import Chat, RowFault
-from strixft.llama import served
-from strixft.model import _embedded_file
-from strixft.opening import open_run
-from strixft.prepare import Prepared, prepare_recipe
+from strixft.app.cli import app
+from strixft.app.report import render_report
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import Chat
+from strixft.model.embedded import embedded_file
 from strixft.prepare.originals import Original, require_sendable
+from strixft.prepare.stage import Prepared, prepare_recipe
 from strixft.prepare.tasks import TASKS, last_exchange, prompt_for
-from strixft.recipe import Augment
-from strixft.report import render_report
+from strixft.recipe.schema import Augment
+from strixft.run.open import open_run
+from strixft.servers.llama_cpp import served
+from strixft.support.errors import DataError, HostError, RecipeError
 
 LONG = "{} of them, from one to the last, in their order and without a gap between any two"
 ROWS = [chat(f"Please name all the numbers up to {n} now.", LONG.format(n)) for n in range(20, 50)]
@@ -74,7 +75,7 @@ def requests_of(found: Prepared, recipe_dataset: Any, side: str) -> list[str]:
 
 
 def test_a_real_server_writes_rows_that_say_where_they_come_from(prepared: Write) -> None:
-    with served(_embedded_file(EMBEDDED), 1024) as url:
+    with served(embedded_file(EMBEDDED), 1024) as url:
         settings: dict[str, Any] = {
             "max_rows": 2,
             "max_tokens": 48,

@@ -13,17 +13,18 @@ from conftest import WriteRecipe
 from test_cli import Type
 from test_cli import enter as enter
 
-from strixft.attention import RUNGS
-from strixft.bench import BENCHES, conditions, gemm, run_bench, sets, timing
+from strixft.attention.backends import RUNGS
+from strixft.bench import conditions, data, gemm, timing
 from strixft.bench.device import write_host_row
 from strixft.bench.options import settings_of
 from strixft.bench.result import Measured
+from strixft.bench.run import BENCHES, run_bench
 from strixft.bench.store import append, read_store, store_file
 from strixft.bench.timing import Sample
-from strixft.errors import FitError, RecipeError, StageError, StrixftError
-from strixft.families import MODELS
-from strixft.formats import FORMATS
-from strixft.guard import find_host
+from strixft.catalog.models import MODELS
+from strixft.formats.table import FORMATS
+from strixft.guard.host import find_host
+from strixft.support.errors import FitError, RecipeError, StageError, StrixftError
 
 
 def test_an_unknown_bench_is_told_with_the_known_ones() -> None:
@@ -55,7 +56,7 @@ def test_both_preparations_train_the_same_answers(capsys: pytest.CaptureFixture[
 def test_the_chats_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     for name in ("a", "b"):
         rng = random.Random(1)
-        sets.write_chats(tmp_path / name, 5, sets.numbered_words(rng), lambda: 30)
+        data.write_chats(tmp_path / name, 5, data.numbered_words(rng), lambda: 30)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert FORMATS["messages"].name == "messages"
 
@@ -63,9 +64,9 @@ def test_the_chats_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
 def test_english_chats_have_about_300_tokens(tmp_path: Path) -> None:
     import json
 
-    rng, tokenizer = random.Random(0), sets.real_tokenizer()
-    word = sets.real_words(rng, tokenizer)
-    path = sets.write_chats(tmp_path / "x", 200, word, lambda: sets.lengths_alike(rng))
+    rng, tokenizer = random.Random(0), data.real_tokenizer()
+    word = data.real_words(rng, tokenizer)
+    path = data.write_chats(tmp_path / "x", 200, word, lambda: data.lengths_alike(rng))
     texts = [
         tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
         for line in path.read_text().splitlines()
@@ -422,7 +423,7 @@ def test_attention_is_tried_anew_and_every_way_has_a_verdict(tiny_model: Path) -
 
 def test_neighbours_of_a_choice_fit_and_are_others() -> None:
     from strixft.bench.train import TrainBench, bench_config, bench_recipe
-    from strixft.hardware import HOSTS, Budget
+    from strixft.catalog.hosts import HOSTS, Budget
 
     recipe = bench_recipe(
         "meta-llama/Llama-3.2-1B-Instruct", "qlora", 512, tokens_per_update=4096, compile="none"

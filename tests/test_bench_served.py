@@ -12,10 +12,10 @@ import pytest
 from conftest import EMBEDDED
 from http_server import Cut, serving
 
-from strixft.bench import run_bench
+from strixft.bench.run import run_bench
 from strixft.bench.served import find_api, find_model
 from strixft.bench.store import read_store
-from strixft.errors import HostError, RecipeError, StrixftError
+from strixft.support.errors import HostError, RecipeError, StrixftError
 
 MODELS = {"data": [{"id": "tiny"}]}
 TAGS = {"models": [{"name": "tiny:latest"}]}
@@ -295,10 +295,10 @@ def test_too_few_tokens_are_refused_before_anything_is_asked() -> None:
 
 def test_a_real_llama_server_agrees_with_our_clock() -> None:
     llama = pytest.importorskip("xllamacpp", reason="llama.cpp as a Python package: .[dev]")
-    from strixft.model import _embedded_file
+    from strixft.model.embedded import embedded_file
 
     settings = llama.CommonParams()
-    settings.model.path = str(_embedded_file(EMBEDDED))
+    settings.model.path = str(embedded_file(EMBEDDED))
     settings.n_ctx, settings.n_parallel, settings.port = 1024, 1, 0
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     server = llama.Server(settings)

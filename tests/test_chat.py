@@ -12,13 +12,13 @@ from conftest import WriteRecipe
 from test_cli import ENTRY
 from test_train import trained
 
-from strixft.chat import Chat, ChatBox, transcript
-from strixft.cli import main
-from strixft.errors import FitError, StageError
-from strixft.evaluate import load_side
-from strixft.opening import open_run
-from strixft.runs import Run
-from strixft.text import visible
+from strixft.app.chat import Chat, ChatBox, transcript
+from strixft.app.cli import main
+from strixft.evaluate.variants import load_side
+from strixft.run.folder import Run
+from strixft.run.open import open_run
+from strixft.support.errors import FitError, StageError
+from strixft.support.text import visible
 
 
 def test_a_conversation_is_remembered(run: Run) -> None:
@@ -70,7 +70,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
         model.get_base_model().model.norm = Full()
         return model
 
-    monkeypatch.setattr("strixft.chat.load_side", load)
+    monkeypatch.setattr("strixft.app.chat.load_side", load)
 
 
 @pytest.mark.usefixtures("full")

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from strixft import checkpoints as module
-from strixft.checkpoints import KEPT, MANIFEST, Checkpoints
-from strixft.disk import folder_bytes
-from strixft.errors import HostError, StageError
+from strixft.support.disk import folder_bytes
+from strixft.support.errors import HostError, StageError
+from strixft.support.files import MANIFEST, own_hash
+from strixft.train import checkpoints as module
+from strixft.train.checkpoints import KEPT, Checkpoints
 
 INPUTS = {"recipe": {"train": {"epochs": 2}}, "rows_sha256": "a", "base": {"m.safetensors": "b"}}
 
@@ -169,7 +170,7 @@ def test_a_manifest_cannot_name_a_file_outside(tmp_path: Path) -> None:
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     manifest["files"]["../../../../etc/passwd"] = "0"
-    path.write_text(json.dumps({"sha256": module._own_hash(manifest), **manifest}))
+    path.write_text(json.dumps({"sha256": own_hash(manifest), **manifest}))
     assert checkpoints.newest() is None
     assert checkpoints.torn == ["checkpoint-2.torn: ../../../../etc/passwd is missing"]
 
@@ -225,7 +226,7 @@ def test_a_full_disk_refuses_before_it_writes(
     write(checkpoints, 1)
     write(checkpoints, 2)
     monkeypatch.setattr(module, "free_bytes", lambda folder: 10)
-    monkeypatch.setattr("strixft.disk.free_bytes", lambda folder: 10)
+    monkeypatch.setattr("strixft.support.disk.free_bytes", lambda folder: 10)
     with pytest.raises(HostError, match=r"is full: 0\.00 GiB left") as caught:
         write(checkpoints, 3)
     assert "what was saved before is whole" in caught.value.problem

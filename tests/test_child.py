@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from strixft import child
-from strixft.child import do_steps, run_steps
+from strixft.support import child
+from strixft.support.child import do_steps, run_steps
 
 BEGIN = (
     "import json, sys; f = open(sys.argv[-1], 'a');"

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import pytest
 from conftest import WriteRecipe, chat, chats
 
-from strixft.cli import main
-from strixft.opening import open_run
-from strixft.recipe import Recipe, explain, load_recipe
+from strixft.app.cli import main
+from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Recipe, explain
+from strixft.run.open import open_run
 
-ENTRY = "from strixft.cli import main; main()"
+ENTRY = "from strixft.app.cli import main; main()"
 
 
 class Answer(NamedTuple):
@@ -390,7 +391,7 @@ def loaded_modules(*words: str) -> set[str]:
 )
 def test_a_command_about_recipes_starts_without_torch(words: list[str]) -> None:
     modules = loaded_modules(*words)
-    assert "strixft.cli" in modules
+    assert "strixft.app.cli" in modules
     assert not modules & {"torch", "transformers", "datasets", "papermill", "matplotlib"}
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from conftest import WriteRecipe
 from test_train import trained
 
-from strixft.comparison import Comparison
-from strixft.opening import open_run
+from strixft.app.compare import Comparison
+from strixft.run.open import open_run
 
 
 def test_only_what_differs_is_listed(write_recipe: WriteRecipe, tmp_path: Path) -> None:

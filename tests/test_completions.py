@@ -15,12 +15,13 @@ from conftest import WriteRecipe
 from http_server import Cut, Raw, serving
 from test_judge import CHAT, MODELS, completion
 
-from strixft.completions import Client, choose_name, find_model, is_refusal
-from strixft.completions.models import Listed, memory_warning
-from strixft.errors import HostError, RecipeError
-from strixft.opening import open_run
-from strixft.recipe import Server, load_recipe
-from strixft.runs import write_json
+from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Server
+from strixft.run.open import open_run
+from strixft.servers.client import Client, is_refusal
+from strixft.servers.models import Listed, choose_name, find_model, memory_warning
+from strixft.support.errors import HostError, RecipeError
+from strixft.support.files import write_json
 
 ASKED = [{"role": "user", "content": "Hi"}]
 GOOD = json.dumps(completion("Hello.")).encode()

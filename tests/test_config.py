@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from conftest import WriteRecipe
 
-from strixft.config import MOST, check_raw, warnings_of
-from strixft.errors import RecipeError
-from strixft.model import load_config
-from strixft.plan import plan_figures
-from strixft.recipe import Recipe, load_recipe
+from strixft.model.config import MOST, check_raw, warnings_of
+from strixft.model.load import load_config
+from strixft.plan.result import plan_figures
+from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Recipe
+from strixft.support.errors import RecipeError
 
 GOOD: dict[str, Any] = {
     "model_type": "llama",

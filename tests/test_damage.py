@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from damage import SEED, Case, cases
 
-from strixft.errors import DataError
-from strixft.prepare import PROBLEMS_FILE, prepare_data
-from strixft.recipe import Recipe, check_recipe
+from strixft.prepare.stage import PROBLEMS_FILE, prepare_data
+from strixft.recipe.load import check_recipe
+from strixft.recipe.schema import Recipe
+from strixft.support.errors import DataError
 
 CASES = cases()
 MOST_EXTRA_MIB = 300

@@ -12,15 +12,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strixft.data import Encoder, TokenRow, privacy, words
+from strixft.data import checks, words
 from strixft.data.checks import any_of, check_chat, oddities, texts_of
-from strixft.data.duplicates import Sketches, first_of_each, leaks, sketch
-from strixft.data.fit import cut, divide, halves, windows
-from strixft.data.hashes import content_hash, question_hash, uniform
-from strixft.data.preview import example, spread
-from strixft.data.split import split_rows
+from strixft.data.duplicates import (
+    Sketches,
+    content_hash,
+    first_of_each,
+    leaks,
+    question_hash,
+    sketch,
+    split_rows,
+    uniform,
+)
+from strixft.data.encode import Encoder, TokenRow
+from strixft.data.row_report import example, spread
+from strixft.data.too_long import cut, divide, halves, windows
 from strixft.data.words import Words, WordsDifferError
-from strixft.formats import Chat, Message, RowFault
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import Chat, Message
 
 
 def turn(role: str, content: str, **more: Any) -> Message:
@@ -175,22 +184,22 @@ def test_what_looks_personal_is_found_shown_masked_and_masked_on_request(
     text: str, kind: str
 ) -> None:
     sentence = f"Here: {text}, you see."
-    found = privacy.find(sentence)
+    found = checks.find(sentence)
     assert [one for one, _ in found] == [kind]
     assert text not in found[0][1]
-    assert privacy.mask_text(sentence).startswith(f"Here: [{kind}]")
+    assert checks.mask_text(sentence).startswith(f"Here: [{kind}]")
 
 
 @pytest.mark.parametrize("text", NOTHING)
 def test_what_only_resembles_it_is_not(text: str) -> None:
-    assert privacy.find(text) == []
-    assert privacy.mask_text(text) == text
+    assert checks.find(text) == []
+    assert checks.mask_text(text) == text
 
 
 def test_a_chat_is_masked_in_its_calls_too() -> None:
     call = {"type": "function", "function": {"name": "mail", "arguments": {"to": [MAILS[0]]}}}
     messages = [turn("user", MAILS[0]), turn("assistant", "Sent.", tool_calls=[call])]
-    masked = privacy.mask_chat(Chat(messages, rejected=chat(PHONES[0], "x").messages))
+    masked = checks.mask_chat(Chat(messages, rejected=chat(PHONES[0], "x").messages))
     assert MAILS[0] not in json.dumps(masked.messages)
     assert masked.messages[1]["tool_calls"][0]["function"]["arguments"] == {"to": ["[email]"]}
     assert masked.rejected is not None
@@ -200,7 +209,7 @@ def test_a_chat_is_masked_in_its_calls_too() -> None:
 @given(st.text(max_size=300))
 @settings(max_examples=200, deadline=None)
 def test_any_text_can_be_searched_and_masked(text: str) -> None:
-    assert privacy.find(privacy.mask_text(text)) == [] or privacy.find(text)
+    assert checks.find(checks.mask_text(text)) == [] or checks.find(text)
 
 
 # Duplicates, leaks, split.

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from strixft.disk import cache_folder, folder_bytes, is_full, require_room
-from strixft.errors import HostError, StageError
-from strixft.prepare import prepare_recipe
-from strixft.runs import Run
+from strixft.prepare.stage import prepare_recipe
+from strixft.run.folder import Run
+from strixft.support.disk import cache_folder, folder_bytes, is_full, require_room
+from strixft.support.errors import HostError, StageError
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_other_errors_are_no_full_disk(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not is_full(error, tmp_path)
-    monkeypatch.setattr("strixft.disk.free_bytes", lambda folder: 4096)
+    monkeypatch.setattr("strixft.support.disk.free_bytes", lambda folder: 4096)
     assert is_full(error, tmp_path)
     assert not is_full(HostError("told already", fix="none"), tmp_path)
 
@@ -74,7 +74,7 @@ def test_a_folder_is_as_large_as_its_files(tmp_path: Path) -> None:
 
 
 def test_a_stage_on_a_full_disk_ends_with_an_error_of_ours(tiny_run: Run) -> None:
-    from strixft.prepare import Prepared
+    from strixft.prepare.stage import Prepared
 
     def full(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
         raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")

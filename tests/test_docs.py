@@ -8,12 +8,12 @@ import runpy
 import pytest
 from conftest import REPOSITORY
 
-from strixft.doctor import CHECKS
 from strixft.doctor.board import BOARDS
+from strixft.doctor.checks import CHECKS
 from strixft.doctor.kernel import BAD_FIRMWARE
 from strixft.doctor.packages import ROCM_INDEX, ROCM_TORCH
-from strixft.plan import plan_figures
-from strixft.recipe import load_recipe
+from strixft.plan.result import plan_figures
+from strixft.recipe.load import load_recipe
 
 DOCS = REPOSITORY / "docs"
 GUIDE = (DOCS / "strix-halo.md").read_text()

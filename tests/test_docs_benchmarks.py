@@ -4,8 +4,8 @@ import re
 
 from conftest import REPOSITORY
 
-from strixft.bench import BENCHES
 from strixft.bench.published import FIRST_GUIDE, figures, first_guide, reached_shares
+from strixft.bench.run import BENCHES
 
 PAGE = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 HOSTS = {"v100-32": "V100", "strix-halo-128": "Strix Halo", "dgx-spark": "Spark"}

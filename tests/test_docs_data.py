@@ -4,9 +4,9 @@ import re
 
 from conftest import REPOSITORY
 
-from strixft.formats import FORMATS
-from strixft.recipe import Dataset
-from strixft.sources import KINDS
+from strixft.formats.sources import KINDS
+from strixft.formats.table import FORMATS
+from strixft.recipe.schema import Dataset
 
 PAGE = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
 

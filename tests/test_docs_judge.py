@@ -4,10 +4,9 @@ import re
 
 from conftest import REPOSITORY
 
-from strixft.completions.client import FOLDER
-from strixft.completions.retries import BUSY, TRIES
 from strixft.prepare.tasks import TASKS
-from strixft.recipe import Augment, Judge
+from strixft.recipe.schema import Augment, Judge
+from strixft.servers.client import BUSY, FOLDER, TRIES
 
 PAGE = (REPOSITORY / "docs" / "judge.md").read_text(encoding="utf-8")
 

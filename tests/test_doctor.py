@@ -15,20 +15,11 @@ import pytest
 from conftest import REPOSITORY, WriteRecipe
 from recorded import FAULTY, GOOD, RECORDED, Recorded, _resolved
 
-from strixft.doctor import (
-    CHECKS,
-    Check,
-    Diagnosis,
-    Finding,
-    Fix,
-    HostView,
-    check_host,
-    examine,
-    fix_script,
-)
-from strixft.doctor.finding import STATUSES
-from strixft.recipe import load_recipe
-from strixft.units import GIB
+from strixft.doctor.checks import CHECKS, check_host, examine, fix_script
+from strixft.doctor.finding import STATUSES, Check, Diagnosis, Finding, Fix
+from strixft.doctor.view import HostView
+from strixft.recipe.load import load_recipe
+from strixft.support.units import GIB
 
 
 def _named(hosts: list[Recorded]) -> pytest.MarkDecorator:
@@ -268,7 +259,7 @@ def test_every_check_answers_on_this_machine() -> None:
 
 
 def _strixft(*words: str) -> subprocess.CompletedProcess[str]:
-    code = "from strixft.cli import main; main()"
+    code = "from strixft.app.cli import main; main()"
     command = [sys.executable, "-c", code, *words]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -13,9 +13,10 @@ import torch
 from recorded import GOOD
 from torch import Tensor
 
-from strixft.child import Figures
-from strixft.doctor import CHECKS, HostView, Probe, examine, probe_child
-from strixft.doctor.probe import STEPS, run_probe
+from strixft.doctor import probe_child
+from strixft.doctor.checks import CHECKS, examine
+from strixft.doctor.view import STEPS, HostView, run_probe
+from strixft.support.child import Figures, Probe
 
 BEGIN = (
     "import json, sys; f = open(sys.argv[-1], 'a');"

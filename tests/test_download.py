@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from hub_server import MODEL, Hub, serving_hub
 
-from strixft.download import fetch
+from strixft.model.download import fetch
 
 BYTES = 3_000_000
 FETCH = """
 import sys
-import strixft.download as download
+import strixft.model.download as download
 if len(sys.argv) > 2:
     download.free_bytes = lambda folder: int(sys.argv[2])
 print(download.fetch(sys.argv[1], offline=False))

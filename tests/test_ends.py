@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from test_mask import TEMPLATES, chat, encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from strixft import gguf
-from strixft.data import Encoder, TokenRow
+from strixft.data.encode import Encoder, TokenRow
 from strixft.data.ends import Ends, eos_of_files, find_ends
 from strixft.data.template import written_ends
-from strixft.errors import DataError
 from strixft.evaluate.generate import generate
 from strixft.export.parity import END, compare, greedy_answers
 from strixft.export.texts import write_generation_config
-from strixft.formats import Chat
-from strixft.llama import served
+from strixft.formats.messages import Chat
+from strixft.model import gguf
+from strixft.servers.llama_cpp import served
+from strixft.support.errors import DataError
 
 CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}"
 LOOP = "{% for m in messages %}BODY{% endfor %}{% if add_generation_prompt %}OPEN{% endif %}"
@@ -218,7 +218,7 @@ def test_a_merged_model_stops_by_its_own_settings(tiny_model: Path, tmp_path: Pa
 
 
 def test_a_run_of_an_older_version_finds_its_ends(make: Make) -> None:
-    from strixft.prepare import Prepared
+    from strixft.prepare.stage import Prepared
 
     one = make(template(CHATML + "<|im_end|>\n"))
     figures = {"end_token": "<|im_end|>"}

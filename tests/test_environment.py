@@ -10,12 +10,12 @@ from conftest import WriteRecipe
 from test_cli import Type
 from test_cli import enter as enter
 
-from strixft import environment
-from strixft.environment import BEFORE_TORCH, OVERRIDE, prepare, seen_by_torch
-from strixft.errors import HostError
-from strixft.guard import find_host
-from strixft.prepare import prepare_recipe
-from strixft.runs import Run
+from strixft.guard.host import find_host
+from strixft.prepare.stage import prepare_recipe
+from strixft.run.folder import Run
+from strixft.support import environment
+from strixft.support.environment import BEFORE_TORCH, OVERRIDE, prepare, seen_by_torch
+from strixft.support.errors import HostError
 
 NAME = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
 

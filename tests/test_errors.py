@@ -2,7 +2,7 @@
 
 import pytest
 
-from strixft.errors import (
+from strixft.support.errors import (
     DataError,
     FitError,
     HostError,

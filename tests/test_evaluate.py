@@ -14,27 +14,29 @@ from conftest import WriteRecipe
 from faults.counters import meminfo
 from test_train import trained
 
+from strixft.app.report import render_report
 from strixft.attention.core import EAGER_NAME
-from strixft.data import collate
+from strixft.data.batches import collate
 from strixft.data.ends import Ends
-from strixft.errors import DataError, FitError, HostError, RecipeError
-from strixft.evaluate import check_evaluation, evaluate_recipe, row_losses
-from strixft.evaluate.batches import groups_of
 from strixft.evaluate.general import LONGEST, general_rows, general_texts
 from strixft.evaluate.generate import generate
-from strixft.evaluate.metrics import METRICS, chosen, scores
-from strixft.evaluate.paired import paired_change
-from strixft.evaluate.sides import load_side
-from strixft.guard import MemoryWatch, watches
-from strixft.model import load_adapter, load_base, load_tokenizer
-from strixft.opening import open_run
-from strixft.plan import Plan
-from strixft.prepare import Prepared, prepare_recipe
-from strixft.recipe import load_recipe
-from strixft.report import render_report
-from strixft.runs import Run
-from strixft.step import MemoryTracker, batch_loss
-from strixft.train import ADAPTER
+from strixft.evaluate.losses import groups_of, row_losses
+from strixft.evaluate.metrics import METRICS, chosen, paired_change, scores
+from strixft.evaluate.stage import check_evaluation, evaluate_recipe
+from strixft.evaluate.variants import load_side
+from strixft.guard import stage_watches
+from strixft.guard.watch import MemoryWatch
+from strixft.model.adapter import load_adapter
+from strixft.model.load import load_base, load_tokenizer
+from strixft.plan.result import Plan
+from strixft.prepare.stage import Prepared, prepare_recipe
+from strixft.recipe.load import load_recipe
+from strixft.run.folder import Run
+from strixft.run.open import open_run
+from strixft.step.tracker import MemoryTracker
+from strixft.step.update import batch_loss
+from strixft.support.errors import DataError, FitError, HostError, RecipeError
+from strixft.train.stage import ADAPTER
 
 ENDS = Ends((2,), ("<|im_end|>",))
 
@@ -82,7 +84,7 @@ def test_full_training_is_evaluated_from_its_own_weights_one_model_at_a_time(
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr("strixft.evaluate.sides.load_base", load)
+    monkeypatch.setattr("strixft.evaluate.variants.load_base", load)
     loss = evaluate_recipe(run).figures["metrics"]["loss"]
     assert loss["tuned"] < loss["base"]
     assert alive == [0, 0]
@@ -352,7 +354,7 @@ def test_a_host_that_runs_out_of_memory_ends_the_evaluation(
         counters.write_text(meminfo(24, 0.2))  # of a reserve of 0.5
         assert watch.look() == "stop"
 
-    monkeypatch.setattr(watches, "ROOT", tmp_path)
+    monkeypatch.setattr(stage_watches, "ROOT", tmp_path)
     monkeypatch.setattr(MemoryWatch, "require_reserve", then_others_take_it)
     with pytest.raises(FitError, match="before the host runs out of memory"):
         evaluate_recipe(shared_run)

@@ -14,20 +14,22 @@ from http_server import serving
 from test_train import trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from strixft import gguf, llama
+from strixft.app.report import render_report
+from strixft.catalog.exports import QUANTISATIONS
 from strixft.data.ends import Ends
-from strixft.errors import RecipeError, StageError
-from strixft.export import Exported, export_recipe
 from strixft.export.parity import END, chosen_prompts, compare, measure_parity
+from strixft.export.result import Exported
+from strixft.export.stage import export_recipe
 from strixft.export.texts import modelfile
-from strixft.exports import QUANTISATIONS
-from strixft.llama import served
-from strixft.model import load_tokenizer
-from strixft.opening import open_run
-from strixft.prepare import Prepared
-from strixft.report import render_report
-from strixft.runs import Run
-from strixft.servers import ask
+from strixft.model import gguf
+from strixft.model.load import load_tokenizer
+from strixft.prepare.stage import Prepared
+from strixft.run.folder import Run
+from strixft.run.open import open_run
+from strixft.servers import llama_cpp
+from strixft.servers.llama_cpp import served
+from strixft.support.errors import RecipeError, StageError
+from strixft.support.http import ask
 
 ENDS = Ends((2,), ("<|im_end|>", '\n### "User":'))
 
@@ -154,7 +156,9 @@ def test_a_template_that_llama_cpp_cannot_express_is_said(
 def ask_after(signal_number: int, model: Path) -> None:
     """Start a server, send it a signal, ask it something."""
     with served(model, 64) as url:
-        [child] = [c for c in psutil.Process().children() if "strixft.llama" in c.cmdline()]
+        [child] = [
+            c for c in psutil.Process().children() if "strixft.servers.llama_cpp" in c.cmdline()
+        ]
         child.send_signal(signal_number)
         ask(f"{url}/completion", {"prompt": [5], "n_predict": 4}, timeout=2)
 
@@ -166,11 +170,11 @@ def test_a_server_that_dies_or_hangs_is_said(
     signal_number: int, told: str, exported: tuple[Run, Exported], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = Path(exported[1].figures["made"]["gguf"]["path"])
-    monkeypatch.setattr(llama, "ENDS_S", 1)
+    monkeypatch.setattr(llama_cpp, "ENDS_S", 1)
     with pytest.raises(StageError, match=f"llama.cpp's server {told}"):
         ask_after(signal_number, path)
     children = psutil.Process().children()
-    assert not [c for c in children if "strixft.llama" in " ".join(c.cmdline())]
+    assert not [c for c in children if "strixft.servers.llama_cpp" in " ".join(c.cmdline())]
 
 
 def with_tools(model: Path, folder: Path, *, resized: bool) -> Path:
@@ -221,7 +225,7 @@ def test_a_server_that_does_not_start_in_time_is_said(
     exported: tuple[Run, Exported], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = Path(exported[1].figures["made"]["gguf"]["path"])
-    monkeypatch.setattr(llama, "START_S", 0.05)
+    monkeypatch.setattr(llama_cpp, "START_S", 0.05)
     with pytest.raises(StageError, match=r"does not start with .* within 0 s"), served(path, 64):
         pass
 

@@ -16,26 +16,27 @@ from safetensors.torch import load_file, save_file
 from test_train import trained
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from strixft.errors import HostError, StageError
-from strixft.export import export_recipe
+from strixft.app.report import render_report
 from strixft.export.check import LEAST_TOP1, MOST_DIFFERENCE, MOST_KL, ROWS, load_merged
 from strixft.export.merge import as_stored, load_adapted, merge
-from strixft.model import load_config
-from strixft.opening import open_run
-from strixft.recipe import load_recipe
-from strixft.report import render_report
-from strixft.runs import Run
-from strixft.train import ADAPTER
+from strixft.export.stage import export_recipe
+from strixft.model.load import load_config
+from strixft.recipe.load import load_recipe
+from strixft.run.folder import Run
+from strixft.run.open import open_run
+from strixft.support.errors import HostError, StageError
+from strixft.train.stage import ADAPTER
 
 PEAK = """
 import resource, sys
 from pathlib import Path
 from transformers import LlamaForCausalLM
 import peft.tuners.lora
-from strixft.export.merge import load_adapted, merge
-from strixft.model import load_config
-from strixft.recipe import load_recipe
-from strixft.report import render_report
+from strixft.export.merge import load_adapted
+from strixft.export.merge import merge
+from strixft.model.load import load_config
+from strixft.recipe.load import load_recipe
+from strixft.app.report import render_report
 recipe, (base, adapter, target) = load_recipe(Path(sys.argv[1])), map(Path, sys.argv[2:])
 load_adapted(load_config(recipe), adapter, "cpu")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -188,7 +189,7 @@ def test_a_base_that_changed_since_is_refused(
 
 def test_no_room_is_known_before_it_starts(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(tiny_run)
-    monkeypatch.setattr("strixft.disk.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("strixft.support.disk.free_bytes", lambda _: 1000)
     with pytest.raises(HostError, match=r"is full: .* are needed"):
         export_recipe(tiny_run, ("merged",))
     assert not list(tiny_run.stage_folder("export").glob("*merged*"))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from strixft.errors import RecipeError
-from strixft.exports import KINDS, QUANTISATIONS, with_needs
+from strixft.catalog.exports import KINDS, QUANTISATIONS, with_needs
+from strixft.support.errors import RecipeError
 
 
 def test_a_kind_comes_after_what_it_needs() -> None:

@@ -15,7 +15,9 @@ from conftest import REPOSITORY
 PLAY = """
 import json, sys
 from pathlib import Path
-import strixft.evaluate, strixft.report, strixft.train
+import strixft.evaluate.stage
+import strixft.app.report
+import strixft.train.stage
 from faults.{name} import {name}
 print(json.dumps({name}(Path(sys.argv[1]), *{counts})))
 """

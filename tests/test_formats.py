@@ -9,8 +9,10 @@ import pytest
 import strategies
 from hypothesis import given, settings
 
-from strixft.formats import FORMATS, ROLES, Format, RowFault, fitting, suggest_columns
-from strixft.formats.messages import Chat, read_tools
+from strixft.formats.detect import fitting, suggest_columns
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import ROLES, Chat, read_tools
+from strixft.formats.table import FORMATS, Format
 
 CALL = {"name": "find", "arguments": {"what": "keys"}}
 

@@ -18,9 +18,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from strixft.errors import StrixftError
-from strixft.prepare import prepare_data
-from strixft.recipe import check_recipe, dump_recipe, explain, load_recipe
+from strixft.prepare.stage import prepare_data
+from strixft.recipe.load import check_recipe, dump_recipe, load_recipe
+from strixft.recipe.schema import explain
+from strixft.support.errors import StrixftError
 
 CASES = int(os.environ.get("STRIXFT_FUZZ", "2000"))
 SETTINGS = settings(
@@ -174,7 +175,7 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def _known(policy: dict[str, Any]) -> dict[str, Any]:
-    from strixft.formats import FORMATS
+    from strixft.formats.table import FORMATS
 
     known = policy["format"] == "auto" or policy["format"] in FORMATS
     return policy if known else {**policy, "format": "auto"}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from strixft import gguf
-from strixft.errors import HostError, StageError
+from strixft.model import gguf
+from strixft.support.errors import HostError, StageError
 
 FAKE = """
 import json, os, pathlib, sys

@@ -15,12 +15,13 @@ import pytest
 import torch
 from faults.counters import GIB, Frame, Player, meminfo, recorded, strix_halo, strix_halo_fills
 
-from strixft.errors import FitError, StrixftError
-from strixft.guard import HangWatch, MemoryWatch, awake, cap, finite_again, less_memory, loss_spikes
-from strixft.guard.cap import cap_of
-from strixft.guard.counters import Counters, read_counters, what_grew
-from strixft.guard.watch import level_of
-from strixft.recipe import check_recipe
+from strixft.guard.advice import finite_again, less_memory, loss_spikes
+from strixft.guard.cap import cap, cap_of
+from strixft.guard.hang import HangWatch
+from strixft.guard.stage_watches import awake
+from strixft.guard.watch import Counters, MemoryWatch, level_of, read_counters, what_grew
+from strixft.recipe.load import check_recipe
+from strixft.support.errors import FitError, StrixftError
 
 # The cap.
 
@@ -232,7 +233,7 @@ def test_the_limit_is_ten_times_the_median(tmp_path: Path) -> None:
 HOLDS_THE_LOCK = """
 import ctypes, sys
 from pathlib import Path
-from strixft.guard import HangWatch
+from strixft.guard.hang import HangWatch
 with HangWatch(Path(sys.argv[1]), print, least_s=0.2, grace_s=0.3) as watch:
     for _ in range(5):
         watch.beat()

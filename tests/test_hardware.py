@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from strixft.errors import FitError, HostError, RecipeError
-from strixft.hardware import (
+from strixft.catalog.hosts import (
     AMD_VENDOR,
     HOSTS,
     Host,
@@ -17,7 +16,8 @@ from strixft.hardware import (
     read_meminfo,
     this_host,
 )
-from strixft.units import GIB
+from strixft.support.errors import FitError, HostError, RecipeError
+from strixft.support.units import GIB
 
 NVIDIA_VENDOR = "0x10de"
 

@@ -8,12 +8,12 @@ import pytest
 from conftest import WriteRecipe
 from test_train import trained
 
-from strixft.errors import HostError, RecipeError
-from strixft.evaluate import check_evaluation, evaluate_recipe
+from strixft.app.notebooks import run_stages
 from strixft.evaluate.harness import LOGIT_BYTES, LONGEST, compare_tasks, load_tasks, rows_at_once
-from strixft.opening import open_run
-from strixft.pipeline import run_stages
-from strixft.recipe import load_recipe
+from strixft.evaluate.stage import check_evaluation, evaluate_recipe
+from strixft.recipe.load import load_recipe
+from strixft.run.open import open_run
+from strixft.support.errors import HostError, RecipeError
 
 TASKS = Path(__file__).parent / "tasks"
 

@@ -16,10 +16,10 @@ import pytest
 from conftest import WriteRecipe, chat, chats
 
 import strixft
-from strixft.errors import RecipeError, StrixftError
-from strixft.opening import open_run, run_folder
-from strixft.pipeline import run_notebook
-from strixft.report import write_report
+from strixft.app.notebooks import run_notebook
+from strixft.app.report import write_report
+from strixft.run.open import open_run, run_folder
+from strixft.support.errors import RecipeError, StrixftError
 
 SCRIPT = "<script>alert(1)</script>"
 IMAGE = '"><img src=x onerror=alert(2)>'

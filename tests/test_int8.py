@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from strixft.families import MODELS
-from strixft.int8 import Int8Linear, shape_layer, use_own_product
-from strixft.methods import METHODS
-from strixft.model import shape_base
+from strixft.catalog.methods import METHODS
+from strixft.catalog.models import MODELS
+from strixft.model.int8 import Int8Linear, shape_layer, use_own_product
+from strixft.model.shapes import shape_base
 
 
 def layers(channels: int = 256, out: int = 512) -> tuple[nn.Linear, nn.Module]:

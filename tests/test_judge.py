@@ -12,17 +12,18 @@ from conftest import EMBEDDED, WriteRecipe
 from http_server import Raw, serving
 from test_train import trained
 
-from strixft.comparison import Comparison
-from strixft.completions.replies import find_object
-from strixft.evaluate import evaluate_recipe
-from strixft.evaluate.judge import judge_answers, messages_for, read_verdict, summarised
-from strixft.evaluate.judged import Judged
-from strixft.llama import served
-from strixft.model import _embedded_file
-from strixft.opening import open_run
-from strixft.recipe import Judge, Recipe, load_recipe
-from strixft.report import render_report
-from strixft.runs import Run, write_json
+from strixft.app.compare import Comparison
+from strixft.app.report import render_report
+from strixft.evaluate.judge import Judged, judge_answers, messages_for, read_verdict, summarised
+from strixft.evaluate.stage import evaluate_recipe
+from strixft.model.embedded import embedded_file
+from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Judge, Recipe
+from strixft.run.folder import Run
+from strixft.run.open import open_run
+from strixft.servers.client import find_object
+from strixft.servers.llama_cpp import served
+from strixft.support.files import write_json
 
 CHAT = "/v1/chat/completions"
 MODELS = {"/v1/models": lambda _: {"data": [{"id": "m", "recipe": "flm"}]}}
@@ -59,7 +60,7 @@ def judged_recipe(write_recipe: WriteRecipe) -> Callable[..., Recipe]:
 
 
 def test_a_real_server_judges_and_its_replies_are_kept(judged_recipe: Any, tmp_path: Path) -> None:
-    with served(_embedded_file(EMBEDDED), 1024) as url:
+    with served(embedded_file(EMBEDDED), 1024) as url:
         recipe = judged_recipe(url, max_tokens=80)
         figures = judge_answers(recipe, ANSWERS[:1], tmp_path)
         assert figures["problem"] is None
@@ -169,7 +170,7 @@ def test_a_run_ends_well_without_its_judge_and_shows_another(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing a judge does may end a run: the first one is not even there."""
-    monkeypatch.setattr("strixft.completions.retries.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("strixft.servers.client.FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("STRIXFT_API_KEY", "open-sesame-1234")
     with serving({}) as (url, _):
         pass

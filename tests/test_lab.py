@@ -21,8 +21,8 @@ import pytest
 from conftest import REPOSITORY, WriteRecipe
 
 import strixft
-from strixft import lab
-from strixft.lab import (
+from strixft.app import lab
+from strixft.app.lab import (
     ReportPage,
     lab_command,
     lab_environment,
@@ -30,7 +30,7 @@ from strixft.lab import (
     put_notebooks,
     write_kernel,
 )
-from strixft.opening import open_run
+from strixft.run.open import open_run
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 

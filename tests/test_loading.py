@@ -23,16 +23,17 @@ from transformers import (
     GenerationConfig,
 )
 
-from strixft import int8, loading
-from strixft.attention import NAME
-from strixft.errors import RecipeError, StageError
-from strixft.loading import cache
-from strixft.loading.shards import Shard
-from strixft.loading.streamed import streaming, sums_of
-from strixft.methods import METHODS
-from strixft.model import _quantization, load_base, load_config, shape_base
-from strixft.recipe import Recipe, load_recipe
-from strixft.weights import shard_paths
+from strixft.attention.core import NAME
+from strixft.catalog.methods import METHODS
+from strixft.model import int8, nf4_cache, weights
+from strixft.model.fingerprint import shard_paths
+from strixft.model.load import _quantization, load_base, load_config
+from strixft.model.shapes import shape_base
+from strixft.model.shards import Shard
+from strixft.model.stream import streaming, sums_of
+from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Recipe
+from strixft.support.errors import RecipeError, StageError
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 320,
@@ -78,20 +79,20 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "LEAST_BYTES", 0)
+    monkeypatch.setattr(nf4_cache, "LEAST_BYTES", 0)
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders of the files whose tensors were streamed, in turn."""
     seen: list[Path] = []
-    streaming = loading.__dict__["streaming"]
+    streaming = weights.__dict__["streaming"]
 
     def watched(paths: list[Path], *rest: Any) -> Any:
         seen.append(paths[0].parent)
         return streaming(paths, *rest)
 
-    monkeypatch.setattr(loading, "streaming", watched)
+    monkeypatch.setattr(weights, "streaming", watched)
     return seen
 
 
@@ -194,14 +195,14 @@ def test_names_that_transformers_converts_are_streamed_too(
 
 
 def test_a_type_of_a_device_is_cast_as_transformers_does(llama: Path) -> None:
-    target = loading.Target(
+    target = weights.Target(
         device="cpu",
         dtype=torch.float16,
         quantization=None,
         attention="eager",
         cache=Path("unused"),
     )
-    ours = loading.load_weights(str(llama), llama, AutoConfig.from_pretrained(llama), target)
+    ours = weights.load_weights(str(llama), llama, AutoConfig.from_pretrained(llama), target)
     theirs = AutoModelForCausalLM.from_pretrained(
         llama, dtype=torch.float16, device_map={"": "cpu"}, attn_implementation="eager"
     )
@@ -325,7 +326,7 @@ def test_torn_weights_are_made_again(
     told = capsys.readouterr().err
     assert f"4-bit weights in {kept} were torn (" in told
     assert "4-bit weights kept for the next start" in told
-    assert cache._read(kept).paths
+    assert nf4_cache._read(kept).paths
 
 
 def test_what_a_killed_process_was_writing_is_removed(
@@ -347,7 +348,7 @@ def test_without_room_nothing_is_kept_and_a_line_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cache, "SPARE_BYTES", 10**18)
+    monkeypatch.setattr(nf4_cache, "SPARE_BYTES", 10**18)
     load_base(recipe_of(llama, "qlora", write_recipe), "cpu", torch.float32)
     assert "4-bit weights are not kept: " in capsys.readouterr().err
     assert kept_folders(tmp_path) == []
@@ -406,7 +407,7 @@ def test_a_layer_more_than_the_files_hold_is_refused(
 ) -> None:  # fmt: skip
     folder = with_sides(shutil.copytree(llama, tmp_path / "copy"), num_hidden_layers=2)
     if not streamed:
-        monkeypatch.setattr(loading, "_hindrance", lambda *_: "it is not to be")
+        monkeypatch.setattr(weights, "_hindrance", lambda *_: "it is not to be")
     with pytest.raises(RecipeError, match=r"model\.layers\.1\..* and 8 more") as caught:
         load_base(recipe_of(folder, "lora", write_recipe), "cpu", torch.float32)
     assert str(folder / "config.json") in caught.value.fix
@@ -593,10 +594,10 @@ def test_what_is_not_streamed_is_said_and_left_to_transformers(
     folder = shutil.copytree(llama, tmp_path / "copy")
     config = AutoConfig.from_pretrained(folder)
     change(folder, config)
-    target = loading.Target(
+    target = weights.Target(
         device="cpu", dtype=torch.float32, quantization=None, attention="eager", cache=tmp_path
     )
-    assert loading.load_weights(str(folder), folder, config, target) is None
+    assert weights.load_weights(str(folder), folder, config, target) is None
     told = capsys.readouterr().err
     assert told.startswith("weights are loaded by transformers, not streamed: ")
     assert words in told
@@ -649,7 +650,7 @@ def resident_pages(path: Path) -> int:
 def test_the_bar_counts_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("strixft.progress._in_notebook", lambda: True)
+    monkeypatch.setattr("strixft.support.progress._in_notebook", lambda: True)
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(2**20), "b": torch.ones(2**20)}, path)
     with streaming([path], "cpu") as found:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from strixft.errors import HostError, StageError
-from strixft.locks import Owner, hold, read_owner, this_process
+from strixft.support.errors import HostError, StageError
+from strixft.support.locks import Owner, hold, read_owner, this_process
 
 
 def test_the_owner_is_named_with_its_start(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from strixft.data import Encoder, TokenRow
-from strixft.data.preview import runs
+from strixft.data.encode import Encoder, TokenRow
+from strixft.data.row_report import runs
 from strixft.data.template import ChatTemplate
-from strixft.errors import DataError
-from strixft.formats import Chat, Message, RowFault
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import Chat, Message
+from strixft.support.errors import DataError
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}
 TEMPLATES = Path(__file__).parent / "templates"

@@ -11,13 +11,14 @@ import torch
 from conftest import WriteRecipe
 from safetensors.torch import load_file, save_file
 
-from strixft.errors import RecipeError
-from strixft.loading import streamed
-from strixft.mergeable import require_exportable
-from strixft.opening import open_run
-from strixft.plan import Plan, plan_recipe
-from strixft.prepare import prepare_recipe
-from strixft.recipe import Recipe, load_recipe
+from strixft.model import stream
+from strixft.plan.exportable import require_exportable
+from strixft.plan.result import Plan, plan_recipe
+from strixft.prepare.stage import prepare_recipe
+from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Recipe
+from strixft.run.open import open_run
+from strixft.support.errors import RecipeError
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_no_weight_is_read(
         first = int.from_bytes(file.read(8), "little") + 8
         file.truncate(first)
         file.truncate(size)
-    monkeypatch.setattr(streamed.Reader, "read", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(stream.Reader, "read", lambda *_: pytest.fail("a weight was read"))
     assert require_exportable(recipe_on(base, write_recipe)) == []
 
 

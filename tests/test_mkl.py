@@ -13,10 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from strixft.errors import HostError
-from strixft.mkl import MklCheck, _advice
-from strixft.mkl.find import FUNCTIONS, Processor, Target, find_mkl, read_processor
-from strixft.mkl.measure import Gemm, Measured, build_hook, measure
+from strixft.doctor.mkl import (
+    FUNCTIONS,
+    Gemm,
+    Measured,
+    MklCheck,
+    Processor,
+    Target,
+    _advice,
+    build_hook,
+    find_mkl,
+    measure,
+    read_processor,
+)
+from strixft.support.errors import HostError
 
 HERE = read_processor()
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")

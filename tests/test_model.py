@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import EMBEDDED, WriteRecipe
 
-from strixft.errors import HostError, RecipeError
-from strixft.methods import METHODS
-from strixft.model import (
+from strixft.catalog.methods import METHODS
+from strixft.model.load import (
     build,
     load_base,
     load_config,
@@ -16,9 +15,11 @@ from strixft.model import (
     model_source,
     native_dtype,
     random_model,
-    shape_base,
 )
-from strixft.recipe import Recipe, load_recipe
+from strixft.model.shapes import shape_base
+from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Recipe
+from strixft.support.errors import HostError, RecipeError
 
 
 def sizes(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype, bool]]:

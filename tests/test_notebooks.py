@@ -8,8 +8,8 @@ import papermill
 import pytest
 from conftest import REPOSITORY
 
-from strixft.pipeline import notebook_of
-from strixft.runs import STAGES
+from strixft.app.notebooks import notebook_of
+from strixft.run.folder import STAGES
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import WriteRecipe, chats
 
-from strixft.errors import DataError, FitError, RecipeError, StageError
-from strixft.opening import READ_BY, begin_again, find_runs, list_runs, open_run
-from strixft.pipeline import run_stages
-from strixft.prepare import Prepared, prepare_recipe
-from strixft.recipe import Recipe
-from strixft.runs import STAGES, Run
-from strixft.train import Trained
+from strixft.app.notebooks import run_stages
+from strixft.prepare.stage import Prepared, prepare_recipe
+from strixft.recipe.schema import Recipe
+from strixft.run.folder import STAGES, Run
+from strixft.run.open import READ_BY, begin_again, find_runs, list_runs, open_run
+from strixft.support.errors import DataError, FitError, RecipeError, StageError
+from strixft.train.stage import Trained
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strixft.architecture import architecture_of
-from strixft.attention import RUNGS, documents_of, packed_rows, use_rung
-from strixft.attention.masks import dense_mask
-from strixft.attention.rungs import cannot
-from strixft.bench import sets
-from strixft.data import Batch, PackedRows, PackedShape, collate, length_groups, pack
+from strixft.attention.backends import RUNGS, cannot
+from strixft.attention.core import use_rung
+from strixft.attention.masks import dense_mask, documents_of, packed_rows
+from strixft.bench import data
+from strixft.data.batches import Batch, PackedShape, collate
+from strixft.data.pack import PackedRows, length_groups, pack
+from strixft.model.architecture import architecture_of
 
 
 @given(st.lists(st.integers(1, 64), max_size=300), st.integers(0, 5))
@@ -53,7 +54,7 @@ def test_packed_rows_come_in_no_order_of_length() -> None:
 @pytest.mark.parametrize("rows", [400, 3000])
 def test_chats_of_common_lengths_fill_packed_rows(rows: int, max_length: int) -> None:
     rng = random.Random(0)
-    lengths = np.array([sets.lengths_of_chats(rng, max_length) for _ in range(rows)])
+    lengths = np.array([data.lengths_of_chats(rng, max_length) for _ in range(rows)])
     # the last packed row is filled by chance only: 400 rows of 4096 make just over 30
     assert pack(lengths, max_length).fill(lengths) >= 0.97
 
@@ -247,7 +248,7 @@ def test_groups_of_like_length_hold_every_row_once(lengths: list[int], size: int
 
 def test_batches_of_like_length_need_little_padding_and_come_in_no_order() -> None:
     rng = random.Random(4)
-    lengths = np.array([sets.lengths_of_chats(rng, 2048) for _ in range(4000)])
+    lengths = np.array([data.lengths_of_chats(rng, 2048) for _ in range(4000)])
     batches = lengths[length_groups(lengths, 8, seed=1)].reshape(-1, 8)
     shuffled = lengths[: len(lengths)].reshape(-1, 8)
 

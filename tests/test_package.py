@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from strixft.runs import STAGES
+from strixft.run.folder import STAGES
 
 
 @pytest.fixture(scope="module")

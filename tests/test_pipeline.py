@@ -12,10 +12,10 @@ import papermill
 import pytest
 from conftest import REPOSITORY, WriteRecipe, chats, write_lines
 
-from strixft.errors import DataError, StageError
-from strixft.opening import open_run
-from strixft.pipeline import notebook_of, run_notebook, run_stages
-from strixft.runs import STAGES, Result, Run, chosen_stages
+from strixft.app.notebooks import notebook_of, run_notebook, run_stages
+from strixft.run.folder import STAGES, Result, Run, chosen_stages
+from strixft.run.open import open_run
+from strixft.support.errors import DataError, StageError
 
 RUN = [sys.executable, "-m", "strixft", "run"]
 

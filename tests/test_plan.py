@@ -11,26 +11,29 @@ import torch
 from conftest import WriteRecipe
 from transformers import AutoConfig
 
-from strixft.data import Batch, PackedShape, shape_batch, training_order
-from strixft.errors import FitError, RecipeError, StageError
-from strixft.guard import find_host
-from strixft.hardware import HOSTS, Budget
-from strixft.methods import METHODS
-from strixft.model import build, load_config
-from strixft.opening import open_run
-from strixft.plan import DataShape, RowShape, choose, dry_run, plan_figures, plan_recipe
-from strixft.plan.choose import AS_FAST, Planner
+from strixft.catalog.hosts import HOSTS, Budget
+from strixft.catalog.methods import METHODS
+from strixft.data.batches import Batch, PackedShape, shape_batch
+from strixft.data.pack import training_order
+from strixft.guard.host import find_host
+from strixft.model.load import build, load_config
+from strixft.plan.choose import AS_FAST, Planner, choose
 from strixft.plan.cost import Rates, Work
-from strixft.plan.dry_run import DryRun, Step, run_schedule, trace_run
-from strixft.plan.scale import Regime, sample
-from strixft.plan.stack import Schedule, rounded_all
-from strixft.plan.trace import trace_step
-from strixft.plan.traces import Traces
-from strixft.plan.ways import ways_for
-from strixft.prepare import prepare_recipe
-from strixft.recipe import Dataset, Recipe, Train, load_recipe
-from strixft.step import MemoryTracker, TrainingStep
-from strixft.units import GIB
+from strixft.plan.data_shape import DataShape
+from strixft.plan.dry_run import DryRun, Step, dry_run, run_schedule, trace_run
+from strixft.plan.full_depth import Schedule, rounded_all
+from strixft.plan.result import plan_figures, plan_recipe
+from strixft.plan.scale import Regime, Traces, sample
+from strixft.plan.trace import RowShape, trace_step
+from strixft.prepare.stage import prepare_recipe
+from strixft.probe.checks import ways_for
+from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Dataset, Recipe, Train
+from strixft.run.open import open_run
+from strixft.step.tracker import MemoryTracker
+from strixft.step.update import TrainingStep
+from strixft.support.errors import FitError, RecipeError, StageError
+from strixft.support.units import GIB
 
 SMALL_SIDES = {
     "vocab_size": 128,
@@ -300,7 +303,7 @@ def test_no_prime_of_a_trace_divides_the_width_of_joined_matrices(
         tried.append(found.primes if found else ())
         return found
 
-    monkeypatch.setattr("strixft.plan.traces.sample", noting)
+    monkeypatch.setattr("strixft.plan.scale.sample", noting)
     monkeypatch.setattr(Traces, "_joined", lambda self: [1])  # none is foreseen
     wide = LLAMA | {"hidden_size": 1792, "intermediate_size": 4864, "num_attention_heads": 14}
     wide |= {"num_key_value_heads": 2, "head_dim": 128, "num_hidden_layers": 2}

@@ -5,12 +5,15 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from strixft.errors import FitError, RecipeError
-from strixft.hardware import HOSTS, Budget
-from strixft.plan import DataShape, Planner, plan_figures, require_fit
-from strixft.plan.boxes import share_figures
-from strixft.recipe import Dataset, Recipe, Train, load_recipe
-from strixft.units import GIB
+from strixft.catalog.hosts import HOSTS, Budget
+from strixft.plan.advice import share_figures
+from strixft.plan.choose import Planner
+from strixft.plan.data_shape import DataShape
+from strixft.plan.result import plan_figures, require_fit
+from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Dataset, Recipe, Train
+from strixft.support.errors import FitError, RecipeError
+from strixft.support.units import GIB
 
 HOST = HOSTS["strix-halo-128"]
 CONFIG = AutoConfig.for_model(

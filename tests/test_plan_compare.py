@@ -7,9 +7,9 @@ import torch
 from test_train import trained
 from torch import nn
 
-from strixft.plan.compare import REST, breakdowns, compare_html, device_parts, gap, warning
-from strixft.runs import Run
-from strixft.units import GIB
+from strixft.run.folder import Run
+from strixft.support.units import GIB
+from strixft.train.compare import REST, breakdowns, compare_html, device_parts, gap, warning
 
 PARTS = {
     "weights": 4 * GIB,

@@ -6,14 +6,15 @@ import pytest
 from conftest import WriteRecipe
 from transformers import AutoConfig
 
-from strixft.errors import StageError
-from strixft.hardware import HOSTS, Budget
-from strixft.opening import open_run
-from strixft.plan import DataShape, Planner, explore_plan
-from strixft.plan.explore import Explorer
-from strixft.prepare import prepare_recipe
-from strixft.recipe import Dataset, Recipe, Train
-from strixft.units import GIB
+from strixft.catalog.hosts import HOSTS, Budget
+from strixft.plan.choose import Planner
+from strixft.plan.data_shape import DataShape
+from strixft.plan.explore import Explorer, explore_plan
+from strixft.prepare.stage import prepare_recipe
+from strixft.recipe.schema import Dataset, Recipe, Train
+from strixft.run.open import open_run
+from strixft.support.errors import StageError
+from strixft.support.units import GIB
 
 CONFIG = AutoConfig.for_model(
     "llama",

@@ -12,13 +12,13 @@ from torch import fx
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig
 
-from strixft.data import PackedShape
-from strixft.hardware import HOSTS
-from strixft.plan import compiled
+from strixft.catalog.hosts import HOSTS
+from strixft.data.batches import PackedShape
+from strixft.plan import inductor
 from strixft.plan.cost import count_flop
-from strixft.plan.kernels import Units
+from strixft.plan.inductor import Units
 from strixft.plan.trace import RowShape, trace_step
-from strixft.recipe import Dataset, Recipe, Train
+from strixft.recipe.schema import Dataset, Recipe, Train
 
 aten = torch.ops.aten
 SMALL = 20_000
@@ -40,13 +40,13 @@ class _GeneratedError(Exception):
 def _graphs(method: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.GraphModule, list[Any]]]:
     """Forward and backward of a layer, as the compiler gets them."""
     found = []
-    run = compiled._compile
+    run = inductor._compile
 
     def keep(module: fx.GraphModule, values: Any) -> Any:
         found.append((copy.deepcopy(module), values))
         return run(module, values, joined=True)
 
-    monkeypatch.setattr(compiled, "_backends", {True: compiled.make_backend(keep)})
+    monkeypatch.setattr(inductor, "_backends", {True: inductor.make_backend(keep)})
     recipe = Recipe(model="x", method=method, dataset=Dataset(source="none"), train=Train())
     shape = RowShape(1, 512, 511, PackedShape(512, 3, 300))
     config = AutoConfig.for_model("llama", **CONFIG)

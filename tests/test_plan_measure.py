@@ -7,19 +7,20 @@ import pytest
 from conftest import WriteRecipe
 from transformers import AutoConfig
 
-from strixft.errors import FitError, HostError, RecipeError
-from strixft.guard import find_host
-from strixft.hardware import HOSTS, Budget, Sourced
-from strixft.model import load_config
-from strixft.plan import RowShape, dry_run, plan_figures
+from strixft.catalog.hosts import HOSTS, Budget, Sourced
+from strixft.catalog.rates import cpu_name, write_rates
+from strixft.guard.host import find_host
+from strixft.model.load import load_config
 from strixft.plan.choose import Planner
-from strixft.plan.correction import Correction, Line, load_correction, save_correction
 from strixft.plan.data_shape import DataShape
-from strixft.plan.dry_run import DryRun
-from strixft.plan.measure import LAYERS, measure
-from strixft.rates import cpu_name, write_rates
-from strixft.recipe import Dataset, Recipe, Train, load_recipe
-from strixft.units import GIB, MIB
+from strixft.plan.dry_run import DryRun, dry_run
+from strixft.plan.measure import LAYERS, Correction, Line, load_correction, measure, save_correction
+from strixft.plan.result import plan_figures
+from strixft.plan.trace import RowShape
+from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Dataset, Recipe, Train
+from strixft.support.errors import FitError, HostError, RecipeError
+from strixft.support.units import GIB, MIB
 
 HOST = HOSTS["strix-halo-128"]
 ROOMY = Budget(4 * GIB, "test")

@@ -9,17 +9,19 @@ from conftest import WriteRecipe
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from strixft.data import shape_batch
-from strixft.guard import find_host
-from strixft.hardware import HOSTS
-from strixft.model import build, load_base, load_config
-from strixft.plan import RowShape, dry_run, plan_figures
-from strixft.plan.memo import Memo
+from strixft.catalog.hosts import HOSTS
+from strixft.data.batches import shape_batch
+from strixft.guard.host import find_host
+from strixft.model.load import build, load_base, load_config
+from strixft.plan.dry_run import dry_run
+from strixft.plan.op_cache import Memo
 from strixft.plan.phases import MERGED_BYTES, PROCESS, Life, Tensors, kv_cache_bytes
-from strixft.plan.trace import forward_bytes
-from strixft.recipe import load_recipe
-from strixft.step import MemoryTracker, token_losses
-from strixft.units import GIB
+from strixft.plan.result import plan_figures
+from strixft.plan.trace import RowShape, forward_bytes
+from strixft.recipe.load import load_recipe
+from strixft.step.tracker import MemoryTracker
+from strixft.step.update import token_losses
+from strixft.support.units import GIB
 
 GEMMA = {
     "model_type": "gemma3_text",

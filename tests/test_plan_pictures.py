@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from strixft.plan import pictures
+from strixft.plan import show
 from strixft.plan.advice import cause
-from strixft.units import GIB
+from strixft.support.units import GIB
 
 PARTS = {"weights": 40, "adapter": 1, "gradients": 1, "optimizer": 2, "activations": 50}
 
@@ -38,24 +38,24 @@ def figures() -> dict[str, Any]:
 
 
 def test_the_runner_up_is_the_fastest_other_plan_that_fits(figures: dict[str, Any]) -> None:
-    assert pictures.runner_up(figures) == point(2, 35, 108, 70.0)
+    assert show.runner_up(figures) == point(2, 35, 108, 70.0)
     figures["frontier"] = figures["frontier"][:2]
-    assert pictures.runner_up(figures) is None
+    assert show.runner_up(figures) is None
 
 
 def test_each_picture_stands_alone(figures: dict[str, Any]) -> None:
     change = {"change": "--set method=qlora --set train.micro_batch=1"}
     figures["advice"] = [change | {"peak_bytes": GIB, "seconds_per_update": 2.0, "fits": True}]
-    for draw in (pictures.breakdown, pictures.frontier, pictures.advice):
+    for draw in (show.breakdown, show.frontier, show.advice):
         html = draw(figures)
         assert html.startswith('<img class="sx" alt="')
         assert 'src="data:image/png;base64,' in html
 
 
 def test_what_is_not_known_is_not_drawn(figures: dict[str, Any]) -> None:
-    assert pictures.advice(figures) == ""
+    assert show.advice(figures) == ""
     figures["frontier"] = [row | {"tok_per_s": None} for row in figures["frontier"]]
-    assert pictures.frontier(figures) == ""
+    assert show.frontier(figures) == ""
 
 
 def test_the_cause_is_the_largest_part(figures: dict[str, Any]) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from strixft.hardware import HOSTS
-from strixft.plan import RowShape, Step, phases, stored, traces
+from strixft.catalog.hosts import HOSTS
+from strixft.plan import phases, scale, trace_cache
+from strixft.plan.dry_run import Step
 from strixft.plan.phases import Life
-from strixft.plan.scale import Regime
-from strixft.plan.traces import Traces
-from strixft.recipe import Dataset, Lora, Recipe, Train
+from strixft.plan.scale import Regime, Traces
+from strixft.plan.trace import RowShape
+from strixft.recipe.schema import Dataset, Lora, Recipe, Train
 
 HOST = HOSTS["strix-halo-128"]
 CONFIG = AutoConfig.for_model(
@@ -38,7 +39,7 @@ def a_recipe(method: str = "lora", lora: Lora | None = None, train: Train = EAGE
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder."""
     monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / stored.FOLDER
+    return tmp_path / "cache" / trace_cache.FOLDER
 
 
 def test_a_second_planner_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +48,7 @@ def test_a_second_planner_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: Any) -> None:
         raise AssertionError("traced again")
 
-    monkeypatch.setattr(traces, "trace_run", refuse)
+    monkeypatch.setattr(scale, "trace_run", refuse)
     again = Traces(a_recipe(), CONFIG, HOST)
     assert again.dry_run(STEP) == first
     other = again.dry_run(Step(RowShape(4, 100, 90), 0, 1))
@@ -67,9 +68,9 @@ def test_a_damaged_file_is_made_anew(damage: str, cache: Path) -> None:
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null"])
 def test_a_number_is_found_once(damage: str, cache: Path) -> None:
     found = iter((7, 8))
-    assert [stored.number("forward", lambda: next(found)) for _ in range(2)] == [7, 7]
+    assert [trace_cache.number("forward", lambda: next(found)) for _ in range(2)] == [7, 7]
     (cache / "forward.json").write_text(damage)
-    assert [stored.number("forward", lambda: next(found)) for _ in range(2)] == [8, 8]
+    assert [trace_cache.number("forward", lambda: next(found)) for _ in range(2)] == [8, 8]
 
 
 def test_a_forward_pass_is_planned_from_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +104,8 @@ def test_whatever_changes_a_trace_changes_its_name(changed: tuple[Recipe, Any]) 
     regime = Regime.of(CONFIG, STEP.shape)
     recipe, host = changed
     names = {
-        stored.name_of(a_recipe(), CONFIG, HOST, regime, ["kept"]),
-        stored.name_of(recipe, CONFIG, host, regime, ["kept"]),
+        trace_cache.name_of(a_recipe(), CONFIG, HOST, regime, ["kept"]),
+        trace_cache.name_of(recipe, CONFIG, host, regime, ["kept"]),
     }
     assert len(names) == 2
 
@@ -112,6 +113,6 @@ def test_whatever_changes_a_trace_changes_its_name(changed: tuple[Recipe, Any]) 
 def test_what_does_not_change_a_trace_keeps_its_name() -> None:
     regime = Regime.of(CONFIG, STEP.shape)
     other = a_recipe(train=Train(compile="none", learning_rate=3e-4, epochs=7))
-    assert stored.name_of(a_recipe(), CONFIG, HOST, regime, ["kept"]) == stored.name_of(
+    assert trace_cache.name_of(a_recipe(), CONFIG, HOST, regime, ["kept"]) == trace_cache.name_of(
         other, CONFIG, HOST, regime, ["kept"]
     )

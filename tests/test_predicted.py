@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from strixft.bench import predicted
-from strixft.bench.predicted import HEADER, predict_training
-from strixft.plan import plan_figures
+from strixft.bench import page
+from strixft.bench.page import HEADER, predict_training
+from strixft.plan.result import plan_figures
 
 
 def test_recipes_are_planned_for_a_host_and_a_failure_is_a_row(
@@ -21,7 +21,7 @@ def test_recipes_are_planned_for_a_host_and_a_failure_is_a_row(
             raise RuntimeError("no such operator\nat line 1")
         return real(recipe, "cpu")
 
-    monkeypatch.setattr(predicted, "plan_figures", plan)
+    monkeypatch.setattr(page, "plan_figures", plan)
     html = predict_training(["demo", "llama-3.1-8b-lora"]).html
     assert "not planned: no such operator<" in html
     assert html.count(">predicted<") == 1

@@ -18,15 +18,15 @@ import pytest
 import yaml
 from conftest import WriteRecipe, chat, chats
 
-from strixft.data import collate
+from strixft.data.batches import collate
 from strixft.data.readers import raw_rows
-from strixft.errors import DataError, HostError
-from strixft.opening import open_run, set_aside
-from strixft.prepare import PROBLEMS_FILE, Prepared, prepare_data, prepare_recipe
-from strixft.prepare import work as works
-from strixft.recipe import check_recipe
-from strixft.runs import Run
-from strixft.sources import SourceFile
+from strixft.formats.sources import SourceFile
+from strixft.prepare import build as works
+from strixft.prepare.stage import PROBLEMS_FILE, Prepared, prepare_data, prepare_recipe
+from strixft.recipe.load import check_recipe
+from strixft.run.folder import Run
+from strixft.run.open import open_run, set_aside
+from strixft.support.errors import DataError, HostError
 
 REAL = os.environ.get("STRIXFT_TEST_DATA")
 needs_real = pytest.mark.skipif(not REAL, reason="STRIXFT_TEST_DATA names no folder of real data")
@@ -705,7 +705,7 @@ def test_the_stage_writes_its_result_and_is_not_done_again(
 
 
 def test_the_report_shows_the_rows_as_the_notebook_does(tiny_run: Run) -> None:
-    from strixft.report import render_report
+    from strixft.app.report import render_report
 
     prepared = prepare_recipe(tiny_run)
     assert prepared._repr_html_() in render_report(tiny_run)

@@ -13,27 +13,40 @@ import torch
 from conftest import WriteRecipe
 from torch import Tensor, nn
 
-from strixft.attention import RUNGS, Heads, Rung, cannot, documents_of, known_bad, ladder
+from strixft.attention.backends import RUNGS, Heads, Rung, cannot, known_bad, ladder
 from strixft.attention.core import attend_eagerly
-from strixft.attention.masks import dense_mask
-from strixft.child import Probe
-from strixft.errors import HostError
-from strixft.guard import find_host
-from strixft.methods import METHODS
-from strixft.opening import open_run
-from strixft.plan import plan_figures, plan_recipe
-from strixft.prepare import prepare_recipe
-from strixft.probe import ladder as probe_ladder
-from strixft.probe import measure as probe_measure
-from strixft.probe import nf4, products
-from strixft.probe.attention import Subject, Way, measure_rung, reference
-from strixft.probe.ladder import probe_attention, probed_ladder
-from strixft.probe.measure import Task, measure
-from strixft.probe.numbers import allowed_error, judged, largest_error
-from strixft.probe.right import fastest_blas, joins_sums, require_attention, require_right
-from strixft.probe.traps import TRAPS
-from strixft.recipe import load_recipe
-from strixft.train import train_recipe
+from strixft.attention.masks import dense_mask, documents_of
+from strixft.catalog.methods import METHODS
+from strixft.guard.host import find_host
+from strixft.plan.result import plan_figures, plan_recipe
+from strixft.prepare.stage import prepare_recipe
+from strixft.probe import checks as probe_ladder
+from strixft.probe import run as probe_measure
+from strixft.probe import weights
+from strixft.probe.attention import (
+    Subject,
+    Way,
+    allowed_error,
+    judged,
+    largest_error,
+    measure_rung,
+    reference,
+)
+from strixft.probe.checks import (
+    TRAPS,
+    fastest_blas,
+    joins_sums,
+    probe_attention,
+    probed_ladder,
+    require_attention,
+    require_right,
+)
+from strixft.probe.run import Task, measure
+from strixft.recipe.load import load_recipe
+from strixft.run.open import open_run
+from strixft.support.child import Probe
+from strixft.support.errors import HostError
+from strixft.train.stage import train_recipe
 
 HEADS = Heads(
     model_type="llama", head_size=16, query_heads=4, key_heads=2, softcap=None, windowed=False
@@ -363,7 +376,7 @@ def test_a_mask_that_lets_a_first_token_look_ahead_is_wrong() -> None:
 def test_the_code_book_is_bitsandbytes_own() -> None:
     from bitsandbytes.functional import get_4bit_type
 
-    assert get_4bit_type("nf4", "cpu").tolist() == pytest.approx(nf4.CODES, abs=1e-7)
+    assert get_4bit_type("nf4", "cpu").tolist() == pytest.approx(weights.CODES, abs=1e-7)
 
 
 def test_blocks_that_are_exchanged_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +391,7 @@ def test_blocks_that_are_exchanged_are_found(monkeypatch: pytest.MonkeyPatch) ->
         return found
 
     monkeypatch.setattr(functional, "dequantize_4bit", exchanged)
-    assert "0.9% of them are not" in nf4.round_trip("cpu", "float32")["problem"]
+    assert "0.9% of them are not" in weights.round_trip("cpu", "float32")["problem"]
 
 
 def test_wrong_4_bit_weights_are_an_error_that_says_what_to_type(
@@ -386,7 +399,7 @@ def test_wrong_4_bit_weights_are_an_error_that_says_what_to_type(
 ) -> None:
     recipe = load_recipe(write_recipe(method="qlora"))
     monkeypatch.setattr(
-        "strixft.probe.right.measure",
+        "strixft.probe.checks.measure",
         lambda tasks: {"nf4": {"problem": "error 1.41 of the values' length, 0.12 is due"}},
     )
     with pytest.raises(HostError, match="4-bit weights are wrong on cpu") as caught:
@@ -413,7 +426,7 @@ def test_the_faster_library_is_taken_where_the_base_is_trained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     figures = {"ms": {"cublas": 3.4, "cublaslt": 8.4}, "fastest": "cublas"}
-    monkeypatch.setattr("strixft.probe.right.measure", lambda tasks: {tasks[0].name: figures})
+    monkeypatch.setattr("strixft.probe.checks.measure", lambda tasks: {tasks[0].name: figures})
     assert fastest_blas(METHODS["full"], GPU) == "cublas"
     assert fastest_blas(METHODS["lora"], GPU) is None
     assert fastest_blas(METHODS["full"], find_host("cpu")) is None
@@ -422,10 +435,10 @@ def test_the_faster_library_is_taken_where_the_base_is_trained(
 
 
 def test_the_layout_of_weight_gradients_is_right_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "SIZE", 128)
-    figures = products.measure_products("cpu", "float32")
+    monkeypatch.setattr(weights, "SIZE", 128)
+    figures = weights.measure_products("cpu", "float32")
     assert "problem" not in figures
-    assert set(figures["ms"]) <= set(products.LIBRARIES)
+    assert set(figures["ms"]) <= set(weights.LIBRARIES)
     assert figures["fastest"] in figures["ms"]
 
 
@@ -433,7 +446,7 @@ def test_sums_are_joined_unless_that_is_wrong_or_slower_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     figures: dict[str, Any] = {"ms": {"added": 1.1, "joined": 1.0}, "fastest": "joined"}
-    monkeypatch.setattr("strixft.probe.right.measure", lambda tasks: {tasks[0].name: figures})
+    monkeypatch.setattr("strixft.probe.checks.measure", lambda tasks: {tasks[0].name: figures})
     assert joins_sums(METHODS["qlora"], GPU)
     figures["problem"] = "wrong by 0.5"
     assert not joins_sums(METHODS["qlora"], GPU)
@@ -445,8 +458,8 @@ def test_sums_are_joined_unless_that_is_wrong_or_slower_here(
 
 
 def test_both_ways_of_a_sum_are_right_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "SIZE", 128)
-    figures = products.measure_sums("cpu", "float32")
+    monkeypatch.setattr(weights, "SIZE", 128)
+    figures = weights.measure_sums("cpu", "float32")
     assert "problem" not in figures
     assert set(figures["ms"]) == {"added", "joined"}
     assert figures["fastest"] in figures["ms"]

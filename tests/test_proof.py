@@ -13,17 +13,17 @@ from conftest import EMBEDDED, WriteRecipe, chats, recipe_writer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from strixft.architecture import Head
 from strixft.attention import masks
-from strixft.data import Batch, collate
-from strixft.errors import StageError
-from strixft.model import model_source
-from strixft.opening import open_run
-from strixft.plan import plan_recipe
-from strixft.prepare import prepare_recipe
-from strixft.proof import TOLERANCE
-from strixft.runs import Run
-from strixft.train import PROOF, train_recipe
+from strixft.data.batches import Batch, collate
+from strixft.model.architecture import Head
+from strixft.model.load import model_source
+from strixft.plan.result import plan_recipe
+from strixft.prepare.stage import prepare_recipe
+from strixft.run.folder import Run
+from strixft.run.open import open_run
+from strixft.support.errors import StageError
+from strixft.train.proof import TOLERANCE
+from strixft.train.stage import PROOF, train_recipe
 
 WINDOW = 16
 """Tokens; shorter than the rows."""
@@ -129,7 +129,7 @@ def test_a_wrong_label_is_caught(
         batch["labels"] = batch["input_ids"].flatten()[batch["positions"]]
         return batch
 
-    monkeypatch.setattr("strixft.train.collate", shifted)
+    monkeypatch.setattr("strixft.train.stage.collate", shifted)
     refused(run)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from test_hardware import record_card, record_meminfo
 
-from strixft.errors import HostError
-from strixft.guard import find_host
-from strixft.hardware import HOSTS, Host, Sourced, this_host
-from strixft.rates import device_name, hosts_file, row_of, with_rates, write_rates
+from strixft.catalog.hosts import HOSTS, Host, Sourced, this_host
+from strixft.catalog.rates import device_name, hosts_file, row_of, with_rates, write_rates
+from strixft.guard.host import find_host
+from strixft.support.errors import HostError
 
 MINE = Sourced(value=1e11, mark="measured", source="strixft bench bandwidth, 2026-11-25")
 

@@ -11,22 +11,18 @@ import yaml
 from conftest import REPOSITORY
 from pydantic import BaseModel
 
-from strixft.errors import RecipeError
-from strixft.recipe import (
-    LARGEST,
-    Recipe,
+from strixft.recipe.find import find_recipe, find_recipes, workspace
+from strixft.recipe.load import (
     check_recipe,
     dump_recipe,
-    explain,
-    find_recipe,
-    find_recipes,
     flatten,
     load_recipe,
     parse_override,
     parse_overrides,
     read_settings,
-    workspace,
 )
+from strixft.recipe.schema import LARGEST, Recipe, explain
+from strixft.support.errors import RecipeError
 
 LEAST = "model: m\ndataset: {source: rows.jsonl}\n"
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from strixft.recipe import explain, flatten, load_recipe
+from strixft.recipe.load import flatten, load_recipe
+from strixft.recipe.schema import explain
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 DEFAULTS = {key: default for key, default, _ in explain()}

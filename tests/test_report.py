@@ -6,11 +6,11 @@ import pytest
 from conftest import WriteRecipe, chat, chats
 from test_train import trained
 
-from strixft.errors import HostError
-from strixft.evaluate import evaluate_recipe
-from strixft.opening import open_run
-from strixft.report import write_report
-from strixft.runs import Run
+from strixft.app.report import write_report
+from strixft.evaluate.stage import evaluate_recipe
+from strixft.run.folder import Run
+from strixft.run.open import open_run
+from strixft.support.errors import HostError
 
 HOSTILE = "<script>alert(1)</script>"
 

@@ -21,18 +21,21 @@ from strixft.bench.published import (
     read_figures,
     to_json,
 )
-from strixft.bench.roofline import Ceiling, compute_ceiling, decode_ceiling, judge
 from strixft.bench.weights import (
     QUANTISATIONS,
     WEIGHTS,
+    Ceiling,
     Weights,
+    compute_ceiling,
+    decode_ceiling,
     file_bytes,
+    judge,
     read_bytes,
     weights_of,
 )
-from strixft.errors import DataError, RecipeError
-from strixft.families import MODELS, ModelShape
-from strixft.hardware import HOSTS, this_host
+from strixft.catalog.hosts import HOSTS, this_host
+from strixft.catalog.models import MODELS, ModelShape
+from strixft.support.errors import DataError, RecipeError
 
 HEADER = FILE.read_text(encoding="utf-8").partition("\n")[0]
 

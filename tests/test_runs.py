@@ -16,12 +16,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from strixft import opening, runs
-from strixft.errors import DataError, FitError, RecipeError, StageError, Stopped
-from strixft.locks import read_owner, this_process
-from strixft.opening import find_run, find_runs, free_name, open_run, set_aside
-from strixft.recipe import load_recipe
-from strixft.runs import Result, Run, digest, now, versions, write_json, write_text
+from strixft.recipe.load import load_recipe
+from strixft.run import folder
+from strixft.run import open as opening
+from strixft.run.folder import Result, Run
+from strixft.run.open import find_run, find_runs, free_name, open_run, set_aside
+from strixft.support.errors import DataError, FitError, RecipeError, StageError, Stopped
+from strixft.support.files import digest, now, versions, write_json, write_text
+from strixft.support.locks import read_owner, this_process
 
 RECIPE = "model: m\ndataset: {source: rows.jsonl}\ntrain: {epochs: 3}\n"
 
@@ -149,7 +151,7 @@ def test_threads_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
 WRITE_FOREVER = """
 import sys
 from pathlib import Path
-from strixft.runs import write_json
+from strixft.support.files import write_json
 
 number = 0
 while True:
@@ -246,8 +248,8 @@ def test_the_status_tells_why_a_stage_failed(run: Run) -> None:
 
 LEAVE = """
 import sys
-from strixft.errors import FitError
-from strixft.opening import find_run
+from strixft.support.errors import FitError
+from strixft.run.open import find_run
 run = find_run(sys.argv[1])
 with run.owned(), run._status("train"):
     run.leave(FitError("no memory \\x1b[2J", fix="buy some"))
@@ -536,7 +538,7 @@ def test_stages_that_are_not_named_stay(run: Run) -> None:
 
 HOLD = """
 import sys
-from strixft.opening import find_run
+from strixft.run.open import find_run
 
 with find_run(sys.argv[1]).owned():
     print("held", flush=True)
@@ -548,8 +550,8 @@ import sys
 from pathlib import Path
 from dataclasses import dataclass
 from typing import ClassVar
-from strixft.opening import find_run
-from strixft.runs import Result
+from strixft.run.open import find_run
+from strixft.run.folder import Result
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Result):
@@ -566,7 +568,7 @@ find_run(sys.argv[1]).once(Prepared, work)
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "OWNER_ENDS_S", 0.0)
+    monkeypatch.setattr(folder, "OWNER_ENDS_S", 0.0)
 
 
 @pytest.mark.usefixtures("_impatient")

@@ -3,8 +3,8 @@
 import pytest
 from http_server import Cut, serving
 
-from strixft.errors import HostError
-from strixft.servers import ask, base_url, stream
+from strixft.support.errors import HostError
+from strixft.support.http import ask, base_url, stream
 
 
 @pytest.mark.parametrize("address", ["ftp://box", "http://", "://", "http://me:word@box"])

@@ -12,10 +12,11 @@ import zstandard
 
 from strixft.data.load import find_format, open_inputs, read_rows, value_at
 from strixft.data.readers import raw_rows
-from strixft.errors import DataError, RecipeError
-from strixft.formats import RowFault
-from strixft.recipe import Dataset, Source, check_recipe, load_recipe
-from strixft.sources import SourceFile, find_files, fingerprint, ignored_files, resolve
+from strixft.formats.faults import RowFault
+from strixft.formats.sources import SourceFile, find_files, fingerprint, ignored_files, resolve
+from strixft.recipe.load import check_recipe, load_recipe
+from strixft.recipe.schema import Dataset, Source
+from strixft.support.errors import DataError, RecipeError
 
 ROW = {"prompt": "q", "completion": "a"}
 

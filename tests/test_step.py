@@ -13,15 +13,21 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from strixft.architecture import architecture_of
-from strixft.data import Batch, PackedShape, collate
-from strixft.data.batches import PAD
-from strixft.errors import RecipeError
-from strixft.methods import METHODS
-from strixft.model import attach_adapter, base_of, model_source, random_model
-from strixft.recipe import Dataset, Lora, Recipe, Train
-from strixft.step import MemoryTracker, TrainingStep, Ways, chunked_cross_entropy, part
-from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows, rows_of_whole_chunks
+from strixft.catalog.methods import METHODS
+from strixft.data.batches import PAD, Batch, PackedShape, collate
+from strixft.model.adapter import attach_adapter, base_of
+from strixft.model.architecture import architecture_of
+from strixft.model.load import model_source, random_model
+from strixft.recipe.schema import Dataset, Lora, Recipe, Train
+from strixft.step.loss import (
+    CHUNK_ELEMENTS,
+    chunk_rows,
+    chunked_cross_entropy,
+    rows_of_whole_chunks,
+)
+from strixft.step.tracker import MemoryTracker, part
+from strixft.step.update import TrainingStep, Ways
+from strixft.support.errors import RecipeError
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -270,8 +276,8 @@ def test_every_method_learns(method: str, tiny_model: Path) -> None:
 
 
 def load_method(folder: Path, method: str, lora: Lora | None = None) -> torch.nn.Module:
-    from strixft.model import build
-    from strixft.recipe import Dataset, Recipe
+    from strixft.model.load import build
+    from strixft.recipe.schema import Dataset, Recipe
 
     recipe = Recipe(
         model=str(folder), method=method, lora=lora or Lora(), dataset=Dataset(source="none")

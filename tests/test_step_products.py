@@ -105,7 +105,7 @@ def test_generated_code_computes_the_same() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_generated_code_writes_4_bit_weights_out_as_bitsandbytes_does(dtype: torch.dtype) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    from strixft.step import unpack
+    from strixft.step import nf4_kernel
 
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -113,7 +113,7 @@ def test_generated_code_writes_4_bit_weights_out_as_bitsandbytes_does(dtype: tor
     packed, state = functional.quantize_4bit(weight, quant_type="nf4")
 
     def write_out(packed: Tensor, scales: Tensor) -> Tensor:
-        weight: Tensor = unpack.UNPACK(packed, scales, 64, "nf4", [96, 192], dtype)
+        weight: Tensor = nf4_kernel.UNPACK(packed, scales, 64, "nf4", [96, 192], dtype)
         return weight.clone()
 
     found = torch.compile(write_out, backend=inductor(joined=True))(packed, state.absmax)
@@ -124,14 +124,14 @@ def test_generated_code_writes_4_bit_weights_out_as_bitsandbytes_does(dtype: tor
 @pytest.mark.parametrize("stored", [torch.uint8, torch.bfloat16, torch.float32])
 def test_weights_are_written_out_whatever_type_their_bytes_have(stored: torch.dtype) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    from strixft.step import unpack
+    from strixft.step import nf4_kernel
 
     torch.compiler.reset()
     weight = torch.randn(96, 192)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", quant_storage=stored)
 
     def write_out(packed: Tensor, scales: Tensor) -> Tensor:
-        weight: Tensor = unpack.UNPACK(packed, scales, 64, "nf4", [96, 192], torch.float32)
+        weight: Tensor = nf4_kernel.UNPACK(packed, scales, 64, "nf4", [96, 192], torch.float32)
         return weight.clone()
 
     found = torch.compile(write_out, backend=inductor(joined=True))(packed, state.absmax)
@@ -179,11 +179,11 @@ def test_a_compiled_step_over_4_bit_weights_is_the_eager_one() -> None:
     pytest.importorskip("bitsandbytes")
     from transformers import AutoConfig
 
-    from strixft.data import collate
-    from strixft.model import random_model
-    from strixft.recipe import Dataset, Recipe, Train
-    from strixft.step import TrainingStep, Ways
-    from strixft.step.unpack import MOST_FUSED_ROWS
+    from strixft.data.batches import collate
+    from strixft.model.load import random_model
+    from strixft.recipe.schema import Dataset, Recipe, Train
+    from strixft.step.nf4_kernel import MOST_FUSED_ROWS
+    from strixft.step.update import TrainingStep, Ways
 
     torch.compiler.reset()
     sides = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}

@@ -8,9 +8,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from strixft.model import build
-from strixft.recipe import Dataset, Lora, Recipe
-from strixft.step import decoder_layers
+from strixft.model.adapter import decoder_layers
+from strixft.model.load import build
+from strixft.recipe.schema import Dataset, Lora, Recipe
 from strixft.step.room import ALIGNED, ROOM, add_room, give_room, room_of
 
 RANK = 5

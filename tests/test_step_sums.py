@@ -10,13 +10,14 @@ from torch import Tensor, fx, nn
 from torch._inductor.utils import run_and_get_code
 from transformers import AutoConfig
 
-from strixft.data import collate
-from strixft.model import random_model
-from strixft.recipe import Dataset, Recipe
-from strixft.step import TrainingStep, Ways, layers
+from strixft.data.batches import collate
+from strixft.model.load import random_model
+from strixft.recipe.schema import Dataset, Recipe
+from strixft.step import layers
 from strixft.step.graphs import writes_4bit_out
 from strixft.step.layers import inductor
 from strixft.step.room import add_room
+from strixft.step.update import TrainingStep, Ways
 
 MULTIPLIES = {torch.ops.aten.mm.default, torch.ops.aten.addmm_.default}
 SIDES = {
@@ -136,7 +137,7 @@ def test_4_bit_weights_are_written_out_right_before_they_are_multiplied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    from strixft.step.unpack import MOST_FUSED_ROWS
+    from strixft.step.nf4_kernel import MOST_FUSED_ROWS
 
     torch.compiler.reset()
     graphs: list[fx.Graph] = []

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, WriteRecipe, chats
 
-from strixft.errors import StageError
-from strixft.opening import find_run
-from strixft.runs import Run
-from strixft.stop import stop_run
+from strixft.run.folder import Run
+from strixft.run.open import find_run
+from strixft.run.stop import stop_run
+from strixft.support.errors import StageError
 
 COMMAND = [sys.executable, "-m", "strixft"]
 Process = subprocess.Popen[str]

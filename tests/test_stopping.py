@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from strixft.stopping import SIGNALS, StopNow, on_signals, raised
+from strixft.support.signals import SIGNALS, StopNow, on_signals, raised
 
 
 def work_until(number: signal.Signals) -> None:
@@ -69,7 +69,7 @@ def test_outside_the_main_thread_nothing_is_taken() -> None:
 
 TWICE = """
 import os, signal, time
-from strixft import stopping
+from strixft.support import signals
 stopping.SAME_S = 0.05
 with stopping.on_signals(lambda name: print(name, flush=True)):
     os.kill(os.getpid(), signal.SIGINT)

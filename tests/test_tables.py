@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from strixft.errors import RecipeError
-from strixft.tables import Table, did_you_mean
+from strixft.support.errors import RecipeError
+from strixft.support.tables import Table, did_you_mean
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from strixft.errors import DataError
-from strixft.runs import write_json
-from strixft.text import SECRET, redact, redact_all, visible
+from strixft.support.errors import DataError
+from strixft.support.files import write_json
+from strixft.support.text import SECRET, redact, redact_all, visible
 
 HUB_TOKEN = "hf_" + "aB3" * 12
 KEYS = [

@@ -23,17 +23,18 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoTokenizer
 
-from strixft.data import Batch, collate, largest_batch, rows_of_epochs, training_order
-from strixft.errors import FitError, StageError
-from strixft.loop import STATE, rate_factor
-from strixft.model import model_source
-from strixft.opening import open_run
-from strixft.plan import Plan, plan_recipe
-from strixft.prepare import Prepared, prepare_recipe
-from strixft.recipe import Dataset, Recipe, Train
-from strixft.runs import Run
-from strixft.step import TrainingStep, Ways, batch_loss
-from strixft.train import ADAPTER, CHECKPOINTS, Trained, train_recipe, ways_of
+from strixft.data.batches import Batch, collate
+from strixft.data.pack import largest_batch, rows_of_epochs, training_order
+from strixft.model.load import model_source
+from strixft.plan.result import Plan, plan_recipe
+from strixft.prepare.stage import Prepared, prepare_recipe
+from strixft.recipe.schema import Dataset, Recipe, Train
+from strixft.run.folder import Run
+from strixft.run.open import open_run
+from strixft.step.update import TrainingStep, Ways, batch_loss
+from strixft.support.errors import FitError, StageError
+from strixft.train.loop import STATE, rate_factor
+from strixft.train.stage import ADAPTER, CHECKPOINTS, Trained, train_recipe, ways_of
 
 ALONE = {"packing": False}
 """One chat a row, so that a test knows which."""
@@ -65,7 +66,7 @@ def test_sums_are_joined_where_the_plan_says_so_and_that_is_right_here(
     right_here: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(model="none", dataset=Dataset(source="none"))
-    monkeypatch.setattr("strixft.train.joins_sums", lambda *_: right_here)
+    monkeypatch.setattr("strixft.train.stage.joins_sums", lambda *_: right_here)
     ways = Ways("varlen", compiled=True, recomputed_layers=3, elementwise=True, joined=True)
     assert ways_of(recipe, asdict(ways)) == replace(ways, joined=right_here)
     assert not ways_of(recipe, asdict(replace(ways, joined=False))).joined
@@ -138,7 +139,7 @@ def test_the_next_updates_batches_are_made_before_an_update(
     plan = plan_recipe(tiny_run).figures
     steps, updates = plan["choice"]["gradient_accumulation_steps"], plan["updates"]
     made = {"collate": 0}
-    monkeypatch.setattr("strixft.train.collate", counted(made, "collate", collate))
+    monkeypatch.setattr("strixft.train.stage.collate", counted(made, "collate", collate))
     seen = []
     hook = register_optimizer_step_pre_hook(lambda *_: seen.append(made["collate"]))
     train_recipe(tiny_run)
@@ -366,7 +367,10 @@ def test_jumps_of_the_loss_and_warnings_are_shown(tiny_run: Run) -> None:
 
 TRAIN = """
 import sys
-from strixft import open_run, prepare_recipe, plan_recipe, train_recipe
+from strixft import open_run
+from strixft import prepare_recipe
+from strixft import plan_recipe
+from strixft import train_recipe
 run = open_run(sys.argv[1], sys.argv[2])
 prepare_recipe(run), plan_recipe(run)
 print("planned", flush=True)

@@ -16,11 +16,11 @@ import torch
 from conftest import WriteRecipe
 from safetensors.torch import load_file
 
-from strixft import weights
-from strixft.errors import RecipeError
-from strixft.model import load_base, load_config
-from strixft.recipe import load_recipe
-from strixft.weights import fingerprint_base, model_folder, refuse_pickles
+from strixft.model import fingerprint
+from strixft.model.fingerprint import fingerprint_base, model_folder, refuse_pickles
+from strixft.model.load import load_base, load_config
+from strixft.recipe.load import load_recipe
+from strixft.support.errors import RecipeError
 
 
 def test_every_file_that_is_read_is_in_the_fingerprint(tiny_model: Path) -> None:
@@ -37,8 +37,8 @@ def test_a_model_that_is_not_here_has_no_files() -> None:
 def test_a_large_file_is_known_by_its_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(weights, "SAMPLE_BYTES", 100)
+    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(fingerprint, "SAMPLE_BYTES", 100)
     path = tmp_path / "model.safetensors"
     data = bytearray(random.Random(0).randbytes(200_000))
     path.write_bytes(data)

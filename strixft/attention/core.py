@@ -21,16 +21,20 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from strixft.attention import asked
+from strixft.attention.backends import Rung
 from strixft.attention.masks import make_mask
-from strixft.attention.rungs import Rung
 
 NAME = "strixft"
 """What `attn_implementation` is called."""
+
 EAGER_NAME = "strixft-eager"
 """The same with plain products and softmax."""
 
+
 aten = torch.ops.aten
+
 _planned_device = "cpu"
+
 _kernels: str | None = None
 
 

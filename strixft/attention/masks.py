@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers.masking_utils import sdpa_mask
 
 from strixft.attention import asked
-from strixft.attention.rungs import Rung
+from strixft.attention.backends import Rung
 
 
 def documents_of(cu_seq_lens: Tensor, rows: int, length: int) -> Tensor:

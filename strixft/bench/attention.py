@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from strixft.architecture import architecture_of
 from strixft.bench.gemm import MODEL
 from strixft.bench.result import Row
-from strixft.guard import training_host
-from strixft.model import load_config
-from strixft.probe.ladder import Verdict, dtype_name, probe_attention
-from strixft.recipe import Dataset, Recipe
-from strixft.units import MIB
+from strixft.guard.host import training_host
+from strixft.model.architecture import architecture_of
+from strixft.model.load import load_config
+from strixft.probe.checks import Verdict, dtype_name, probe_attention
+from strixft.recipe.schema import Dataset, Recipe
+from strixft.support.units import MIB
 
 FIGURES = ("forward_ms", "backward_ms", "error", "allowed_error")
 

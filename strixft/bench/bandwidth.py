@@ -7,14 +7,16 @@ from typing import Any
 
 from strixft.bench.result import Row
 from strixft.bench.timing import figures, time_work
-from strixft.errors import FitError
-from strixft.guard import device_type, find_host
-from strixft.hardware import budget
-from strixft.units import GIB, format_gib
+from strixft.catalog.hosts import budget
+from strixft.guard.host import device_type, find_host
+from strixft.support.errors import FitError
+from strixft.support.units import GIB, format_gib
 
 SIZE_GIB = {"cuda": 1.0, "cpu": 0.25}
+
 COLUMNS = 8192
 """C of the matrix that is multiplied by a vector."""
+
 
 Work = tuple[Callable[[], Any], float]
 """What to do, and the bytes that it moves."""

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from strixft.bench import BENCHES
 from strixft.bench.options import settings_of
+from strixft.bench.run import BENCHES
 
 FLAGS = {
     "save": (True, typer.Option(help="Append the result to the local store.")),

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import psutil
 
-from strixft.hardware import read_amd_cards
+from strixft.catalog.hosts import read_amd_cards
 
 EVERY_S = 1.0
+
 UNITS = {"clock_mhz": "freq1_input", "temperature_c": "temp1_input", "power_w": "power1_average"}
 """Figure → file of amdgpu's hwmon (kernel documentation, gpu/amdgpu/thermal)."""
+
 SCALES = {"clock_mhz": 1e6, "temperature_c": 1e3, "power_w": 1e6}
+
 ASK = "--query-gpu=clocks.sm,temperature.gpu,power.draw"
+
 
 Reading = dict[str, float]
 

@@ -15,10 +15,11 @@ from strixft.bench.generation import (
 from strixft.bench.result import Row
 from strixft.bench.subject import Subject
 from strixft.bench.timing import Sample, take_turns
-from strixft.errors import RecipeError
+from strixft.support.errors import RecipeError
 
 SHORTEST = 4
 """Tokens of the prompt where the cache should be empty: enough words to be new to the server."""
+
 LEAST_NEW = 16
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from strixft.bench import bandwidth, gemm
 from strixft.bench.result import Measured
-from strixft.guard import device_type, find_host
-from strixft.hardware import Sourced
-from strixft.rates import cpu_name, device_name, write_rates
+from strixft.catalog.hosts import Sourced
+from strixft.catalog.rates import cpu_name, device_name, write_rates
+from strixft.guard.host import device_type, find_host
 
 
 def device_label() -> str:

@@ -7,17 +7,22 @@ from typing import Any
 
 from strixft.bench.result import Row
 from strixft.bench.timing import figures, time_work
-from strixft.errors import RecipeError
-from strixft.families import MODELS
-from strixft.guard import device_type, find_host
-from strixft.hardware import Host
+from strixft.catalog.hosts import Host
+from strixft.catalog.models import MODELS
+from strixft.guard.host import device_type, find_host
+from strixft.support.errors import RecipeError
 
 LAYOUTS = ("forward", "input gradient", "weight gradient")
+
 DTYPES = ("bfloat16", "float16", "float32")
+
 SQUARES = {"cuda": (4096, 8192), "cpu": (1024,)}
+
 MODEL = {"cuda": "meta-llama/Llama-3.1-8B-Instruct", "cpu": "meta-llama/Llama-3.2-1B-Instruct"}
+
 TOKENS = {"cuda": 4096, "cpu": 64}
 """Rows of a micro-batch × their length, by device."""
+
 
 Shape = tuple[int, int, int]
 """Tokens, columns in, columns out: T, C, N."""

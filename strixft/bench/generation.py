@@ -8,24 +8,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from strixft.bench.result import Row
-from strixft.bench.roofline import (
-    FLOP_PER_TOKEN,
-    Ceiling,
-    compute_ceiling,
-    decode_ceiling,
-    judge,
-)
 from strixft.bench.timing import Sample
-from strixft.errors import HostError
-from strixft.hardware import Host
+from strixft.bench.weights import FLOP_PER_TOKEN, Ceiling, compute_ceiling, decode_ceiling, judge
+from strixft.catalog.hosts import Host
+from strixft.support.errors import HostError
 
 TOLERANCE = 0.02
 """By how much a server's rate may differ from its own count ÷ duration."""
+
 SHORT_PROMPT = 64
 """Tokens below which a prompt's rate is the start of a request rather than a speed."""
 
+
 WORDS: tuple[str, ...] = ("river", "table", "window", "garden", "engine", "paper", "market")
+
 WORDS += ("winter", "summer", "doctor", "letter", "number", "planet", "animal", "island", "bridge")
+
 WORDS += ("kitchen", "forest", "mountain", "station", "village", "castle", "picture", "music")
 """Words that are one token in usual vocabularies."""
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from strixft.bench.result import Row
 from strixft.bench.served import find_model
 from strixft.bench.timing import Sample
-from strixft.errors import HostError, RecipeError
-from strixft.rates import data_folder
-from strixft.servers import ask, base_url
+from strixft.catalog.rates import data_folder
+from strixft.support.errors import HostError, RecipeError
+from strixft.support.http import ask, base_url
 
 PNG = b"\x89PNG\r\n\x1a\n"
+
 PROMPT = "a lighthouse on a cliff at dusk, oil painting"
+
 NOT_PUBLISHED = "No measured time of Z-Image-Turbo on gfx1151 was found published."
 
 

@@ -15,22 +15,19 @@ from torch import Tensor, nn
 from strixft.bench.generation import Generation
 from strixft.bench.timing import synchronize
 from strixft.bench.weights import CACHE_BYTES
-from strixft.errors import FitError, StageError
-from strixft.guard import cap, device_type, find_host
-from strixft.hardware import Host, budget
-from strixft.methods import METHODS
-from strixft.model import (
-    base_of,
-    load_adapter,
-    load_base,
-    load_config,
-    native_dtype,
-    shape_base,
-)
-from strixft.opening import find_run
-from strixft.recipe import Recipe, check_recipe
-from strixft.train import ADAPTER, Trained
-from strixft.units import format_gib
+from strixft.catalog.hosts import Host, budget
+from strixft.catalog.methods import METHODS
+from strixft.guard.cap import cap
+from strixft.guard.host import device_type, find_host
+from strixft.model.adapter import base_of, load_adapter
+from strixft.model.load import load_base, load_config, native_dtype
+from strixft.model.shapes import shape_base
+from strixft.recipe.load import check_recipe
+from strixft.recipe.schema import Recipe
+from strixft.run.open import find_run
+from strixft.support.errors import FitError, StageError
+from strixft.support.units import format_gib
+from strixft.train.stage import ADAPTER, Trained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from strixft.errors import RecipeError
-from strixft.tables import did_you_mean
+from strixft.support.errors import RecipeError
+from strixft.support.tables import did_you_mean
 
 COUNTED = ("repeat", "updates")
 """Numbers that 0 is too small for; of the others it means: as the bench chooses."""

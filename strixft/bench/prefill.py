@@ -14,7 +14,7 @@ from strixft.bench.generation import (
 )
 from strixft.bench.result import Row
 from strixft.bench.subject import Subject
-from strixft.errors import HostError, RecipeError
+from strixft.support.errors import HostError, RecipeError
 
 ANSWER = 4
 """Tokens generated after each prompt: some servers count none for a single one."""

@@ -10,27 +10,34 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from strixft.bench.roofline import (
+from strixft.bench.weights import (
     FLOP_PER_TOKEN,
+    WEIGHTS,
     Ceiling,
     Verdict,
     compute_ceiling,
     decode_ceiling,
+    file_bytes,
     judge,
+    read_bytes,
 )
-from strixft.bench.weights import WEIGHTS, file_bytes, read_bytes
-from strixft.errors import DataError, RecipeError
-from strixft.hardware import HOSTS
-from strixft.tables import did_you_mean
+from strixft.catalog.hosts import HOSTS
+from strixft.support.errors import DataError, RecipeError
+from strixft.support.tables import did_you_mean
 
 FILE = Path(__file__).with_suffix(".csv")
+
 FIRST_GUIDE = "first guide, table"
 """How the settings of the first guide's table begin."""
+
 REFERENCE = "v100-32"
 """The host that the others are compared with."""
 
+
 Kind = Literal["decode", "prefill", "train_tok_per_s", "train_peak_gb", "train_seconds"]
+
 MarkOfFigure = Literal["measured", "vendor", "claimed", "derived"]
+
 RATES = ("decode", "prefill", "train_tok_per_s")
 
 

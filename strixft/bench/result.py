@@ -7,17 +7,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from strixft import views
-from strixft.units import format_figure
+from strixft.support import html
+from strixft.support.units import format_figure
 
 FORMAT = 1
 """Of a line in the store; a later version that means other things by its keys adds one."""
 
+
 MOST_COLUMNS = 12
 """A table with more is shown with a column for each figure instead of a row."""
 
+
 COUNTERS = ("tokens", "load_s", "prompt_s", "prompt_tok_per_s", "decode_s", "total_s", "server")
 """Columns that are shown below the table of a generation, not in it."""
+
 
 Row = dict[str, Any]
 """One figure with what it was measured on: flat, the same keys in all rows of a bench."""
@@ -79,7 +82,7 @@ class Measured:
 
     def _repr_html_(self) -> str:
         rows, header = self.table()
-        return views.note(self.says()) + views.table(rows, header)
+        return html.note(self.says()) + html.table(rows, header)
 
 
 def describe_host(device: str, name: str) -> dict[str, Any]:

@@ -9,19 +9,22 @@ from typing import Any, Literal
 
 from strixft.bench.generation import Generation, check_counters, prompt_text, require_tokens
 from strixft.bench.weights import Weights
-from strixft.completions import choose_name
-from strixft.errors import HostError, RecipeError
-from strixft.hardware import Host
-from strixft.servers import START_S, ask, base_url, stream
-from strixft.tables import did_you_mean
+from strixft.catalog.hosts import Host
+from strixft.servers.models import choose_name
+from strixft.support.errors import HostError, RecipeError
+from strixft.support.http import START_S, ask, base_url, stream
+from strixft.support.tables import did_you_mean
 
 Api = Literal["openai", "ollama"]
+
 LISTS: dict[Api, tuple[str, str, str]] = {
     "openai": ("/v1/models", "data", "id"),
     "ollama": ("/api/tags", "models", "name"),
 }
 """Where a server lists its models: path, key of the list, key of a name."""
+
 NANO = 1e-9
+
 MILLI = 1e-3
 
 

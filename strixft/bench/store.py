@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from strixft.bench.result import Measured
-from strixft.errors import HostError
-from strixft.rates import FOLDER, data_folder
+from strixft.catalog.rates import FOLDER, data_folder
+from strixft.support.errors import HostError
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ from urllib.parse import urlsplit
 
 from strixft.bench.generation import Backend
 from strixft.bench.weights import WEIGHTS, read_bytes
-from strixft.errors import RecipeError
-from strixft.hardware import HOSTS, Host
+from strixft.catalog.hosts import HOSTS, Host
+from strixft.support.errors import RecipeError
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
+
 DEFAULT_MODEL = "embedded:smollm2-135m"
 
 
@@ -61,7 +62,7 @@ class Subject:
 
     def _in_process(self) -> Iterator[Backend]:
         from strixft.bench.in_process import load_model, load_run
-        from strixft.recipe import load_recipe
+        from strixft.recipe.load import load_recipe
 
         if self.run:
             return load_run(self.run)
@@ -90,6 +91,6 @@ class Subject:
         address = self.server if "://" in self.server else f"http://{self.server}"
         if urlsplit(address).hostname not in LOCAL:
             return None
-        from strixft.guard import find_host
+        from strixft.guard.host import find_host
 
         return find_host("auto")

@@ -10,6 +10,7 @@ from typing import Any
 
 LEAST_TURN_S = 0.1
 """A turn repeats its work until it lasts this long: the clock and one launch do not count then."""
+
 MOST_CALLS = 1000
 
 

@@ -13,35 +13,36 @@ from typing import Any
 
 import numpy as np
 
-from strixft.bench import sets
+from strixft.bench import data
 from strixft.bench.gemm import product
-from strixft.bench.neighbours import neighbours
 from strixft.bench.result import Row
 from strixft.bench.timing import Sample, seconds_of, time_work
-from strixft.data import (
-    Batch,
-    PackedRows,
-    PackedShape,
-    collate,
-    on_device,
-    pack,
-    training_order,
-)
-from strixft.families import MODELS
-from strixft.guard import budget_for, cap, find_host
-from strixft.hardware import Budget, Host
-from strixft.model import native_dtype, random_model
-from strixft.plan import DataShape, DryRun, Planner
-from strixft.plan.ways import ways_for
-from strixft.recipe import Dataset, Recipe, Train
-from strixft.step import TrainingStep, peak_memory, release_memory
+from strixft.catalog.hosts import Budget, Host
+from strixft.catalog.models import MODELS
+from strixft.data.batches import Batch, PackedShape, collate, on_device
+from strixft.data.pack import PackedRows, pack, training_order
+from strixft.guard.cap import cap
+from strixft.guard.host import budget_for, find_host
+from strixft.model.load import native_dtype, random_model
+from strixft.plan.choose import Choice, Planner
+from strixft.plan.data_shape import DataShape
+from strixft.plan.dry_run import DryRun
+from strixft.probe.checks import ways_for
+from strixft.recipe.schema import Dataset, Recipe, Train
+from strixft.step.tracker import peak_memory, release_memory
+from strixft.step.update import TrainingStep
 
 MODEL = {"cuda": "meta-llama/Llama-3.1-8B-Instruct", "cpu": "meta-llama/Llama-3.2-1B-Instruct"}
+
 LAYERS = {"cuda": 0, "cpu": 2}
+
 LENGTH = {"cuda": 2048, "cpu": 128}
+
 SQUARE = {"cuda": 8192, "cpu": 1024}
+
 WARM = 3
 """Updates that are not counted: they compile, and make the optimiser's state."""
+
 GB = 1e9
 
 
@@ -60,7 +61,7 @@ def _chats(num_tokens: int, length: int, vocabulary: int) -> PackedRows:
     rng, drawn = random.Random(0), np.random.default_rng(0)
     lengths: list[int] = []
     while sum(lengths) < num_tokens:
-        lengths.append(sets.lengths_of_chats(rng, length))
+        lengths.append(data.lengths_of_chats(rng, length))
     rows = Rows.from_dict(
         {
             "input_ids": [drawn.integers(0, vocabulary, size) for size in lengths],
@@ -96,7 +97,7 @@ def _updates(
 
 def _linear_weights(model: Any) -> int:
     """Weights of the linear layers of the base and of the head: 2 FLOP a token each."""
-    from strixft.model import base_of
+    from strixft.model.adapter import base_of
 
     config = base_of(model).config
     hidden, head_size = config.hidden_size, getattr(config, "head_dim", None)
@@ -279,3 +280,43 @@ class TrainBench:
 
 def _gb(num_bytes: int | None) -> float | None:
     return None if num_bytes is None else num_bytes / GB
+
+
+Plan = tuple[int, int]
+"""Rows of a micro-batch, recomputed layers."""
+
+
+def _fewest_that_fit(planner: Planner, rows: int, limit: Budget) -> Plan:
+    """By the allocator's rules too; the most layers, if none fit."""
+    few = planner.fewest_recomputed(rows, limit).recomputed_layers
+    more = [layers for layers in planner.layers() if layers >= few]
+    fitting = (n for n in more if planner.need_bytes(planner.dry_run(rows, n)) <= limit.num_bytes)
+    return rows, next(fitting, more[-1])
+
+
+def _near(planner: Planner, chosen: Plan, limit: Budget) -> Iterator[Plan]:
+    """Other numbers of rows with the fewest layers; the same rows with more and fewer layers."""
+    rows, layers = chosen
+    yield from (_fewest_that_fit(planner, n, limit) for n in planner.rows() if n != rows)
+    for step in (max(1, planner.num_layers * share // 80) for share in (1, 3, 10)):
+        yield from ((rows, n) for n in (layers + step, layers - step) if n in planner.layers())
+
+
+def neighbours(planner: Planner, choice: Choice, limit: Budget, count: int) -> list[DryRun]:
+    """So many plans that fit, of those near the choice the ones predicted to be fastest.
+
+    Args:
+        planner: What made the choice.
+        choice: The plan to look around.
+        limit: What they may use.
+        count: How many; fewer come where fewer fit.
+    """
+    chosen = choice.run.shape.rows, choice.run.recomputed_layers
+    plans = set(_near(planner, chosen, limit) if count else ()) - {chosen}
+    runs = (planner.dry_run(*plan) for plan in plans)
+    fitting = [run for run in runs if planner.need_bytes(run) <= limit.num_bytes]
+    return sorted(fitting, key=_seconds_per_row)[:count]
+
+
+def _seconds_per_row(run: DryRun) -> float:
+    return (run.seconds_per_update or 0.0) / (run.steps * run.shape.rows)

@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from strixft.data.streams import MAX_ROW_BYTES, too_large
-from strixft.errors import DataError
-from strixft.formats import Row, RowFault
-from strixft.formats.faults import parse_json, shown
+from strixft.formats.faults import RowFault, parse_json, shown
+from strixft.formats.messages import Row
+from strixft.support.errors import DataError
 
 Change = Callable[[Any], Any]
 

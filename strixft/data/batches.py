@@ -24,8 +24,10 @@ which restart at each document; `cu_seq_lens` (N + 1,), int32: where the documen
 laid end to end, and the end, repeated where there are fewer than N; and `longest`, a number that no
 document exceeds."""
 
+
 PAD = 0
 """Any token id: padding is never attended by a real token and never trained."""
+
 Ints = npt.NDArray[np.int64]
 
 

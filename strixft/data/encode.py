@@ -13,11 +13,14 @@ from strixft.data.mask import Masker, Piece, Span
 from strixft.data.template import ChatTemplate
 from strixft.data.whole import squeezed
 from strixft.data.words import Encoding, Words
-from strixft.errors import DataError
-from strixft.formats import Chat, Message, RowFault
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import Chat, Message
+from strixft.support.errors import DataError
 
 Tokens = npt.NDArray[np.int32]
+
 Flags = npt.NDArray[np.bool_]
+
 CHECKED_ROWS = 256
 """Rows whose trained tokens are decoded again and compared."""
 

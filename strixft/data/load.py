@@ -11,18 +11,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from strixft.data.arrow import changes_of, rows_of
 from strixft.data.checks import check_chat
-from strixft.data.corrections import close_quote, to_utf8
-from strixft.data.hub import HubSet, open_hub
 from strixft.data.readers import RawRow, raw_rows
-from strixft.errors import DataError
-from strixft.formats import FORMATS, Chat, Format, Row, RowFault, fitting, suggest_columns
-from strixft.formats.faults import shown
-from strixft.recipe import Dataset, Source
-from strixft.sources import SourceFile, find_files, is_hub
+from strixft.data.streams import close_quote, to_utf8
+from strixft.formats.detect import fitting, suggest_columns
+from strixft.formats.faults import RowFault, shown
+from strixft.formats.messages import Chat, Row
+from strixft.formats.sources import HUB, SourceFile, find_files, is_hub
+from strixft.formats.table import FORMATS, Format
+from strixft.recipe.schema import Dataset, Source
+from strixft.support.errors import DataError
 
 LOOKED_AT = 1000
 """Rows that are looked at for one that shows the format."""
+
 ROWS_OF = {
     "jsonl": "put one JSON object per line into it",
     "json": "put an array of JSON objects into it, or one object per line",
@@ -314,3 +317,61 @@ def read_rows(one: Input) -> Iterator[tuple[int, Chat] | Problem]:
             yield number, read_row(one, raw)
         except RowFault as fault:
             yield Problem(one.name, number, fault.kind, fault.problem, key=fault.key)
+
+
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class HubSet:
+    """One split of a data set of the hub, as Arrow on disk."""
+
+    name: str
+    rows_on_disk: Any
+    """A `datasets.Dataset`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data set does."""
+        return str(self.rows_on_disk._fingerprint)
+
+    def rows(self) -> Iterator[tuple[int, Row | RowFault, int]]:
+        """The rows, numbered from 1."""
+        number = 0
+        rows = self.rows_on_disk.with_format("arrow")
+        changes = changes_of(rows.data.schema, self.name)
+        for table in rows.iter(ROWS_AT_ONCE):
+            for row in rows_of(table, changes):
+                number += 1
+                yield number, row, table.nbytes // table.num_rows
+
+
+def open_hub(source: str, split: str, *, offline: bool) -> HubSet:
+    """A data set of the hub; from the cache alone where there is no network.
+
+    Args:
+        source: `hub:owner/name`, or `hub:owner/name:subset`.
+        split: Which of its splits.
+        offline: Never ask the network.
+
+    Raises:
+        DataError: There is none, or it cannot be read.
+    """
+    import datasets
+
+    name, _, subset = source.removeprefix(HUB).partition(":")
+    settings = datasets.DownloadConfig(local_files_only=offline)
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or offline  # then it looks into its cache alone
+    try:
+        found = datasets.load_dataset(name, subset or None, split=split, download_config=settings)
+    except Exception as error:  # the library raises what its many back ends raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"the data set {name!r} of the hub cannot be loaded: {first}",
+            fix="is it a file? then correct its path, relative to the recipe's file; else: is the"
+            f" network there, is it gated (hf auth login), is {split!r} one of its splits",
+        ) from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+    return HubSet(f"{HUB}{name}", found)

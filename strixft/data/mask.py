@@ -20,20 +20,26 @@ from typing import Any
 
 from strixft.data.template import ChatTemplate, Form, shared_length
 from strixft.data.whole import check_calls, check_tools, lacking, left_out, squeezed
-from strixft.errors import DataError
-from strixft.formats import Message, RowFault
-from strixft.formats.messages import REASONING
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import REASONING, Message
+from strixft.support.errors import DataError
 
 Span = tuple[int, int]
 """Half-open [start, end) in characters."""
+
 Places = dict[int, int]
 """Where a marker stands in the plain text: twice the message's index, and one more for the end."""
 
+
 _AREAS = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 """Private-use characters; markers come from the first area that the chat does not use."""
+
 _MARKERS = [re.compile(f"[{chr(first)}-{chr(last)}]") for first, last in _AREAS]
+
 MOST_ANSWERS = (_AREAS[0][1] - _AREAS[0][0]) // 2
+
 _BEGUN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
+
 _OPEN_TAG = re.compile(r"(<[^<>\s]+>)\s*$")
 
 

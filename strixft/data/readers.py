@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from strixft.data.arrow import Change, changes_of, rows_of
-from strixft.data.corrections import close_quote, to_utf8
 from strixft.data.streams import (
     ARROW,
     MAX_RATIO,
@@ -26,25 +25,33 @@ from strixft.data.streams import (
     RATIO_COUNTS_FROM,
     Stream,
     broken_file,
+    close_quote,
     lines,
     open_bytes,
+    to_utf8,
     too_large,
 )
-from strixft.errors import DataError
-from strixft.formats import Row, RowFault
-from strixft.formats.faults import DECODER
-from strixft.sources import SourceFile
-from strixft.units import MIB
+from strixft.formats.faults import DECODER, RowFault
+from strixft.formats.messages import Row
+from strixft.formats.sources import SourceFile
+from strixft.support.errors import DataError
+from strixft.support.units import MIB
 
 RawRow = tuple[int, Row | RowFault, int]
 """Number, row or fault, and about how many bytes it takes."""
+
 PARQUET_ROWS_AT_ONCE = 64
+
 CHAT_COLUMNS = {"messages", "conversations", "chosen"}
+
 NOT_CLOSED = ("unexpected end of data", "field larger than field limit")
 """What the CSV reader says of a quote that nothing closes, in the file or in `MAX_ROW_BYTES`."""
+
 _EXCEL_DELIMITER = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
 """A first line by which Excel knows what divides the cells; it is no header."""
+
 _BLANK = " \t\r\n\ufeff"
+
 _HALF = re.compile("[\udc80-\udcff]")
 """What `surrogateescape` makes of bytes that are no UTF-8."""
 

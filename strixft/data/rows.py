@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         "rejected_trained": pa.list_(pa.bool_()),
     }
 )
+
 COUNTS = ("file", "row", "content", "question", "group", "length", "num_trained")
 """Columns of numbers, which fit into memory for any data set."""
 

@@ -11,32 +11,40 @@ import gzip
 import importlib
 import io
 import os
+import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from strixft.errors import DataError
-from strixft.formats import RowFault
-from strixft.sources import SourceFile
-from strixft.units import MIB
+from strixft.formats.faults import RowFault
+from strixft.formats.sources import SourceFile
+from strixft.support.errors import DataError
+from strixft.support.units import MIB
 
 if TYPE_CHECKING:
     Stream = io.BufferedReader[Any]
 else:
     Stream = io.BufferedReader
 
+
 MAX_ROW_BYTES = 16 * MIB
 """Largest row. Its text would have about four million tokens."""
+
 MAX_RATIO = 200
 """Text packs to about a tenth; what packs to less than a 200th is a bomb or one row repeated."""
+
 RATIO_COUNTS_FROM = 64 * MIB
+
 MAX_WINDOW_BYTES = 128 * MIB
 """What an unpacker of zst may keep in memory."""
+
 _BUFFER_BYTES = MIB
 
+
 GZIP, ZSTD, PARQUET, ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
+
 FOREIGN = {
     b"PK\x03\x04": ("a zip archive", "unzip it, and name the file in it"),
     b"BZh": ("packed with bzip2", "unpack it: bunzip2"),
@@ -224,3 +232,38 @@ def lines(stream: Stream) -> Iterator[tuple[int, bytes | RowFault]]:
             number += 1
             if not piece.isspace() and piece:
                 yield number, piece
+
+
+UNPACK = {".gz": "zcat", ".zst": "zstdcat"}
+"""Ending of a packed file → what writes its text."""
+
+
+def _on(command: str, file: str) -> str:
+    """A command on a file's text."""
+    name = shlex.quote(file)
+    tool = next((tool for ending, tool in UNPACK.items() if file.lower().endswith(ending)), None)
+    return f"{tool} {name} | {command}" if tool else f"{command} {name}"
+
+
+def close_quote(file: str, row: int) -> str:
+    """The fix for a row of CSV that has a quote too few.
+
+    >>> close_quote("a.csv.gz", 7)
+    'zcat a.csv.gz | sed -n 7p   shows where the row begins; close its quote (one in a cell is "")'
+    """
+    shown = _on(f"sed -n {row}p", file)
+    return f'{shown}   shows where the row begins; close its quote (one in a cell is "")'
+
+
+def to_utf8(file: str) -> str | None:
+    """The fix for text that is not UTF-8; None for Parquet, which is no text.
+
+    >>> to_utf8("a.csv")
+    'iconv -f WINDOWS-1252 -t UTF-8 a.csv > NEW.csv   makes it UTF-8 if it is Windows-1252'
+    """
+    endings = [ending for ending in Path(file.lower()).suffixes if ending not in UNPACK]
+    ending = endings[-1] if endings else ""
+    if ending == ".parquet":
+        return None
+    command = _on("iconv -f WINDOWS-1252 -t UTF-8", file)
+    return f"{command} > NEW{ending}   makes it UTF-8 if it is Windows-1252"

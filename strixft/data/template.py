@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from strixft.errors import DataError
-from strixft.formats import Message, RowFault
-from strixft.formats.messages import REASONING
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import REASONING, Message
+from strixft.support.errors import DataError
 
 QUESTIONS = ("zquestion one", "zquestion two")
+
 ANSWERS = ("zanswer one", "zanswer two")
 """What the template is tried with; words that no template writes itself."""
+
 _TOOL = {
     "type": "function",
     "function": {
@@ -24,6 +26,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
     },
 }
+
 _TAG = re.compile(r"\s*<[^<>\s]{1,40}>")
 
 

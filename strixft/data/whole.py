@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strixft.data.template import ChatTemplate, Form, reasoning_of
-from strixft.formats import Message, RowFault
-from strixft.formats.faults import shown
+from strixft.formats.faults import RowFault, shown
+from strixft.formats.messages import Message
 
 _FIRST = 0xF0000
 """First of the private-use characters that are put to names and values of calls."""
+
 _NUMBER = 7_316_000_000
 """Numbers of calls become this and those after it: nobody's own."""
 

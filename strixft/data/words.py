@@ -21,19 +21,28 @@ import numpy as np
 import numpy.typing as npt
 
 MOST_WORDS = 300_000
+
 LONGEST_WORD = 48
 """Characters of a word that is worth remembering; most languages that need more have no spaces."""
+
 FEWEST_TEXTS = 32
 """Fewer are tokenised whole at once."""
+
 AUDITED_EVERY = 64
+
 MOST_LONG = 0.5
 """Share of a batch's characters in long words above which the texts are tokenised whole."""
 
+
 _SAFE = {"BPE", "WordLevel"}
+
 _CUT = re.compile(r"(?<=\S) (?=\S)")
+
 _SPACES = ("  ", "\n ", " \n", "\t", "\r")
 """Spaces beside spaces, where a text is not cut."""
+
 _SPLITTERS = {"ByteLevel", "Digits", "Punctuation", "Split", "Whitespace", "WhitespaceSplit"}
+
 _TRIED = (
     *("a", "B", "é", "ß", "中", "ا", "ह", "1", "12", "1234", "!", "...", "'", "don't", "'s", "_"),
     *(

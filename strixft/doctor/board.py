@@ -9,7 +9,9 @@ from strixft.doctor.finding import Finding, Fix
 from strixft.doctor.view import HostView
 
 DMI = "/sys/class/dmi/id"
+
 POWER_GUIDE = "deseven/strixhalo-homelab: Guides/Power_Modes_and_Performance.md (measured)"
+
 ANY_BIOS = (
     "look for UMA Frame Buffer Size or iGPU Memory Size, often under Advanced → AMD CBS → NBIO →"
     " GFX Configuration"

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 from strixft.doctor import (
     board,
     devices,
-    disk,
     environment,
-    jupyter,
     kernel,
     memory,
     npu,
     packages,
-    processes,
     system,
     torch_checks,
 )
 from strixft.doctor.finding import Check, Diagnosis, Finding, Fix, worst_first
-from strixft.doctor.view import HostView
+from strixft.doctor.view import HostView, run_probe
+from strixft.recipe.load import load_recipe
+from strixft.support.child import Probe
 
 CHECKS = (
     Check("platform", kernel.check_platform),
@@ -38,17 +41,17 @@ CHECKS = (
     Check("carve-out", memory.check_carve_out),
     Check("memory-parameters", memory.check_memory_parameters),
     Check("gtt", memory.check_gtt),
-    Check("gpu-memory-use", processes.check_holders),
+    Check("gpu-memory-use", devices.check_holders),
     Check("swap", system.check_swap),
     Check("reclaim", system.check_reclaim),
     Check("out-of-memory", system.check_oom),
     Check("sleep", system.check_sleep),
-    Check("disk", disk.check_disk),
+    Check("disk", system.check_disk),
     Check("iommu", npu.check_iommu),
     Check("npu", npu.check_npu),
     Check("board", board.check_board),
     Check("power", board.check_power),
-    Check("jupyter", jupyter.check_jupyter),
+    Check("jupyter", environment.check_jupyter),
     Check("torch", torch_checks.check_torch, needs_torch=True),
     Check("nf4", torch_checks.check_nf4, needs_torch=True),
     Check("attention", torch_checks.check_attention, needs_torch=True),
@@ -69,10 +72,81 @@ def _look(check: Check, view: HostView) -> Iterator[Finding]:
             saw=f"the check stopped: {type(error).__name__}: {error}",
             why="this host has something that the check did not expect",
             fix=Fix("send what this prints to the project", ("strixft doctor --json",)),
-            source="strixft.doctor",
+            source="strixft.doctor.checks",
         )
 
 
 def examine(view: HostView, checks: Sequence[Check] = CHECKS) -> Diagnosis:
     """Run checks on a host, live or recorded."""
     return Diagnosis(worst_first(finding for check in checks for finding in _look(check, view)))
+
+
+HEAD = """\
+#!/bin/sh
+# Fixes that strixft doctor proposes for this machine. Nothing has been changed yet.
+# Read every block; delete what you do not want; then run it: sh fixes.sh
+set -eu
+"""
+
+
+_WRAPPER = textwrap.TextWrapper(96, break_long_words=False, break_on_hyphens=False)
+
+
+def _comment(text: str) -> str:
+    lines = [part for line in text.splitlines() for part in _WRAPPER.wrap(line) or [""]]
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+
+
+def _is_shell_state(command: str) -> bool:
+    """`export` and `unset` in a script change nothing for the shell that starts it."""
+    return command.startswith(("export ", "unset "))
+
+
+def _block(finding: Finding) -> str:
+    assert finding.fix is not None
+    text = "\n" + _comment(f"[{finding.status}] {finding.check}: {finding.saw}")
+    text += _comment(f"why: {finding.why}") + _comment(f"source: {finding.source}")
+    text += _comment(f"fix: {finding.fix.say}")
+    for command in finding.fix.commands:
+        by_hand = _is_shell_state(command)
+        text += f"# in your own shell: {command}\n" if by_hand else f"{command}\n"
+    return text
+
+
+def fix_script(diagnosis: Diagnosis) -> str:
+    """The fixes of every finding that is not ok, worst first, each with its reason."""
+    findings = [finding for finding in diagnosis.to_fix if finding.fix]
+    body = "".join(_block(finding) for finding in findings)
+    restarts = dict.fromkeys(f.fix.restart for f in findings if f.fix and f.fix.restart)
+    ends = "".join(f"echo {shlex.quote(f'then: {restart}')}\n" for restart in restarts)
+    return HEAD + (body or "\n# nothing to fix\n") + ("\n" + ends if ends else "")
+
+
+__all__ = [
+    "CHECKS",
+    "Check",
+    "Diagnosis",
+    "Finding",
+    "Fix",
+    "HostView",
+    "Probe",
+    "check_host",
+    "examine",
+    "fix_script",
+]
+
+
+def check_host(recipe: str | Path | None = None, *, torch: bool = True) -> Diagnosis:
+    """Check this machine.
+
+    Args:
+        recipe: Also what this recipe needs: disk space, reserve, method.
+        torch: Also what torch does here, in a child process: seconds.
+
+    Raises:
+        RecipeError: The recipe has faults.
+    """
+    view = HostView(
+        probe=cache(run_probe), recipe=load_recipe(recipe) if recipe is not None else None
+    )
+    return examine(view, [check for check in CHECKS if torch or not check.needs_torch])

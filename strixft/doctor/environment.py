@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from strixft.catalog.hosts import AMD_VENDOR
+from strixft.catalog.methods import METHODS
 from strixft.doctor.finding import Finding, Fix, Status
 from strixft.doctor.packages import has_rocm_torch, needed_build
 from strixft.doctor.view import HostView
-from strixft.environment import OVERRIDE, OVERRIDE_WHY
-from strixft.hardware import AMD_VENDOR
-from strixft.methods import METHODS
-from strixft.probe.traps import TRAPS
+from strixft.probe.checks import TRAPS
+from strixft.support.environment import OVERRIDE, OVERRIDE_WHY
 
 GUIDE = "h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md"
 
@@ -182,3 +185,65 @@ def check_environment(view: HostView) -> Iterator[Finding]:
             why=f"looked at {names}",
             source=GUIDE,
         )
+
+
+KERNEL = "python3"
+"""What the notebooks ask for."""
+
+SOURCE = "https://jupyter-client.readthedocs.io/en/stable/kernels.html"
+
+
+def _spec_folders(view: HostView) -> list[str]:
+    """Where Jupyter looks for kernels, in its order."""
+    given = [path for path in view.environ.get("JUPYTER_PATH", "").split(":") if path]
+    user = view.environ.get("JUPYTER_DATA_DIR") or f"{view.home}/.local/share/jupyter"
+    environment = f"{view.prefix}/share/jupyter"
+    preferred = view.environ.get("JUPYTER_PREFER_ENV_PATH", "1") not in ("0", "no", "false")
+    own = [environment, user] if preferred else [user, environment]
+    return [*given, *own, "/usr/local/share/jupyter", "/usr/share/jupyter"]
+
+
+def _first_spec(view: HostView) -> tuple[str, str] | None:
+    """File of the kernel that would start, and the program in it."""
+    for folder in _spec_folders(view):
+        path = f"{folder}/kernels/{KERNEL}/kernel.json"
+        try:
+            program = json.loads(view.read(path) or "")["argv"][0]
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError):
+            continue
+        return path, str(program)
+    return None
+
+
+def _is_ours(program: str, prefix: str) -> bool:
+    """A bare `python` is replaced by the interpreter of the server."""
+    return "/" not in program or Path(program).parent == Path(prefix) / "bin"
+
+
+def check_jupyter(view: HostView) -> Iterator[Finding]:
+    """JupyterLab and its kernel."""
+    if view.package_version("jupyterlab") is None or view.package_version("ipykernel") is None:
+        yield Finding(
+            status="unknown",
+            saw=f"JupyterLab or ipykernel is not installed in {view.prefix}",
+            why="the notebooks and strixft run need them",
+            fix=Fix("install the environment", ("make setup",)),
+            source=SOURCE,
+        )
+        return
+    found = _first_spec(view)
+    if found is None or _is_ours(found[1], view.prefix):
+        where = found[0] if found else "the kernel that comes with ipykernel"
+        why = "notebooks run in this environment"
+        yield Finding(status="ok", saw=where, why=why, source=SOURCE)
+        return
+    yield Finding(
+        status="warn",
+        saw=f"kernel {KERNEL} starts {found[1]} ({found[0]}), and this is {view.prefix}",
+        why="notebooks would run in another environment, without strixft or with another torch",
+        fix=Fix(
+            "make this environment's kernel the first; strixft lab does so by itself",
+            (f"{shlex.quote(view.prefix)}/bin/python -m ipykernel install --user --name {KERNEL}",),
+        ),
+        source=SOURCE,
+    )

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
-from strixft import views
+from strixft.support import html
 
 if TYPE_CHECKING:
     from strixft.doctor.view import HostView
 
 Status = Literal["fail", "warn", "unknown", "ok"]
+
 STATUSES: tuple[Status, ...] = ("fail", "warn", "unknown", "ok")
 """Worst first. `fail`: training does not work, or can freeze or crash this machine. `warn`: it
 works, with less speed, less memory or a risk. `unknown`: this could not be checked."""
@@ -112,7 +113,7 @@ class Diagnosis:
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{name}</th>" for name in ("", "check", "seen", "why", "fix", "source"))
         rows = "".join(_html_row(finding) for finding in self.findings)
-        return f'{views.note(self.counted())}<table class="sx"><tr>{head}</tr>{rows}</table>'
+        return f'{html.note(self.counted())}<table class="sx"><tr>{head}</tr>{rows}</table>'
 
 
 def _html_row(finding: Finding) -> str:

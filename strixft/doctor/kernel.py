@@ -12,16 +12,23 @@ from strixft.doctor.view import HostView
 AMD_DOC = (
     "https://rocm.docs.amd.com/en/docs-7.14.0/_sources/reference/system-optimization/rdna3-5.rst"
 )
+
 KYUZ0 = "kyuz0/amd-strix-halo-toolboxes: README.md"
+
 
 FLOOR = (6, 18, 4)
 """First mainline kernel with both KFD fixes (commits 7f26af7, 7445db6)."""
+
 NOBLE_GENERIC = (6, 17, 0, 19)
 """Ubuntu 24.04's HWE kernel 6.17.0-19.19~24.04.2 has them as patches."""
+
 NOBLE_OEM = (6, 14, 0, 1018)
+
 BAD_FIRMWARE = "20251125"
+
 SUSPECT_KERNEL, SUSPECT_FIRMWARE = (7, 2), "20260810"
 """A pair; the same user space does not fault with older firmware."""
+
 WHY_FLOOR = (
     "without two fixes of the compute driver, torch.cuda.synchronize() hangs with the GPU at 100 %,"
     " or training ends in HSA page faults"

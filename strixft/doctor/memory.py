@@ -12,14 +12,18 @@ from strixft.doctor.distro import fix_kernel_arguments, rebuild_initramfs
 from strixft.doctor.finding import Finding, Fix
 from strixft.doctor.kernel import AMD_DOC
 from strixft.doctor.view import HostView, plausible
-from strixft.units import GIB, format_gib
+from strixft.support.units import GIB, format_gib
 
 PAGE = 4096
+
 RESERVE_GIB = 16
 """What the host keeps; the recipe's `memory.reserve_gib`."""
+
 SMALL_CARVE_OUT = 2 * GIB
+
 LEAST_SHARE = 0.75
 """A limit below this share of RAM is the default of about half, or nearly so."""
+
 LEFT_FOR_HOST = 4 * GIB
 """A limit that leaves less than this is no limit."""
 

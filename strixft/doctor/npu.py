@@ -11,10 +11,14 @@ from strixft.doctor.finding import Finding, Fix
 from strixft.doctor.view import HostView
 
 LEMONADE = "lemonade-sdk/lemonade: docs/flm_npu_linux.html (vendor)"
+
 NPU_DEVICE = "0x17f0"
 """PCI device of XDNA 2 in Strix and Strix Halo."""
+
 LEAST_FIRMWARE = (1, 1, 0, 0)
+
 ACCEL = "/dev/accel/accel0"
+
 DOC = "docs/npu.md"
 
 

@@ -5,22 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from strixft.catalog.hosts import AMD_VENDOR
+from strixft.catalog.methods import BITSANDBYTES
 from strixft.doctor.devices import NVIDIA_VENDOR
 from strixft.doctor.finding import Finding, Fix
 from strixft.doctor.kernel import AMD_DOC
 from strixft.doctor.view import HostView
-from strixft.hardware import AMD_VENDOR
-from strixft.methods import BITSANDBYTES
 
 ROCM_INDEX = "https://repo.amd.com/rocm/whl/gfx1151/"
+
 ROCM_TORCH = "torch==2.11.0+rocm7.13.0"
 """The exact local version: without it pip takes the newer CUDA build."""
+
 WHEELS = "ROCm/TheRock: RELEASES.md; amd/playbooks (vendor)"
+
 BNB_SOURCE = "bitsandbytes-foundation/bitsandbytes PR #1885; wheels unpacked (tested)"
 
+
 Version = tuple[int, ...]
+
 HIP_OF_ROCM = {10: (7, 16)}
 """Where the two differ (shootthesound/Fizgig PR #103)."""
+
 GOOD_ROCM = (((7, 2, 1), (7, 3)), ((7, 11), (8,)))
 """Half-open ranges that work with the kernels of the floor; 7.9 and 7.10 do not."""
 

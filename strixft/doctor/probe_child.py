@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strixft.child import Figures, do_steps
-from strixft.probe.nf4 import round_trip
+from strixft.probe.weights import round_trip
+from strixft.support.child import Figures, do_steps
 
 ATTENTION_ERROR = {"bfloat16": 0.05, "float16": 0.02, "float32": 1e-3}
 """Largest error allowed, relative to the largest value of the float32 reference."""
+
 HEAD_ERROR = 0.05
+
 HEAD_SIZES = (64, 72, 80, 96, 128, 256)
 """72 is where AOTriton gives NaN (ROCm/aotriton#179); 256 is Gemma's."""
 
@@ -208,11 +210,11 @@ def _tiny_model() -> Any:
 
 def train_step() -> Figures:
     """Three updates of a LoRA on a model of two layers, by the product's own training step."""
-    from strixft.data import collate, on_device
-    from strixft.methods import METHODS
-    from strixft.model import attach_adapter
-    from strixft.recipe import Lora, Train
-    from strixft.step import TrainingStep
+    from strixft.catalog.methods import METHODS
+    from strixft.data.batches import collate, on_device
+    from strixft.model.adapter import attach_adapter
+    from strixft.recipe.schema import Lora, Train
+    from strixft.step.update import TrainingStep
 
     model = attach_adapter(_tiny_model(), METHODS["lora"], Lora(r=4, alpha=8))
     step = TrainingStep(model, Train(learning_rate=0.01))

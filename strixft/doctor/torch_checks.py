@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from strixft.child import Probe
+from strixft.catalog.methods import BITSANDBYTES
 from strixft.doctor.finding import Finding, Fix
-from strixft.doctor.packages import (
-    BNB_SOURCE,
-    ROCM_TORCH,
-    needed_build,
-    rocm_torch,
-    torch_build,
-)
+from strixft.doctor.packages import BNB_SOURCE, ROCM_TORCH, needed_build, rocm_torch, torch_build
 from strixft.doctor.view import HostView
-from strixft.methods import BITSANDBYTES
-from strixft.probe.traps import TRAPS
-from strixft.units import format_gib
+from strixft.probe.checks import TRAPS
+from strixft.support.child import Probe
+from strixft.support.units import format_gib
 
 RUN = "run here, in a child process"
+
 SHOW = ("python -m strixft.doctor.probe_child /dev/stderr",)
 """Shows the steps and every line that torch writes."""
+
 AGAIN = Fix("see the whole error", SHOW)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import grp
+import importlib.util
 import os
 import pwd
 import shutil
@@ -19,12 +20,33 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
-from strixft.child import Probe
-from strixft.doctor.probe import run_probe
-from strixft.hardware import AmdCard, read_amd_cards
-from strixft.recipe import Recipe
+from strixft.catalog.hosts import AmdCard, read_amd_cards
+from strixft.recipe.schema import Recipe
+from strixft.support.child import Probe, run_steps
+
+STEPS = ("import", "nf4", "attention", "head", "step", "flex")
+"""What the child does, in its order; what compiles longest comes last."""
+
+LIMIT_S = 120.0
+"""A first run on a new GPU compiles kernels; seconds are the rule."""
+
+CHILD = (sys.executable, "-m", "strixft.doctor.probe_child")
+
+
+def run_probe(limit_s: float = LIMIT_S, command: Sequence[str] | None = None) -> Probe:
+    """Run the child and collect what it found out.
+
+    Args:
+        limit_s: It is ended after this time.
+        command: Another child, in tests; it gets the output file as its last word.
+    """
+    if command is None and importlib.util.find_spec("torch") is None:
+        return Probe(ended="no torch")
+    return run_steps(command or CHILD, limit_s)
+
 
 COMMAND_LIMIT_S = 3.0
+
 MOST_BYTES = 2**46
 """64 TiB: a machine that reports more reports nonsense."""
 

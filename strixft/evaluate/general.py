@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any
 
 TEXTS = "general.jsonl"
+
 LONGEST = 32
 """Tokens of a text that are read: enough to tell what was forgotten, and little work."""
 

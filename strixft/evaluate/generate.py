@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from strixft.data.ends import Ends
-from strixft.evaluate.batches import groups_of
-from strixft.progress import progress_bar
+from strixft.evaluate.losses import groups_of
+from strixft.support.progress import progress_bar
 
 AT_ONCE = 16
 """Prompts in one batch where nothing is said of the memory."""
@@ -82,3 +82,19 @@ def generate(
         )
         found |= dict(zip(group, answers, strict=True))
     return [found[index] for index in range(len(prompts))]
+
+
+def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
+    """A prompt as the first message of a chat; as plain text where there is no chat template.
+
+    Args:
+        tokenizer: The model's.
+        text: What the user says.
+    """
+    if not tokenizer.chat_template:
+        plain: list[int] = tokenizer(text)["input_ids"]
+        return plain
+    chat = [{"role": "user", "content": text}]
+    encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    ids: list[int] = encoded["input_ids"]
+    return ids

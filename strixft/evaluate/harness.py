@@ -8,18 +8,20 @@ from typing import Any
 
 import datasets
 
-from strixft.config import first_lines
-from strixft.errors import HostError, RecipeError
-from strixft.evaluate.paired import paired_change
-from strixft.evaluate.sides import SIDES
-from strixft.model import base_of
-from strixft.recipe import Evaluate, Recipe
-from strixft.tables import did_you_mean
+from strixft.evaluate.metrics import paired_change
+from strixft.evaluate.variants import SIDES
+from strixft.model.adapter import base_of
+from strixft.model.config import first_lines
+from strixft.recipe.schema import Evaluate, Recipe
+from strixft.support.errors import HostError, RecipeError
+from strixft.support.tables import did_you_mean
 
 LONGEST = 4096
 """Tokens of a prompt; longer ones lose their beginning."""
+
 LOGIT_BYTES = 8
 """lm-eval keeps logits of all tokens of a batch, in float32, and their logarithmic softmax."""
+
 
 Values = dict[tuple[str, str], dict[int, float]]
 """Task and metric → number of the row → what it scores."""

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strixft.data import collate, on_device
-from strixft.evaluate.batches import groups_of
-from strixft.progress import progress_bar
-from strixft.step import token_losses
+from strixft.data.batches import collate, on_device
+from strixft.step.update import token_losses
+from strixft.support.progress import progress_bar
 
 
 def _losses_of(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -45,3 +44,22 @@ def row_losses(
         losses = _losses_of(model, [rows[index] for index in group])
         found |= dict(zip(group, losses, strict=True))
     return [found[index] for index in range(len(rows))]
+
+
+def groups_of(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Indices of rows that go together, the longest rows first.
+
+    Args:
+        lengths: Tokens of each row.
+        most_tokens: Of a batch, padding counted; a row that is longer goes alone.
+
+    >>> groups_of([3, 9, 4, 3], most_tokens=9)
+    [[1], [2, 0], [3]]
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= most_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

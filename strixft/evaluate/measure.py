@@ -10,16 +10,16 @@ from typing import Any
 from torch import nn
 
 from strixft.data.ends import Ends
-from strixft.evaluate.generate import generate
+from strixft.evaluate.generate import generate, prompt_tokens
 from strixft.evaluate.harness import Values, rows_at_once, run_tasks
 from strixft.evaluate.losses import row_losses
-from strixft.evaluate.prompts import prompt_tokens
-from strixft.guard import StageWatch
-from strixft.plan import Plan
-from strixft.recipe import Recipe
+from strixft.guard.stage_watches import StageWatch
+from strixft.plan.result import Plan
+from strixft.recipe.schema import Recipe
 
 ANSWER_ROOM = 8
 """Tokens an answer may have beyond the longest reference."""
+
 
 Rows = Sequence[Mapping[str, Any]]
 

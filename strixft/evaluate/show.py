@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from strixft import views
-from strixft.evaluate.sides import SIDES
-from strixft.units import format_number
+from strixft.evaluate.variants import SIDES
+from strixft.support import html
+from strixft.support.units import format_number
 
 SHOWN_ANSWERS = 8
+
 Figures = Mapping[str, Any]
+
 COMPARED = [*SIDES, "change, 95 % interval"]
 
 
@@ -32,7 +34,7 @@ def _measures(figures: Figures) -> str:
     ]
     because = figures.get("metrics_because")
     told = f"Measures that the held-out answers call for: {'; '.join(because)}." if because else ""
-    return views.table(rows, ["measure", *COMPARED]) + (views.note(told) if told else "")
+    return html.table(rows, ["measure", *COMPARED]) + (html.note(told) if told else "")
 
 
 def _general(figures: Figures) -> str:
@@ -47,7 +49,7 @@ def _general(figures: Figures) -> str:
         [kind, *(format_number(values[side]) for side in SIDES)]
         for kind, values in general["kinds"].items()
     ]
-    return views.note(text) + views.table(rows, ["general texts", *SIDES])
+    return html.note(text) + html.table(rows, ["general texts", *SIDES])
 
 
 def _tasks(figures: Figures) -> str:
@@ -55,12 +57,12 @@ def _tasks(figures: Figures) -> str:
         [row["task"], row["metric"], row["rows"], *_compared(row, row["change"])]
         for row in figures.get("tasks", [])
     ]
-    return views.table(rows, ["lm-eval task", "metric", "rows", *COMPARED]) if rows else ""
+    return html.table(rows, ["lm-eval task", "metric", "rows", *COMPARED]) if rows else ""
 
 
 def _prompts(figures: Figures) -> str:
     rows = [[row["prompt"], *(row[side] for side in SIDES)] for row in figures.get("prompts", [])]
-    return views.table(rows, ["your prompt", *SIDES]) if rows else ""
+    return html.table(rows, ["your prompt", *SIDES]) if rows else ""
 
 
 def _answers(figures: Figures) -> str:
@@ -68,7 +70,7 @@ def _answers(figures: Figures) -> str:
         [row["row"], row["request"], row["reference"], *(row[side] for side in SIDES)]
         for row in figures["answers"][:SHOWN_ANSWERS]
     ]
-    return views.table(rows, ["row", "request", "reference", *SIDES])
+    return html.table(rows, ["row", "request", "reference", *SIDES])
 
 
 def _worst(figures: Figures) -> str:
@@ -80,7 +82,7 @@ def _worst(figures: Figures) -> str:
         for row in worst
     ]
     text = f"{figures['rows_worse']} of {figures['rows_loss']} rows got a higher loss; the worst:"
-    return views.note(text) + views.table(rows, ["row", "request", "reference", *SIDES])
+    return html.note(text) + html.table(rows, ["row", "request", "reference", *SIDES])
 
 
 def page(figures: Figures) -> str:
@@ -90,6 +92,6 @@ def page(figures: Figures) -> str:
         figures: Of the stage's `result.json`; older ones have fewer of them.
     """
     parts = (_measures, _general, _tasks, _prompts, _answers, _worst)
-    return "".join(map(views.warning, figures.get("warnings", []))) + "".join(
+    return "".join(map(html.warning, figures.get("warnings", []))) + "".join(
         part(figures) for part in parts
     )

@@ -14,32 +14,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strixft.architecture import auto_class
-from strixft.attention import NAME, RUNGS, use_rung
-from strixft.errors import StageError
-from strixft.evaluate import load_side
+from strixft.attention.backends import RUNGS
+from strixft.attention.core import NAME, use_rung
+from strixft.catalog.methods import METHODS
+from strixft.evaluate.variants import load_side
 from strixft.export.widened import in_float32
-from strixft.guard import budget_for, device_type, find_host
-from strixft.loading.shards import Shard
-from strixft.methods import METHODS
-from strixft.model import base_of, load_config, native_dtype
-from strixft.recipe import Recipe
-from strixft.weights import shard_paths
+from strixft.guard.host import budget_for, device_type, find_host
+from strixft.model.adapter import base_of
+from strixft.model.architecture import auto_class
+from strixft.model.fingerprint import shard_paths
+from strixft.model.load import load_config, native_dtype
+from strixft.model.shards import Shard
+from strixft.recipe.schema import Recipe
+from strixft.support.errors import StageError
 
 ROWS = 4
 """Held-out rows that are compared."""
+
 TOKENS = 1024
 """Most tokens of a row; so many logits of the largest vocabulary take 1 GiB."""
+
 POSITIONS = 256
 """Most positions of a row that are compared: the last ones."""
+
 MOST_DIFFERENCE = 1e-5
 """Of two logits in float32, as a share of the largest logit."""
+
 MOST_KL = 1e-3
 """Nats a token, where weights are rounded: the trained function's mean divergence from it."""
+
 LEAST_TOP1 = 0.99
 """Share of positions at which both choose the same token."""
+
 LEAST_LEARNED_KL = 1e-6
 """Below it training has changed too little for its absence to show."""
+
 
 Logits = list[Tensor]
 """(K, V) of each row, float32, on the host."""

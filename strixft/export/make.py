@@ -10,25 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strixft import gguf
+from strixft.catalog.exports import QUANTISATIONS
+from strixft.catalog.methods import METHODS, Method
 from strixft.data.ends import Ends
-from strixft.disk import folder_bytes, require_room
 from strixft.export import texts
 from strixft.export.check import ROWS, check_merged, require_same
 from strixft.export.merge import copy_beside, merge
-from strixft.exports import QUANTISATIONS
-from strixft.methods import METHODS, Method
-from strixft.model import load_tokenizer
-from strixft.prepare import Prepared
-from strixft.runs import Run, write_text
+from strixft.model import gguf
+from strixft.model.load import load_tokenizer
+from strixft.prepare.stage import Prepared
+from strixft.run.folder import Run
+from strixft.support.disk import folder_bytes, require_room
+from strixft.support.files import write_text
 
 MERGED = "merged"
+
 STORED = {
     "native": "the base's own weights",
     "nf4": "the base's 4-bit weights, as training stored them",
     "int8": "the base's 8-bit weights, as training stored them",
 }
 """What the adapter is merged into, by how the method keeps the base."""
+
 Made = dict[str, Any]
 
 

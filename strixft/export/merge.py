@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strixft.disk import sync
-from strixft.errors import StageError
-from strixft.guard import device_type, find_host
-from strixft.int8 import LARGEST
-from strixft.loading.shards import DTYPES, Entry, Shard
-from strixft.mergeable import (
+from strixft.catalog.methods import METHODS
+from strixft.guard.host import device_type, find_host
+from strixft.model.fingerprint import beside_weights, shard_paths
+from strixft.model.int8 import LARGEST
+from strixft.model.load import load_config, native_dtype
+from strixft.model.mergeable import (
     PACKED,
     Group,
     adapted_parameters,
@@ -34,15 +34,18 @@ from strixft.mergeable import (
     own_names,
     quantised_parameters,
 )
-from strixft.methods import METHODS
-from strixft.model import load_config, native_dtype, shape_base
-from strixft.recipe import Recipe
-from strixft.runs import write_text
-from strixft.weights import beside_weights, shard_paths
+from strixft.model.shapes import shape_base
+from strixft.model.shards import DTYPES, Entry, Shard
+from strixft.recipe.schema import Recipe
+from strixft.support.disk import sync
+from strixft.support.errors import StageError
+from strixft.support.files import write_text
 
 STRETCH_BYTES = 4 * 2**20
 """Copied at once."""
+
 AGAIN = "strixft run {0} --from train"
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

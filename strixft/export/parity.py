@@ -7,32 +7,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from strixft.catalog.exports import Quantisation
 from strixft.data.ends import Ends
-from strixft.errors import HostError
 from strixft.evaluate.generate import generate
-from strixft.exports import Quantisation
-from strixft.llama import ANY_TEMPLATE, TemplateError, served
-from strixft.progress import progress_bar
-from strixft.servers import ask
+from strixft.servers.llama_cpp import ANY_TEMPLATE, TemplateError, served
+from strixft.support.errors import HostError
+from strixft.support.http import ask
+from strixft.support.progress import progress_bar
 
 PROMPTS = 50
 """Fewest prompts; where fewer rows are held out, general questions make up for them."""
+
 ANSWER_TOKENS = 24
 """Longest answer that is compared."""
+
 ANSWER_S = 900.0
 """Longest wait for one of them: a 70B on processor cores reads 8 tokens a second."""
+
 END = -1
 """Stands for any token that ends an answer."""
+
 _THINGS = (
     "rain", "iron", "a bridge", "the moon", "bread", "a violin", "electricity", "a river", "salt",
     "gravity", "a clock", "wood", "a library", "the heart", "glass", "a volcano", "paper", "wind",
     "a compass", "milk", "a forest", "sound", "a mirror", "coal", "a seed",
 )  # fmt: skip
+
 QUESTIONS = tuple(
     text.format(thing)
     for text in ("What is {}?", "Say two sentences about {}.")
     for thing in _THINGS
 )
+
 
 Prompt = tuple[list[int], list[int]]
 """Tokens of a prompt, and the trained model's greedy answer to it."""

@@ -6,20 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from strixft import views
-from strixft.errors import StageError
 from strixft.export.check import LEAST_TOP1, MOST_DIFFERENCE, MOST_KL
-from strixft.runs import Result, resume_command
-from strixft.units import format_gib
+from strixft.run.folder import Result, resume_command
+from strixft.support import html
+from strixft.support.errors import StageError
+from strixft.support.units import format_gib
 
 Table = tuple[list[list[str]], list[str]]
 """Rows and header."""
+
 _TEMPLATE_FIX = (
     "give the server one that it can: llama-server --jinja --chat-template-file FILE; or serve the"
     " merged folder: --to vllm"
 )
+
 NOT_ROUNDED = ("f16", "gguf-lora")
 """Files whose weights are those of the merged model: if they differ, finer ones do not help."""
+
 _MERGED_FIX = "serve the merged folder: --to vllm"
 
 
@@ -73,9 +76,9 @@ class Exported(Result):
         return [(rows, header) for rows, header in found if rows]
 
     def _repr_html_(self) -> str:
-        warnings = "".join(views.warning(f"{kind} differs") for kind in self.differs)
-        tables = "".join(views.table(rows, header) for rows, header in self.tables())
-        compared = "" if self.figures["parity"] else views.note("Not compared.")
+        warnings = "".join(html.warning(f"{kind} differs") for kind in self.differs)
+        tables = "".join(html.table(rows, header) for rows, header in self.tables())
+        compared = "" if self.figures["parity"] else html.note("Not compared.")
         return f"{warnings}{tables}{compared}"
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from strixft.data.ends import Ends
 from strixft.export.result import check_table
-from strixft.prepare import Prepared
-from strixft.recipe import dump_recipe
-from strixft.runs import Result, Run, write_text
-from strixft.units import format_number
+from strixft.prepare.stage import Prepared
+from strixft.recipe.load import dump_recipe
+from strixft.run.folder import Result, Run
+from strixft.support.files import write_text
+from strixft.support.units import format_number
 
 _PLACES = ("zsystem", "zquestion")
 """Words that the template is tried with; no template writes them itself."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from strixft.model import base_of
+from strixft.model.adapter import base_of
 
 _HALVES = (torch.bfloat16, torch.float16)
 

@@ -15,10 +15,13 @@ METADATA = frozenset(
     }
 )
 """Keys of messages, parts and calls that no chat template shows."""
+
 CHANGES = frozenset({"partial", "prefix"})
 """Flags that change what a template writes."""
+
 MEDIA = frozenset({"audio", "audios", "image", "images", "video", "videos"})
 """Columns with what is not text, as LLaMA-Factory, TRL and ms-swift name them."""
+
 SHOWN = MEDIA | {
     *("available_tools", "chat_template_kwargs", "choices", "context", "contexts", "documents"),
     *("functions", "history", "options", "passage", "passages", "reasoning", "reasoning_content"),

@@ -13,10 +13,13 @@ Message = dict[str, Any]
 """`role`, `content` (text) and, where the row has them, `tool_calls`, `tool_call_id`, `name`;
 `train: False` on an answer that is shown and not trained, `train: True` on another message that
 asks to be trained."""
+
 Row = Mapping[str, Any]
+
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of the OpenAI chat format, which chat templates are written for."""
+
 
 OTHER_NAMES = {
     "human": "user",
@@ -27,12 +30,16 @@ OTHER_NAMES = {
     "function_response": "tool",
 }
 """ShareGPT's names for them, and OpenAI's earlier one."""
+
 _ROLE_OF = {**{role: role for role in ROLES}, **OTHER_NAMES}
+
 
 FLAGS = ("train", "weight", "loss_weight", "loss", "loss_scale")
 """Names under which data say whether an answer is trained: axolotl, OpenAI, ms-swift, others."""
+
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which data and chat templates keep what was thought before an answer."""
+
 _END_OF_REASONING = "</think>"
 
 

@@ -19,12 +19,15 @@ from strixft.formats.messages import (
     read_tools,
     with_reasoning,
 )
-from strixft.tables import Table
+from strixft.support.tables import Table
 
 Kind = Literal["chat", "text", "pairs", "thumbs"]
+
 Columns = frozenset[str]
+
 SYSTEM = ("system", "system_prompt", "system_message")
 """Columns that hold the system message."""
+
 _JSON_MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:")
 """A list of messages as text: in a cell of CSV, or where somebody wrote the list out."""
 
@@ -263,20 +266,26 @@ _PING: list[Any] = [
     {"role": "user", "content": "Ping nas."},
     {"role": "assistant", "content": '{"command": "ping", "host": "nas"}'},
 ]
+
 _PAIR: Row = {"prompt": "Ping nas.", "chosen": '{"command": "ping"}', "rejected": "What is a nas?"}
+
 _BESIDE = _columns("system", "tools")
+
 _BEFORE = _BESIDE | _columns(
     *("prompt", "conversations", "messages", "question", "instruction", "input", "history")
 )
+
 _PAIRS = tuple(
     _columns(*before, "chosen", "rejected")
     for before in ((), ("prompt",), ("conversations",), ("messages",), ("question",))
 )
+
 _THUMBS = (
     _columns("messages", "label"),
     _columns("conversations", "label"),
     _columns("prompt", "completion", "label"),
 )
+
 
 FORMATS: Table[Format] = Table(
     "format",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from strixft.methods import METHODS
-from strixft.opening import begin_again
-from strixft.recipe import Recipe
+from strixft.catalog.methods import METHODS
+from strixft.recipe.schema import Recipe
+from strixft.run.open import begin_again
 
 _ATTENTION_SWITCH = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
 
@@ -68,3 +69,32 @@ def finite_again(
         key = "train.learning_rate"
         tries.append(f"a lower rate: add --set {key}={rate:g} {begin_again([key])}")
     return "\n     or ".join(tries)
+
+
+BEFORE = 20
+"""Updates that say what is usual."""
+
+LEAST = 5
+
+TIMES = 6.0
+"""Median deviations above the median of what came before."""
+
+LEAST_RISE = 0.1
+"""A smaller rise is none, in shares of the median."""
+
+
+def loss_spikes(losses: Sequence[float]) -> list[int]:
+    """Updates, counted from 1, whose loss stands far above those before.
+
+    >>> loss_spikes([2.0, 1.9, 1.8, 1.8, 1.7, 1.7, 6.0, 1.6])
+    [7]
+    """
+    found = []
+    for index in range(LEAST, len(losses)):
+        before = losses[max(0, index - BEFORE) : index]
+        usual = statistics.median(before)
+        spread = statistics.median(abs(loss - usual) for loss in before)
+        rise = losses[index] - usual
+        if rise > TIMES * spread and rise > LEAST_RISE * usual:
+            found.append(index + 1)
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from strixft.guard.host import device_type
-from strixft.units import format_gib
+from strixft.support.units import format_gib
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,17 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from strixft.errors import HostError
-from strixft.units import format_seconds
+from strixft.support.errors import HostError
+from strixft.support.units import format_seconds
 
 TIMES_MEDIAN = 10
+
 LEAST_S = 120.0
 """A compilation for a new shape may take a minute or two on a slow host."""
+
 FIRST = 3
 """Micro-batches before the median counts; the first ones compile and warm up."""
+
 GRACE_S = 30.0
 """How much later the C thread ends the process, if the other has not."""
 

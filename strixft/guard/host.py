@@ -7,9 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from strixft.environment import OVERRIDE, OVERRIDE_WHY
-from strixft.errors import HostError
-from strixft.hardware import (
+from strixft.catalog.hosts import (
     CUDA_WORKSPACE,
     HIP_WORKSPACE,
     HOSTS,
@@ -20,8 +18,10 @@ from strixft.hardware import (
     known_host,
     this_host,
 )
-from strixft.rates import with_rates
-from strixft.recipe import Memory
+from strixft.catalog.rates import with_rates
+from strixft.recipe.schema import Memory
+from strixft.support.environment import OVERRIDE, OVERRIDE_WHY
+from strixft.support.errors import HostError
 
 
 def device_type() -> str:

@@ -14,17 +14,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 from strixft.step.tracker import BLOCK
-from strixft.units import MIB
+from strixft.support.units import MIB
 
 SMALL_SIZE = MIB
+
 SMALL_SEGMENT = 2 * MIB
+
 LARGE_SEGMENT = 20 * MIB
+
 OWN_SEGMENT = 10 * MIB
+
 ROUND_LARGE = 2 * MIB
+
 
 ADDRESS_BITS = 40
 """Of a free block's number; above them its size."""
+
 ADDRESS_MASK = (1 << ADDRESS_BITS) - 1
+
 
 Mode = Literal["default", "expandable"]
 

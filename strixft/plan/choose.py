@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from strixft.architecture import architecture_of
-from strixft.hardware import Budget, Host
-from strixft.plan.compiled import shared_kernels
-from strixft.plan.correction import load_correction
+from strixft.catalog.hosts import Budget, Host
+from strixft.model.architecture import architecture_of
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun, Step
-from strixft.plan.traces import Traces
-from strixft.recipe import Recipe
+from strixft.plan.inductor import shared_kernels
+from strixft.plan.measure import load_correction
+from strixft.plan.scale import Traces
+from strixft.recipe.schema import Recipe
 
 AS_FAST = 0.005
 """Share of the time of an update that is not worth memory: plans of one model are told apart no

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from strixft.hardware import Host
+from strixft.catalog.hosts import Host
 from strixft.step.beside import FILL
 from strixft.step.graphs import writes_4bit_out
 
 Floats = npt.NDArray[np.float64]
+
 
 aten = torch.ops.aten
 
@@ -88,10 +89,13 @@ def is_4bit_product(func: Any) -> bool:
 
 VARLEN_PRODUCTS = {aten._flash_attention_forward: 2, aten._flash_attention_backward: 5}
 """Products of queries and keys, or the like, in attention over documents laid end to end."""
+
 SEEN = 4
 """A token sees about a quarter of the longest document: short ones fill a kernel's blocks badly."""
+
 IN_PLACE = {aten.addmm_: aten.addmm}
 """Products that compiled layers add up, and what torch counts them as."""
+
 PADDED = "aten._scaled_dot_product"
 """How the names of all operators of attention over padded rows begin."""
 

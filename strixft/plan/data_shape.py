@@ -7,18 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from strixft.data import (
-    PackedRows,
-    PackedShape,
-    largest_batch,
-    rows_of_epochs,
-    training_order,
-)
+from strixft.data.batches import PackedShape
+from strixft.data.pack import PackedRows, largest_batch, rows_of_epochs, training_order
 from strixft.plan.trace import RowShape
-from strixft.prepare import Prepared
-from strixft.recipe import Recipe
+from strixft.prepare.stage import Prepared
+from strixft.recipe.schema import Recipe
 
 MAX_TOKENS_PER_UPDATE = 65_536
+
 UPDATES_AIMED_AT = 200
 
 

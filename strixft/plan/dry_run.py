@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from strixft.architecture import architecture_of, sample_layers
-from strixft.errors import StageError
-from strixft.hardware import Host
-from strixft.model import build, native_dtype
+from strixft.catalog.hosts import Host
+from strixft.model.architecture import architecture_of, sample_layers
+from strixft.model.load import build, native_dtype
 from strixft.plan.allocator import Replay, replay
 from strixft.plan.cost import Rates, Seconds, Work
-from strixft.plan.memo import Memo
-from strixft.plan.stack import Ints, Kind, Schedule, rounded_all, stands_for
+from strixft.plan.full_depth import Ints, Kind, Schedule, rounded_all, stands_for
+from strixft.plan.op_cache import Memo
 from strixft.plan.trace import RowShape, trace_step
-from strixft.plan.ways import ways_for
-from strixft.recipe import Recipe
-from strixft.step import MemoryTracker, TrainingStep
-from strixft.step.tracker import PARTS
-from strixft.units import format_gib
+from strixft.probe.checks import ways_for
+from strixft.recipe.schema import Recipe
+from strixft.step.tracker import PARTS, MemoryTracker
+from strixft.step.update import TrainingStep
+from strixft.support.errors import StageError
+from strixft.support.units import format_gib
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from strixft import views
-from strixft.guard import budget_for, find_host
-from strixft.hardware import Budget
-from strixft.model import load_config
+from strixft.catalog.hosts import Budget
+from strixft.guard.host import budget_for, find_host
+from strixft.model.load import load_config
 from strixft.plan.choose import Candidate, Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import Step
-from strixft.plan.ways import ways_for
-from strixft.prepare import Prepared
-from strixft.runs import Run
-from strixft.units import GIB, format_gib, format_number
+from strixft.prepare.stage import Prepared
+from strixft.probe.checks import ways_for
+from strixft.run.folder import Run
+from strixft.support import html
+from strixft.support.units import GIB, format_gib, format_number
 
 SHORTEST = 128
 """Tokens of a row where the slider begins."""
+
 WIDGET = {"continuous_update": False}
 
 
@@ -33,7 +34,7 @@ class Answer:
     fits: bool
 
     def _repr_html_(self) -> str:
-        return views.mapping(
+        return html.mapping(
             {
                 "fits": "yes" if self.fits else "NO",
                 "peak, allocated": format_gib(self.peak_bytes),
@@ -73,7 +74,7 @@ class Explorer:
 
     def _at_once(self, **chosen: int) -> str:
         found = self.at_least(**chosen)
-        return views.mapping(
+        return html.mapping(
             {
                 "fits": "…" if found.need_bytes <= self._limit.num_bytes else "NO",
                 "needed": f"at least {format_gib(found.need_bytes)}",
@@ -97,18 +98,18 @@ class Explorer:
 
     def picture(self) -> str:
         """Memory against rows, for none, half and all of the layers recomputed."""
-        figure, axes = views.new_figure()
+        figure, axes = html.new_figure()
         rows, _, most = self._sides()
         for layers in sorted({0, most // 2, most}):
             need = [self._planner.candidate(count, layers).need_bytes / GIB for count in rows]
             axes.plot(rows, need, marker="o", label=f"{layers} of {most} layers recomputed")
-        axes.axhline(self._limit.num_bytes / GIB, color=views.INK, linestyle="--", label="budget")
+        axes.axhline(self._limit.num_bytes / GIB, color=html.INK, linestyle="--", label="budget")
         axes.set_xscale("log", base=2)
         axes.set_xticks(rows, list(map(str, rows)))
         axes.set_xlabel("rows of a micro-batch")
         axes.set_ylabel("GiB asked for")
         axes.legend(fontsize=7.5, frameon=False)
-        return views.picture(figure, "memory against rows and recomputed layers")
+        return html.picture(figure, "memory against rows and recomputed layers")
 
     def sliders(self) -> Any:
         """Three sliders and the answer below them, for a notebook with a kernel."""

@@ -7,32 +7,40 @@ both take beyond it counts once.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from strixft.data import Batch, shape_batch
-from strixft.errors import FitError, HostError
-from strixft.guard import cap
-from strixft.hardware import Budget, Host
-from strixft.model import native_dtype, random_model
-from strixft.plan.correction import SOURCE, Correction, Line
+from strixft.catalog.hosts import Budget, Host
+from strixft.catalog.rates import device_name
+from strixft.data.batches import Batch, shape_batch
+from strixft.guard.cap import cap
+from strixft.model.load import native_dtype, random_model
+from strixft.plan import trace_cache
 from strixft.plan.dry_run import DryRun, dry_run
 from strixft.plan.trace import RowShape
-from strixft.plan.ways import ways_for
-from strixft.recipe import Recipe
-from strixft.step import TrainingStep, peak_memory, release_memory
-from strixft.units import format_gib
+from strixft.probe.checks import ways_for
+from strixft.recipe.schema import Recipe
+from strixft.step.tracker import peak_memory, release_memory
+from strixft.step.update import TrainingStep
+from strixft.support.disk import cache_folder
+from strixft.support.errors import FitError, HostError
+from strixft.support.files import write_json
+from strixft.support.units import format_gib
 
 LAYERS = (2, 4)
+
 WARM = 2
 """Updates that are not timed: they compile, and make the optimiser's state."""
+
 TIMED = 3
 
 
@@ -150,3 +158,102 @@ def measure(recipe: Recipe, config: Any, host: Host, limit: Budget, run: DryRun)
         )
     layers = " and ".join(map(str, counts))
     return Correction(peak, seconds, SOURCE.format(layers=layers, when=date.today()))
+
+
+FOLDER = "measured"
+
+SOURCE = "strixft plan --measure, models of {layers} layers, {when}"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Measured = `factor` × predicted + `offset`."""
+
+    factor: float
+    offset: float
+
+    @classmethod
+    def through(cls, small: tuple[float, float], large: tuple[float, float]) -> Line:
+        """Through two points (predicted, measured).
+
+        Where the larger model did not take more than the smaller one, noise was larger than what
+        lies between them: then the line goes through the larger one and nothing.
+        """
+        (x, y), (far_x, far_y) = small, large
+        if far_x <= x or far_y <= y:
+            return cls(far_y / far_x, 0.0)
+        factor = (far_y - y) / (far_x - x)
+        return cls(factor, y - factor * x)
+
+    def at(self, predicted: float, times: int = 1) -> float:
+        """What would be measured, `times` the offset."""
+        return self.factor * predicted + self.offset * times
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """Corrects a dry run. Memory is never corrected to less: a plan must not promise too much."""
+
+    peak: Line | None = None
+    """Bytes allocated; None where the device has no allocator to ask."""
+    seconds: Line | None = None
+    """Of an update of one micro-batch; None where no time is predicted."""
+    source: str = ""
+
+    def bytes_more(self, peak_bytes: int) -> int:
+        """What the peak is higher than predicted."""
+        return max(0, round(self.peak.at(peak_bytes)) - peak_bytes) if self.peak else 0
+
+    def time(self, seconds: float | None, steps: int) -> float | None:
+        """Seconds of an update of so many micro-batches."""
+        if seconds is None or self.seconds is None:
+            return seconds
+        return max(self.seconds.at(seconds, steps), 0.0)
+
+    def of_run(self, run: DryRun) -> DryRun:
+        """A dry run, corrected; what the peak is higher stands under `workspace`."""
+        more = self.bytes_more(run.peak_bytes)
+        return replace(
+            run,
+            parts={**run.parts, "workspace": run.parts["workspace"] + more},
+            reserved_bytes=run.reserved_bytes + more,
+            seconds_per_update=self.time(run.seconds_per_update, run.steps),
+        )
+
+    def assumptions(self) -> list[dict[str, Any]]:
+        """As rows of a plan's assumptions."""
+        lines = {"peak in bytes": self.peak, "seconds per micro-batch": self.seconds}
+        return [
+            {
+                "what": f"{name}, measured = factor × predicted + offset",
+                "value": f"{line.factor:.4f}, {line.offset:.4g}",
+                "mark": "measured",
+                "source": self.source,
+            }
+            for name, line in lines.items()
+            if line is not None
+        ]
+
+
+def _path(recipe: Recipe, config: Any, host: Host) -> Path:
+    device = device_name(host)
+    name = trace_cache.name_of(recipe, config, host, "measured", [host.name, device])
+    return cache_folder() / FOLDER / f"{name}.json"
+
+
+def save_correction(recipe: Recipe, config: Any, host: Host, correction: Correction) -> Path:
+    """Keep a correction for all plans of such a step on this device."""
+    path = _path(recipe, config, host)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(correction))
+    return path
+
+
+def load_correction(recipe: Recipe, config: Any, host: Host) -> Correction:
+    """What was measured for such a step; nothing, where nothing was or the file is damaged."""
+    try:
+        data = json.loads(_path(recipe, config, host).read_text(encoding="utf-8"))
+        lines = {n: Line(**data[n]) if data[n] else None for n in ("peak", "seconds")}
+        return Correction(**lines, source=data["source"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return Correction()

@@ -11,41 +11,50 @@ from typing import Any
 
 import torch
 
-from strixft.architecture import architecture_of, sample_layers, text_layers
-from strixft.hardware import Host, Sourced
-from strixft.loading.cache import FILE_BYTES
-from strixft.loading.streamed import PIECE_BYTES
-from strixft.methods import METHODS, Method
-from strixft.model import native_dtype, shape_base
-from strixft.plan import stored
+from strixft.catalog.hosts import Host, Sourced
+from strixft.catalog.methods import METHODS, Method
+from strixft.model.architecture import architecture_of, sample_layers, text_layers
+from strixft.model.load import native_dtype
+from strixft.model.nf4_cache import FILE_BYTES
+from strixft.model.shapes import shape_base
+from strixft.model.stream import PIECE_BYTES
+from strixft.plan import trace_cache
 from strixft.plan.dry_run import DryRun
-from strixft.plan.memo import Memo
+from strixft.plan.op_cache import Memo
 from strixft.plan.trace import RowShape, forward_bytes
-from strixft.recipe import Recipe
-from strixft.step import rows_of_whole_chunks
-from strixft.units import GIB, MIB
+from strixft.recipe.schema import Recipe
+from strixft.step.loss import rows_of_whole_chunks
+from strixft.support.units import GIB, MIB
 
 Phase = dict[str, int]
 
+
 MOST_PROOF_BYTES = 4 * GIB
 """Most memory that the proof of the first loss takes beside the weights, and no less than 1 GiB."""
+
 MOST_EVALUATED = 32
 """Rows of the full length that are evaluated at once where the budget has room for them."""
+
 PROCESS = Sourced(
     value=500 * MIB,
     mark="measured",
     source="resident once torch (CPU build), transformers, PEFT and TRL are imported, 2026-11-25;"
     " ROCm's libraries come on top",
 )
+
 MERGED_BYTES = 10
 """A merged weight in flight: as it was read (2), its change (4) and the sum in float32 (4)."""
+
 LOADED_AT_ONCE = 4
 """Tensors that transformers 5.17 to 5.23 loads at once where it does not quantise."""
+
 STORED_BYTES = 2
 """A weight of a checkpoint, in bf16."""
+
 QUANTISED_BYTES = {"native": 0.0, "nf4": 2 * 4 / 64, "int8": 2.0}
 """A weight in flight, beside the one that is quantised and the result: the scales of its block in
 float32, twice; a copy in float16 (bitsandbytes 0.50, `quantize_4bit` and `Int8Params`)."""
+
 CONVERTED_BYTES = 6
 """An exported weight in flight: as it was read (2) and in float32 (4)."""
 
@@ -173,8 +182,8 @@ class Life:
     def _forward(self, shape: RowShape) -> int:
         if shape not in self._forwards:
             of, layers = (self._recipe, self._config, self._host), _one_of_each(self._config)
-            name = stored.name_of(*of, shape, "forward")
-            self._forwards[shape] = stored.number(
+            name = trace_cache.name_of(*of, shape, "forward")
+            self._forwards[shape] = trace_cache.number(
                 name, lambda: forward_bytes(*of, shape, self._memo, layers)
             )
         return int(self._host.workspace_bytes.value) + self._forwards[shape]

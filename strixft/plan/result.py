@@ -12,34 +12,30 @@ from typing import Any, ClassVar
 
 import torch
 
-from strixft.architecture import architecture_of
-from strixft.attention import Heads
-from strixft.config import first_lines, warnings_of
-from strixft.errors import FitError, RecipeError, StageError, StrixftError
-from strixft.guard import budget_for, find_host
-from strixft.hardware import THIS_MACHINE, Budget, Host, Sourced
-from strixft.mergeable import require_exportable
-from strixft.methods import METHODS
-from strixft.model import load_config, shape_base
+from strixft.attention.backends import Heads
+from strixft.catalog.hosts import THIS_MACHINE, Budget, Host, Sourced
+from strixft.catalog.methods import METHODS
+from strixft.guard.host import budget_for, find_host
+from strixft.model.architecture import architecture_of
+from strixft.model.config import first_lines, warnings_of
+from strixft.model.load import load_config
+from strixft.model.shapes import shape_base
+from strixft.model.targets import find_targets
 from strixft.plan import show
-from strixft.plan.advice import advise, cause
-from strixft.plan.boxes import share_figures
+from strixft.plan.advice import advise, cause, share_figures
 from strixft.plan.choose import Choice, choose
-from strixft.plan.correction import Correction, load_correction, save_correction
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import require_all_weights
-from strixft.plan.measure import measure
+from strixft.plan.exportable import require_exportable
+from strixft.plan.measure import Correction, load_correction, measure, save_correction
 from strixft.plan.phases import PROCESS, Life, Phase, phases
-from strixft.plan.ways import ways_for
-from strixft.prepare import Prepared
-from strixft.prepare.vocabulary import require_known_tokens
-from strixft.probe.ladder import probe_attention
-from strixft.probe.right import require_right
-from strixft.recipe import Recipe
-from strixft.runs import Result, Run, resume_command
-from strixft.step import Ways
-from strixft.targets import find_targets
-from strixft.units import format_gib
+from strixft.prepare.stage import Prepared, require_known_tokens
+from strixft.probe.checks import probe_attention, require_right, ways_for
+from strixft.recipe.schema import Recipe
+from strixft.run.folder import Result, Run, resume_command
+from strixft.step.update import Ways
+from strixft.support.errors import FitError, RecipeError, StageError, StrixftError
+from strixft.support.units import format_gib
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from strixft.attention import planned_for
-from strixft.data import PackedShape, shape_batch
-from strixft.hardware import Host
-from strixft.model import build, native_dtype
-from strixft.plan.compiled import num_compiled, planned_kernels
+from strixft.attention.core import planned_for
+from strixft.catalog.hosts import Host
+from strixft.data.batches import PackedShape, shape_batch
+from strixft.model.adapter import decoder_layers
+from strixft.model.load import build, native_dtype
 from strixft.plan.cost import (
     Cost,
     is_4bit_product,
@@ -32,12 +32,12 @@ from strixft.plan.cost import (
     unpack_cost,
     weight_of_4bit,
 )
-from strixft.plan.kernels import KERNEL
-from strixft.plan.memo import Memo
-from strixft.plan.ways import ways_for
-from strixft.recipe import Recipe
-from strixft.step import MemoryTracker, TrainingStep, Ways, decoder_layers, token_losses
-from strixft.step.tracker import current_part, is_counted
+from strixft.plan.inductor import KERNEL, num_compiled, planned_kernels
+from strixft.plan.op_cache import Memo
+from strixft.probe.checks import ways_for
+from strixft.recipe.schema import Recipe
+from strixft.step.tracker import MemoryTracker, current_part, is_counted
+from strixft.step.update import TrainingStep, Ways, token_losses
 
 aten = torch.ops.aten
 

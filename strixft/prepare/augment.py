@@ -13,23 +13,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from strixft.completions import Answer, Client, is_local, is_refusal
-from strixft.completions.replies import find_object
-from strixft.data import Input
-from strixft.data.load import read_row
-from strixft.data.split import Split
-from strixft.errors import DataError, HostError, StrixftError
-from strixft.formats import FORMATS, Message, RowFault
+from strixft.data.duplicates import Split
+from strixft.data.load import Input, read_row
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import Message
+from strixft.formats.sources import SourceFile
+from strixft.formats.table import FORMATS
 from strixft.prepare.originals import Counts, Known, Original, read_originals, require_sendable
 from strixft.prepare.tasks import TASKS, is_copied, loses_json, lost_numbers, prompt_for
-from strixft.progress import progress_bar
-from strixft.recipe import Augment, Recipe
-from strixft.runs import Run, write_text
-from strixft.sources import SourceFile
+from strixft.recipe.schema import Augment, Recipe
+from strixft.run.folder import Run
+from strixft.servers.client import Answer, Client, find_object, is_refusal
+from strixft.servers.models import is_local
+from strixft.support.errors import DataError, HostError, StrixftError
+from strixft.support.files import write_text
+from strixft.support.progress import progress_bar
 
 FILE = "augmented.jsonl"
+
 SECTION = "dataset.augment"
+
 PROVENANCE = "provenance"
+
 SEEDS = 1000
 """Seeds that a recipe's seed stands for: one for each row that is written of one row."""
 

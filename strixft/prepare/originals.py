@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from strixft.data import Input, privacy
+from strixft.data import checks
 from strixft.data.checks import texts_of
-from strixft.data.duplicates import SIMILAR, similarity, sketch
-from strixft.data.hashes import content_hash, question_hash
-from strixft.data.load import read_row, value_at
-from strixft.data.split import Split
-from strixft.formats import Chat, Message, RowFault
-from strixft.prepare.make import QUESTION
+from strixft.data.duplicates import SIMILAR, Split, content_hash, question_hash, similarity, sketch
+from strixft.data.load import Input, read_row, value_at
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import Chat, Message
+from strixft.prepare.build import QUESTION
 from strixft.prepare.tasks import last_exchange
-from strixft.recipe import Recipe
+from strixft.recipe.schema import Recipe
 
 Counts = Mapping[str, npt.NDArray[Any]]
+
 Place = tuple[int, int]
 """Index of the input, and number of the row there."""
 
@@ -109,7 +109,7 @@ def read_originals(
                 continue
             assert not isinstance(raw, RowFault)  # it became a token row
             chat = read_row(one, raw)
-            chat = privacy.mask_chat(chat) if masks else chat
+            chat = checks.mask_chat(chat) if masks else chat
             if (file, number) in held_out:
                 sketches += sketch(" ".join(texts_of(chat)))
                 continue
@@ -127,6 +127,6 @@ def require_sendable(original: Original, *, leaves: bool) -> list[Message]:
     messages = last_exchange(original.chat)
     if messages is None:
         raise RowFault("no_exchange", "uses tools, or does not end with a request and an answer")
-    if leaves and any(privacy.find(message["content"]) for message in messages):
+    if leaves and any(checks.find(message["content"]) for message in messages):
         raise RowFault("personal", "has personal data, and the server is another machine")
     return messages

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from strixft import views
-from strixft.prepare import augmented
-from strixft.text import visible
-from strixft.units import format_number
+from strixft.prepare import show
+from strixft.prepare.augment import PROVENANCE, read_augmented
+from strixft.support import html
+from strixft.support.text import visible
+from strixft.support.units import format_number
 
 Figures = Mapping[str, Any]
 
-TRAINED_STYLE = f"background:#ffedd5;color:{views.TUNED}"
-MASKED_STYLE = f"color:{views.BASE}"
+
+TRAINED_STYLE = f"background:#ffedd5;color:{html.TUNED}"
+
+MASKED_STYLE = f"color:{html.BASE}"
+
 BOX_STYLE = (
     "white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #cbd5e1;padding:.6rem;"
     "max-height:24rem;overflow-y:auto;font:13px/1.5 ui-monospace,monospace;text-align:left"
@@ -52,7 +58,7 @@ def summary(figures: Figures) -> str:
         "fill, packed": f"{packing['fill']:.1%}, {number(packing['rows'])} rows",
         "an answer ends with": _ends(figures),
     }
-    return views.mapping(shown)
+    return html.mapping(shown)
 
 
 def _ends(figures: Figures) -> str:
@@ -63,7 +69,7 @@ def _ends(figures: Figures) -> str:
 
 def warnings(figures: Figures) -> str:
     """What somebody should know before training."""
-    return "".join(views.warning(text) for text in figures["notes"])
+    return "".join(html.warning(text) for text in figures["notes"])
 
 
 def problems(figures: Figures) -> str:
@@ -80,27 +86,27 @@ def problems(figures: Figures) -> str:
 def lengths(figures: Figures) -> str:
     """How long the rows are, with the cut."""
     found, most = figures["lengths"], figures["packing"]["max_length"]
-    figure, axes = views.new_figure()
+    figure, axes = html.new_figure()
     edges, width = found["edges"][:-1], found["edges"][1] - found["edges"][0]
     bars: dict[str, Any] = {"width": width * 0.92, "align": "edge"}
-    axes.bar(edges, found["rows"], color=views.BASE, label="trained", **bars)
+    axes.bar(edges, found["rows"], color=html.BASE, label="trained", **bars)
     if any(found["too_long"]):
         axes.bar(
             edges,
             found["too_long"],
             bottom=found["rows"],
-            color=views.FAINT,
+            color=html.FAINT,
             label="too long",
             **bars,
         )
     if most <= found["edges"][-1] * 1.5:
-        axes.axvline(most, color=views.TUNED, linewidth=1.5, label=f"max_length {most}")
+        axes.axvline(most, color=html.TUNED, linewidth=1.5, label=f"max_length {most}")
     else:
-        axes.plot([], [], color=views.TUNED, label=f"max_length {most}, beyond the right edge")
+        axes.plot([], [], color=html.TUNED, label=f"max_length {most}, beyond the right edge")
     axes.set_xlabel("tokens of a row")
     axes.set_ylabel("rows")
     axes.legend(frameon=False, fontsize=9)
-    return views.picture(figure, "rows by their length in tokens")
+    return html.picture(figure, "rows by their length in tokens")
 
 
 def _runs(runs: list[Any]) -> Iterator[str]:
@@ -123,7 +129,7 @@ def examples(figures: Figures) -> str:
         if row["runs_left_out"]:
             count += f"; {row['runs_left_out']} stretches in the middle are not shown"
         # <pre> keeps the notebook from reading $…$ as a formula
-        markup += views.note(f"{name}: {count}")
+        markup += html.note(f"{name}: {count}")
         markup += f'<pre class="sx-row" style="{BOX_STYLE}">{"".join(_runs(row["runs"]))}</pre>'
     return markup
 
@@ -132,9 +138,60 @@ def page(figures: Figures) -> str:
     """All of it."""
     return (
         summary(figures)
-        + (augmented.summary(figures["augment"]) if "augment" in figures else "")
+        + (show.summary(figures["augment"]) if "augment" in figures else "")
         + warnings(figures)
         + problems(figures)
         + lengths(figures)
         + examples(figures)
     )
+
+
+SHOWN_ROWS = 10
+
+
+def augmented_summary(figures: Mapping[str, Any]) -> str:
+    """The counts, the warnings, and why rows are not used."""
+    where = " on the NPU" if figures["on_npu"] else ""
+    counts = {
+        "rows written by": f"{figures['model']}{where}, {figures['server']}",
+        "task": figures["task"],
+        **{
+            words: format_number(figures[name])
+            for words, name in (
+                ("training rows sent", "rows_sent"),
+                ("rows asked for", "rows_asked"),
+                ("of these usable", "rows_kept"),
+                ("of these trained", "rows_trained"),
+            )
+        },
+    }
+    refused = [
+        [f"{kind.replace('_', ' ')}: {format_number(found['rows'])}", found["first"]]
+        for kind, found in figures["refused"].items()
+    ]
+    markup = "".join(map(html.warning, figures["warnings"])) + html.mapping(counts)
+    return markup + (html.table(refused, ["not used", "the first of them"]) if refused else "")
+
+
+@dataclass(frozen=True)
+class AugmentedRows:
+    """The first written rows with their source, for a notebook.
+
+    Args:
+        path: The file.
+    """
+
+    path: Path
+
+    def rows(self) -> list[list[object]]:
+        """File and row that a row comes from, its request and its answer."""
+        return [
+            [
+                f"{Path(row[PROVENANCE]['source']).name}, row {row[PROVENANCE]['row']}",
+                *(message["content"] for message in row["messages"][-2:]),
+            ]
+            for row in read_augmented(self.path, SHOWN_ROWS)
+        ]
+
+    def _repr_html_(self) -> str:
+        return html.table(self.rows(), ["made of", "request", "answer"])

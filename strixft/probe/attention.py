@@ -6,7 +6,8 @@ Shapes: B rows, T tokens, N documents, n tokens of one, H heads, G heads of keys
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,13 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from strixft.attention import Heads, Rung, layer_inputs, use_kernels
-from strixft.child import Figures
-from strixft.probe.numbers import allowed_error, judged, largest_error, milliseconds
+from strixft.attention.backends import Heads, Rung
+from strixft.attention.core import use_kernels
+from strixft.attention.masks import layer_inputs
+from strixft.support.child import Figures
 
 DOCUMENTS = {"cuda": (1021, 517, 301, 130, 79), "cpu": (41, 23, 17, 9, 6)}
 """Tokens of the documents of a row: 2048 and 96, and no boundary where a kernel's block ends."""
+
 ROWS = 2
+
 WINDOW = {"cuda": 200, "cpu": 8}
 """Tokens that a layer with a window looks back here."""
 
@@ -193,7 +197,9 @@ def _peak_bytes(way: Way) -> int:
         before = torch.cuda.memory_allocated()
         way.both()
         return torch.cuda.max_memory_allocated() - before
-    from strixft.step import MemoryTracker  # seconds to import, and only asked for by the bench
+    from strixft.step.tracker import (
+        MemoryTracker,  # seconds to import, and only asked for by the bench
+    )
 
     tracker = MemoryTracker()
     for tensor in (way.query, way.key, way.value, way.gradient):
@@ -250,3 +256,79 @@ def measure_rung(
         "backward_ms": round(max(0.0, both_ms - forward_ms), 4),
         "peak_bytes": _peak_bytes(way) if peak or device == "cuda" else None,
     }
+
+
+ROUNDINGS = 8
+"""Machine epsilons of the dtype that a result may be off, of the reference's largest value:
+weights, the gradient of the scores, products and results are rounded to half of one each, one after
+the other. Seen on a CPU in bf16: 0.9."""
+
+REPEATS = 5
+
+BUSY_SIDE = 4096
+"""Of a square product that keeps a GPU busy while Python hands it the next work."""
+
+TRIES = 7
+"""To keep it busy for long enough: with one such product, then with twice as many each time."""
+
+
+def allowed_error(dtype: torch.dtype, terms: int) -> float:
+    """Largest error allowed, of the largest value of the reference.
+
+    Args:
+        dtype: Of inputs and results.
+        terms: Of the longest sum of products, which is added up in float32.
+    """
+    return ROUNDINGS * torch.finfo(dtype).eps + terms * torch.finfo(torch.float32).eps
+
+
+def largest_error(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Largest difference, of its tensor's largest value in the reference; NaN is infinite."""
+    errors = [
+        float((ours.detach().double().cpu() - right).abs().max() / right.abs().max())
+        for ours, right in zip(found, reference, strict=True)
+    ]
+    return max(error if error < float("inf") else float("inf") for error in errors)
+
+
+def judged(error: float, allowed: float) -> dict[str, Any]:
+    """The error as figures, with a `problem` if it is more than is allowed."""
+    figures: dict[str, Any] = {"error": error, "allowed_error": allowed}
+    if error == float("inf"):
+        return {**figures, "error": None, "problem": "gives values that are no finite numbers"}
+    if error > allowed:
+        figures["problem"] = f"wrong by {error:.2g} of the largest value, {allowed:.2g} is allowed"
+    return figures
+
+
+def milliseconds(work: Callable[[], Any], device: str) -> float:
+    """Least time of a few calls: whatever else the machine does only adds to it.
+
+    On a GPU its own time, as in a training step, where Python is ahead of it: some ways take longer
+    to be handed over than to run.
+    """
+    timed = _seconds_on_gpu if device == "cuda" else _seconds_here
+    return round(min(timed(work) for _ in range(REPEATS)) * 1e3, 4)
+
+
+def _seconds_here(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _seconds_on_gpu(work: Callable[[], Any]) -> float:
+    """Seconds between two events; it is kept busy until both are on their way."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    square = torch.zeros(BUSY_SIDE, BUSY_SIDE, dtype=torch.bfloat16, device="cuda")
+    for power in range(TRIES):
+        for _ in range(2**power):
+            torch.mm(square, square)
+        begin.record()
+        work()
+        end.record()
+        was_behind = not begin.query()
+        end.synchronize()
+        if was_behind:
+            break
+    return float(begin.elapsed_time(end)) / 1e3  # if work waits for the GPU, with the time for that

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from strixft.child import Figures, do_steps
 from strixft.probe.attention import measure_rung
-from strixft.probe.nf4 import round_trip
-from strixft.probe.products import measure_products, measure_sums
+from strixft.probe.weights import measure_products, measure_sums, round_trip
+from strixft.support.child import Figures, do_steps
 
 KINDS: Mapping[str, Callable[..., Figures]] = {
     "attention": measure_rung,

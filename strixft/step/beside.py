@@ -12,12 +12,17 @@ from torch._inductor import ir
 from torch._inductor.lowering import full, register_lowering
 
 torch.library.define("strixft::beside", "(Tensor[] parts, int dim, int room) -> Tensor")
+
 _FILL = "(Tensor(a!) whole, Tensor part, int dim, int start)"
+
 torch.library.define("strixft::fill", _FILL + " -> Tensor(a!)")
+
 torch.library.define("strixft::fill_in_place", _FILL + " -> ()")
+
 BESIDE = torch.ops.strixft.beside.default
 """Matrices behind each other along a dimension, each written there by the kernel that makes it, and
 room for more."""
+
 FILL = torch.ops.strixft.fill.default
 """Writes a matrix into rows (0) or columns (1) of another one."""
 

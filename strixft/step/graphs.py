@@ -11,6 +11,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 
 aten = torch.ops.aten
+
 _RESHAPE = aten.reshape.default  # what inductor makes of a view
 
 

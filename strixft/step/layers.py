@@ -15,8 +15,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import flop_registry
 
-from strixft.architecture import text_layers
-from strixft.model import base_of
+from strixft.model.adapter import decoder_layers
 
 
 @cache
@@ -43,11 +42,6 @@ def inductor(*, joined: bool) -> Any:
 
 BACKEND: Any = inductor
 """Gives what compiles the layers; a plan has another one, which decides alike what is kept."""
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers, in order."""
-    return text_layers(base_of(model))
 
 
 def set_recompute(model: nn.Module, num_layers: int) -> None:

@@ -39,6 +39,7 @@ from strixft.step.joined import join_sums
 from strixft.step.sums import THIN, Sum, find_sums, left_of, right_of
 
 aten = torch.ops.aten
+
 ADD_PRODUCT = aten.addmm_.default
 """Adds a product to a matrix, in place."""
 
@@ -159,9 +160,9 @@ def rewrite(graph: fx.Graph, *, joined: bool = True) -> None:
     """
     joins = Joins()
     if "bitsandbytes" in sys.modules:
-        from strixft.step import unpack
+        from strixft.step import nf4_kernel
 
-        unpack.split_products(graph)
+        nf4_kernel.split_products(graph)
     _write_in_order(graph)
     _join_thin_products(graph, joins)
     sums = find_sums(graph)
@@ -169,7 +170,7 @@ def rewrite(graph: fx.Graph, *, joined: bool = True) -> None:
         _add_up(found, joins)
     stable_topological_sort(graph)
     if "bitsandbytes" in sys.modules:
-        unpack.unpack_late(graph)
+        nf4_kernel.unpack_late(graph)
 
 
 class Products(CustomGraphPass):

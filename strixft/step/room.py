@@ -12,10 +12,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from strixft.step.layers import decoder_layers
+from strixft.model.adapter import decoder_layers
 
 ALIGNED = 64
 """Rows of joined matrices begin at multiples of so many elements."""
+
 ROOM = 64
 """Most ranks of adapters that lie beside a weight: of q, k and v, or of one."""
 

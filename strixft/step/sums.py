@@ -12,8 +12,10 @@ from torch import fx
 from strixft.step.graphs import call, calls, num_bytes, origin, replace, value_of
 
 aten = torch.ops.aten
+
 THIN = 64
 """Rank up to which a product takes the time that its large operand takes to be read or written."""
+
 _SEEN_THROUGH = {aten.view.default, aten.reshape.default, aten.clone.default}
 """What a product may pass on its way into a sum."""
 

@@ -7,21 +7,28 @@ compared with `torch.cuda.max_memory_allocated`. Buffers inside one operator are
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from strixft.guard.host import device_type
+
 aten = torch.ops.aten
+
 BLOCK = 512
 """Smallest block of torch's caching allocator (c10/core/AllocatorConfig.h, kMinBlockSize)."""
+
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "head", "workspace")
+
 
 _part: ContextVar[str] = ContextVar("part", default="activations")
 
@@ -161,3 +168,32 @@ class MemoryTracker(TorchDispatchMode):
         """
         gradient = self._embedding_gradient() if self._embedding_gradient else None
         return gradient is not None and any(argument is gradient for argument in args)
+
+
+@contextlib.contextmanager
+def peak_memory(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Peak memory in bytes: torch's own count on a GPU, our tracker's, by part, on a CPU.
+
+    Args:
+        model: What is trained in the block.
+    """
+    found: dict[str, Any] = dict.fromkeys(("peak_bytes", "reserved_bytes", "peak_parts"))
+    if device_type() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield found
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+        found["reserved_bytes"] = torch.cuda.max_memory_reserved()
+    else:
+        tracker = MemoryTracker()
+        tracker.watch_model(model)
+        with tracker:
+            yield found
+        found["peak_bytes"], found["peak_parts"] = tracker.peak_bytes, tracker.peak
+    found["resident_bytes"] = psutil.Process().memory_info().rss
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more, so that whatever comes next finds it free."""
+    gc.collect()
+    if device_type() == "cuda":
+        torch.cuda.empty_cache()

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strixft.architecture import Head, linear_head, text_decoder
-from strixft.attention import RUNGS, Rung, packed_rows, use_rung
-from strixft.data import Batch
-from strixft.model import base_of
-from strixft.recipe import Train
+from strixft.attention.backends import RUNGS, Rung
+from strixft.attention.core import use_rung
+from strixft.attention.masks import packed_rows
+from strixft.data.batches import Batch
+from strixft.model.adapter import base_of
+from strixft.model.architecture import Head, linear_head, text_decoder
+from strixft.recipe.schema import Train
 from strixft.step.layers import compile_layers, keep_products, set_recompute
 from strixft.step.loss import chunked_cross_entropy, token_cross_entropy
 from strixft.step.optimizer import BFloat16AdamW

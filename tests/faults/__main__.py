@@ -9,9 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import strixft.evaluate
-import strixft.report
-import strixft.train  # noqa: F401  # forked processes have it then
+import strixft.app.report
+import strixft.evaluate.stage
+import strixft.train.stage  # noqa: F401  # forked processes have it then
 
 COUNTS: dict[str, tuple[int, ...]] = {
     "kills": (60,),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from faults.kills import differences, undisturbed
 from faults.smoke import Outcome, do_stages, ended, fork, outcome, write_smoke_recipe
-from strixft.opening import find_run
+from strixft.run.open import find_run
 
 SIZE = "64m"
 

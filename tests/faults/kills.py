@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from faults.smoke import Outcome, do_stages, ended, fork, kill_after, outcome, write_smoke_recipe
-from strixft.opening import find_run
+from strixft.run.open import find_run
 
 PLACES = ("prepare", "plan", "train", "save", "evaluate", "report")
 SAVE_SHARE = 0.1

@@ -11,11 +11,10 @@ from unittest.mock import patch
 
 from faults.counters import Frame, Player, recorded, strix_halo_fills
 from faults.smoke import do_stages, ended, fork, write_smoke_recipe
-from strixft.checkpoints import Checkpoints
-from strixft.guard import MemoryWatch, watches
-from strixft.guard.counters import read_counters
-from strixft.guard.watch import level_of
-from strixft.opening import find_run
+from strixft.guard import stage_watches
+from strixft.guard.watch import MemoryWatch, level_of, read_counters
+from strixft.run.open import find_run
+from strixft.train.checkpoints import Checkpoints
 
 MOST_S = 2.0
 """Between the threshold and the request to stop."""
@@ -64,7 +63,7 @@ def _under_pressure(recipe: Path, folder: Path, frames: Sequence[Frame], root: P
         Player(frames, root).start()
 
     with (
-        patch.object(watches, "ROOT", root),
+        patch.object(stage_watches, "ROOT", root),
         patch.object(MemoryWatch, "require_reserve", then_play),
     ):
         do_stages(recipe, folder)

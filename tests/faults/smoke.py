@@ -16,8 +16,8 @@ from typing import Any
 from conftest import chats, recipe_writer, write_tiny_model
 
 import strixft
-from strixft.opening import find_run
-from strixft.runs import STAGES, Result, Run
+from strixft.run.folder import STAGES, Result, Run
+from strixft.run.open import find_run
 
 ROWS = 9
 """Packed rows that the smoke recipe trains on, one update each."""

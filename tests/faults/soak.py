@@ -15,10 +15,10 @@ import psutil
 
 import strixft
 from faults.smoke import ROWS, ended, fork, write_smoke_recipe
-from strixft.evaluate import row_losses
-from strixft.loop import TrainingLoop
-from strixft.prepare import Prepared
-from strixft.runs import Run
+from strixft.evaluate.losses import row_losses
+from strixft.prepare.stage import Prepared
+from strixft.run.folder import Run
+from strixft.train.loop import TrainingLoop
 
 EVERY = 25
 """Updates between two looks."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from faults.kills import differences, undisturbed
 from faults.smoke import Outcome, do_stages, ended, fork, outcome, write_smoke_recipe
-from strixft.runs import Result
-from strixft.train import Trained
+from strixft.run.folder import Result
+from strixft.train.stage import Trained
 
 KINDS = ("cut", "flipped byte", "missing file", "empty manifest")
 

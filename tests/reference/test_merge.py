@@ -26,8 +26,9 @@ from transformers import (
 
 from strixft.export.check import compare, faults
 from strixft.export.merge import merge
-from strixft.model import NF4
-from strixft.recipe import Recipe, load_recipe
+from strixft.model.shapes import NF4
+from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Recipe
 
 SIDES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

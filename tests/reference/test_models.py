@@ -14,16 +14,18 @@ import torch
 from tiny_models import SHIPPED, TINY, VOCABULARY
 from torch import Tensor, nn
 
-from strixft.architecture import auto_class, text_decoder
-from strixft.data import Batch, collate
-from strixft.guard import find_host
-from strixft.hardware import Host
-from strixft.model import base_of, build, load_config
+from strixft.catalog.hosts import Host
+from strixft.data.batches import Batch, collate
+from strixft.guard.host import find_host
+from strixft.model.adapter import base_of
+from strixft.model.architecture import auto_class, text_decoder
+from strixft.model.load import build, load_config
 from strixft.plan.dry_run import dry_run
 from strixft.plan.trace import RowShape
-from strixft.plan.ways import ways_for
-from strixft.recipe import Dataset, Lora, Recipe, Train
-from strixft.step import MemoryTracker, TrainingStep
+from strixft.probe.checks import ways_for
+from strixft.recipe.schema import Dataset, Lora, Recipe, Train
+from strixft.step.tracker import MemoryTracker
+from strixft.step.update import TrainingStep
 
 LENGTHS = ((19, 30, 4), (26, 11))
 """Tokens of the documents of two rows."""

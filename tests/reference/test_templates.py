@@ -22,11 +22,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from strixft.data import Encoder, TokenRow
 from strixft.data.checks import check_chat
-from strixft.data.preview import runs
+from strixft.data.encode import Encoder, TokenRow
+from strixft.data.row_report import runs
 from strixft.data.template import tools_as_text
-from strixft.formats import FORMATS, Message, RowFault
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import Message
+from strixft.formats.table import FORMATS
 
 TRL = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
 OURS = Path(__file__).parent.parent / "templates"

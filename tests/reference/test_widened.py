@@ -13,10 +13,10 @@ from tiny_models import TINY
 from torch import nn
 from transformers import AutoConfig
 
-from strixft.architecture import auto_class
 from strixft.export.widened import in_float32
-from strixft.model import load_base
-from strixft.recipe import load_recipe
+from strixft.model.architecture import auto_class
+from strixft.model.load import load_base
+from strixft.recipe.load import load_recipe
 
 CAST = {
     "falcon_h1", "granitemoehybrid", "jamba", "lfm2_moe", "mamba2", "minimax_m2", "nemotron_h",

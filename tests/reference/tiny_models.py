@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from strixft.families import MODELS
+from strixft.catalog.models import MODELS
 
 SLIDE, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 WINDOW = 8

@@ -1,0 +1,159 @@
+"""JupyterLab for this machine alone, with a kernel of this environment; a run from a notebook."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from strixft.app.notebooks import run_stages
+from strixft.app.report import write_report
+from strixft.recipe.find import find_recipe, find_recipes, shipped, workspace
+from strixft.recipe.load import parse_overrides
+from strixft.run.open import open_run
+from strixft.support import html
+from strixft.support.disk import cache_folder
+from strixft.support.environment import BEFORE_TORCH
+
+ADDRESS = "127.0.0.1"
+
+START = "notebooks/start-here.ipynb"
+
+KERNEL_ENDS_S = 120
+"""What a kernel that trains has to save its last update; Jupyter's own 5 s are too few."""
+
+KERNEL = "python3"
+"""What the notebooks ask for; this name, found first, decides where they run."""
+
+
+def kernel_folder() -> Path:
+    """Where this environment's kernel is written: one folder each, in a home that toolboxes share.
+
+    Not in the environment itself, which a container's user may not write.
+    """
+    return cache_folder() / "jupyter" / hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
+
+
+def write_kernel(folder: Path) -> Path:
+    """Write a kernel of this environment below a folder for `JUPYTER_PATH`."""
+    path = folder / "kernels" / KERNEL / "kernel.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {
+        "argv": words,
+        "display_name": f"strixft ({Path(sys.prefix).name})",
+        "language": "python",
+        "env": {name: os.environ[name] for name in BEFORE_TORCH},
+    }
+    path.write_text(json.dumps(spec, indent=2) + "\n")
+    return path
+
+
+def put_notebooks(folder: Path) -> Path:
+    """The notebooks of a working folder; those that ship are copied there once."""
+    notebooks = folder / "notebooks"
+    if not notebooks.is_dir():
+        shutil.copytree(shipped("notebooks"), notebooks)
+    return notebooks
+
+
+def lab_environment(kernels: Path) -> dict[str, str]:
+    """This environment, with the kernel first and a token if there is none."""
+    paths = filter(None, (str(kernels), os.environ.get("JUPYTER_PATH")))
+    environment = {**os.environ, "JUPYTER_PATH": os.pathsep.join(paths)}
+    environment["JUPYTER_TOKEN"] = environment.get("JUPYTER_TOKEN") or secrets.token_urlsafe(24)
+    return environment
+
+
+def lab_command(folder: Path, *, port: int, browser: bool) -> list[str]:
+    """How JupyterLab is started: only for this machine, in this folder."""
+    words = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--ServerApp.ip={ADDRESS}",
+        f"--ServerApp.port={port}",
+        f"--ServerApp.root_dir={folder}",
+        f"--LabApp.default_url=/lab/tree/{START}",
+        f"--KernelManager.shutdown_wait_time={KERNEL_ENDS_S}",
+    ]
+    words += [] if browser else ["--no-browser"]
+    return words + (["--allow-root"] if os.geteuid() == 0 else [])
+
+
+def start_lab(*, port: int = 8888, browser: bool = True) -> None:
+    """Become JupyterLab; does not return.
+
+    Args:
+        port: The next free one if it is taken.
+        browser: Open it.
+    """
+    folder = workspace()
+    put_notebooks(folder)
+    kernels = kernel_folder()
+    write_kernel(kernels)
+    command = lab_command(folder, port=port, browser=browser)
+    os.execve(command[0], command, lab_environment(kernels))
+
+
+@dataclass(frozen=True)
+class RecipeList:
+    """Recipes to choose from, with the first line of each."""
+
+    recipes: Mapping[str, Path]
+
+    def _repr_html_(self) -> str:
+        rows = [(name, _first_comment(path), path) for name, path in self.recipes.items()]
+        return html.table(rows, ["recipe", "what it does", "file"])
+
+
+def _first_comment(path: Path) -> str:
+    line = path.read_text(encoding="utf-8").partition("\n")[0]
+    return line.removeprefix("#").strip() if line.startswith("#") else ""
+
+
+def list_recipes() -> RecipeList:
+    """Recipes of the workspace and those that ship."""
+    return RecipeList(find_recipes())
+
+
+@dataclass(frozen=True)
+class ReportPage:
+    """A run's report, shown inside a notebook."""
+
+    path: Path
+
+    def _repr_html_(self) -> str:
+        page = escape(self.path.read_text(encoding="utf-8"))
+        return (
+            f'<iframe srcdoc="{page}" sandbox style="width: 100%; height: 40rem; border: 0">'
+            f"</iframe>{html.note(str(self.path))}"
+        )
+
+
+def run_recipe(
+    recipe: str | Path,
+    run_dir: str | Path | None = None,
+    overrides: Mapping[str, Any] | str | None = None,
+) -> ReportPage:
+    """Run the stages that are not done yet and write the report.
+
+    Args:
+        recipe: Name or path of the recipe.
+        run_dir: The run folder; `runs/<recipe>` if not given.
+        overrides: Values by dotted key, or their JSON text.
+
+    Raises:
+        StrixftError: A stage failed; the fix ends with the command that resumes.
+    """
+    run = open_run(recipe, run_dir, overrides)
+    run_stages(run, find_recipe(recipe), parse_overrides(overrides))
+    return ReportPage(write_report(run))

@@ -1,0 +1,267 @@
+"""The stages through papermill, each in a kernel of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import papermill
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+from traitlets import default
+
+from strixft.evaluate.stage import check_evaluation, require_held_out
+from strixft.plan.result import Plan
+from strixft.prepare.stage import Prepared
+from strixft.recipe.find import shipped
+from strixft.recipe.load import parse_override
+from strixft.run.folder import STAGES, Run, chosen_stages
+from strixft.run.open import first_reader, set_aside, stages_from
+from strixft.support.errors import FitError, StageError, Stopped, StrixftError, error_from_text
+from strixft.support.files import remove_leftovers, write_text
+from strixft.support.signals import Signals, on_signals
+from strixft.support.tables import did_you_mean
+from strixft.support.text import redact_all, typed
+from strixft.train.stage import out_of_memory
+
+_SETTINGS = re.compile(r"(?:--set (?:'[^']*'|[^\s,;]+) *)+")
+
+_KEY = re.compile(r"--set '?([\w.]+)=")
+
+Notify = Callable[[str, bool], None]
+"""Told of each stage before it runs: its name, and whether it was done before."""
+
+
+class OwnKernel(AsyncKernelManager):
+    """A kernel of this interpreter, whatever kernels stand where `JUPYTER_PATH` leads."""
+
+    @default("kernel_spec_manager")
+    def _without_folders(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[])  # ipykernel's own is left
+
+
+def notebook_of(stage: str) -> Path:
+    """The notebook of a stage, found by its name: `<number>-<stage>.ipynb`."""
+    found = sorted(shipped("notebooks").glob(f"[0-9]*-{stage}.ipynb"))
+    if not found:
+        raise StageError(f"no notebook for stage {stage}", fix="install strixft again")
+    return found[0]
+
+
+def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """Refuse parameters that a notebook does not have; papermill only warns of them.
+
+    Raises:
+        StageError: A parameter does not exist.
+    """
+    known = papermill.inspect_notebook(_literal(notebook))
+    for name in parameters:
+        if name not in known:
+            raise StageError(
+                f"{notebook.name} has no parameter {name!r}", fix=did_you_mean(name, known)
+            )
+
+
+def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None:
+    """Execute a notebook with parameters; the executed copy stays, also when it fails.
+
+    It gets its name at the end, whole and without keys that were printed.
+
+    Raises:
+        StageError: A parameter does not exist, or a cell failed.
+        StrixftError: What a cell raised, if it is one of ours.
+    """
+    check_parameters(notebook, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
+    try:
+        _execute(notebook, temporary, parameters)
+    except PapermillExecutionError as error:
+        raise _own_error(error, output) from error
+    finally:
+        _keep(temporary, output)
+
+
+def _execute(notebook: Path, target: Path, parameters: Mapping[str, Any]) -> None:
+    """Let papermill execute a notebook in a kernel that nothing of the user's changes.
+
+    Neither a file `datasets.py` of the working folder nor IPython's start-up files are run.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        papermill.execute_notebook(
+            _literal(notebook),
+            _literal(target),
+            parameters=dict(parameters),
+            kernel_name=NATIVE_KERNEL_NAME,
+            kernel_manager_class=OwnKernel,
+            progress_bar=False,
+            extra_arguments=[
+                "--IPKernelApp.log_level=ERROR",
+                "--IPKernelApp.ignore_cwd=True",
+                f"--ProfileDir.location={profile}",
+            ],
+        )
+
+
+def _literal(path: Path) -> str:
+    """A path as papermill takes it, which fills in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _keep(temporary: Path, output: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):  # it never began, or the disk is full
+        page = redact_all(json.loads(temporary.read_text(encoding="utf-8")))
+        write_text(output, json.dumps(page, indent=1, ensure_ascii=False) + "\n")
+    temporary.unlink(missing_ok=True)
+
+
+def _own_error(error: PapermillExecutionError, output: Path) -> StrixftError:
+    own = error_from_text(error.ename.rpartition(".")[2], error.evalue)
+    return own or StageError(
+        f"{output.name} stopped at In [{error.exec_count}]: {error.ename}: {error.evalue}",
+        fix=f"open {output}",
+    )
+
+
+def _dead_kernel(run: Run, stage: str) -> StrixftError:
+    """What the kernel said before it ended; mostly it had no time to say anything."""
+    left = run.last_error(stage)
+    if left is not None:
+        return left
+    what = f"the kernel of stage {stage} died, nearly always for memory"
+    plan = Plan.load(run.stage_folder(Plan.name))
+    if plan is None:
+        return FitError(what, fix="close other programs")
+    return out_of_memory(run.recipe, plan, what, None)
+
+
+def _setting(key: str, value: Any) -> str:
+    """An override as it is typed: text stands as it is where it is read as that text."""
+    plain = isinstance(value, str) and parse_override(f"{key}={value}")[1] == value
+    return f"--set {shlex.quote(f'{key}={value if plain else json.dumps(value)}')}"
+
+
+def _resume(run: Run, parameters: Mapping[str, Any], fix: str) -> str:
+    """What to type so that the run goes on, with the settings that a fix begins with."""
+    found = _SETTINGS.match(fix)
+    asked = found[0].strip() if found and "…" not in found[0] else ""
+    keys = _KEY.findall(asked)
+    kept = [_setting(*row) for row in parameters["overrides"].items() if row[0] not in keys]
+    reader = first_reader(keys)
+    done = reader is not None and any(map(run.is_done, stages_from(reader)))
+    command = f"strixft run {typed(parameters['recipe'])} --run-dir {typed(run.folder)}"
+    return " ".join(filter(None, [command, *kept, asked, f"--from {reader}" if done else ""]))
+
+
+def _with_resume(error: StrixftError, command: str) -> StrixftError:
+    if isinstance(error, Stopped) or command in error.fix:
+        return error
+    return type(error)(error.problem, fix=f"{error.fix}\n     then: {command}")
+
+
+def run_stages(
+    run: Run,
+    recipe: Path,
+    overrides: Mapping[str, Any],
+    *,
+    first: str | None = None,
+    last: str | None = None,
+    notify: Notify = lambda stage, done: None,
+) -> None:
+    """Run the stages that are not done yet.
+
+    Args:
+        run: The open run.
+        recipe: Its recipe's file.
+        overrides: Values by dotted key, as given to `open_run`.
+        first: Set this stage and the later ones aside and do them again.
+        last: Stop after this stage; without it, after the last one of the recipe.
+        notify: Told of each stage before it runs.
+
+    Raises:
+        StrixftError: A stage failed; the fix ends with the command that resumes.
+    """
+    chosen_stages(first, last)
+    parameters = {
+        "recipe": str(recipe),
+        "run_dir": str(run.folder),
+        "overrides": dict(overrides),
+    }
+    with run.driven(), _passing_signals_on(run) as signals:
+        if first:
+            set_aside(run, STAGES[STAGES.index(first) :])
+        stages = chosen_stages(None, last or run.last_stage)
+        if "evaluate" in stages and not run.is_done("evaluate"):
+            check_evaluation(run.recipe)
+        interrupted = _interrupted(run)
+        remove_leftovers(run.folder)
+        for stage in stages:
+            if signals.asked:
+                raise run.stopped(f"{signals.asked} came before stage {stage}")
+            done = run.is_done(stage) and stage not in interrupted
+            notify(stage, done)
+            if not done:
+                with _resumable(run, stage, parameters):
+                    _do_stage(run, stage, parameters, evaluated="evaluate" in stages)
+
+
+def _interrupted(run: Run) -> list[str]:
+    """Stages whose notebook was being executed by a process that was killed."""
+    return [
+        stage
+        for stage in STAGES
+        if list(run.stage_folder(stage).glob(f".{notebook_of(stage).stem}.*.ipynb"))
+    ]
+
+
+@contextlib.contextmanager
+def _passing_signals_on(run: Run) -> Iterator[Signals]:
+    """Within this block, a signal stops the kernel that does a stage, as soon as there is one."""
+    ended = threading.Event()
+
+    def tell_worker(_: str) -> None:
+        threading.Thread(target=_stop_worker, args=(run, ended), daemon=True).start()
+
+    try:
+        with on_signals(tell_worker) as signals:
+            yield signals
+    finally:
+        ended.set()
+
+
+def _stop_worker(run: Run, ended: threading.Event) -> None:
+    while not ended.wait(0.1):
+        others = [owner for owner in run.workers() if owner.pid != os.getpid() and owner.is_here]
+        if others:
+            os.kill(others[0].pid, signal.SIGTERM)
+            return
+
+
+@contextlib.contextmanager
+def _resumable(run: Run, stage: str, parameters: Mapping[str, Any]) -> Iterator[None]:
+    """An error of this block ends with the command that goes on."""
+    try:
+        yield
+    except (DeadKernelError, StrixftError) as error:
+        own = error if isinstance(error, StrixftError) else _dead_kernel(run, stage)
+        raise _with_resume(own, _resume(run, parameters, own.fix)) from error
+
+
+def _do_stage(run: Run, stage: str, parameters: Mapping[str, Any], *, evaluated: bool) -> None:
+    if evaluated and stage in ("plan", "train"):
+        require_held_out(run.require(Prepared))
+    with run.owned():  # nothing else may be at work when the notebook is written
+        pass
+    notebook = notebook_of(stage)
+    run_notebook(notebook, run.stage_folder(stage) / notebook.name, parameters)

@@ -1,0 +1,255 @@
+"""`RUNGS`: ways to compute attention over packed rows, the fastest first.
+
+Which one a device takes is measured there (`strixft.probe`); for a machine that is only planned
+for, it is the first that nothing speaks against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal
+
+from strixft.support.tables import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """One way to compute attention."""
+
+    name: str
+    packed: bool
+    """Several documents in one row, closed off from each other."""
+    mask: Literal["lengths", "blocks", "dense", "none"]
+    """What the layers are given: cumulative lengths, a block mask, T × T truths, or nothing."""
+    devices: tuple[str, ...]
+    """Device types that have gradients of it."""
+    implementation: str = "strixft"
+    """Its name in transformers' attention interface; see `core`."""
+    module: str = "strixft.attention.core"
+    """What registers it there when it is imported."""
+    kernels: str | None = None
+    """Flash kernels of a package, as torch's registry calls them; None for torch's own."""
+    package: str | None = None
+    """What has these kernels; it need not be installed."""
+    keeps_scores: bool = False
+    """Memory grows with T × T of every head, so it gives way to all that keep less."""
+    why: str
+    source: str
+
+
+RUNGS: Table[Rung] = Table(
+    "attention",
+    Rung(
+        name="varlen-fa4",
+        packed=True,
+        mask="lengths",
+        devices=("cuda",),
+        kernels="FA4",
+        package="flash-attn-4",
+        why="varlen with the kernels of FlashAttention-4, which Hopper and Blackwell have",
+        source="torch.nn.attention.activate_flash_attention_impl; PyPI flash-attn-4",
+    ),
+    Rung(
+        name="varlen",
+        packed=True,
+        mask="lengths",
+        devices=("cuda",),
+        why="flash attention over documents laid end to end; nothing is computed between them",
+        source="torch `aten._flash_attention_forward` with cumulative lengths, arXiv:2307.08691",
+    ),
+    Rung(
+        name="flex",
+        packed=True,
+        mask="blocks",
+        devices=("cuda",),
+        why="a generated kernel that skips blocks between documents; it knows tanh-capped scores",
+        source="torch.nn.attention.flex_attention; it has no gradients on a CPU (torch 2.13)",
+    ),
+    Rung(
+        name="sdpa-packed",
+        packed=True,
+        mask="dense",
+        devices=("cuda", "cpu"),
+        why="scaled_dot_product_attention with a T × T mask: right everywhere, wasteful",
+        source="torch.nn.functional.scaled_dot_product_attention",
+    ),
+    Rung(
+        name="sdpa",
+        packed=False,
+        mask="none",
+        devices=("cuda", "cpu"),
+        why="one chat a row, rows of like length together, padded",
+        source="torch.nn.functional.scaled_dot_product_attention, is_causal",
+    ),
+    Rung(
+        name="eager",
+        packed=True,
+        mask="dense",
+        devices=("cuda", "cpu"),
+        implementation="strixft-eager",
+        keeps_scores=True,
+        why="plain products and softmax; keeps T × T scores of every head",
+        source="arXiv:1706.03762",
+    ),
+    Rung(
+        name="eager-rows",
+        packed=False,
+        mask="none",
+        devices=("cuda", "cpu"),
+        implementation="strixft-eager",
+        keeps_scores=True,
+        why="the same with one chat a row, where documents cannot share one",
+        source="arXiv:1706.03762",
+    ),
+)
+
+LADDER = tuple(RUNGS)
+"""Names, the fastest first."""
+
+
+CAPS_SCORES = frozenset({"flex", "eager", "eager-rows"})
+"""Rungs that know tanh-capped scores (Gemma 2); the others would leave the cap out."""
+
+LARGEST_FLASH_HEAD = 256
+"""torch 2.11 ATen/native/transformers/sdp_utils: flash attention takes heads up to this size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownBad:
+    """A case that is reported to fail; a measurement on the device itself overrules it."""
+
+    device: str
+    rungs: tuple[str, ...]
+    model_types: tuple[str, ...] = ()
+    """Empty for any."""
+    head_sizes: tuple[int, ...] = ()
+    """Empty for any."""
+    what: str
+    source: str
+
+
+_AOTRITON = ("varlen", "sdpa-packed", "sdpa")
+
+KNOWN_BAD = (
+    KnownBad(
+        device="gfx1151",
+        rungs=_AOTRITON,
+        model_types=("gemma3", "gemma3_text"),
+        what="loss NaN from the first step in Gemma 3",
+        source="unslothai/unsloth#3385, PR #3588",
+    ),
+    KnownBad(
+        device="gfx1151",
+        rungs=_AOTRITON,
+        model_types=("qwen3_5", "qwen3_5_text"),
+        what="crash in Qwen3.5",
+        source="h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md",
+    ),
+    KnownBad(
+        device="gfx1151",
+        rungs=_AOTRITON,
+        head_sizes=(72,),
+        what="NaN in 59 % of the cases in bf16",
+        source="ROCm/aotriton#179",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """What attention has to compute in a model."""
+
+    model_type: str
+    head_size: int
+    query_heads: int
+    key_heads: int
+    """Keys and values have fewer heads than queries where heads are grouped."""
+    softcap: float | None
+    """Scores are softcap × tanh(scores / softcap)."""
+    windowed: bool
+    """Some layers look back only so far."""
+    carries_state: bool = False
+    """Some layers are no attention, or take no positions: documents cannot share a row."""
+
+    value_size: int | None = None
+    """Where values are of another size than queries and keys."""
+    mask_alone: bool = False
+    """Only a mask says what layers look back to: chunks, or a window that they do not pass on."""
+
+
+def _is_missing(package: str | None) -> bool:
+    try:
+        return package is not None and not metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return True
+
+
+def cannot(rung: Rung, heads: Heads, device_type: str) -> str | None:
+    """Why a rung is no way at all for a model on a type of device; None if it is one.
+
+    Args:
+        rung: The way.
+        heads: What the model needs.
+        device_type: `cuda` or `cpu`.
+    """
+    if device_type not in rung.devices:
+        return f"no gradients on {device_type}"
+    if _is_missing(rung.package):
+        return f"{rung.package} is not installed"
+    if rung.packed and heads.carries_state:
+        return "its layers would carry on from one document of a row to the next"
+    if heads.softcap is not None and rung.name not in CAPS_SCORES:
+        return "leaves out the cap of the scores"
+    if rung.mask == "lengths" and heads.head_size > LARGEST_FLASH_HEAD:
+        return f"heads of {heads.head_size} are too large for flash attention"
+    if rung.mask in ("lengths", "blocks") and heads.mask_alone:
+        return "only a mask of all tokens says what layers look back to"
+    return None
+
+
+def known_bad(rung: Rung, heads: Heads, device: str) -> KnownBad | None:
+    """The report that speaks against a rung on a device; None if there is none.
+
+    Args:
+        rung: The way.
+        heads: What the model needs.
+        device: Architecture, such as `gfx1151`; empty if it does not matter.
+    """
+    return next((bad for bad in KNOWN_BAD if _applies(bad, rung, heads, device)), None)
+
+
+def _applies(bad: KnownBad, rung: Rung, heads: Heads, device: str) -> bool:
+    return (
+        bad.device == device
+        and rung.name in bad.rungs
+        and (not bad.model_types or heads.model_type in bad.model_types)
+        and (not bad.head_sizes or heads.head_size in bad.head_sizes)
+    )
+
+
+def is_wanted(rung: Rung, *, packing: bool) -> bool:
+    """Whether a recipe that packs its rows, or does not, may take a rung."""
+    return packing or not rung.packed
+
+
+def ladder(heads: Heads, device_type: str, device: str = "", *, packing: bool = True) -> list[Rung]:
+    """Rungs that nothing speaks against before anything is measured; never empty.
+
+    Args:
+        heads: What the model needs.
+        device_type: `cuda` or `cpu`.
+        device: Architecture, such as `gfx1151`.
+        packing: Whether the recipe wants packed rows.
+
+    Returns:
+        The first to be tried first.
+    """
+    return [
+        rung
+        for rung in RUNGS.values()
+        if rung.package is None  # whether its kernels do here is known once they were tried
+        and is_wanted(rung, packing=packing)
+        and cannot(rung, heads, device_type) is None
+        and known_bad(rung, heads, device) is None
+    ]

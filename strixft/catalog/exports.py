@@ -1,0 +1,67 @@
+"""`KINDS`: what can be made of a trained run, and `QUANTISATIONS` of a GGUF file, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from strixft.support.tables import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """One thing that a server can use."""
+
+    name: str
+    needs: tuple[str, ...] = ()
+    """Kinds that are made before it."""
+    why: str
+
+
+KINDS: Table[Kind] = Table(
+    "export",
+    Kind(name="merged", why="a model folder for transformers, vLLM and llama.cpp's converter"),
+    Kind(name="gguf", needs=("merged",), why="one file for llama.cpp and all that is built on it"),
+    Kind(name="gguf-lora", why="the adapter alone, for a server that has the base as GGUF"),
+    Kind(name="ollama", needs=("merged", "gguf"), why="a Modelfile beside the GGUF file"),
+    Kind(
+        name="lemonade",
+        needs=("merged", "gguf"),
+        why="the smallest GGUF file in a folder of its own, and the command for it",
+    ),
+    Kind(name="vllm", needs=("merged",), why="the command that serves the merged folder"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantisation:
+    """How a GGUF file stores its weights, and how much it must answer like the trained model."""
+
+    name: str
+    bits: float
+    """Of a weight, about."""
+    least_top1: float
+    """Share of positions at which it must choose the trained model's token."""
+    least_greedy: float
+    """Share of an answer that it must write before it first differs, mean over the prompts."""
+
+
+QUANTISATIONS: Table[Quantisation] = Table(
+    "quantisation",
+    Quantisation(name="f16", bits=16, least_top1=0.99, least_greedy=0.95),
+    Quantisation(name="bf16", bits=16, least_top1=0.99, least_greedy=0.95),
+    Quantisation(name="q8_0", bits=8.5, least_top1=0.97, least_greedy=0.85),
+    Quantisation(name="q6_k", bits=6.6, least_top1=0.95, least_greedy=0.75),
+    Quantisation(name="q5_k_m", bits=5.7, least_top1=0.92, least_greedy=0.65),
+    Quantisation(name="q4_k_m", bits=4.9, least_top1=0.88, least_greedy=0.5),
+)
+"""The bounds are ours: what a user should not lose without being told."""
+
+
+def with_needs(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Kinds and what they need, in the order in which they are made.
+
+    >>> with_needs(("ollama",))
+    ('merged', 'gguf', 'ollama')
+    """
+    wanted = {name for kind in kinds for name in (kind, *KINDS[kind].needs)}
+    return tuple(name for name in KINDS if name in wanted)

@@ -1,0 +1,152 @@
+"""Rates of this machine: what `strixft bench` measured here, else those of its chip in `HOSTS`.
+
+Below torch. The measured ones stand in `hosts.json` of the data folder, by device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from strixft.catalog.hosts import HOSTS, Host, Sourced, read_amd_cards
+from strixft.support.errors import HostError
+from strixft.support.files import write_json
+
+CHIPS = {
+    "GB10": "dgx-spark",
+    "V100": "v100-32",
+    "H100 80GB HBM3": "h100-80",
+    "H200": "h200-141",
+}
+"""Part of the name that the driver gives → row of `HOSTS`."""
+
+STRIX_HALO = "strix-halo-128"
+
+FORMAT = 1
+
+FOLDER = "STRIXFT_DATA"
+"""Variable with the data folder."""
+
+
+def data_folder() -> Path:
+    """Where measurements are kept: the folder of `FOLDER`, or `~/.local/share/strixft`."""
+    share = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share"))
+    return Path(os.environ.get(FOLDER) or share / "strixft")
+
+
+def hosts_file() -> Path:
+    """Where the measured rates stand."""
+    return data_folder() / "hosts.json"
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """What the kernel calls the processor."""
+    try:
+        text = (root / "proc/cpuinfo").read_text()
+    except OSError:
+        return "unknown processor"
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else "unknown processor"
+
+
+def device_name(host: Host, root: Path = Path("/")) -> str:
+    """By what the rates of a device are found again: its name, or its number on the PCI bus."""
+    if host.device == "cpu":
+        return cpu_name(root)
+    cards = read_amd_cards(root)
+    return f"amd {cards[0].device_id}" if cards else host.name
+
+
+def row_of(host: Host, root: Path = Path("/")) -> Host | None:
+    """The row of `HOSTS` with the same chip; None where there is none."""
+    if host.name in HOSTS:
+        return HOSTS[host.name]
+    if host.device == "cpu":
+        return None
+    cards = read_amd_cards(root)
+    if cards and cards[0].is_strix_halo:
+        return HOSTS[STRIX_HALO]
+    rows = (row for part, row in CHIPS.items() if not cards and part in host.name)
+    return next((HOSTS[row] for row in rows), None)
+
+
+def _read() -> dict[str, Any]:
+    path = hosts_file()
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] == FORMAT:
+            return dict(data["hosts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise HostError(
+        f"{path} holds no measured rates of this version",
+        fix=f"mv {path} {path}.old, then: strixft bench bandwidth --host-row;"
+        " strixft bench gemm --host-row",
+    )
+
+
+def measured_rates(device: str) -> dict[str, Any]:
+    """Measured rates of a device, as `Host` takes them; empty where there are none.
+
+    Raises:
+        HostError: The file cannot be read.
+    """
+    row = _read().get(device, {})
+    rates = {dtype: Sourced(**rate) for dtype, rate in row.get("matmul_flop_per_s", {}).items()}
+    bandwidth = row.get("bandwidth_bytes_per_s")
+    return ({"bandwidth_bytes_per_s": Sourced(**bandwidth)} if bandwidth else {}) | (
+        {"matmul_flop_per_s": rates} if rates else {}
+    )
+
+
+def write_rates(
+    device: str, bandwidth: Sourced | None = None, matmul: Mapping[str, Sourced] | None = None
+) -> Path:
+    """Keep measured rates of a device; those that are not given stay as they are.
+
+    Args:
+        device: As `device_name` gives it.
+        bandwidth: Bytes per second.
+        matmul: FLOP per second by dtype.
+
+    Raises:
+        HostError: The file of another version is in the way.
+    """
+    hosts = _read()
+    row = hosts.setdefault(device, {})
+    if bandwidth:
+        row["bandwidth_bytes_per_s"] = asdict(bandwidth)
+    row.setdefault("matmul_flop_per_s", {}).update(
+        {dtype: asdict(rate) for dtype, rate in (matmul or {}).items()}
+    )
+    path = hosts_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"format": FORMAT, "hosts": hosts})
+    return path
+
+
+def with_rates(host: Host, root: Path = Path("/")) -> Host:
+    """A host with the rates measured here, else with those of the same chip in `HOSTS`.
+
+    Raises:
+        HostError: The measured ones cannot be read.
+    """
+    row = row_of(host, root)
+    known = {}
+    if row is not None:
+        names = ("bandwidth_bytes_per_s", "matmul_flop_per_s", "bus_bytes_per_s", "peak_flop_per_s")
+        known = {name: getattr(row, name) for name in names}
+    measured = measured_rates(device_name(host, root))
+    if "matmul_flop_per_s" in measured:
+        measured["matmul_flop_per_s"] = {
+            **known.get("matmul_flop_per_s", {}),
+            **measured["matmul_flop_per_s"],
+        }
+    return replace(host, **(known | measured))

@@ -1,0 +1,77 @@
+"""Base and tuned, loaded one after the other."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from strixft.attention.backends import Rung
+from strixft.attention.core import use_rung
+from strixft.catalog.methods import METHODS
+from strixft.guard.host import device_type, find_host, training_host
+from strixft.model.adapter import base_of, load_adapter
+from strixft.model.architecture import architecture_of
+from strixft.model.load import load_base, native_dtype
+from strixft.probe.checks import probed_ladder
+from strixft.recipe.schema import Recipe
+
+SIDES = ("base", "tuned")
+
+
+def answering_rung(config: Any) -> Rung:
+    """Return the attention that was tried here and is right, for rows that share none.
+
+    Raises:
+        HostError: None is right on this machine.
+    """
+    heads = architecture_of(config).heads
+    return probed_ladder(heads, training_host(), packing=False)[0]
+
+
+def load_side(recipe: Recipe, adapter: Path, side: str) -> nn.Module:
+    """Base or tuned, in evaluation mode.
+
+    Args:
+        recipe: Of the run.
+        adapter: The trained weights.
+        side: One of `SIDES`.
+    """
+    *_, (_, model) = load_sides(recipe, adapter, SIDES[: SIDES.index(side) + 1])
+    return model
+
+
+def load_sides(
+    recipe: Recipe, folder: Path, sides: Sequence[str] = SIDES
+) -> Iterator[tuple[str, nn.Module]]:
+    """Base, then tuned.
+
+    Where all weights were trained, the base is given up before the tuned model is loaded; the
+    caller should do so too.
+    """
+    device, host = device_type(), find_host(recipe.memory.host)
+    dtype = native_dtype(device, bfloat16=host.bfloat16)
+    model = load_base(recipe, device, dtype)
+    rung = answering_rung(model.config)
+
+    def ready(model: nn.Module) -> nn.Module:
+        use_rung(base_of(model), rung)
+        return model.eval()
+
+    yield "base", ready(model)
+    if "tuned" not in sides:
+        return
+    if METHODS[recipe.method].adapter == "none":
+        del model
+        gc.collect()
+        model = load_base(recipe.model_copy(update={"model": str(folder)}), device, dtype)
+    else:
+        model = load_adapter(model, folder)
+        if dtype is torch.float32 and METHODS[recipe.method].base == "native":
+            # a third less work; float32 rounds too little to tell
+            model.merge_adapter()  # type: ignore[operator]
+    yield "tuned", ready(model)

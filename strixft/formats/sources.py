@@ -1,0 +1,274 @@
+"""`dataset.source`: which files it means, what each of them is, and what they hold (by hash)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from strixft.support.errors import DataError
+from strixft.support.tables import did_you_mean
+
+Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "text"]
+
+
+KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".md": "text",
+}
+"""Ending → what the file holds; an unknown one is looked at when it is named itself."""
+
+COMPRESSIONS = (".gz", ".zst")
+
+SPLITS = "dataset_dict.json"
+
+ABOUT = ("dataset_info.json", "state.json", SPLITS)
+"""Files that `datasets` saves beside its Arrow files; no rows stand in them."""
+
+HUB = "hub:"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+_GLOB = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of data."""
+
+    path: Path
+    kind: Kind
+
+    @property
+    def is_plain(self) -> bool:
+        """Its bytes are those of its rows: not packed, and no columns."""
+        return self.kind not in ("parquet", "arrow") and not self.path.name.lower().endswith(
+            COMPRESSIONS
+        )
+
+    @property
+    def name(self) -> str:
+        """The path as it may be shown: names that are no Unicode are escaped."""
+        return shown_path(self.path)
+
+
+def shown_path(path: Path) -> str:
+    """A path as text that can be printed and written."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def is_hub(source: str) -> bool:
+    """The source is a data set of the hub, not a file: `hub:owner/name`.
+
+    >>> is_hub("hub:owner/name"), is_hub("/data/train.jsonl")
+    (True, False)
+    """
+    return source.startswith(HUB)
+
+
+def resolve(source: str, folder: Path) -> str:
+    """A source as an absolute path, or as `hub:…`.
+
+    Args:
+        source: As the recipe has it.
+        folder: Where the recipe lies; a relative source starts there.
+    """
+    if is_hub(source):
+        return source
+    path = Path(source)
+    if source.startswith("~"):
+        try:
+            path = path.expanduser()
+        except RuntimeError:  # no such user: a path that does not exist
+            path = Path(source)
+    absolute = path if path.is_absolute() else folder / path
+    known = _kind_of(path) is not None or bool(_GLOB.search(source))
+    if _HUB_ID.fullmatch(source) and not known and not absolute.exists():
+        return HUB + source
+    return str(absolute if _GLOB.search(source) else _resolved(absolute))
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return path
+
+
+def _kind_of(path: Path) -> Kind | None:
+    name = path.name.lower()
+    for ending in COMPRESSIONS:
+        name = name.removesuffix(ending)
+    return KINDS.get(Path(name).suffix)
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+
+
+def _check_regular(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(
+            f"{shown_path(path)} is not a regular file",
+            fix="name files, folders or patterns of files in dataset.source",
+        )
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """A link that leads out of the folder would read what the user did not name."""
+    if not path.is_symlink():
+        return
+    target = path.resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise DataError(
+            f"{shown_path(path)} is a link that leaves its folder, to {shown_path(target)}",
+            fix=f"name the file itself in dataset.source: {shown_path(target)}",
+        )
+
+
+def _refuse_splits(entries: list[Path]) -> None:
+    """Refuse a folder that `datasets` divided: its test rows are not to be trained."""
+    for path in entries:
+        if path.name == SPLITS:
+            names = sorted(p.name for p in path.parent.iterdir() if (p / ABOUT[0]).is_file())
+            named = path.parent / ("train" if "train" in names or not names else names[0])
+            raise DataError(
+                f"the folder {shown_path(path.parent)} holds the splits {', '.join(names)}",
+                fix=f"name one of them in dataset.source: {shown_path(named)}",
+            )
+
+
+def _in_folder(folder: Path) -> list[SourceFile]:
+    entries = sorted(path for path in folder.rglob("*") if not _hidden(path, folder))
+    _refuse_splits(entries)
+    found = []
+    for path in entries:
+        kind = _kind_of(path)
+        about = path.name in ABOUT and (path.parent / ABOUT[0]).is_file()
+        if kind is None or path.suffix == ".md" or path.is_dir() or about:
+            continue
+        _check_inside(path, folder)
+        _check_regular(path)
+        found.append(SourceFile(path, kind))
+    if not found:
+        raise DataError(
+            f"the folder {shown_path(folder)} holds no data files",
+            fix=f"put files with one of these endings into it: {', '.join(KINDS)}"
+            " (also with .gz or .zst)",
+        )
+    return found
+
+
+def _matching(pattern: str) -> list[SourceFile]:
+    path = Path(pattern)
+    fixed = [part for part in path.parts if not _GLOB.search(part)]
+    parts = path.parts
+    start = next(i for i, part in enumerate(parts) if _GLOB.search(part))
+    root, rest = Path(*parts[:start]), "/".join(parts[start:])
+    try:
+        found = sorted(p for p in root.glob(rest) if p.is_file() and not p.name.startswith("."))
+    except (ValueError, OSError) as error:
+        raise DataError(
+            f"{pattern!r} is no pattern of files: {error}", fix="use * and ? in dataset.source"
+        ) from None
+    if not found:
+        raise DataError(
+            f"no file matches {pattern!r}",
+            fix=f"ls {shown_path(Path(*fixed) if fixed else root)}   shows what is there",
+        )
+    return [SourceFile(file, _kind_of(file) or "jsonl") for file in found]
+
+
+def _missing(path: Path) -> DataError:
+    if not path.parent.is_dir():
+        fix = "correct dataset.source; it is relative to the recipe's file"
+    else:
+        names = sorted(shown_path(Path(p.name)) for p in path.parent.iterdir())[:200]
+        near = did_you_mean(path.name, names) if names else "the folder is empty"
+        fix = f"{near}   (dataset.source is relative to the recipe's file)"
+    return DataError(f"there is no data file {shown_path(path)}", fix=fix)
+
+
+def find_files(source: str) -> list[SourceFile]:
+    """The files that a source means, in a fixed order.
+
+    Args:
+        source: A file, a folder or a pattern, as `resolve` gave it.
+
+    Raises:
+        DataError: There is none, or one is not a file to read.
+    """
+    path = Path(source)
+    try:
+        if path.is_dir():
+            return _in_folder(path)
+        if not path.exists() and not path.is_symlink() and _GLOB.search(source):
+            return _matching(source)
+        if not path.exists():
+            raise _missing(path)
+        _check_regular(path)
+    except DataError:
+        raise
+    except PermissionError as error:
+        raise DataError(
+            f"{shown_path(path)} cannot be read: {error.strerror}",
+            fix=f"ls -l {shown_path(path)}   shows whose it is",
+        ) from None
+    except (OSError, ValueError) as error:  # name too long, a null byte, a loop of links
+        raise DataError(
+            f"{shown_path(path)[:200]} cannot be found: {error}", fix="correct dataset.source"
+        ) from None
+    return [SourceFile(path, _kind_of(path) or "jsonl")]
+
+
+def ignored_files(source: str) -> list[str]:
+    """Files of a folder that are not read, since their ending is unknown."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return []
+    read = {file.path for file in _in_folder(folder)}
+    paths = (p for p in sorted(folder.rglob("*")) if p.is_file() and not _hidden(p, folder))
+    return [shown_path(path) for path in paths if path not in read]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(sources: list[str]) -> tuple[str, list[dict[str, Any]]]:
+    """What sources hold: one hash over all, and each file with its size and hash.
+
+    Of a single file the hash is its SHA-256. Data sets of the hub are left out: their cached
+    revision is noted when they are read.
+
+    Raises:
+        DataError: A file is missing or cannot be read.
+    """
+    files = [row for source in sources if not is_hub(source) for row in _described(source)]
+    hashes = [row["sha256"] for row in files]
+    if len(hashes) == 1:
+        return hashes[0], files
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest(), files
+
+
+def _described(source: str) -> Iterator[dict[str, Any]]:
+    for file in find_files(source):
+        try:
+            size = file.path.stat().st_size
+            yield {"path": file.name, "bytes": size, "sha256": _digest(file.path)}
+        except OSError as error:
+            raise DataError(
+                f"{file.name} cannot be read: {error.strerror}",
+                fix=f"ls -l {file.name}   shows whose it is",
+            ) from None

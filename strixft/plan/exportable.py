@@ -1,0 +1,76 @@
+"""Check before training that the result can be exported as the recipe asks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from strixft.catalog.exports import with_needs
+from strixft.catalog.methods import METHODS
+from strixft.model import gguf
+from strixft.model.fingerprint import model_folder, refuse_pickles
+from strixft.model.load import model_source
+from strixft.model.mergeable import _entries, check_merge
+from strixft.recipe.schema import Recipe
+from strixft.servers.llama_cpp import require_runtime
+from strixft.support.errors import RecipeError, StageError
+
+SERVED = frozenset(("gguf", "gguf-lora"))
+"""Kinds that are started with llama.cpp and compared with the trained model."""
+
+
+def require_kinds(recipe: Recipe, kinds: Collection[str]) -> None:
+    """Refuse exports that the method cannot have, or that need a program which is not there.
+
+    Args:
+        recipe: What is trained.
+        kinds: Of export.
+
+    Raises:
+        HostError: A program is missing.
+        StageError: The method has no such export.
+    """
+    if "gguf-lora" in kinds and METHODS[recipe.method].adapter != "lora":
+        raise StageError(f"method {recipe.method} has no plain LoRA adapter", fix="--to gguf")
+    gguf.require_tools(kinds, recipe.export.gguf)
+    if SERVED.intersection(kinds):
+        require_runtime()
+
+
+def _merge_warnings(recipe: Recipe) -> list[str]:
+    """Why what is trained cannot be merged, or why that is not known."""
+    refuse_pickles(model_source(recipe.model))
+    entries = _entries(recipe)
+    if entries is None:
+        why = "the files of the base are not on this machine: whether it can be merged is not known"
+        return [f"{why} (hf download {recipe.model})"]
+    try:
+        check_merge(recipe, entries)
+    except StageError as error:
+        told = f"what is trained could not be merged into {recipe.model}: {error.problem}"
+        if "merged" in with_needs(tuple(recipe.export.to)):
+            raise RecipeError(told, fix=error.fix) from error
+        return [told]
+    return []
+
+
+def require_exportable(recipe: Recipe) -> list[str]:
+    """Check before training that its result can be exported: the merge and the converter run dry.
+
+    Returns:
+        What cannot be exported, in sentences, where the recipe does not ask for it.
+
+    Raises:
+        HostError: The recipe asks for an export that needs a program which is not there.
+        RecipeError: It asks for one that the model or the method cannot have.
+    """
+    kinds = with_needs(tuple(recipe.export.to))
+    warnings = _merge_warnings(recipe)
+    require_kinds(recipe, kinds)
+    folder = model_folder(model_source(recipe.model))
+    if folder is not None and SERVED.intersection(kinds):
+        try:
+            gguf.check_convertible(folder)
+        except StageError as error:
+            fix = "--set 'export.to=[merged]'; or " + error.fix.partition(";")[0]
+            raise RecipeError(f"{recipe.model}: {error.problem}", fix=fix) from error
+    return warnings

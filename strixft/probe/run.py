@@ -1,0 +1,189 @@
+"""Runs tasks of the probe in a child process, and keeps what they gave.
+
+One file for each task in the folder `probes` of the cache folder, named by a digest of all that it
+depends on. What may go otherwise next time is not kept: missing memory, an end from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from strixft.attention import core
+from strixft.catalog.rates import cpu_name
+from strixft.support.child import Figures, run_steps
+from strixft.support.disk import cache_folder
+from strixft.support.files import versions, write_json
+
+FOLDER = "probes"
+
+STEP_LIMIT_S = 120.0
+"""Of one task; a first run on a new GPU compiles kernels, seconds are the rule."""
+
+FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT")
+"""Ends that say nothing of the task: the kernel takes memory back, somebody ends the process."""
+
+
+_memo: dict[str, Figures] = {}
+"""What this process knows, by digest: a cache folder that cannot be written is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One thing to try."""
+
+    name: str
+    kind: str
+    """A row of `strixft.probe.child.KINDS`."""
+    arguments: dict[str, Any]
+    """Plain data; `device` is among them."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further arguments, which change nothing of what others rely on."""
+
+    def depends_on(self) -> dict[str, Any]:
+        """All that its figures depend on."""
+        return {
+            "kind": self.kind,
+            "arguments": self.arguments,
+            **identity(self.arguments["device"]),
+        }
+
+    def digest(self) -> str:
+        """Of all that it depends on."""
+        text = json.dumps(self.depends_on(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _path(digest: str) -> Path:
+    return cache_folder() / FOLDER / f"{digest}.json"
+
+
+def _known(task: Task) -> Figures | None:
+    digest = task.digest()
+    if digest not in _memo:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            _memo[digest] = dict(json.loads(_path(digest).read_text(encoding="utf-8"))["figures"])
+    return _memo.get(digest)
+
+
+def _keep(task: Task, figures: Figures, *, lasting: bool) -> None:
+    digest = task.digest()
+    _memo[digest] = figures
+    if lasting:
+        with contextlib.suppress(OSError):
+            path = _path(digest)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"depends_on": task.depends_on(), "figures": figures})
+
+
+def _one_child(tasks: Sequence[Task]) -> int:
+    """Do tasks until the child ends; how many of them are done with."""
+    words = [asdict(task) for task in tasks]
+    command = (sys.executable, "-m", "strixft.probe.child", json.dumps(words))
+    probe = run_steps(command, step_limit_s=STEP_LIMIT_S, first=tasks[0].name)
+    done = 0
+    for task in tasks:
+        if task.name in probe.steps:
+            figures = dict(probe.steps[task.name])
+            passing = "out_of_memory" in figures or "skipped" in figures
+        elif task.name == probe.at:
+            figures = {"problem": probe.problem(task.name), "ended": probe.ended}
+            passing = probe.how.startswith(FROM_OUTSIDE)
+        else:
+            break
+        _keep(task, figures, lasting=not passing)
+        done += 1
+    return done
+
+
+def measure(tasks: Sequence[Task], *, fresh: bool = False) -> dict[str, Figures]:
+    """Figures of tasks by their names: those that are known, and the others from a child.
+
+    A child that crashes or hangs costs the task that it was in; another one goes on with the rest.
+
+    Args:
+        tasks: What to try.
+        fresh: Try again what is known.
+
+    Returns:
+        `problem` where a task failed, with `ended` where it took the child with it.
+    """
+    waiting = [task for task in tasks if fresh or _known(task) is None]
+    while waiting:
+        waiting = waiting[_one_child(waiting) :]
+    return {task.name: _memo[task.digest()] for task in tasks}
+
+
+PACKAGES = ("torch", "transformers", "bitsandbytes", "flash-attn-4")
+
+VARIABLES = (
+    "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",
+    "TORCH_BLAS_PREFER_HIPBLASLT",
+    "ROCBLAS_USE_HIPBLASLT",
+    "HSA_ENABLE_SDMA",
+)
+"""Environment variables that choose kernels."""
+
+DRIVERS = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
+
+
+@cache
+def _source_digest() -> str:
+    """The probe's own version: of the code that is probed, and of the code that probes."""
+    folders = (Path(__file__).parent, Path(core.__file__).parent)
+    files = (path for folder in folders for path in sorted(folder.glob("*.py")))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _driver() -> str:
+    """Version of the GPU's driver; the kernel's where the driver is part of it."""
+    for name in DRIVERS:
+        with contextlib.suppress(OSError):
+            return Path(name).read_text(encoding="utf-8").splitlines()[0]
+    return platform.release()
+
+
+@cache
+def _versions() -> dict[str, str | None]:
+    found = versions()
+    return {name: found.get(name) for name in PACKAGES}
+
+
+@cache
+def _facts(device: str) -> dict[str, Any]:
+    if device == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {"device": cpu_name(), "capability": capability}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "capability": getattr(properties, "gcnArchName", f"{properties.major}.{properties.minor}"),
+        "driver": _driver(),
+        "hip": torch.version.hip,
+        "cuda": torch.version.cuda,
+    }
+
+
+def identity(device: str) -> dict[str, Any]:
+    """Device, driver, versions, and the variables that choose kernels.
+
+    Args:
+        device: `cuda` or `cpu`.
+    """
+    return {
+        **_facts(device),
+        **_versions(),
+        **{name: os.environ.get(name) for name in VARIABLES},
+        "probe": _source_digest(),
+    }

@@ -1,0 +1,1 @@
+"""A run is a folder: results by stage, status, lock, resume."""

@@ -1,0 +1,1 @@
+"""Local model servers that speak the OpenAI protocol: found, started, asked."""

@@ -1,0 +1,165 @@
+"""llama.cpp's own server in a process of its own, for a GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from strixft.support.errors import HostError, StageError
+
+START_S = 900.0
+"""Longest wait for a server that loads its model."""
+
+ENDS_S = 10.0
+"""Longest wait for one that should end."""
+
+ANY_TEMPLATE = "chatml"
+"""A template of llama.cpp's own, for a file whose template it cannot express."""
+
+_REFUSED = "chat template parsing error"
+
+LEFT_FREE = 1
+"""Cores that llama.cpp leaves alone: its threads wait for each other without sleeping."""
+
+
+class TemplateError(StageError):
+    """llama.cpp cannot express the chat template in a file."""
+
+
+def require_runtime() -> None:
+    """Refuse where llama.cpp is not installed.
+
+    Raises:
+        HostError: The extra is missing.
+    """
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise HostError(
+            "llama.cpp's server is not installed, so the export cannot be tried",
+            fix="pip install 'strixft[export]'",
+        )
+
+
+@contextlib.contextmanager
+def served(
+    model: Path, context_tokens: int, adapter: Path | None = None, chat_template: str = ""
+) -> Iterator[str]:
+    """The address of a server for a GGUF file; it ends with the block, or with this process.
+
+    Args:
+        model: The file.
+        context_tokens: Longest prompt and answer.
+        adapter: GGUF file of an adapter that is put on the model.
+        chat_template: Name of one of llama.cpp's own; the file's if not given.
+
+    Raises:
+        HostError: llama.cpp is not installed.
+        TemplateError: It cannot express the file's chat template; the problem says why.
+        StageError: The server does not start with this file, hangs, or ends within the block.
+    """
+    require_runtime()
+    command = [sys.executable, "-m", "strixft.servers.llama_cpp", str(model), str(context_tokens)]
+    command += [chat_template, *([str(adapter)] if adapter else [])]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            encoding="utf-8",
+        )
+        try:
+            yield _address(child, log, model)
+        except HostError as error:  # of a request within the block
+            raise _gave_up(child, log, model, error) from error
+        finally:
+            _end(child)
+
+
+def _address(child: subprocess.Popen[str], log: IO[str], model: Path) -> str:
+    assert child.stdout is not None
+    hangs = threading.Timer(START_S, child.kill)
+    hangs.start()
+    address = next((line.strip() for line in child.stdout if line.startswith("http")), None)
+    late = not hangs.is_alive()
+    hangs.cancel()
+    if address is None:
+        _refuse_template(log)
+        when = f" within {START_S:.0f} s" if late else ""
+        raise StageError(
+            f"llama.cpp does not start with {model}{when}:{_said(log)}",
+            fix="a newer llama.cpp: pip install --upgrade xllamacpp",
+        )
+    return address
+
+
+def _refuse_template(log: IO[str]) -> None:
+    log.seek(0)
+    lines = log.read().splitlines()
+    if any(_REFUSED in line for line in lines):
+        why = next((line for line in lines if line.startswith("Error: ")), _REFUSED)
+        raise TemplateError(
+            why.removeprefix("Error: "), fix="llama-server --chat-template-file FILE"
+        )
+
+
+def _gave_up(
+    child: subprocess.Popen[str], log: IO[str], model: Path, error: HostError
+) -> StageError:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(ENDS_S)  # a connection breaks a moment before its process is gone
+    if child.returncode is None:
+        what = f"llama.cpp's server hangs with {model}: {error.problem}"
+    else:
+        how = f"exit code {child.returncode}" if child.returncode >= 0 else "killed"
+        what = f"llama.cpp's server ended with {model} ({how}):{_said(log)}"
+    return StageError(
+        what,
+        fix="close other programs, then type the same command again; or a newer llama.cpp:"
+        " pip install --upgrade xllamacpp",
+    )
+
+
+def _said(log: IO[str]) -> str:
+    log.seek(0)
+    return "".join(f"\n  {line}" for line in log.read().strip().splitlines()[-6:])
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Close its standard input, the server's word to end; one that does not listen is killed."""
+    try:
+        child.communicate(timeout=ENDS_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.communicate()
+
+
+def main() -> None:
+    """Serve until standard input is closed."""
+    import xllamacpp
+
+    path, context_tokens, template, *adapters = sys.argv[1:]
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx = int(context_tokens)
+    params.n_parallel = 1
+    params.chat_template = template
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0) for adapter in adapters]
+    params.port = 0
+    params.hostnames = ["127.0.0.1"]
+    params.cpuparams.n_threads = max(1, len(os.sched_getaffinity(0)) - LEFT_FREE)
+    server = xllamacpp.Server(params)
+    sys.stdout.write(f"{server.listening_address}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Errors a user can meet. Each says what is wrong and what to type.
+
+StrixftError            exit code 1
+├─ RecipeError   2      the YAML does not describe a run
+├─ DataError     2      a row, a file or a split is not what its format says
+├─ FitError      3      the run does not fit this host
+├─ HostError     1      driver, kernel, memory limit or package is not ready
+├─ StageError    1      a stage stopped, or an earlier one has not run yet
+└─ Stopped       0      the user asked a run to stop, and nothing is lost
+
+What comes in from data, models and other libraries may hold anything: tokens and keys are left out
+of an error's text, and control characters are shown by their numbers.
+"""
+
+from __future__ import annotations
+
+from strixft.support.text import redact, visible
+
+FIX = "\nfix: "
+
+
+class StrixftError(Exception):
+    """Base of all errors that are shown without a traceback.
+
+    Args:
+        problem: What is wrong, and where.
+        fix: What to type, or what to change in which file.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, fix: str) -> None:
+        self.problem, self.fix = visible(redact(problem)), visible(redact(fix))
+        super().__init__(f"{self.problem}{FIX}{self.fix}")
+
+
+class RecipeError(StrixftError, ValueError):
+    """The recipe does not describe a run."""
+
+    exit_code = 2
+
+
+class DataError(StrixftError, ValueError):
+    """A row, a file or a split is not what its format says."""
+
+    exit_code = 2
+
+
+class FitError(StrixftError):
+    """The run does not fit this host."""
+
+    exit_code = 3
+
+
+class HostError(StrixftError):
+    """Driver, kernel, memory limit or package is not ready."""
+
+
+class StageError(StrixftError):
+    """A stage stopped, or an earlier stage has not run yet."""
+
+
+class Stopped(StrixftError):
+    """The user asked a run to stop; its last finished work is on disk."""
+
+    exit_code = 0
+
+
+def error_from_text(name: str, text: str) -> StrixftError | None:
+    """Rebuild an error that another process raised.
+
+    Args:
+        name: Class name, such as papermill's `PapermillExecutionError.ename`.
+        text: What `str(error)` gave there.
+
+    Returns:
+        The same error, or None if it is not one of ours.
+    """
+    ours: list[type[StrixftError]] = [StrixftError, *StrixftError.__subclasses__()]
+    classes = {cls.__name__: cls for cls in ours}
+    problem, found, fix = text.rpartition(FIX)
+    return classes[name](problem, fix=fix) if name in classes and found else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """An allocation failed: in Python, in torch, or in a driver that only says so in words.
+
+    >>> is_out_of_memory(RuntimeError("HIP error: out of memory")), is_out_of_memory(ValueError())
+    (True, False)
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True  # torch's, which this module does not import
+    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()

@@ -1,0 +1,65 @@
+"""Rows by name; a miss names the near hit."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Generic, Protocol, TypeVar
+
+from strixft.support.errors import RecipeError
+
+
+class Row(Protocol):
+    """Anything with a name."""
+
+    @property
+    def name(self) -> str:
+        """What a recipe calls it."""
+
+
+R = TypeVar("R", bound=Row)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A fix for a word that is not known.
+
+    >>> did_you_mean("qlorra", ["full", "lora", "qlora"])
+    "did you mean 'qlora'?"
+    >>> did_you_mean("xyz", ["full", "lora"])
+    'choose one of: full, lora'
+    """
+    names = list(known)
+    if not names:
+        return "there is none to choose"
+    near = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(names)}"
+
+
+class Table(Mapping[str, R], Generic[R]):
+    """An ordered mapping from a row's name to the row.
+
+    Args:
+        kind: What a row is, for error texts: "method".
+        rows: The rows, in the order people should see them.
+    """
+
+    def __init__(self, kind: str, *rows: R) -> None:
+        self.kind = kind
+        self._rows = {row.name: row for row in rows}
+        assert len(self._rows) == len(rows), f"two rows of {kind} share a name"
+
+    def __getitem__(self, name: str) -> R:
+        if name not in self._rows:
+            raise RecipeError(
+                f"there is no {self.kind} {name!r}", fix=did_you_mean(name, self._rows)
+            )
+        return self._rows[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)

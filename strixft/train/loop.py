@@ -1,0 +1,269 @@
+"""The training loop: updates one after the other, from the newest whole checkpoint on.
+
+It looks between micro-batches whether to stop, and before each update whether to make it. Whatever
+ends it early, the unfinished update is dropped and the last finished one can be saved.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from strixft.data.batches import Batch
+from strixft.guard.hang import HangWatch
+from strixft.recipe.schema import Train
+from strixft.step.update import TrainingStep
+from strixft.train.checkpoints import Checkpoint, Checkpoints
+
+MOST_SKIPPED = 20
+"""Consecutive updates that float16's scaler may skip before training stops."""
+
+WEIGHTS, STATE = "trained.safetensors", "state.pt"
+"""Files of a checkpoint: trained weights by name; optimizer, schedule, generators and progress."""
+
+
+class NotFiniteError(Exception):
+    """A loss or a gradient is not finite; the weights are those of the update before."""
+
+    def __init__(self, update: int, what: str, value: str, micro_batches: Sequence[int]) -> None:
+        super().__init__(f"the {what} of update {update} is {value}")
+        self.update, self.micro_batches = update, micro_batches
+
+
+class _StopAsked(Exception):
+    """Leaves an unfinished update."""
+
+
+@dataclass
+class Progress:
+    """Finished work, in earlier processes too."""
+
+    update: int = 0
+    tokens: int = 0
+    """Real tokens, without padding."""
+    losses: list[float] = field(default_factory=list)
+    """Mean loss of a trained token, one an update."""
+
+
+def random_states() -> dict[str, Any]:
+    """Return the state of every generator that training may draw from."""
+    kind, keys, *rest = tuple(np.random.get_state(legacy=True))
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),  # no array: torch.load reads no pickle
+        "torch": torch.get_rng_state(),
+        "gpu": gpu,
+    }
+
+
+def restore(states: dict[str, Any]) -> None:
+    """Set every generator back to an earlier state."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["gpu"] is not None:
+        torch.cuda.set_rng_state(states["gpu"])
+
+
+def rate_factor(train: Train, updates: int) -> Callable[[int], float]:
+    """Return the learning rate of each update, counted from 0, relative to its peak.
+
+    It rises over the warm-up, whose first update already learns, and then follows the schedule.
+    A warm-up always leaves at least one update at the peak.
+
+    >>> factor = rate_factor(Train(warmup_fraction=0.5, schedule="linear"), 4)
+    >>> [round(factor(update), 2) for update in range(4)]
+    [0.33, 0.67, 1.0, 0.5]
+    """
+    warmup = min(math.ceil(train.warmup_fraction * updates), updates - 1)
+
+    def factor(update: int) -> float:
+        if update < warmup:
+            return (update + 1) / (warmup + 1)
+        done = min(1.0, (update - warmup) / (updates - warmup))
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+            train.schedule
+        ]
+
+    return factor
+
+
+class TrainingLoop:
+    """Runs `TrainingStep.update` until all updates are finished or somebody asks for a stop.
+
+    Args:
+        step: The training step of the model.
+        batches: Returns the micro-batches of an update, counted from 0, on the device.
+        updates: Updates of the whole run.
+        checkpoints: The run's checkpoints.
+        hang: Told of every micro-batch.
+        reserve_bytes: Memory that the allocator may keep between updates; None for any.
+        is_asked: Returns whether somebody wants the training to stop.
+        on_update: Called with the progress after each update.
+    """
+
+    def __init__(
+        self,
+        step: TrainingStep,
+        batches: Callable[[int], list[Batch]],
+        updates: int,
+        checkpoints: Checkpoints,
+        hang: HangWatch,
+        *,
+        reserve_bytes: int | None = None,
+        is_asked: Callable[[], bool],
+        on_update: Callable[[Progress], None],
+    ) -> None:
+        self.step, self.updates, self.checkpoints = step, updates, checkpoints
+        self.progress, self.first_update = Progress(), 1
+        self._batches, self._hang = batches, hang
+        self._is_asked, self._on_update = is_asked, on_update
+        self._schedule = LambdaLR(step.optimizer, rate_factor(step.settings, updates))
+        self._processes = PartialState()
+        self._ahead: list[Batch] = []
+        self._random = random_states()
+        self._updating = False  # the weights are between two updates
+        self._skipped = 0
+        self._reserve_bytes, self._released = reserve_bytes, -2
+
+    def run(self, checkpoint: Checkpoint | None = None) -> None:
+        """Train from a checkpoint, or from the start.
+
+        Raises:
+            NotFiniteError: A loss or gradient is not finite.
+        """
+        if checkpoint is not None:
+            self._resume(checkpoint.folder)
+        saved = time.monotonic()  # setting the clock cannot delay a checkpoint
+        try:
+            while self.progress.update < self.updates and not self._is_asked():
+                self._one_update()
+                if time.monotonic() - saved > self.step.settings.save_every_minutes * 60:
+                    self.save()
+                    saved = time.monotonic()
+        except _StopAsked:
+            restore(self._random)
+        finally:
+            self._hang.pause()
+        if self.progress.update < self.updates:
+            self.save()
+
+    def _one_update(self) -> None:
+        batches = self._ahead or self._batches(self.progress.update)
+        self._ahead = []
+        trained = self._over_processes(sum(len(batch["labels"]) for batch in batches))
+        loss = self.step.update(
+            batches, trained, after_batch=self._after_batch, before_step=self._before_step
+        )
+        self._check_skipped()
+        self._release_cache()
+        self._updating, self._random = False, random_states()
+        self.progress.update += 1
+        self.progress.tokens += sum(batch["num_tokens"] for batch in batches)
+        self.progress.losses.append(float(loss))
+        self._on_update(self.progress)
+
+    def _release_cache(self) -> None:
+        """Give cached memory back where micro-batches of many sizes have filled it beyond the plan.
+
+        Once is enough, if the very next update needs as much: then it is what the step needs.
+        """
+        if self._reserve_bytes is None or not torch.cuda.is_available():
+            return
+        if torch.cuda.memory_reserved() <= self._reserve_bytes:
+            return
+        torch.cuda.empty_cache()
+        if self.progress.update == self._released + 1:
+            self._reserve_bytes = None
+        self._released = self.progress.update
+
+    def _over_processes(self, count: int) -> int:
+        """Sum of a count over all processes."""
+        if self._processes.num_processes == 1:
+            return count
+        return int(reduce(torch.tensor(count, device=self._processes.device), "sum"))
+
+    def _after_batch(self) -> None:
+        self._hang.beat()
+        if self._is_asked():
+            raise _StopAsked
+
+    def _before_step(self, losses: Tensor, norm: Tensor) -> None:
+        """Refuse an update that would spoil the weights.
+
+        Args:
+            losses: One for each micro-batch, (micro-batches,).
+            norm: Of the gradient, before clipping.
+        """
+        if self.progress.update + 1 < self.updates:  # from here on the device is waited for
+            self._ahead = self._batches(self.progress.update + 1)
+        numbers = torch.cat([losses, norm.reshape(1).to(losses)]).tolist()
+        bad = [index for index, loss in enumerate(numbers[:-1]) if not np.isfinite(loss)]
+        update = self.progress.update + 1
+        if bad:
+            raise NotFiniteError(update, "loss", f"{numbers[bad[0]]}", bad)
+        if not np.isfinite(numbers[-1]) and not self.step.scaler.is_enabled():
+            raise NotFiniteError(update, "gradient", "not a finite number", range(len(losses)))
+        self._updating = True
+
+    def _check_skipped(self) -> None:
+        self._skipped = self._skipped + 1 if self.step.skipped else 0
+        if self._skipped >= MOST_SKIPPED:
+            value = f"not a finite number, as in {MOST_SKIPPED} updates in a row"
+            raise NotFiniteError(self.progress.update + 1, "gradient", value, range(1))
+        if not self.step.skipped:
+            self._schedule.step()
+
+    def save(self) -> None:
+        """Write a checkpoint of the last finished update, unless it is there or nothing is."""
+        update = self.progress.update
+        if update == 0 or self.checkpoints.has(update):
+            return
+        self._hang.pause()
+        state = {
+            "optimizer": self.step.optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "random": self._random,
+            "progress": asdict(self.progress),
+        }
+        with self.checkpoints.writing(update) as folder:
+            weights = {
+                name: w.detach().cpu().contiguous() for name, w in self.step.named_trainable()
+            }
+            save_file(weights, folder / WEIGHTS)
+            torch.save(state, folder / STATE)
+
+    def save_finished(self) -> None:
+        """Save the last finished update after an error, where its weights are still there."""
+        if self._updating:
+            return
+        restore(self._random)
+        self.save()
+
+    def _resume(self, folder: Path) -> None:
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        weights = load_file(folder / WEIGHTS)
+        with torch.no_grad():
+            for name, weight in self.step.named_trainable():
+                weight.copy_(weights[name])
+        self.step.optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.step.scaler.load_state_dict(state["scaler"])
+        restore(state["random"])
+        self.progress, self._random = Progress(**state["progress"]), state["random"]
+        self.first_update = self.progress.update + 1
