@@ -19,7 +19,7 @@ from strixft.evaluate.general import general_rows
 from strixft.evaluate.generate import generate
 from strixft.evaluate.losses import row_losses
 from strixft.evaluate.measure import ANSWER_ROOM
-from strixft.evaluate.variants import load_sides
+from strixft.evaluate.variants import load_variants
 from strixft.model.load import load_tokenizer
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared
@@ -61,7 +61,7 @@ def main(name: str, turns: int) -> None:
     run = find_run(name)
     made = phases(run)
     print(f"{made['rows']} held-out rows, {torch.get_num_threads()} threads")
-    for side, model in load_sides(run.recipe, run.stage_folder("train") / ADAPTER):
+    for side, model in load_variants(run.recipe, run.stage_folder("train") / ADAPTER):
         for phase, work in made["batches"](model).items():
             seconds, used = timed(work)
             print(f"{side:6} {phase:8} {seconds:6.1f} s, {used:6.1f} s of processors", flush=True)

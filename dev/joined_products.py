@@ -31,7 +31,7 @@ PRODUCTS = {
 """Depths of the products that are added up, and columns of the sum, as multiples of SIDE."""
 
 
-def ways(tokens: int, depths: list[int], columns: int) -> dict[str, Callable[[], Any]]:
+def options(tokens: int, depths: list[int], columns: int) -> dict[str, Callable[[], Any]]:
     """A sum, and the same as one; what a kernel writes beside it is there, thin matrices are not.
 
     Args:
@@ -73,7 +73,7 @@ def main(tokens: int = 32_768, side: int = 4096) -> None:
     """Print a table."""
     print("| a layer of so many tokens, ms | added up | as one | gain |\n| --- | --- | --- | --- |")
     for name, (depths, columns) in PRODUCTS.items():
-        works = ways(tokens, [round(side * depth) for depth in depths], round(side * columns))
+        works = options(tokens, [round(side * depth) for depth in depths], round(side * columns))
         ms = milliseconds(works)
         gain = ms["added"] / ms["joined"] - 1
         print(f"| {name} | {ms['added']:.3f} | {ms['joined']:.3f} | {gain:+.1%} |", flush=True)

@@ -196,13 +196,13 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not folder.is_dir():
         write_checkpoint(folder, gigabytes)
-    ways = WAYS if method == "qlora" else ("transformers", "streamed")
+    options = WAYS if method == "qlora" else ("transformers", "streamed")
     print(f"{files_bytes(folder) / GIB:.2f} GiB, {method}, {device}; memory in GiB")
     head = (
         "| way | seconds | GiB/s | process | beyond weights | mapped files | left in page cache |"
     )
     print(head + (" device |" if device == "cuda" else ""))
-    for way in ways:
+    for way in options:
         figures = measure(way, folder, method, device)
         source = folder.parent / "cache" if way == "from the cache" else folder
         show(way, figures, files_bytes(source))

@@ -120,13 +120,15 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
 
     from strixft.data.batches import shape_batch
     from strixft.model.load import random_model
-    from strixft.probe.checks import ways_for
+    from strixft.probe.checks import step_options_for
     from strixft.step.update import TrainingStep
 
     case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
     model = random_model(case.recipe(), case.config(), "cuda", torch.bfloat16)
-    ways = ways_for(case.recipe(), case.config(), HOST, recomputed_layers=case.recomputed)
-    step = TrainingStep(model, case.recipe().train, ways)
+    options = step_options_for(
+        case.recipe(), case.config(), HOST, recomputed_layers=case.recomputed
+    )
+    step = TrainingStep(model, case.recipe().train, options)
     batch = shape_batch(case.rows, case.length, case.trained, "cuda")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

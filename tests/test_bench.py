@@ -13,7 +13,7 @@ from conftest import WriteRecipe
 from test_cli import Type
 from test_cli import enter as enter
 
-from strixft.attention.backends import RUNGS
+from strixft.attention.backends import BACKENDS
 from strixft.bench import conditions, data, gemm, timing
 from strixft.bench.device import write_host_row
 from strixft.bench.options import settings_of
@@ -409,10 +409,10 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(
 def test_attention_is_tried_anew_and_every_way_has_a_verdict(tiny_model: Path) -> None:
     result = run_bench("attention", model=str(tiny_model))
     rows = {row["attention"]: row for row in result.rows}
-    assert list(rows) == list(RUNGS)
+    assert list(rows) == list(BACKENDS)
     assert {row["heads"] for row in result.rows} == {"4/2×16"}
     for name, row in rows.items():
-        if "cpu" in RUNGS[name].devices:
+        if "cpu" in BACKENDS[name].devices:
             assert row["verdict"] == "right"
             assert 0 < row["error"] < row["allowed_error"]
             assert row["peak_mib"] > 0

@@ -14,7 +14,7 @@ from test_train import trained
 
 from strixft.app.chat import Chat, ChatBox, transcript
 from strixft.app.cli import main
-from strixft.evaluate.variants import load_side
+from strixft.evaluate.variants import load_variant
 from strixft.run.folder import Run
 from strixft.run.open import open_run
 from strixft.support.errors import FitError, StageError
@@ -66,7 +66,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model that is loaded runs out of memory at its fourth token."""
 
     def load(*words: Any) -> Any:
-        model: Any = load_side(*words)
+        model: Any = load_variant(*words)
         model.get_base_model().model.norm = Full()
         return model
 

@@ -23,7 +23,7 @@ from strixft.evaluate.generate import generate
 from strixft.evaluate.losses import groups_of, row_losses
 from strixft.evaluate.metrics import METRICS, chosen, paired_change, scores
 from strixft.evaluate.stage import check_evaluation, evaluate_recipe
-from strixft.evaluate.variants import load_side
+from strixft.evaluate.variants import load_variant
 from strixft.guard import stage_watches
 from strixft.guard.watch import MemoryWatch
 from strixft.model.adapter import load_adapter
@@ -257,10 +257,10 @@ def test_a_batch_keeps_within_its_tokens() -> None:
 def test_a_merged_adapter_says_what_the_layers_say(shared_run: Run) -> None:
     rows, folder = held_out(shared_run), shared_run.stage_folder("train") / ADAPTER
     apart = load_adapter(load_base(shared_run.recipe, "cpu", torch.float32), folder).eval()
-    merged = load_side(shared_run.recipe, folder, "tuned")
+    merged = load_variant(shared_run.recipe, folder, "tuned")
     losses = row_losses(apart, rows, 500)
     assert row_losses(merged, rows, 500) == pytest.approx(losses, rel=1e-5)
-    base = load_side(shared_run.recipe, folder, "base")
+    base = load_variant(shared_run.recipe, folder, "base")
     assert row_losses(base, rows, 500) != pytest.approx(losses, rel=1e-3)
 
 

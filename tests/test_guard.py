@@ -18,7 +18,7 @@ from faults.counters import GIB, Frame, Player, meminfo, recorded, strix_halo, s
 from strixft.guard.advice import finite_again, less_memory, loss_spikes
 from strixft.guard.cap import cap, cap_of
 from strixft.guard.hang import HangWatch
-from strixft.guard.stage_watches import awake
+from strixft.guard.stage_watches import sleep_inhibited
 from strixft.guard.watch import Counters, MemoryWatch, level_of, read_counters, what_grew
 from strixft.recipe.load import check_recipe
 from strixft.support.errors import FitError, StrixftError
@@ -262,7 +262,7 @@ def test_the_machine_is_kept_awake_as_long_as_needed(
 ) -> None:
     program(tmp_path, f'echo "$@" > {tmp_path}/asked; exec "$5"')
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    with awake() as kept:
+    with sleep_inhibited() as kept:
         assert kept
     asked = (tmp_path / "asked").read_text()
     assert asked.startswith("--what=sleep:idle --who=strixft")
@@ -273,10 +273,10 @@ def test_where_systemd_does_not_answer_training_goes_on(
 ) -> None:
     program(tmp_path, "exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    with awake() as kept:
+    with sleep_inhibited() as kept:
         assert not kept
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    with awake() as kept:
+    with sleep_inhibited() as kept:
         assert not kept
 
 

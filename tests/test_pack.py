@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strixft.attention.backends import RUNGS, cannot
-from strixft.attention.core import use_rung
+from strixft.attention.backends import BACKENDS, cannot
+from strixft.attention.core import use_backend
 from strixft.attention.masks import dense_mask, documents_of, packed_rows
 from strixft.bench import data
 from strixft.data.batches import Batch, PackedShape, collate
@@ -147,7 +147,7 @@ def test_the_mask_shows_a_token_what_is_before_it_in_its_document() -> None:
     ]
 
 
-SIDES = {
+VARIANTS = {
     "vocab_size": 500,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -167,17 +167,17 @@ def random_family(name: str) -> Any:
 
     more = SLIDING if name in ("gemma2", "gemma3_text", "mistral") else {}
     torch.manual_seed(1)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIDES, **more)).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **VARIANTS, **more)).eval()
 
 
-@pytest.mark.parametrize("rung", ["sdpa-packed", "eager"])
+@pytest.mark.parametrize("backend", ["sdpa-packed", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_states_are_those_of_the_rows_alone(family: str, rung: str) -> None:
-    model, way = random_family(family), RUNGS[rung]
-    if model.config.model_type == "gemma2" and rung != "eager":
+def test_packed_states_are_those_of_the_rows_alone(family: str, backend: str) -> None:
+    model, way = random_family(family), BACKENDS[backend]
+    if model.config.model_type == "gemma2" and backend != "eager":
         assert cannot(way, architecture_of(model.config).heads, "cpu") is not None
         return
-    use_rung(model, way)
+    use_backend(model, way)
     rng = random.Random(3)
     rows = [row(*(rng.randrange(5, 400) for _ in range(n))) for n in (17, 40, 3, 25, 31, 60)]
     batch = collate([packed(*rows[:4]), packed(*rows[4:])])
@@ -196,11 +196,11 @@ def test_another_neighbour_changes_nothing(tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    use_rung(model, RUNGS["sdpa-packed"])
+    use_backend(model, BACKENDS["sdpa-packed"])
 
     def logits(*rows: dict[str, Any]) -> torch.Tensor:
         batch = collate([packed(*rows)])
-        with torch.no_grad(), packed_rows(RUNGS["sdpa-packed"], batch) as inputs:
+        with torch.no_grad(), packed_rows(BACKENDS["sdpa-packed"], batch) as inputs:
             found: torch.Tensor = model(
                 input_ids=batch["input_ids"], use_cache=False, **inputs
             ).logits

@@ -26,7 +26,7 @@ from strixft.plan.result import plan_figures, plan_recipe
 from strixft.plan.scale import Regime, Traces, sample
 from strixft.plan.trace import RowShape, trace_step
 from strixft.prepare.stage import prepare_recipe
-from strixft.probe.checks import ways_for
+from strixft.probe.checks import step_options_for
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Dataset, Recipe, Train
 from strixft.run.open import open_run
@@ -60,9 +60,9 @@ def real_batch(shape: RowShape) -> Batch:
 def measured(recipe: Recipe, shape: RowShape, recomputed_layers: int) -> tuple[int, int]:
     """Peak and resident bytes of two real updates on this CPU."""
     model = build(recipe, "cpu", torch.float32)
-    ways = ways_for(recipe, load_config(recipe), find_host("cpu"))
-    ways = replace(ways, recomputed_layers=recomputed_layers)
-    step = TrainingStep(model, recipe.train, ways)
+    options = step_options_for(recipe, load_config(recipe), find_host("cpu"))
+    options = replace(options, recomputed_layers=recomputed_layers)
+    step = TrainingStep(model, recipe.train, options)
     tracker = MemoryTracker()
     tracker.watch_model(model)
     batch = real_batch(shape)
@@ -166,15 +166,15 @@ def test_every_micro_batch_of_training_is_within_the_planned_one(seed: int) -> N
 def test_layers_are_compiled_where_all_rows_have_one_length(packing: bool, compiled: bool) -> None:
     dataset = Dataset(source="none", packing=packing)
     recipe = Recipe(model="none", method="lora", dataset=dataset)
-    assert ways_for(recipe, SMALL, HOSTS["strix-halo-128"]).compiled == compiled
+    assert step_options_for(recipe, SMALL, HOSTS["strix-halo-128"]).compiled == compiled
 
 
 def test_rows_are_not_packed_where_layers_carry_a_state() -> None:
     recipe = Recipe(model="none", method="lora", dataset=Dataset(source="none"))
     host = HOSTS["strix-halo-128"]
-    assert ways_for(recipe, SMALL, host).rung.packed
+    assert step_options_for(recipe, SMALL, host).backend.packed
     conv = AutoConfig.for_model("lfm2", **SMALL_SIDES, layer_types=["conv", "full_attention"])
-    assert not ways_for(recipe, conv, host).rung.packed
+    assert not step_options_for(recipe, conv, host).backend.packed
 
 
 @pytest.mark.parametrize("layers", ["none", "layers"])

@@ -15,7 +15,7 @@ from strixft.guard.host import find_host
 from strixft.model.load import build, load_base, load_config
 from strixft.plan.dry_run import dry_run
 from strixft.plan.op_cache import Memo
-from strixft.plan.phases import MERGED_BYTES, PROCESS, Life, Tensors, kv_cache_bytes
+from strixft.plan.phases import MERGED_BYTES, PROCESS, PhasePeaks, Tensors, kv_cache_bytes
 from strixft.plan.result import plan_figures
 from strixft.plan.trace import RowShape, forward_bytes
 from strixft.recipe.load import load_recipe
@@ -92,7 +92,7 @@ def test_a_70b_is_merged_within_16_gib() -> None:
     recipe = load_recipe("llama-3.3-70b-qlora")
     config, host = load_config(recipe), HOSTS["strix-halo-128"]
     run = dry_run(recipe, config, host, RowShape(1, 64, 63), 80)
-    life = Life(recipe, config, host, run)
+    life = PhasePeaks(recipe, config, host, run)
     assert Tensors.of(config, host).largest_linear == 8192 * 28672
     assert life.merge()["host_bytes"] > 8192 * 28672 * MERGED_BYTES
     assert life.merge()["host_bytes"] < 16 * GIB
@@ -125,7 +125,7 @@ def test_loading_holds_what_is_planned(
     with tracker:
         model = load_base(recipe, "cpu", torch.float32)
     run = dry_run(recipe, config, host, RowShape(1, 64, 63))
-    planned = Life(recipe, config, host, run).load()["device_bytes"] - run.parts["adapter"]
+    planned = PhasePeaks(recipe, config, host, run).load()["device_bytes"] - run.parts["adapter"]
     assert len(list(model.parameters())) > 8 * 7
     # when the last matrix of the feed-forward layers is in flight, one attention layer is to come
     assert 0.93 * planned < tracker.peak_bytes <= planned
@@ -136,4 +136,4 @@ def test_a_native_base_needs_no_second_copy_on_the_device(write_recipe: WriteRec
     config, host = load_config(recipe), HOSTS["strix-halo-128"]
     run = dry_run(recipe, config, host, RowShape(1, 64, 63))
     loaded = run.parts["weights"] + run.parts["adapter"]
-    assert Life(recipe, config, host, run).load()["device_bytes"] == loaded
+    assert PhasePeaks(recipe, config, host, run).load()["device_bytes"] == loaded

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from strixft.catalog.hosts import HOSTS
 from strixft.plan import phases, scale, trace_cache
 from strixft.plan.dry_run import Step
-from strixft.plan.phases import Life
+from strixft.plan.phases import PhasePeaks
 from strixft.plan.scale import Regime, Traces
 from strixft.plan.trace import RowShape
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
@@ -76,10 +76,10 @@ def test_a_number_is_found_once(damage: str, cache: Path) -> None:
 def test_a_forward_pass_is_planned_from_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = a_recipe(), CONFIG, HOST
     run = Traces(*of).dry_run(STEP)
-    first = Life(*of, run)
+    first = PhasePeaks(*of, run)
     found = first.evaluate(4), first.generate(4)
     monkeypatch.setattr(phases, "forward_bytes", None)
-    again = Life(*of, run)
+    again = PhasePeaks(*of, run)
     assert (again.evaluate(4), again.generate(4)) == found
     with pytest.raises(TypeError, match="not callable"):
         again.evaluate(2)

@@ -13,7 +13,14 @@ import torch
 from conftest import WriteRecipe
 from torch import Tensor, nn
 
-from strixft.attention.backends import RUNGS, Heads, Rung, cannot, known_bad, ladder
+from strixft.attention.backends import (
+    BACKENDS,
+    AttentionBackend,
+    Heads,
+    cannot,
+    known_backends,
+    known_bad,
+)
 from strixft.attention.core import attend_eagerly
 from strixft.attention.masks import dense_mask, documents_of
 from strixft.catalog.methods import METHODS
@@ -33,13 +40,13 @@ from strixft.probe.attention import (
     reference,
 )
 from strixft.probe.checks import (
-    TRAPS,
+    KNOWN_ISSUES,
     fastest_blas,
     joins_sums,
     probe_attention,
-    probed_ladder,
+    probed_backends,
     require_attention,
-    require_right,
+    require_device_works,
 )
 from strixft.probe.run import Task, measure
 from strixft.recipe.load import load_recipe
@@ -95,9 +102,9 @@ for way in (raises, aborts, hangs, leaks, nothing, dawdles):
 '''
 
 
-def bad_rung(name: str) -> Rung:
+def bad_rung(name: str) -> AttentionBackend:
     return replace(
-        RUNGS["sdpa-packed"], name=name, implementation=name, module="bad_ways", why="a test"
+        BACKENDS["sdpa-packed"], name=name, implementation=name, module="bad_ways", why="a test"
     )
 
 
@@ -112,7 +119,7 @@ def bad_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(probe_measure, "STEP_LIMIT_S", 5.0)
     names = ["raises", "aborts", "leaks", "hangs", "nothing", "dawdles"]
     rows = {name: bad_rung(name) for name in names}
-    monkeypatch.setattr(RUNGS, "_rows", rows | {name: RUNGS[name] for name in ON_CPU})
+    monkeypatch.setattr(BACKENDS, "_rows", rows | {name: BACKENDS[name] for name in ON_CPU})
     return names
 
 
@@ -165,12 +172,12 @@ def test_each_thing_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
     forget(monkeypatch)
     children, host = count_children(monkeypatch), find_host("cpu")
-    require_right(HEADS, METHODS["qlora"], host)
+    require_device_works(HEADS, METHODS["qlora"], host)
     assert children == [5]  # four ways and the 4-bit weights, in one child
     verdicts = probe_attention(HEADS, host)
-    assert [v.rung.name for v in verdicts if v.outcome == "right"] == list(ON_CPU)
-    assert [rung.name for rung in probed_ladder(HEADS, host)] == list(ON_CPU)
-    assert [rung.name for rung in probed_ladder(HEADS, host, packing=False)] == [
+    assert [v.backend.name for v in verdicts if v.outcome == "right"] == list(ON_CPU)
+    assert [backend.name for backend in probed_backends(HEADS, host)] == list(ON_CPU)
+    assert [backend.name for backend in probed_backends(HEADS, host, packing=False)] == [
         "sdpa",
         "eager-rows",
     ]
@@ -199,7 +206,7 @@ def test_another_driver_or_variable_is_another_device(monkeypatch: pytest.Monkey
 def judge(monkeypatch: pytest.MonkeyPatch, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Verdicts on figures that a child would have given."""
     monkeypatch.setattr(probe_ladder, "measure", lambda tasks, fresh: figures)
-    return {v.rung.name: v for v in probe_attention(HEADS, replace(GPU, architecture="gfx1151"))}
+    return {v.backend.name: v for v in probe_attention(HEADS, replace(GPU, architecture="gfx1151"))}
 
 
 GPU = replace(find_host("cpu"), device="cuda", bfloat16=True)
@@ -212,14 +219,16 @@ def timed(forward_ms: float, error: float = 1e-3) -> dict[str, Any]:
 def test_kernels_of_a_package_need_the_package() -> None:
     if importlib.util.find_spec("flash_attn") is not None:
         pytest.skip("it is installed here")
-    assert cannot(RUNGS["varlen-fa4"], HEADS, "cuda") == "flash-attn-4 is not installed"
-    assert "varlen-fa4" not in [rung.name for rung in ladder(HEADS, "cuda", "gfx1151")]
+    assert cannot(BACKENDS["varlen-fa4"], HEADS, "cuda") == "flash-attn-4 is not installed"
+    assert "varlen-fa4" not in [
+        backend.name for backend in known_backends(HEADS, "cuda", "gfx1151")
+    ]
 
 
 def test_no_machine_is_planned_with_kernels_that_were_not_tried_there() -> None:
-    with_package = [rung.name for rung in RUNGS.values() if rung.package]
+    with_package = [backend.name for backend in BACKENDS.values() if backend.package]
     assert with_package == ["varlen-fa4"]
-    assert ladder(HEADS, "cuda")[0].name == "varlen"
+    assert known_backends(HEADS, "cuda")[0].name == "varlen"
 
 
 def test_a_way_gives_way_to_a_faster_one_that_keeps_no_more(
@@ -243,29 +252,29 @@ def test_a_way_gives_way_to_a_faster_one_that_keeps_no_more(
         "eager-rows": "no way",
     }
     assert verdicts["varlen"].reason == "takes 6 ms where flex takes 3"
-    names = [rung.name for rung in probed_ladder(HEADS, GPU)]
+    names = [backend.name for backend in probed_backends(HEADS, GPU)]
     assert names == ["flex", "sdpa-packed", "sdpa", "eager", "varlen"]
 
 
 def test_only_a_measurement_overrules_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
     gemma = replace(HEADS, model_type="gemma3_text")
-    assert known_bad(RUNGS["varlen"], gemma, "gfx1151") is not None
-    assert [rung.name for rung in ladder(gemma, "cuda", "gfx1151")] == [
+    assert known_bad(BACKENDS["varlen"], gemma, "gfx1151") is not None
+    assert [backend.name for backend in known_backends(gemma, "cuda", "gfx1151")] == [
         "flex",
         "eager",
         "eager-rows",
     ]
     host = replace(GPU, architecture="gfx1151")
-    figures = {name: timed(1.0) for name in RUNGS} | {"sdpa": timed(1.0, float("inf"))}
+    figures = {name: timed(1.0) for name in BACKENDS} | {"sdpa": timed(1.0, float("inf"))}
     monkeypatch.setattr(probe_ladder, "measure", lambda tasks, fresh: figures)
-    verdicts = {v.rung.name: v for v in probe_attention(gemma, host)}
+    verdicts = {v.backend.name: v for v in probe_attention(gemma, host)}
     assert verdicts["varlen"].outcome == "right"
     assert verdicts["varlen"].reason == (
         "right here, though reported: loss NaN from the first step in Gemma 3"
         " (unslothai/unsloth#3385, PR #3588)"
     )
     assert verdicts["sdpa"].outcome == "wrong"
-    assert "sdpa" not in [rung.name for rung in probed_ladder(gemma, host)]
+    assert "sdpa" not in [backend.name for backend in probed_backends(gemma, host)]
 
 
 def test_no_way_that_is_right_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +283,7 @@ def test_no_way_that_is_right_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
         probe_ladder, "measure", lambda tasks, fresh: {task.name: crashed for task in tasks}
     )
     with pytest.raises(HostError, match="no way to compute attention is right") as caught:
-        probed_ladder(HEADS, find_host("cpu"))
+        probed_backends(HEADS, find_host("cpu"))
     assert "(sdpa-packed: crashed (SIGSEGV); sdpa: crashed (SIGSEGV); eager" in caught.value.problem
     assert caught.value.fix.startswith("strixft doctor   says what is wrong; strixft bench")
     with pytest.raises(HostError, match="attention 'sdpa', which the plan chose") as caught:
@@ -329,15 +338,15 @@ def test_gradients_of_the_reference_are_those_of_the_whole_mask(
 ) -> None:
     heads = replace(HEADS, softcap=softcap)
     subject = Subject.random(heads, "cpu", torch.float64, windowed=windowed)
-    found = Way(RUNGS["eager"], subject, "cpu").results()
+    found = Way(BACKENDS["eager"], subject, "cpu").results()
     assert largest_error(found, reference(subject)) < 1e-6  # its softmax is in float32
 
 
-@pytest.mark.parametrize("rung", ON_CPU)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ways_that_are_right_stay_far_below_what_is_allowed(rung: str, dtype: str) -> None:
+def test_ways_that_are_right_stay_far_below_what_is_allowed(backend: str, dtype: str) -> None:
     heads = asdict(replace(HEADS, windowed=True))
-    figures = measure_rung(asdict(RUNGS[rung]), heads, "cpu", dtype, peak=True)
+    figures = measure_rung(asdict(BACKENDS[backend]), heads, "cpu", dtype, peak=True)
     assert "problem" not in figures
     assert 0 < figures["error"] < 0.5 * figures["allowed_error"]
     assert figures["peak_bytes"] > 0
@@ -357,13 +366,13 @@ def test_flash_attention_is_told_where_documents_end(
         return attend_eagerly(nn.Module(), query, key, value, mask)[0]
 
     monkeypatch.setattr("strixft.attention.core.varlen", plainly)
-    found = Way(RUNGS["varlen"], subject, "cpu").results()
+    found = Way(BACKENDS["varlen"], subject, "cpu").results()
     assert largest_error(found, reference(subject)) < 1e-5
 
 
 def test_a_mask_that_lets_a_first_token_look_ahead_is_wrong() -> None:
     subject = Subject.random(HEADS, "cpu", torch.bfloat16)
-    way = Way(RUNGS["sdpa-packed"], subject, "cpu")
+    way = Way(BACKENDS["sdpa-packed"], subject, "cpu")
     mask: Tensor = way._options["attention_mask"]
     mask[0, 0, 41, 42] = True  # one of 18,432 places
     error = largest_error(way.results(), reference(subject))
@@ -414,8 +423,8 @@ def test_wrong_4_bit_weights_are_an_error_that_says_what_to_type(
 
 
 def test_every_trap_has_a_source_and_is_tried_by_something_that_exists() -> None:
-    assert len(TRAPS) >= 3
-    for trap in TRAPS.values():
+    assert len(KNOWN_ISSUES) >= 3
+    for trap in KNOWN_ISSUES.values():
         assert importlib.util.find_spec(trap.tried_by) is not None
         assert trap.what
         assert trap.source

@@ -26,7 +26,7 @@ from strixft.step.loss import (
     rows_of_whole_chunks,
 )
 from strixft.step.tracker import MemoryTracker, part
-from strixft.step.update import TrainingStep, Ways
+from strixft.step.update import StepOptions, TrainingStep
 from strixft.support.errors import RecipeError
 
 ROWS: list[dict[str, Any]] = [
@@ -38,7 +38,7 @@ ROWS: list[dict[str, Any]] = [
 ]
 TRAIN = Train(learning_rate=2e-4, max_grad_norm=1.0)
 LORA = Lora(r=4, alpha=8)
-SIDES = {
+VARIANTS = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -46,7 +46,7 @@ SIDES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-CONFIG = AutoConfig.for_model("llama", **SIDES, initializer_range=0.1)
+CONFIG = AutoConfig.for_model("llama", **VARIANTS, initializer_range=0.1)
 
 
 def load(folder: Path) -> Any:
@@ -171,7 +171,7 @@ def test_fifty_updates_follow_transformers_and_peft(tiny_model: Path) -> None:
     plain, ours = load(folder), adapted(folder)
     rows = chat_rows(100, plain.config.vocab_size)
     pairs = [rows[start : start + 2] for start in range(0, 100, 2)]
-    step = TrainingStep(ours, TRAIN, Ways(attention="sdpa-packed", recomputed_layers=1))
+    step = TrainingStep(ours, TRAIN, StepOptions(attention="sdpa-packed", recomputed_layers=1))
     expected = peft_losses(plain, [collate(pair) for pair in pairs], LORA)
     found = [(float(step.update([packed(pair)])), next(expected)) for pair in pairs]
     off = [abs(ours - theirs) / theirs for ours, theirs in found]
@@ -205,7 +205,7 @@ def test_accumulation_is_one_large_batch(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "phi", "stablelm", "starcoder2"])
 def test_no_value_is_dropped_in_training(kind: str) -> None:
-    config = AutoConfig.for_model(kind, **SIDES | {"num_key_value_heads": 2})
+    config = AutoConfig.for_model(kind, **VARIANTS | {"num_key_value_heads": 2})
     names = [name for name in config.to_dict() if "drop" in name and "summary" not in name]
     config.update(dict.fromkeys(names, 0.5))
     model = AutoModelForCausalLM.from_config(config)
@@ -220,7 +220,7 @@ def test_no_value_is_dropped_in_training(kind: str) -> None:
 
 def test_recomputed_layers_give_the_same_losses(tiny_model: Path) -> None:
     keep = TrainingStep(adapted(tiny_model), TRAIN)
-    again = TrainingStep(adapted(tiny_model), TRAIN, Ways(recomputed_layers=1))
+    again = TrainingStep(adapted(tiny_model), TRAIN, StepOptions(recomputed_layers=1))
     for _ in range(3):
         assert float(keep.update([collate(ROWS)])) == float(again.update([collate(ROWS)]))
 
@@ -233,7 +233,7 @@ def test_products_are_kept_and_the_rest_is_computed_again(method: str) -> None:
         torch.manual_seed(1)
         model = random_model(recipe, CONFIG, "cpu", torch.float32)
         train = Train(learning_rate=1e-2)
-        step = TrainingStep(model, train, Ways(elementwise=elementwise))
+        step = TrainingStep(model, train, StepOptions(elementwise=elementwise))
         losses.append([float(step.update([collate(ROWS)])) for _ in range(3)])
     assert losses[0] == losses[1]
     assert len(set(losses[0])) == 3
@@ -248,18 +248,18 @@ def test_packed_rows_train_as_rows_alone(attention: str, tiny_model: Path) -> No
     }
     together = collate([packed], PackedShape(16, documents=4, longest=7))
     alone = TrainingStep(adapted(tiny_model), TRAIN)
-    one_row = TrainingStep(adapted(tiny_model), TRAIN, Ways(attention=attention))
+    one_row = TrainingStep(adapted(tiny_model), TRAIN, StepOptions(attention=attention))
     for _ in range(5):
         expected = float(alone.update([collate(ROWS)]))
         assert float(one_row.update([together])) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-@pytest.mark.parametrize("ways", [Ways(elementwise=True), Ways(recomputed_layers=1)])
-def test_compiled_layers_train_as_eager_ones(ways: Ways, tiny_model: Path) -> None:
+@pytest.mark.parametrize("ways", [StepOptions(elementwise=True), StepOptions(recomputed_layers=1)])
+def test_compiled_layers_train_as_eager_ones(options: StepOptions, tiny_model: Path) -> None:
     torch.compiler.reset()
     eager = TrainingStep(adapted(tiny_model), TRAIN)
-    compiled = TrainingStep(adapted(tiny_model), TRAIN, replace(ways, compiled=True))
+    compiled = TrainingStep(adapted(tiny_model), TRAIN, replace(options, compiled=True))
     for _ in range(3):
         expected = float(eager.update([collate(ROWS)]))
         assert float(compiled.update([collate(ROWS)])) == pytest.approx(expected, rel=1e-5)
@@ -334,6 +334,6 @@ def test_the_head_takes_no_adapter() -> None:
 
 
 def test_learned_sinks_are_refused() -> None:
-    config = AutoConfig.for_model("gpt_oss", **SIDES, num_local_experts=4, head_dim=32)
+    config = AutoConfig.for_model("gpt_oss", **VARIANTS, num_local_experts=4, head_dim=32)
     with pytest.raises(RecipeError, match="has learned sinks"):
         architecture_of(config)

@@ -183,7 +183,7 @@ def test_a_compiled_step_over_4_bit_weights_is_the_eager_one() -> None:
     from strixft.model.load import random_model
     from strixft.recipe.schema import Dataset, Recipe, Train
     from strixft.step.nf4_kernel import MOST_FUSED_ROWS
-    from strixft.step.update import TrainingStep, Ways
+    from strixft.step.update import StepOptions, TrainingStep
 
     torch.compiler.reset()
     sides = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -199,7 +199,7 @@ def test_a_compiled_step_over_4_bit_weights_is_the_eager_one() -> None:
     for compiled in (False, True):
         torch.manual_seed(0)
         model = random_model(recipe, config, "cpu", torch.float32)
-        step = TrainingStep(model, Train(), Ways(compiled=compiled))
+        step = TrainingStep(model, Train(), StepOptions(compiled=compiled))
         _make_large(model)
         loss = step.loss(batch, len(batch["labels"]))
         found.append([loss.detach(), *torch.autograd.grad(loss, step.trainable())])

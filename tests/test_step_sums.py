@@ -17,10 +17,10 @@ from strixft.step import layers
 from strixft.step.graphs import writes_4bit_out
 from strixft.step.layers import inductor
 from strixft.step.room import add_room
-from strixft.step.update import TrainingStep, Ways
+from strixft.step.update import StepOptions, TrainingStep
 
 MULTIPLIES = {torch.ops.aten.mm.default, torch.ops.aten.addmm_.default}
-SIDES = {
+VARIANTS = {
     "vocab_size": 2000,
     "hidden_size": 128,
     "intermediate_size": 320,
@@ -143,8 +143,8 @@ def test_4_bit_weights_are_written_out_right_before_they_are_multiplied(
     graphs: list[fx.Graph] = []
     monkeypatch.setattr(layers, "BACKEND", lambda *, joined: rewriting(graphs, joined=joined))
     recipe = Recipe(model="x", method="qlora", dataset=Dataset(source="none"))
-    model = random_model(recipe, AutoConfig.for_model("llama", **SIDES), "cpu", torch.float32)
-    step = TrainingStep(model, recipe.train, Ways(compiled=True))
+    model = random_model(recipe, AutoConfig.for_model("llama", **VARIANTS), "cpu", torch.float32)
+    step = TrainingStep(model, recipe.train, StepOptions(compiled=True))
     row = {"input_ids": list(range(MOST_FUSED_ROWS + 1)), "trained": [True] * (MOST_FUSED_ROWS + 1)}
     step.update([collate([row])])
     forward, _, backward, _ = (

@@ -31,7 +31,7 @@ from strixft.prepare.stage import Prepared, prepare_recipe
 from strixft.recipe.schema import Dataset, Recipe, Train
 from strixft.run.folder import Run
 from strixft.run.open import open_run
-from strixft.step.update import TrainingStep, Ways, batch_loss
+from strixft.step.update import StepOptions, TrainingStep, batch_loss
 from strixft.support.errors import FitError, StageError
 from strixft.train.loop import STATE, rate_factor
 from strixft.train.stage import ADAPTER, CHECKPOINTS, Trained, train_recipe, ways_of
@@ -67,12 +67,14 @@ def test_sums_are_joined_where_the_plan_says_so_and_that_is_right_here(
 ) -> None:
     recipe = Recipe(model="none", dataset=Dataset(source="none"))
     monkeypatch.setattr("strixft.train.stage.joins_sums", lambda *_: right_here)
-    ways = Ways("varlen", compiled=True, recomputed_layers=3, elementwise=True, joined=True)
-    assert ways_of(recipe, asdict(ways)) == replace(ways, joined=right_here)
-    assert not ways_of(recipe, asdict(replace(ways, joined=False))).joined
-    older = asdict(ways)
+    options = StepOptions(
+        "varlen", compiled=True, recomputed_layers=3, elementwise=True, joined=True
+    )
+    assert ways_of(recipe, asdict(options)) == replace(options, joined=right_here)
+    assert not ways_of(recipe, asdict(replace(options, joined=False))).joined
+    older = asdict(options)
     del older["joined"]
-    assert ways_of(recipe, older) == replace(ways, joined=False)
+    assert ways_of(recipe, older) == replace(options, joined=False)
 
 
 def test_accumulated_micro_batches_train_as_one(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_no_module_is_walked_between_the_first_batch_and_the_last(
 
     def loss(self: TrainingStep, batch: Batch, num_trained: int | Tensor) -> Tensor:
         seen.append(dict(walked))
-        return batch_loss(self.model, batch, num_trained, self.ways)
+        return batch_loss(self.model, batch, num_trained, self.options)
 
     monkeypatch.setattr(TrainingStep, "loss", loss)
     updates = train_recipe(tiny_run).figures["updates"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-from strixft.evaluate.variants import load_side
+from strixft.evaluate.variants import load_variant
 from strixft.formats.messages import Message
 from strixft.model.config import first_lines
 from strixft.model.load import load_tokenizer
@@ -39,7 +39,7 @@ class Chat:
         trained.require_same_base(run.recipe)
         adapter = trained.folder / ADAPTER
         with _failure_told("the model cannot be loaded"):
-            self.model: Any = load_side(run.recipe, adapter, "base" if base else "tuned")
+            self.model: Any = load_variant(run.recipe, adapter, "base" if base else "tuned")
         self.tokenizer = load_tokenizer(run.recipe)
         self.ends = run.require(Prepared).ends(self.tokenizer)
         self.messages: list[Message] = []

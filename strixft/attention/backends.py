@@ -1,4 +1,4 @@
-"""`RUNGS`: ways to compute attention over packed rows, the fastest first.
+"""`BACKENDS`: ways to compute attention over packed rows, the fastest first.
 
 Which one a device takes is measured there (`strixft.probe`); for a machine that is only planned
 for, it is the first that nothing speaks against.
@@ -14,7 +14,7 @@ from strixft.support.tables import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rung:
+class AttentionBackend:
     """One way to compute attention."""
 
     name: str
@@ -38,9 +38,9 @@ class Rung:
     source: str
 
 
-RUNGS: Table[Rung] = Table(
+BACKENDS: Table[AttentionBackend] = Table(
     "attention",
-    Rung(
+    AttentionBackend(
         name="varlen-fa4",
         packed=True,
         mask="lengths",
@@ -50,7 +50,7 @@ RUNGS: Table[Rung] = Table(
         why="varlen with the kernels of FlashAttention-4, which Hopper and Blackwell have",
         source="torch.nn.attention.activate_flash_attention_impl; PyPI flash-attn-4",
     ),
-    Rung(
+    AttentionBackend(
         name="varlen",
         packed=True,
         mask="lengths",
@@ -58,7 +58,7 @@ RUNGS: Table[Rung] = Table(
         why="flash attention over documents laid end to end; nothing is computed between them",
         source="torch `aten._flash_attention_forward` with cumulative lengths, arXiv:2307.08691",
     ),
-    Rung(
+    AttentionBackend(
         name="flex",
         packed=True,
         mask="blocks",
@@ -66,7 +66,7 @@ RUNGS: Table[Rung] = Table(
         why="a generated kernel that skips blocks between documents; it knows tanh-capped scores",
         source="torch.nn.attention.flex_attention; it has no gradients on a CPU (torch 2.13)",
     ),
-    Rung(
+    AttentionBackend(
         name="sdpa-packed",
         packed=True,
         mask="dense",
@@ -74,7 +74,7 @@ RUNGS: Table[Rung] = Table(
         why="scaled_dot_product_attention with a T × T mask: right everywhere, wasteful",
         source="torch.nn.functional.scaled_dot_product_attention",
     ),
-    Rung(
+    AttentionBackend(
         name="sdpa",
         packed=False,
         mask="none",
@@ -82,7 +82,7 @@ RUNGS: Table[Rung] = Table(
         why="one chat a row, rows of like length together, padded",
         source="torch.nn.functional.scaled_dot_product_attention, is_causal",
     ),
-    Rung(
+    AttentionBackend(
         name="eager",
         packed=True,
         mask="dense",
@@ -92,7 +92,7 @@ RUNGS: Table[Rung] = Table(
         why="plain products and softmax; keeps T × T scores of every head",
         source="arXiv:1706.03762",
     ),
-    Rung(
+    AttentionBackend(
         name="eager-rows",
         packed=False,
         mask="none",
@@ -104,7 +104,7 @@ RUNGS: Table[Rung] = Table(
     ),
 )
 
-LADDER = tuple(RUNGS)
+BACKEND_NAMES = tuple(BACKENDS)
 """Names, the fastest first."""
 
 
@@ -120,7 +120,7 @@ class KnownBad:
     """A case that is reported to fail; a measurement on the device itself overrules it."""
 
     device: str
-    rungs: tuple[str, ...]
+    backends: tuple[str, ...]
     model_types: tuple[str, ...] = ()
     """Empty for any."""
     head_sizes: tuple[int, ...] = ()
@@ -134,21 +134,21 @@ _AOTRITON = ("varlen", "sdpa-packed", "sdpa")
 KNOWN_BAD = (
     KnownBad(
         device="gfx1151",
-        rungs=_AOTRITON,
+        backends=_AOTRITON,
         model_types=("gemma3", "gemma3_text"),
         what="loss NaN from the first step in Gemma 3",
         source="unslothai/unsloth#3385, PR #3588",
     ),
     KnownBad(
         device="gfx1151",
-        rungs=_AOTRITON,
+        backends=_AOTRITON,
         model_types=("qwen3_5", "qwen3_5_text"),
         what="crash in Qwen3.5",
         source="h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md",
     ),
     KnownBad(
         device="gfx1151",
-        rungs=_AOTRITON,
+        backends=_AOTRITON,
         head_sizes=(72,),
         what="NaN in 59 % of the cases in bf16",
         source="ROCm/aotriton#179",
@@ -185,55 +185,57 @@ def _is_missing(package: str | None) -> bool:
         return True
 
 
-def cannot(rung: Rung, heads: Heads, device_type: str) -> str | None:
+def cannot(backend: AttentionBackend, heads: Heads, device_type: str) -> str | None:
     """Why a rung is no way at all for a model on a type of device; None if it is one.
 
     Args:
-        rung: The way.
+        backend: The way.
         heads: What the model needs.
         device_type: `cuda` or `cpu`.
     """
-    if device_type not in rung.devices:
+    if device_type not in backend.devices:
         return f"no gradients on {device_type}"
-    if _is_missing(rung.package):
-        return f"{rung.package} is not installed"
-    if rung.packed and heads.carries_state:
+    if _is_missing(backend.package):
+        return f"{backend.package} is not installed"
+    if backend.packed and heads.carries_state:
         return "its layers would carry on from one document of a row to the next"
-    if heads.softcap is not None and rung.name not in CAPS_SCORES:
+    if heads.softcap is not None and backend.name not in CAPS_SCORES:
         return "leaves out the cap of the scores"
-    if rung.mask == "lengths" and heads.head_size > LARGEST_FLASH_HEAD:
+    if backend.mask == "lengths" and heads.head_size > LARGEST_FLASH_HEAD:
         return f"heads of {heads.head_size} are too large for flash attention"
-    if rung.mask in ("lengths", "blocks") and heads.mask_alone:
+    if backend.mask in ("lengths", "blocks") and heads.mask_alone:
         return "only a mask of all tokens says what layers look back to"
     return None
 
 
-def known_bad(rung: Rung, heads: Heads, device: str) -> KnownBad | None:
+def known_bad(backend: AttentionBackend, heads: Heads, device: str) -> KnownBad | None:
     """The report that speaks against a rung on a device; None if there is none.
 
     Args:
-        rung: The way.
+        backend: The way.
         heads: What the model needs.
         device: Architecture, such as `gfx1151`; empty if it does not matter.
     """
-    return next((bad for bad in KNOWN_BAD if _applies(bad, rung, heads, device)), None)
+    return next((bad for bad in KNOWN_BAD if _applies(bad, backend, heads, device)), None)
 
 
-def _applies(bad: KnownBad, rung: Rung, heads: Heads, device: str) -> bool:
+def _applies(bad: KnownBad, backend: AttentionBackend, heads: Heads, device: str) -> bool:
     return (
         bad.device == device
-        and rung.name in bad.rungs
+        and backend.name in bad.backends
         and (not bad.model_types or heads.model_type in bad.model_types)
         and (not bad.head_sizes or heads.head_size in bad.head_sizes)
     )
 
 
-def is_wanted(rung: Rung, *, packing: bool) -> bool:
+def is_wanted(backend: AttentionBackend, *, packing: bool) -> bool:
     """Whether a recipe that packs its rows, or does not, may take a rung."""
-    return packing or not rung.packed
+    return packing or not backend.packed
 
 
-def ladder(heads: Heads, device_type: str, device: str = "", *, packing: bool = True) -> list[Rung]:
+def known_backends(
+    heads: Heads, device_type: str, device: str = "", *, packing: bool = True
+) -> list[AttentionBackend]:
     """Rungs that nothing speaks against before anything is measured; never empty.
 
     Args:
@@ -246,10 +248,10 @@ def ladder(heads: Heads, device_type: str, device: str = "", *, packing: bool = 
         The first to be tried first.
     """
     return [
-        rung
-        for rung in RUNGS.values()
-        if rung.package is None  # whether its kernels do here is known once they were tried
-        and is_wanted(rung, packing=packing)
-        and cannot(rung, heads, device_type) is None
-        and known_bad(rung, heads, device) is None
+        backend
+        for backend in BACKENDS.values()
+        if backend.package is None  # whether its kernels do here is known once they were tried
+        and is_wanted(backend, packing=packing)
+        and cannot(backend, heads, device_type) is None
+        and known_bad(backend, heads, device) is None
     ]

@@ -21,7 +21,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from strixft.attention import asked
-from strixft.attention.backends import Rung
+from strixft.attention.backends import AttentionBackend
 from strixft.attention.masks import make_mask
 
 NAME = "strixft"
@@ -69,16 +69,16 @@ def use_kernels(name: str | None) -> None:
     _kernels = name
 
 
-def use_rung(base: Any, rung: Rung) -> None:
+def use_backend(base: Any, backend: AttentionBackend) -> None:
     """Let a model compute attention by a rung.
 
     Args:
         base: A transformers model.
-        rung: How.
+        backend: How.
     """
-    base.set_attn_implementation(rung.implementation)
+    base.set_attn_implementation(backend.implementation)
     if base.device.type == "cuda":
-        use_kernels(rung.kernels)
+        use_kernels(backend.kernels)
 
 
 def _on_meta(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers.masking_utils import sdpa_mask
 
 from strixft.attention import asked
-from strixft.attention.backends import Rung
+from strixft.attention.backends import AttentionBackend
 
 
 def documents_of(cu_seq_lens: Tensor, rows: int, length: int) -> Tensor:
@@ -60,7 +60,7 @@ def block_mask(documents: Tensor, window: int | None = None) -> Any:
 class _Packed:
     """Documents that share rows."""
 
-    rung: Rung
+    backend: AttentionBackend
     batch: dict[str, Any]
     made: dict[int | None, Any] = field(default_factory=dict)
 
@@ -73,11 +73,11 @@ class _Packed:
 
     def _make(self, window: int | None, options: dict[str, Any]) -> Any:
         ends: Tensor = self.batch["cu_seq_lens"]
-        blocks_on_meta = self.rung.mask == "blocks" and ends.is_meta  # keeps what flash keeps
-        if self.rung.mask == "lengths" or blocks_on_meta:
+        blocks_on_meta = self.backend.mask == "blocks" and ends.is_meta  # keeps what flash keeps
+        if self.backend.mask == "lengths" or blocks_on_meta:
             return ends.view(1, 1, 1, -1)  # transformers hands 4-dimensional masks on unread
         documents = documents_of(ends, *self.batch["input_ids"].shape)
-        if self.rung.mask == "blocks":
+        if self.backend.mask == "blocks":
             return block_mask(documents, window)
         if window and getattr(options["config"], "attention_chunk_size", None):
             return self._as_asked(documents, options["mask_function"])
@@ -109,11 +109,11 @@ def make_mask(**options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def packed_rows(rung: Rung, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def packed_rows(backend: AttentionBackend, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Within this block a model keeps the documents of packed rows apart.
 
     Args:
-        rung: How attention is computed.
+        backend: How attention is computed.
         batch: See `strixft.data.Batch`.
 
     Yields:
@@ -123,8 +123,8 @@ def packed_rows(rung: Rung, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "cu_seq_lens" not in batch:
         yield {}
         return
-    longest = {"max_length_q": batch["longest"]} if rung.mask == "lengths" else {}
-    before, _packed = _packed, _Packed(rung, batch)
+    longest = {"max_length_q": batch["longest"]} if backend.mask == "lengths" else {}
+    before, _packed = _packed, _Packed(backend, batch)
     try:
         with asked.documents_unsought():
             yield {"position_ids": batch["position_ids"], **longest}
@@ -132,14 +132,16 @@ def packed_rows(rung: Rung, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         _packed = before
 
 
-def layer_inputs(rung: Rung, batch: dict[str, Any], window: int | None) -> dict[str, Any]:
+def layer_inputs(
+    backend: AttentionBackend, batch: dict[str, Any], window: int | None
+) -> dict[str, Any]:
     """Return what one attention layer is given of packed rows.
 
     Args:
-        rung: How attention is computed.
+        backend: How attention is computed.
         batch: See `strixft.data.Batch`.
         window: Tokens it looks back.
     """
-    longest = {"max_length_q": batch["longest"]} if rung.mask == "lengths" else {}
-    mask = _Packed(rung, batch).mask({"local_size": window, "config": None})
+    longest = {"max_length_q": batch["longest"]} if backend.mask == "lengths" else {}
+    mask = _Packed(backend, batch).mask({"local_size": window, "config": None})
     return {"attention_mask": mask, "sliding_window": window, **longest}

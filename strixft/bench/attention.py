@@ -19,7 +19,7 @@ FIGURES = ("forward_ms", "backward_ms", "error", "allowed_error")
 def _row(verdict: Verdict, shown: dict[str, Any]) -> Row:
     figures, peak = verdict.figures, verdict.figures.get("peak_bytes")
     return {
-        "attention": verdict.rung.name,
+        "attention": verdict.backend.name,
         "verdict": verdict.outcome,
         **{name: figures.get(name) for name in FIGURES},
         "peak_mib": None if peak is None else peak / MIB,

@@ -83,16 +83,16 @@ def calls_of(work: Callable[[], Any], device: str) -> int:
     return max(1, min(MOST_CALLS, round(LEAST_TURN_S / max(once, 1e-9))))
 
 
-def take_turns(ways: Mapping[str, Callable[[], float]], repeat: int) -> dict[str, Sample]:
+def take_turns(options: Mapping[str, Callable[[], float]], repeat: int) -> dict[str, Sample]:
     """Values of some ways to measure; they take turns, so that a busy machine hits all.
 
     Args:
-        ways: Name → one measurement.
+        options: Name → one measurement.
         repeat: Turns.
     """
-    values: dict[str, list[float]] = {name: [] for name in ways}
+    values: dict[str, list[float]] = {name: [] for name in options}
     for _ in range(repeat):
-        for name, measure in ways.items():
+        for name, measure in options.items():
             values[name].append(measure())
     return {name: Sample(tuple(found)) for name, found in values.items()}
 
@@ -102,10 +102,10 @@ def time_work(
 ) -> dict[str, Sample]:
     """Seconds of one call: `ours`, and `direct` beside it where a check is asked for."""
     calls = calls_of(work, device)
-    ways = {"ours": lambda: seconds_of(work, calls, device)}
+    options = {"ours": lambda: seconds_of(work, calls, device)}
     if check:
-        ways["direct"] = lambda: direct_seconds(work, calls, device)
-    return take_turns(ways, repeat)
+        options["direct"] = lambda: direct_seconds(work, calls, device)
+    return take_turns(options, repeat)
 
 
 def figures(times: Mapping[str, Sample], amount: float, name: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from strixft.model.load import native_dtype, random_model
 from strixft.plan.choose import Choice, Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun
-from strixft.probe.checks import ways_for
+from strixft.probe.checks import step_options_for
 from strixft.recipe.schema import Dataset, Recipe, Train
 from strixft.step.tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
@@ -144,16 +144,16 @@ def _timed(step: TrainingStep, updates: Iterator[list[Batch]], count: int, devic
 def _row(
     step: TrainingStep, run: DryRun, figures: dict[str, Any], flop_per_s: float
 ) -> dict[str, Any]:
-    ways = step.ways
+    options = step.options
     rate = figures["tok_per_s"]
     per_token = (4 if not _trains_all(step) else 6) * _linear_weights(step.model)
     return {
         "rows×tokens": f"{run.shape.rows}×{run.shape.length}",
         "micro_batches": run.steps,
-        "attention": ways.attention,
-        "compiled": ways.compiled,
-        "joined": ways.joined,
-        "recomputed_layers": ways.recomputed_layers,
+        "attention": options.attention,
+        "compiled": options.compiled,
+        "joined": options.joined,
+        "recomputed_layers": options.recomputed_layers,
         **figures,
         "planned_peak_gb": run.peak_bytes / GB,
         "planned_reserved_gb": run.reserved_bytes / GB,
@@ -252,8 +252,8 @@ class TrainBench:
     def _row(self, model: Any, run: DryRun, flop_per_s: float) -> Row:
         release_memory()  # what was measured before is not to count
         layers = run.recomputed_layers
-        ways = ways_for(self.recipe, self.config, self.host, recomputed_layers=layers)
-        step = TrainingStep(model, self.recipe.train, ways)
+        options = step_options_for(self.recipe, self.config, self.host, recomputed_layers=layers)
+        step = TrainingStep(model, self.recipe.train, options)
         figures = self._timed(step, run)
         figures["planned_tok_per_s"] = self.planned_tok_per_s(run)
         found = _row(step, run, figures, flop_per_s)

@@ -98,7 +98,7 @@ LEFT_OUT, KEPT = "left out", "kept"
 BAD, TOO_LONG = "bad", "too_long"
 
 
-class Account:
+class RowReport:
     """Counts rows and writes every problem down while the rows stream through.
 
     Args:
@@ -207,7 +207,7 @@ class Account:
             fix = self._nothing_left(inputs)
             self._refuse(problems, count or self.rows_read, fix)
 
-    def __enter__(self) -> Account:
+    def __enter__(self) -> RowReport:
         return self
 
     def __exit__(

@@ -13,7 +13,7 @@ from strixft.catalog.methods import METHODS
 from strixft.doctor.finding import Finding, Fix, Status
 from strixft.doctor.packages import has_rocm_torch, needed_build
 from strixft.doctor.view import HostView
-from strixft.probe.checks import TRAPS
+from strixft.probe.checks import KNOWN_ISSUES
 from strixft.support.environment import OVERRIDE, OVERRIDE_WHY
 
 GUIDE = "h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md"
@@ -110,8 +110,8 @@ VARIABLES = (
             name=name,
             is_wrong=_trains_base,
             status="warn",
-            why=f"this recipe trains every weight, and {TRAPS['weight-gradient'].what}",
-            source=TRAPS["weight-gradient"].source,
+            why=f"this recipe trains every weight, and {KNOWN_ISSUES['weight-gradient'].what}",
+            source=KNOWN_ISSUES["weight-gradient"].source,
         )
         for name in ("ROCBLAS_USE_HIPBLASLT", "TORCH_BLAS_PREFER_HIPBLASLT")
     ),

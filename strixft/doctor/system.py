@@ -200,12 +200,12 @@ def check_sleep(view: HostView) -> Iterator[Finding]:
         ("gsettings", "get", "org.gnome.settings-daemon.plugins.power", "sleep-inactive-ac-type")
     )
     graphical = view.command(("systemctl", "get-default")) == "graphical.target"
-    awake = enabled.startswith("masked") or "nothing" in (gnome or "") or not graphical
+    sleep_inhibited = enabled.startswith("masked") or "nothing" in (gnome or "") or not graphical
     idle = (gnome or "unknown").strip("'")
     saw = f"sleep.target: {enabled}; desktop when idle on mains: {idle}"
     why = "a run of a night sees nobody at the keyboard; the GPU's memory does not survive sleep"
     source = "systemctl is-enabled sleep.target; gsettings"
-    if awake:
+    if sleep_inhibited:
         yield Finding(status="ok", saw=saw, why=why, source=source)
         return
     targets = "sleep.target suspend.target hibernate.target hybrid-sleep.target"

@@ -8,7 +8,7 @@ from strixft.catalog.methods import BITSANDBYTES
 from strixft.doctor.finding import Finding, Fix
 from strixft.doctor.packages import BNB_SOURCE, ROCM_TORCH, needed_build, rocm_torch, torch_build
 from strixft.doctor.view import HostView
-from strixft.probe.checks import TRAPS
+from strixft.probe.checks import KNOWN_ISSUES
 from strixft.support.child import Probe
 from strixft.support.units import format_gib
 
@@ -126,7 +126,7 @@ def check_nf4(view: HostView) -> Iterator[Finding]:
         view,
         "nf4",
         "bitsandbytes {version}: error {relative_error} after a round trip",
-        f"qlora trains on these weights; {TRAPS['nf4'].what}",
+        f"qlora trains on these weights; {KNOWN_ISSUES['nf4'].what}",
         Fix("install a version with the fix", (f'pip install "{BITSANDBYTES}"',)),
         f"{RUN}; {BNB_SOURCE}",
     )
@@ -171,9 +171,9 @@ def check_head(view: HostView) -> Iterator[Finding]:
         view,
         "head",
         "TRL's fused head is right, forward and backward",
-        f"{TRAPS['fused-head'].what}; training uses {TRAPS['fused-head'].instead}",
+        f"{KNOWN_ISSUES['fused-head'].what}; training uses {KNOWN_ISSUES['fused-head'].instead}",
         AGAIN,
-        f"{RUN}; {TRAPS['fused-head'].source}",
+        f"{RUN}; {KNOWN_ISSUES['fused-head'].source}",
     ):
         yield _softer(finding)
 

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 
 from strixft.evaluate.metrics import paired_change
-from strixft.evaluate.variants import SIDES
+from strixft.evaluate.variants import VARIANTS
 from strixft.model.adapter import base_of
 from strixft.model.config import first_lines
 from strixft.recipe.schema import Evaluate, Recipe
@@ -166,7 +166,7 @@ def compare_tasks(found: Mapping[str, Values], seed: int) -> list[dict[str, Any]
     for (task, metric), base in found["base"].items():
         tuned = found["tuned"][task, metric]
         numbers = sorted(base.keys() & tuned.keys())
-        values = {side: [found[side][task, metric][n] for n in numbers] for side in SIDES}
+        values = {side: [found[side][task, metric][n] for n in numbers] for side in VARIANTS}
         means = {side: sum(scores) / len(scores) for side, scores in values.items()}
         change = paired_change(values["base"], values["tuned"], seed=seed)
         row = {"task": task, "metric": metric, "rows": len(numbers), **means, "change": change}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from strixft.evaluate.variants import SIDES
+from strixft.evaluate.variants import VARIANTS
 from strixft.support import html
 from strixft.support.units import format_number
 
@@ -13,7 +13,7 @@ SHOWN_ANSWERS = 8
 
 Figures = Mapping[str, Any]
 
-COMPARED = [*SIDES, "change, 95 % interval"]
+COMPARED = [*VARIANTS, "change, 95 % interval"]
 
 
 def _change(change: Mapping[str, Any] | None) -> str:
@@ -24,7 +24,7 @@ def _change(change: Mapping[str, Any] | None) -> str:
 
 
 def _compared(values: Mapping[str, Any], change: Mapping[str, Any] | None) -> list[str]:
-    return [*(format_number(values[side]) for side in SIDES), _change(change)]
+    return [*(format_number(values[side]) for side in VARIANTS), _change(change)]
 
 
 def _measures(figures: Figures) -> str:
@@ -46,10 +46,10 @@ def _general(figures: Figures) -> str:
         " nothing to do with the data. Where it rises, something was forgotten:"
     )
     rows = [
-        [kind, *(format_number(values[side]) for side in SIDES)]
+        [kind, *(format_number(values[side]) for side in VARIANTS)]
         for kind, values in general["kinds"].items()
     ]
-    return html.note(text) + html.table(rows, ["general texts", *SIDES])
+    return html.note(text) + html.table(rows, ["general texts", *VARIANTS])
 
 
 def _tasks(figures: Figures) -> str:
@@ -61,16 +61,18 @@ def _tasks(figures: Figures) -> str:
 
 
 def _prompts(figures: Figures) -> str:
-    rows = [[row["prompt"], *(row[side] for side in SIDES)] for row in figures.get("prompts", [])]
-    return html.table(rows, ["your prompt", *SIDES]) if rows else ""
+    rows = [
+        [row["prompt"], *(row[side] for side in VARIANTS)] for row in figures.get("prompts", [])
+    ]
+    return html.table(rows, ["your prompt", *VARIANTS]) if rows else ""
 
 
 def _answers(figures: Figures) -> str:
     rows = [
-        [row["row"], row["request"], row["reference"], *(row[side] for side in SIDES)]
+        [row["row"], row["request"], row["reference"], *(row[side] for side in VARIANTS)]
         for row in figures["answers"][:SHOWN_ANSWERS]
     ]
-    return html.table(rows, ["row", "request", "reference", *SIDES])
+    return html.table(rows, ["row", "request", "reference", *VARIANTS])
 
 
 def _worst(figures: Figures) -> str:
@@ -78,11 +80,11 @@ def _worst(figures: Figures) -> str:
     if not worst:
         return ""
     rows = [
-        [row["row"], row["request"], row["reference"], *(f"{row[s]:.3f}" for s in SIDES)]
+        [row["row"], row["request"], row["reference"], *(f"{row[s]:.3f}" for s in VARIANTS)]
         for row in worst
     ]
     text = f"{figures['rows_worse']} of {figures['rows_loss']} rows got a higher loss; the worst:"
-    return html.note(text) + html.table(rows, ["row", "request", "reference", *SIDES])
+    return html.note(text) + html.table(rows, ["row", "request", "reference", *VARIANTS])
 
 
 def page(figures: Figures) -> str:

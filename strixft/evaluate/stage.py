@@ -18,7 +18,7 @@ from strixft.evaluate.judge import Judged, judge_answers
 from strixft.evaluate.losses import row_losses
 from strixft.evaluate.measure import Rows, Side, Work, measure
 from strixft.evaluate.metrics import chosen, paired_change, require_libraries, scores
-from strixft.evaluate.variants import SIDES, load_side, load_sides
+from strixft.evaluate.variants import VARIANTS, load_variant, load_variants
 from strixft.guard.cap import cap
 from strixft.guard.host import device_type
 from strixft.guard.stage_watches import StageWatch
@@ -33,7 +33,7 @@ from strixft.support.errors import DataError
 from strixft.support.files import digest
 from strixft.train.stage import ADAPTER, Trained
 
-__all__ = ["Evaluated", "check_evaluation", "evaluate_recipe", "load_side", "row_losses"]
+__all__ = ["Evaluated", "check_evaluation", "evaluate_recipe", "load_variant", "row_losses"]
 
 
 SHOWN_WORST = 5
@@ -75,15 +75,17 @@ def _metrics(
     references = [row["answer"] for row in work.answered]
     pattern, seed = work.recipe.evaluate.pattern, work.recipe.train.seed
     losses = {
-        "loss": ({s: found[s].losses for s in SIDES}, _weights(work.rows)),
-        "general_loss": ({s: found[s].general for s in SIDES}, _weights(work.general)),
+        "loss": ({s: found[s].losses for s in VARIANTS}, _weights(work.rows)),
+        "general_loss": ({s: found[s].general for s in VARIANTS}, _weights(work.general)),
     }
     answers = {
-        name: ({s: scores(name, found[s].answers, references, pattern) for s in SIDES}, None)
+        name: ({s: scores(name, found[s].answers, references, pattern) for s in VARIANTS}, None)
         for name in work.metrics
     }
     values: dict[str, tuple[dict[str, list[float]], list[float] | None]] = {**losses, **answers}
-    means = {name: {s: _mean(v[s], counts) for s in SIDES} for name, (v, counts) in values.items()}
+    means = {
+        name: {s: _mean(v[s], counts) for s in VARIANTS} for name, (v, counts) in values.items()
+    }
     changes = {
         name: paired_change(v["base"], v["tuned"], counts, seed)
         for name, (v, counts) in values.items()
@@ -98,7 +100,7 @@ def _worst(found: Mapping[str, Side], rows: Rows) -> dict[str, Any]:
     rises = sorted(((tuned - base, i) for i, (base, tuned) in enumerate(pairs)), reverse=True)
     worse = [(rise, index) for rise, index in rises if rise > 0]
     listed = [
-        {**_told(rows[index]), **{side: found[side].losses[index] for side in SIDES}}
+        {**_told(rows[index]), **{side: found[side].losses[index] for side in VARIANTS}}
         for _, index in worse[:SHOWN_WORST]
     ]
     return {"rows_worse": len(worse), "worst": listed}
@@ -115,13 +117,13 @@ def _general(found: Mapping[str, Side], rows: Rows) -> dict[str, Any]:
     for kind in kinds:
         own = [index for index, row in enumerate(rows) if row["kind"] == kind]
         counts = _weights([rows[index] for index in own])
-        by_kind[kind] = {s: _mean([found[s].general[i] for i in own], counts) for s in SIDES}
+        by_kind[kind] = {s: _mean([found[s].general[i] for i in own], counts) for s in VARIANTS}
     return {"texts": len(rows), "tokens": round(sum(_weights(rows))), "kinds": by_kind}
 
 
 def _side_by_side(texts: Rows, answers: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     return [
-        {**text, **{side: answers[side][index] for side in SIDES}}
+        {**text, **{side: answers[side][index] for side in VARIANTS}}
         for index, text in enumerate(texts)
     ]
 
@@ -172,7 +174,7 @@ def _sides(work: Work, folder: Path) -> dict[str, Side]:
         torch.cuda.reset_peak_memory_stats()
     found = {}
     model: Any
-    for side, model in load_sides(work.recipe, folder):
+    for side, model in load_variants(work.recipe, folder):
         # lm-eval's tasks generate by the model's own settings
         model.generation_config.eos_token_id = list(work.ends.token_ids) or None
         found[side] = measure(work, model)
@@ -203,15 +205,15 @@ def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "metrics_because": why,
         "rows_loss": len(rows),
         "rows_answered": len(told),
-        "speed": {side: found[side].speed for side in SIDES},
+        "speed": {side: found[side].speed for side in VARIANTS},
         **_memory(plan),
         **seen,
         "cap": capped.says,
         "general": _general(found, general),
-        "tasks": compare_tasks({s: found[s].tasks for s in SIDES}, recipe.train.seed),
+        "tasks": compare_tasks({s: found[s].tasks for s in VARIANTS}, recipe.train.seed),
         **_worst(found, rows),
-        "prompts": _side_by_side(asked, {s: found[s].prompted for s in SIDES}),
-        "answers": _side_by_side(told, {s: found[s].answers for s in SIDES}),
+        "prompts": _side_by_side(asked, {s: found[s].prompted for s in VARIANTS}),
+        "answers": _side_by_side(told, {s: found[s].answers for s in VARIANTS}),
     }
     if run.recipe.evaluate.judge is not None:
         release_memory()  # a judge on the same device needs the room

@@ -10,43 +10,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from strixft.attention.backends import Rung
-from strixft.attention.core import use_rung
+from strixft.attention.backends import AttentionBackend
+from strixft.attention.core import use_backend
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import device_type, find_host, training_host
 from strixft.model.adapter import base_of, load_adapter
 from strixft.model.architecture import architecture_of
 from strixft.model.load import load_base, native_dtype
-from strixft.probe.checks import probed_ladder
+from strixft.probe.checks import probed_backends
 from strixft.recipe.schema import Recipe
 
-SIDES = ("base", "tuned")
+VARIANTS = ("base", "tuned")
 
 
-def answering_rung(config: Any) -> Rung:
+def answering_backend(config: Any) -> AttentionBackend:
     """Return the attention that was tried here and is right, for rows that share none.
 
     Raises:
         HostError: None is right on this machine.
     """
     heads = architecture_of(config).heads
-    return probed_ladder(heads, training_host(), packing=False)[0]
+    return probed_backends(heads, training_host(), packing=False)[0]
 
 
-def load_side(recipe: Recipe, adapter: Path, side: str) -> nn.Module:
+def load_variant(recipe: Recipe, adapter: Path, side: str) -> nn.Module:
     """Base or tuned, in evaluation mode.
 
     Args:
         recipe: Of the run.
         adapter: The trained weights.
-        side: One of `SIDES`.
+        side: One of `VARIANTS`.
     """
-    *_, (_, model) = load_sides(recipe, adapter, SIDES[: SIDES.index(side) + 1])
+    *_, (_, model) = load_variants(recipe, adapter, VARIANTS[: VARIANTS.index(side) + 1])
     return model
 
 
-def load_sides(
-    recipe: Recipe, folder: Path, sides: Sequence[str] = SIDES
+def load_variants(
+    recipe: Recipe, folder: Path, sides: Sequence[str] = VARIANTS
 ) -> Iterator[tuple[str, nn.Module]]:
     """Base, then tuned.
 
@@ -56,10 +56,10 @@ def load_sides(
     device, host = device_type(), find_host(recipe.memory.host)
     dtype = native_dtype(device, bfloat16=host.bfloat16)
     model = load_base(recipe, device, dtype)
-    rung = answering_rung(model.config)
+    backend = answering_backend(model.config)
 
     def ready(model: nn.Module) -> nn.Module:
-        use_rung(base_of(model), rung)
+        use_backend(base_of(model), backend)
         return model.eval()
 
     yield "base", ready(model)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strixft.attention.backends import RUNGS
-from strixft.attention.core import NAME, use_rung
+from strixft.attention.backends import BACKENDS
+from strixft.attention.core import NAME, use_backend
 from strixft.catalog.methods import METHODS
-from strixft.evaluate.variants import load_side
+from strixft.evaluate.variants import load_variant
 from strixft.export.widened import in_float32
 from strixft.guard.host import budget_for, device_type, find_host
 from strixft.model.adapter import base_of
@@ -58,7 +58,7 @@ Logits = list[Tensor]
 def _logits(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Logits:
     """Computed in float32 and without flash kernels, so that only weights are rounded."""
     found = []
-    use_rung(base_of(model), RUNGS["eager-rows"])
+    use_backend(base_of(model), BACKENDS["eager-rows"])
     with in_float32(model):
         for row in rows:
             ids = torch.tensor([list(row["input_ids"][:TOKENS])], device=device_type())
@@ -151,7 +151,7 @@ def _trained_logits(
     recipe: Recipe, adapter: Path, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[Logits, Logits | None]:
     """Of the trained model and of its base."""
-    model: Any = load_side(recipe, adapter, "tuned")
+    model: Any = load_variant(recipe, adapter, "tuned")
     if METHODS[recipe.method].adapter == "none":
         return _logits(model, rows), None
     if model.get_model_status().merged_adapters:
@@ -177,7 +177,7 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
     dtype = torch.float32 if whole else _dtype(recipe)
     fits = size_bytes < budget_bytes * 0.9
     if fits and dtype is _dtype(recipe):
-        return load_side(same, folder, "base"), False
+        return load_variant(same, folder, "base"), False
     device = device_type()
     most = {"cpu" if device == "cpu" else 0: int(budget_bytes * 0.7)}
     model: nn.Module = auto_class(load_config(same)).from_pretrained(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from strixft.catalog.exports import QUANTISATIONS, with_needs
-from strixft.evaluate.variants import load_side
+from strixft.evaluate.variants import load_variant
 from strixft.export import texts
 from strixft.export.make import MAKE, Job
 from strixft.export.parity import Prompt, chosen_prompts, greedy_answers, measure_parity
@@ -78,7 +78,7 @@ def _refuse_early(job: Job, kinds: tuple[str, ...]) -> None:
 def _answers(job: Job, tokenizer: Any) -> list[Prompt]:
     """Prompts with the trained model's answers; the model is not kept."""
     prompts = chosen_prompts(tokenizer, job.held_out())
-    model = load_side(job.run.recipe, job.adapter, "tuned")
+    model = load_variant(job.run.recipe, job.adapter, "tuned")
     answers = greedy_answers(model, tokenizer, job.ends(tokenizer), prompts)
     del model
     gc.collect()

@@ -71,7 +71,7 @@ class StageWatch:
         """
         self.memory.require_reserve()
         seen: dict[str, Any] = {}
-        with awake() as kept, self.memory:
+        with sleep_inhibited() as kept, self.memory:
             yield seen
         seen |= {
             "kept_awake": kept,
@@ -134,7 +134,7 @@ REFUSED_S = 0.2
 
 
 @contextlib.contextmanager
-def awake() -> Iterator[bool]:
+def sleep_inhibited() -> Iterator[bool]:
     """Keep the machine awake while a block runs, where systemd is there.
 
     Yields:

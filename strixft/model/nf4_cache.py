@@ -51,7 +51,7 @@ _SAME = ("model", "device", "dtype")
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class CachedWeights:
     """Weights that were kept."""
 
     folder: Path
@@ -107,7 +107,7 @@ def _folder_of(root: Path, inputs: Mapping[str, Any]) -> Path:
     return root / hashlib.sha256(text).hexdigest()[:32]
 
 
-def find_kept(root: Path, inputs: Mapping[str, Any]) -> Kept | None:
+def find_kept(root: Path, inputs: Mapping[str, Any]) -> CachedWeights | None:
     """Weights that were kept for the same inputs; torn ones are removed."""
     folder = _folder_of(root, inputs)
     if not folder.is_dir():
@@ -119,7 +119,7 @@ def find_kept(root: Path, inputs: Mapping[str, Any]) -> Kept | None:
         return None
 
 
-def _read(folder: Path) -> Kept:
+def _read(folder: Path) -> CachedWeights:
     manifest = read_manifest(folder)
     sums: dict[str, int] = {}
     for name, listed in manifest["files"].items():
@@ -129,7 +129,7 @@ def _read(folder: Path) -> Kept:
     paths = shard_paths(folder)
     if {path.name for path in paths} != set(manifest["files"]):
         raise ValueError("other files are there than were written")
-    return Kept(folder, paths, sums)
+    return CachedWeights(folder, paths, sums)
 
 
 def discard(folder: Path, fault: str) -> None:

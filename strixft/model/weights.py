@@ -156,7 +156,7 @@ def _is_kept(paths: Sequence[Path], config: Any, target: Target) -> bool:
     return to_nf4 and not _is_stored(config) and size_bytes >= nf4_cache.LEAST_BYTES
 
 
-def _from_cache(kept: nf4_cache.Kept, config: Any, target: Target) -> Any:
+def _from_cache(kept: nf4_cache.CachedWeights, config: Any, target: Target) -> Any:
     """The model from weights that were kept; None if they are torn."""
     stored = copy.deepcopy(config)
     stored.quantization_config = target.quantization.to_dict()

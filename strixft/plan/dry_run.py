@@ -16,7 +16,7 @@ from strixft.plan.cost import Rates, Seconds, Work
 from strixft.plan.full_depth import Ints, Kind, Schedule, rounded_all, stands_for
 from strixft.plan.op_cache import Memo
 from strixft.plan.trace import RowShape, trace_step
-from strixft.probe.checks import ways_for
+from strixft.probe.checks import step_options_for
 from strixft.recipe.schema import Recipe
 from strixft.step.tracker import PARTS, MemoryTracker
 from strixft.step.update import TrainingStep
@@ -114,9 +114,9 @@ def require_all_weights(recipe: Recipe, config: Any, host: Host, run: DryRun) ->
     Raises:
         StageError: It does not, so its peak cannot be trusted.
     """
-    ways = ways_for(recipe, config, host, recomputed_layers=run.recomputed_layers)
+    options = step_options_for(recipe, config, host, recomputed_layers=run.recomputed_layers)
     model = build(recipe, "meta", native_dtype(host.device, bfloat16=host.bfloat16), config)
-    TrainingStep(model, recipe.train, ways)
+    TrainingStep(model, recipe.train, options)
     tracker = MemoryTracker()
     tracker.watch_model(model)
     counted = run.parts["weights"] + run.parts["adapter"]

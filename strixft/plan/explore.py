@@ -12,7 +12,7 @@ from strixft.plan.choose import Candidate, Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import Step
 from strixft.prepare.stage import Prepared
-from strixft.probe.checks import ways_for
+from strixft.probe.checks import step_options_for
 from strixft.run.folder import Run
 from strixft.support import html
 from strixft.support.units import GIB, format_gib, format_number
@@ -152,7 +152,7 @@ def explore_plan(run: Run) -> Explorer:
     """
     recipe = run.recipe
     host, config = find_host(recipe.memory.host), load_config(recipe)
-    packed = ways_for(recipe, config, host).rung.packed
+    packed = step_options_for(recipe, config, host).backend.packed
     data = DataShape.of(recipe, run.require(Prepared), packed=packed)
     limit = budget_for(recipe.memory, host)
     return Explorer(Planner(recipe, config, host, data), limit)

@@ -27,7 +27,7 @@ from strixft.model.load import native_dtype, random_model
 from strixft.plan import trace_cache
 from strixft.plan.dry_run import DryRun, dry_run
 from strixft.plan.trace import RowShape
-from strixft.probe.checks import ways_for
+from strixft.probe.checks import step_options_for
 from strixft.recipe.schema import Recipe
 from strixft.step.tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
@@ -95,10 +95,10 @@ def _measured(
 ) -> tuple[int | None, float]:
     """Peak bytes, where the device counts them, and seconds of an update."""
     device = host.device
-    ways = ways_for(recipe, config, host, recomputed_layers=recomputed_layers)
+    options = step_options_for(recipe, config, host, recomputed_layers=recomputed_layers)
     dtype = native_dtype(device, bfloat16=host.bfloat16)
     model = random_model(recipe, config, device, dtype, layers)
-    step = TrainingStep(model, recipe.train, ways)
+    step = TrainingStep(model, recipe.train, options)
     batch = _real_batch(shape, config.get_text_config().vocab_size, device)
     for _ in range(WARM):
         _seconds(step, batch, device)

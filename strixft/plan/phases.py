@@ -96,7 +96,7 @@ def kv_cache_bytes(config: Any, rows: int, tokens: int, element_bytes: int) -> i
     return numbers * rows * element_bytes
 
 
-class Life:
+class PhasePeaks:
     """The phases of one run.
 
     Args:
@@ -193,8 +193,8 @@ class Life:
         return {"device_bytes": device_bytes, "host_bytes": int(PROCESS.value) + host_bytes}
 
 
-def phases(life: Life, evaluated_rows: int) -> dict[str, Phase]:
-    """Device and host peak of each phase; see `Life` for each one's rule."""
+def phases(life: PhasePeaks, evaluated_rows: int) -> dict[str, Phase]:
+    """Device and host peak of each phase; see `PhasePeaks` for each one's rule."""
     return {
         "load": life.load(),
         "proof": life.proof(),

@@ -28,12 +28,12 @@ from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import require_all_weights
 from strixft.plan.exportable import require_exportable
 from strixft.plan.measure import Correction, load_correction, measure, save_correction
-from strixft.plan.phases import PROCESS, Life, Phase, phases
+from strixft.plan.phases import PROCESS, Phase, PhasePeaks, phases
 from strixft.prepare.stage import Prepared, require_known_tokens
-from strixft.probe.checks import probe_attention, require_right, ways_for
+from strixft.probe.checks import probe_attention, require_device_works, step_options_for
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run, resume_command
-from strixft.step.update import Ways
+from strixft.step.update import StepOptions
 from strixft.support.errors import FitError, RecipeError, StageError, StrixftError
 from strixft.support.units import format_gib
 
@@ -126,7 +126,7 @@ def _named(recipe: Recipe, config: Any) -> Iterator[None]:
         ) from error
 
 
-def _choice(chosen: Choice, ways: Ways) -> dict[str, Any]:
+def _choice(chosen: Choice, options: StepOptions) -> dict[str, Any]:
     run = chosen.run
     return {
         "micro_batch_rows": run.shape.rows,
@@ -134,10 +134,10 @@ def _choice(chosen: Choice, ways: Ways) -> dict[str, Any]:
         "recomputed_layers": run.recomputed_layers,
         "num_layers": run.num_layers,
         "gradient_accumulation_steps": run.steps,
-        "attention": ways.attention,
-        "compiled": ways.compiled,
-        "elementwise": ways.elementwise,
-        "joined": ways.joined,
+        "attention": options.attention,
+        "compiled": options.compiled,
+        "elementwise": options.elementwise,
+        "joined": options.joined,
         "packed": asdict(run.shape.packed) if run.shape.packed else None,
     }
 
@@ -148,7 +148,9 @@ def _assumption(what: str, number: Sourced | None) -> dict[str, Any]:
     return {"what": what, **asdict(number)}
 
 
-def _assumptions(heads: Heads, host: Host, limit: Budget, ways: Ways) -> list[dict[str, Any]]:
+def _assumptions(
+    heads: Heads, host: Host, limit: Budget, options: StepOptions
+) -> list[dict[str, Any]]:
     rates = host.matmul_flop_per_s.items()
     return [
         {"what": "budget_bytes", "value": limit.num_bytes, "mark": None, "source": limit.source},
@@ -162,22 +164,22 @@ def _assumptions(heads: Heads, host: Host, limit: Budget, ways: Ways) -> list[di
         _assumption("gap_s between two kernels", host.gap_s),
         _assumption("unpack_share of the bandwidth, 4-bit", host.unpack_share),
         _assumption("the same in compiled layers", host.compiled_unpack_share),
-        *_attention(heads, host, ways),
+        *_attention(heads, host, options),
     ]
 
 
-def _attention(heads: Heads, host: Host, ways: Ways) -> Iterator[dict[str, Any]]:
+def _attention(heads: Heads, host: Host, options: StepOptions) -> Iterator[dict[str, Any]]:
     """The way that was chosen, and what this machine said of those that could not be."""
     if not host.here:
-        source = f"{ways.rung.why}; not probed on {host.name}"
-        yield {"what": "attention", "value": ways.attention, "mark": None, "source": source}
+        source = f"{options.backend.why}; not probed on {host.name}"
+        yield {"what": "attention", "value": options.attention, "mark": None, "source": source}
         return
     for verdict in probe_attention(heads, host):
-        chosen, tried = verdict.rung.name == ways.attention, verdict.outcome != "no way"
+        chosen, tried = verdict.backend.name == options.attention, verdict.outcome != "no way"
         if chosen or (tried and verdict.outcome != "right"):
             yield {
                 "what": "attention" if chosen else "attention that is not used",
-                "value": verdict.rung.name,
+                "value": verdict.backend.name,
                 "mark": "measured",
                 "source": f"probed here: {verdict.reason}",
             }
@@ -276,9 +278,9 @@ def plan_figures(
     config = load_config(recipe)
     _require_positions(recipe, config)
     if host.here:
-        require_right(architecture_of(config).heads, METHODS[recipe.method], host)
-    ways = ways_for(recipe, config, host)
-    data = DataShape.of(recipe, prepared, packed=ways.rung.packed)
+        require_device_works(architecture_of(config).heads, METHODS[recipe.method], host)
+    options = step_options_for(recipe, config, host)
+    data = DataShape.of(recipe, prepared, packed=options.backend.packed)
     with _named(recipe, config):
         chosen = choose(recipe, config, host, limit, data)
         require_all_weights(recipe, config, host, chosen.run)
@@ -289,7 +291,7 @@ def plan_figures(
     known = load_correction(recipe, config, host)
     run = chosen.run
     updates = data.updates(recipe, run.shape.rows)
-    life = Life(recipe, config, host, run)
+    life = PhasePeaks(recipe, config, host, run)
     evaluated_rows = life.evaluated_rows(limit.num_bytes)
     peaks = phases(life, evaluated_rows)
     shared = boxes != 1 and share_figures(recipe, config, host, limit, data, boxes)
@@ -303,13 +305,13 @@ def plan_figures(
         "parts": run.parts,
         "phases": peaks,
         "boxes": shared or None,
-        "choice": {**_choice(chosen, ways), "evaluated_rows": evaluated_rows},
+        "choice": {**_choice(chosen, options), "evaluated_rows": evaluated_rows},
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,
         **_times(recipe, chosen, data),
         "frontier": [asdict(candidate) for candidate in chosen.frontier],
         "assumptions": [
-            *_assumptions(architecture_of(config).heads, host, limit, ways),
+            *_assumptions(architecture_of(config).heads, host, limit, options),
             *known.assumptions(),
         ],
         "advice": [asdict(row) for row in advice],

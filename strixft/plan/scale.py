@@ -44,7 +44,7 @@ LARGEST = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Sides:
+class Dims:
     """The sides of a micro-batch that sizes grow with."""
 
     rows: int
@@ -56,7 +56,7 @@ class Sides:
     """Of the documents that share a row; 1 where each has a row of its own."""
 
     @classmethod
-    def of(cls, shape: RowShape, vocabulary: int) -> Sides:
+    def of(cls, shape: RowShape, vocabulary: int) -> Dims:
         """Of a micro-batch."""
         chunk = chunk_rows(shape.trained, vocabulary)
         rest = shape.trained - chunk * (math.ceil(shape.trained / chunk) - 1)
@@ -85,7 +85,7 @@ class Regime:
     @classmethod
     def of(cls, config: Any, shape: RowShape) -> Regime:
         """The regime of a micro-batch."""
-        sides = Sides.of(shape, config.get_text_config().vocab_size)
+        sides = Dims.of(shape, config.get_text_config().vocab_size)
         windows = architecture_of(config).windows
         beyond = tuple(shape.length >= window for window in windows)
         chunks = min(sides.chunks, 3)
@@ -109,7 +109,7 @@ def _largest_prime_factor(number: int) -> int:
 class Sample:
     """The micro-batch that is traced for a regime."""
 
-    sides: Sides
+    sides: Dims
     primes: tuple[int, ...]
     """One that divides each of the sides and none of the others; 1 where a side does not vary."""
 
@@ -141,7 +141,7 @@ def _told_apart(numbers: Sequence[int], primes: Sequence[int], taken: int) -> bo
 
 def _trained(
     regime: Regime, vocabulary: int, taken: int, others: int
-) -> Iterator[tuple[Sides, tuple[int, ...]]]:
+) -> Iterator[tuple[Dims, tuple[int, ...]]]:
     """Trained tokens in as many chunks as the regime says, with primes of K, n and m.
 
     Args:
@@ -152,7 +152,7 @@ def _trained(
     """
     most = max(1, CHUNK_ELEMENTS // vocabulary)
     for trained in range(regime.chunks * most, (regime.chunks - 1) * most, -1):
-        sides = Sides.of(RowShape(1, 1, trained), vocabulary)
+        sides = Dims.of(RowShape(1, 1, trained), vocabulary)
         numbers = [trained, sides.chunk, sides.last_chunk][: 1 if regime.chunks == 1 else 3]
         primes = list(map(_largest_prime_factor, numbers))
         if _told_apart(numbers, primes, taken) and math.gcd(others, math.prod(numbers)) == 1:
@@ -196,12 +196,12 @@ class _Growth:
         self.powers[np.flatnonzero(fixed)] = 0
         self._unit = numbers / self._product(traced.sides)
 
-    def _product(self, sides: Sides) -> Floats:
+    def _product(self, sides: Dims) -> Floats:
         logs = np.log(np.array(astuple(sides), dtype=np.float64))
         product: Floats = np.exp(self.powers @ logs)
         return product
 
-    def at(self, sides: Sides) -> Floats:
+    def at(self, sides: Dims) -> Floats:
         """The numbers for other sides."""
         return np.rint(self._unit * self._product(sides))
 
@@ -239,17 +239,17 @@ class ScaledTrace:
         loaded = [s.born.phase == "load" for s in self.trace.storages]
         return not self._sizes.powers[loaded].any()
 
-    def sizes(self, sides: Sides) -> Ints:
+    def sizes(self, sides: Dims) -> Ints:
         """Bytes of each storage, rounded to the allocator's block."""
         return rounded_all(self._sizes.at(sides).astype(np.int64))
 
-    def work(self, sides: Sides) -> Work:
+    def work(self, sides: Dims) -> Work:
         """What each operator computes and moves."""
         each = self._moved.at(sides)
         moved: Floats = np.bincount(self._owner, each, len(self._dtypes)).astype(np.float64)
         return Work(self._flop.at(sides), moved, self._dtypes)
 
-    def repeats(self, sides: Sides) -> Floats:
+    def repeats(self, sides: Dims) -> Floats:
         """How often each operator runs for each time it was traced: chunks in the middle do."""
         of_chunk = 3
         moved = np.bincount(self._owner, self._moved.powers[:, of_chunk], len(self._dtypes))
@@ -358,7 +358,7 @@ class Traces:
         key, scaled = self._scaled_trace(step)
         if scaled is None:
             return None
-        sides = Sides.of(step.shape, self._config.get_text_config().vocab_size)
+        sides = Dims.of(step.shape, self._config.get_text_config().vocab_size)
         if (*key, sides) not in self._numbers:
             seconds = scaled.work(sides).seconds(Rates.of(self._host), scaled.repeats(sides))
             self._numbers[*key, sides] = scaled.sizes(sides), seconds

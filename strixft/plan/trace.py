@@ -34,10 +34,10 @@ from strixft.plan.cost import (
 )
 from strixft.plan.inductor import KERNEL, num_compiled, planned_kernels
 from strixft.plan.op_cache import Memo
-from strixft.probe.checks import ways_for
+from strixft.probe.checks import step_options_for
 from strixft.recipe.schema import Recipe
 from strixft.step.tracker import MemoryTracker, current_part, is_counted
-from strixft.step.update import TrainingStep, Ways, token_losses
+from strixft.step.update import StepOptions, TrainingStep, token_losses
 
 aten = torch.ops.aten
 
@@ -322,26 +322,26 @@ def trace_step(
         memo: Operators that earlier traces ran.
         layers: The layers of the model that are run; all if not given.
     """
-    ways = ways_for(recipe, config, host, recomputed_layers=recomputed_layers)
+    options = step_options_for(recipe, config, host, recomputed_layers=recomputed_layers)
 
     def record(memo: Memo) -> Trace:
-        return _record(recipe, config, host, shape, ways, steps, memo, layers)
+        return _record(recipe, config, host, shape, options, steps, memo, layers)
 
     memo = memo or Memo()
     with _known_on_meta(), planned_for(host.device):
-        if not ways.compiled:
+        if not options.compiled:
             return record(memo)
-        with planned_kernels(_like(recipe, config, shape, ways)):
+        with planned_kernels(_like(recipe, config, shape, options)):
             return _settled(record, memo)
 
 
-def _like(recipe: Recipe, config: Any, shape: RowShape, ways: Ways) -> Hashable:
+def _like(recipe: Recipe, config: Any, shape: RowShape, options: StepOptions) -> Hashable:
     """What compiled layers depend on; not how many there are."""
     return (
         recipe.model_dump_json(),
         str(config.to_dict()),
         shape,
-        replace(ways, recomputed_layers=0),
+        replace(options, recomputed_layers=0),
     )
 
 
@@ -357,7 +357,7 @@ def _record(
     config: Any,
     host: Host,
     shape: RowShape,
-    ways: Ways,
+    options: StepOptions,
     steps: int,
     memo: Memo,
     kept: Sequence[int] | None,
@@ -366,7 +366,7 @@ def _record(
     model = build(recipe, "meta", dtype, config, kept)
     layers = decoder_layers(model)
     batch = shape_batch(shape.rows, shape.length, shape.trained, "meta", shape.packed)
-    step = _TracedStep(model, recipe.train, ways)
+    step = _TracedStep(model, recipe.train, options)
     recorder = step.recorder = _Recorder(len(layers), host, memo)
     recorder.watch_model(model)
     recorder.follow(layers)

@@ -18,7 +18,7 @@ from typing import Any
 from strixft.catalog.hosts import Host
 from strixft.plan.cost import Cost
 from strixft.plan.trace import Place, Storage, Trace
-from strixft.probe.checks import ways_for
+from strixft.probe.checks import step_options_for
 from strixft.recipe.schema import Recipe
 from strixft.support.disk import cache_folder
 from strixft.support.files import versions, write_text
@@ -43,7 +43,7 @@ def name_of(recipe: Recipe, config: Any, host: Host, regime: Any, kinds: Sequenc
         "method": recipe.method,
         "lora": recipe.lora.model_dump(),
         "optimizer": recipe.train.optimizer,
-        "ways": asdict(ways_for(recipe, config, host)),
+        "ways": asdict(step_options_for(recipe, config, host)),
         "device": [host.device, host.architecture, host.bfloat16],
         "regime": str(regime),
         "kinds": kinds,

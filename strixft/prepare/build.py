@@ -25,7 +25,7 @@ from strixft.data.encode import Encoded, Encoder, TokenRow, TooLong
 from strixft.data.load import Input, Problem, group_of, read_row
 from strixft.data.mask import Piece
 from strixft.data.readers import RawRow
-from strixft.data.row_report import KEPT, LEFT_OUT, Account
+from strixft.data.row_report import KEPT, LEFT_OUT, RowReport
 from strixft.data.rows import Record, RowWriter, batch_of
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import Chat, Row
@@ -87,7 +87,7 @@ class Work:
         dataset: Dataset,
         inputs: Sequence[Input],
         encoder: Encoder,
-        account: Account,
+        account: RowReport,
         writer: RowWriter,
     ) -> None:
         self.inputs, self.encoder, self.account, self.writer = inputs, encoder, account, writer

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from strixft.data.duplicates import Sketches, Split, first_of_each, leaks, split_rows
 from strixft.data.load import Input, Problem
 from strixft.data.pack import Packing, pack
-from strixft.data.row_report import KEPT, LEFT_OUT, Account
+from strixft.data.row_report import KEPT, LEFT_OUT, RowReport
 from strixft.data.rows import read_counts
 from strixft.recipe.schema import Recipe
 
@@ -55,7 +55,7 @@ class Chosen:
 
 
 class _Chooser:
-    def __init__(self, recipe: Recipe, inputs: Sequence[Input], account: Account, path: Path):
+    def __init__(self, recipe: Recipe, inputs: Sequence[Input], account: RowReport, path: Path):
         self.dataset, self.seed = recipe.dataset, recipe.train.seed
         self.inputs, self.account = inputs, account
         self.counts = read_counts(path)
@@ -123,7 +123,7 @@ class _Chooser:
 def choose(
     recipe: Recipe,
     inputs: Sequence[Input],
-    account: Account,
+    account: RowReport,
     rows: Path,
     sketches: Sketches | None = None,
 ) -> Chosen:
@@ -166,7 +166,7 @@ def counted(values: npt.NDArray[Any]) -> int:
     return int(values.sum(dtype=np.int64))
 
 
-def figures_of(chosen: Chosen, dataset_length: int, account: Account) -> dict[str, Any]:
+def figures_of(chosen: Chosen, dataset_length: int, account: RowReport) -> dict[str, Any]:
     """What the choice comes to, in numbers."""
     counts, train = chosen.counts, chosen.split.train
     lengths, trained = chosen.lengths, counts["num_trained"][train]

@@ -17,7 +17,7 @@ from strixft.data.encode import Encoder
 from strixft.data.ends import Ends, eos_of_files, find_ends
 from strixft.data.load import HubSet, Input, open_inputs
 from strixft.data.pack import PackedRows, Packing, origins
-from strixft.data.row_report import Account, example, spread
+from strixft.data.row_report import RowReport, example, spread
 from strixft.data.rows import RowWriter, TokenRows
 from strixft.data.template import written_ends
 from strixft.data.words import Words, WordsDifferError
@@ -238,7 +238,7 @@ def _write_once(
 ) -> tuple[Work, Chosen, float]:
     """One pass over the rows: what was done, what is used of it, and the seconds it took."""
     rows_path = folder / ROWS_FILE
-    with Account(folder / PROBLEMS_FILE, recipe.dataset) as account:
+    with RowReport(folder / PROBLEMS_FILE, recipe.dataset) as account:
         with RowWriter(rows_path) as writer:
             work = Work(recipe.dataset, inputs, encoder, account, writer)
             seconds = _stream(run, work)

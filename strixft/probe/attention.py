@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from strixft.attention.backends import Heads, Rung
+from strixft.attention.backends import AttentionBackend, Heads
 from strixft.attention.core import use_kernels
 from strixft.attention.masks import layer_inputs
 from strixft.support.child import Figures
@@ -117,15 +117,15 @@ class Way:
     """A rung at work on a subject: the call that a model makes.
 
     Args:
-        rung: How attention is computed.
+        backend: How attention is computed.
         subject: On what.
         device: `cuda` or `cpu`.
     """
 
-    def __init__(self, rung: Rung, subject: Subject, device: str) -> None:
-        self.rung, self.subject, self.device = rung, subject, device
-        rows = len(subject.lengths) if not rung.packed else ROWS
-        length = sum(subject.lengths) // ROWS if rung.packed else max(subject.lengths)
+    def __init__(self, backend: AttentionBackend, subject: Subject, device: str) -> None:
+        self.backend, self.subject, self.device = backend, subject, device
+        rows = len(subject.lengths) if not backend.packed else ROWS
+        length = sum(subject.lengths) // ROWS if backend.packed else max(subject.lengths)
         self._shape = rows, length
         self._places = self._find_places()  # (tokens of all documents,)
         groups = subject.query.shape[1] // subject.key.shape[1]
@@ -137,7 +137,7 @@ class Way:
 
     def _find_places(self) -> Tensor:
         """Where the documents' tokens stand in the rows laid end to end: padded if not packed."""
-        if self.rung.packed:
+        if self.backend.packed:
             return torch.arange(sum(self.subject.lengths), device=self.device)
         starts = range(0, len(self.subject.lengths) * self._shape[1], self._shape[1])
         pairs = zip(starts, self.subject.lengths, strict=True)
@@ -156,7 +156,7 @@ class Way:
         subject, options = self.subject, dict[str, Any](scaling=self.subject.scale)
         if subject.softcap is not None:
             options["softcap"] = subject.softcap
-        if not self.rung.packed:
+        if not self.backend.packed:
             return options | {"attention_mask": None}
         ends = torch.tensor((0, *subject.lengths), device=self.device).cumsum(0)
         batch = {
@@ -164,11 +164,11 @@ class Way:
             "cu_seq_lens": ends.to(torch.int32),
             "longest": max(subject.lengths),
         }
-        return options | layer_inputs(self.rung, batch, subject.window)
+        return options | layer_inputs(self.backend, batch, subject.window)
 
     def forward(self) -> Tensor:
         """The result, (B, T, H, D)."""
-        attend = ALL_ATTENTION_FUNCTIONS[self.rung.implementation]
+        attend = ALL_ATTENTION_FUNCTIONS[self.backend.implementation]
         output: Tensor = attend(self._layer, self.query, self.key, self.value, **self._options)[0]
         return output
 
@@ -220,7 +220,7 @@ def _case(
 
 
 def measure_rung(
-    rung: Mapping[str, Any],
+    backend: Mapping[str, Any],
     heads: Mapping[str, Any],
     device: str,
     dtype: str,
@@ -230,7 +230,7 @@ def measure_rung(
     """Error, time and memory of a way to compute attention.
 
     Args:
-        rung: A row of `RUNGS`, as plain data.
+        backend: A row of `BACKENDS`, as plain data.
         heads: What a model needs, as plain data.
         device: `cuda` or `cpu`.
         dtype: Such as `bfloat16`.
@@ -240,7 +240,7 @@ def measure_rung(
         `error` of the largest value of the reference, `forward_ms`, `backward_ms`,
         `peak_bytes`; and a `problem` if it is wrong.
     """
-    way_of, model, kind = Rung(**rung), Heads(**heads), getattr(torch, dtype)
+    way_of, model, kind = AttentionBackend(**backend), Heads(**heads), getattr(torch, dtype)
     importlib.import_module(way_of.module)
     use_kernels(way_of.kernels)
     subject, due = _case(model, device, kind, windowed=False)

@@ -6,14 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from strixft.attention.backends import RUNGS, Heads, Rung, cannot, is_wanted, known_bad, ladder
+from strixft.attention.backends import (
+    BACKENDS,
+    AttentionBackend,
+    Heads,
+    cannot,
+    is_wanted,
+    known_backends,
+    known_bad,
+)
 from strixft.catalog.hosts import Host
 from strixft.catalog.methods import BITSANDBYTES, METHODS, Method
 from strixft.model.architecture import architecture_of
 from strixft.model.load import native_dtype
 from strixft.probe.run import Task, measure
 from strixft.recipe.schema import Recipe
-from strixft.step.update import Ways
+from strixft.step.update import StepOptions
 from strixft.support.child import Figures
 from strixft.support.errors import HostError, RecipeError
 from strixft.support.tables import Table
@@ -32,7 +40,7 @@ USABLE: tuple[Outcome, ...] = ("right", "slower")
 class Verdict:
     """What came of one rung on this device."""
 
-    rung: Rung
+    backend: AttentionBackend
     outcome: Outcome
     reason: str
     figures: Mapping[str, Any]
@@ -49,14 +57,14 @@ def dtype_name(host: Host) -> str:
     return str(kind).removeprefix("torch.")
 
 
-def _attention_task(rung: Rung, heads: Heads, host: Host, *, peak: bool) -> Task:
+def _attention_task(backend: AttentionBackend, heads: Heads, host: Host, *, peak: bool) -> Task:
     arguments = {
-        "rung": asdict(rung),
+        "backend": asdict(backend),
         "heads": asdict(heads),
         "device": host.device,
         "dtype": dtype_name(host),
     }
-    return Task(rung.name, "attention", arguments, {"peak": peak})
+    return Task(backend.name, "attention", arguments, {"peak": peak})
 
 
 def attention_tasks(heads: Heads, host: Host, *, peak: bool = False) -> list[Task]:
@@ -67,9 +75,13 @@ def attention_tasks(heads: Heads, host: Host, *, peak: bool = False) -> list[Tas
         host: This machine.
         peak: Count the peak of memory on a CPU too.
     """
-    rungs = [rung for rung in RUNGS.values() if cannot(rung, heads, host.device) is None]
-    rungs.sort(key=lambda rung: rung.kernels is not None)  # torch 2.11 cannot give its own back
-    return [_attention_task(rung, heads, host, peak=peak) for rung in rungs]
+    backends = [
+        backend for backend in BACKENDS.values() if cannot(backend, heads, host.device) is None
+    ]
+    backends.sort(
+        key=lambda backend: backend.kernels is not None
+    )  # torch 2.11 cannot give its own back
+    return [_attention_task(backend, heads, host, peak=peak) for backend in backends]
 
 
 def _outcome(figures: Figures) -> Outcome:
@@ -80,21 +92,23 @@ def _outcome(figures: Figures) -> Outcome:
     return "wrong" if "allowed_error" in figures else "raised"
 
 
-def _verdict(rung: Rung, heads: Heads, host: Host, figures: Figures | None) -> Verdict:
+def _verdict(
+    backend: AttentionBackend, heads: Heads, host: Host, figures: Figures | None
+) -> Verdict:
     if figures is None:
-        why = cannot(rung, heads, host.device) or ""
-        return Verdict(rung=rung, outcome="no way", reason=why, figures={})
+        why = cannot(backend, heads, host.device) or ""
+        return Verdict(backend=backend, outcome="no way", reason=why, figures={})
     if "skipped" in figures:
         figures = {**figures, "problem": figures["skipped"]}
     outcome = _outcome(figures)
-    reported = known_bad(rung, heads, host.architecture)
+    reported = known_bad(backend, heads, host.architecture)
     if outcome != "right":
         reason = str(figures["problem"])
     elif reported is not None:
         reason = f"right here, though reported: {reported.what} ({reported.source})"
     else:
         reason = f"error {figures['error']:.2g} of {figures['allowed_error']:.2g} allowed"
-    return Verdict(rung=rung, outcome=outcome, reason=reason, figures=figures)
+    return Verdict(backend=backend, outcome=outcome, reason=reason, figures=figures)
 
 
 def _beside(verdict: Verdict, later: Sequence[Verdict]) -> Verdict:
@@ -102,13 +116,13 @@ def _beside(verdict: Verdict, later: Sequence[Verdict]) -> Verdict:
     for other in later:
         if (
             verdict.outcome == other.outcome == "right"
-            and verdict.rung.packed == other.rung.packed
-            and verdict.rung.keeps_scores >= other.rung.keeps_scores
+            and verdict.backend.packed == other.backend.packed
+            and verdict.backend.keeps_scores >= other.backend.keeps_scores
             and verdict.milliseconds > NOISE * other.milliseconds
         ):
             reason = (
                 f"takes {verdict.milliseconds:.3g} ms where"
-                f" {other.rung.name} takes {other.milliseconds:.3g}"
+                f" {other.backend.name} takes {other.milliseconds:.3g}"
             )
             return replace(verdict, outcome="slower", reason=reason)
     return verdict
@@ -126,11 +140,13 @@ def probe_attention(
         peak: Count the peak of memory on a CPU too.
     """
     found = measure(attention_tasks(heads, host, peak=peak), fresh=fresh)
-    verdicts = [_verdict(rung, heads, host, found.get(rung.name)) for rung in RUNGS.values()]
+    verdicts = [
+        _verdict(backend, heads, host, found.get(backend.name)) for backend in BACKENDS.values()
+    ]
     return [_beside(verdict, verdicts[at + 1 :]) for at, verdict in enumerate(verdicts)]
 
 
-def probed_ladder(heads: Heads, host: Host, *, packing: bool = True) -> list[Rung]:
+def probed_backends(heads: Heads, host: Host, *, packing: bool = True) -> list[AttentionBackend]:
     """Rungs that are right on this machine, the first to be taken first.
 
     Args:
@@ -141,12 +157,12 @@ def probed_ladder(heads: Heads, host: Host, *, packing: bool = True) -> list[Run
     Raises:
         HostError: None is.
     """
-    verdicts = [v for v in probe_attention(heads, host) if is_wanted(v.rung, packing=packing)]
+    verdicts = [v for v in probe_attention(heads, host) if is_wanted(v.backend, packing=packing)]
     usable = [verdict for verdict in verdicts if verdict.outcome in USABLE]
     if usable:
         usable.sort(key=lambda verdict: USABLE.index(verdict.outcome))
-        return [verdict.rung for verdict in usable]
-    seen = "; ".join(f"{v.rung.name}: {v.reason}" for v in verdicts if v.outcome != "no way")
+        return [verdict.backend for verdict in usable]
+    seen = "; ".join(f"{v.backend.name}: {v.reason}" for v in verdicts if v.outcome != "no way")
     raise HostError(
         f"no way to compute attention is right on {host.name} ({seen})",
         fix="strixft doctor   says what is wrong; strixft bench attention   tries again",
@@ -189,7 +205,7 @@ def _require_nf4(host: Host) -> None:
         )
 
 
-def require_right(heads: Heads, method: Method, host: Host) -> None:
+def require_device_works(heads: Heads, method: Method, host: Host) -> None:
     """Try what a run needs of this machine, unless that is known.
 
     Args:
@@ -218,7 +234,7 @@ def require_attention(name: str, heads: Heads, host: Host, plan_again: str) -> N
         HostError: It is wrong here.
     """
     for verdict in probe_attention(heads, host):
-        if verdict.rung.name == name and verdict.outcome not in USABLE:
+        if verdict.backend.name == name and verdict.outcome not in USABLE:
             raise HostError(
                 f"attention {name!r}, which the plan chose, cannot be used on {host.name}:"
                 f" {verdict.reason}",
@@ -255,23 +271,25 @@ def joins_sums(method: Method, host: Host) -> bool:
     return "problem" not in figures and figures.get("fastest") == "joined"
 
 
-def _ladder(heads: Heads, host: Host, *, packing: bool) -> list[Rung]:
+def _backends(heads: Heads, host: Host, *, packing: bool) -> list[AttentionBackend]:
     """Ways of attention: those that are right on this machine, or by the table of another one."""
     if host.here:
-        return probed_ladder(heads, host, packing=packing)
-    return ladder(heads, host.device, host.architecture, packing=packing)
+        return probed_backends(heads, host, packing=packing)
+    return known_backends(heads, host.device, host.architecture, packing=packing)
 
 
 def _no_choice(name: str, heads: Heads, host: Host) -> RecipeError:
     verdicts = probe_attention(heads, host) if host.here else []
-    reasons = "".join(f": {v.reason}" for v in verdicts if v.rung.name == name)
+    reasons = "".join(f": {v.reason}" for v in verdicts if v.backend.name == name)
     return RecipeError(
         f"attention {name!r} cannot train {heads.model_type} on {host.name}{reasons}",
         fix="--set train.attention=auto",
     )
 
 
-def ways_for(recipe: Recipe, config: Any, host: Host, *, recomputed_layers: int = 0) -> Ways:
+def step_options_for(
+    recipe: Recipe, config: Any, host: Host, *, recomputed_layers: int = 0
+) -> StepOptions:
     """The fastest way that nothing speaks against, or the one the recipe names.
 
     Args:
@@ -286,14 +304,14 @@ def ways_for(recipe: Recipe, config: Any, host: Host, *, recomputed_layers: int 
     """
     train, on_gpu = recipe.train, host.device == "cuda"
     heads = architecture_of(config).heads
-    found = _ladder(heads, host, packing=recipe.dataset.packing)
+    found = _backends(heads, host, packing=recipe.dataset.packing)
     if train.attention != "auto":
-        found = [rung for rung in found if rung.name == train.attention]
+        found = [backend for backend in found if backend.name == train.attention]
     if not found:
         raise _no_choice(train.attention, heads, host)
     one_length = found[0].packed  # each other length is compiled for itself
     compiled = on_gpu and one_length if train.compile == "auto" else train.compile == "layers"
-    return Ways(
+    return StepOptions(
         attention=found[0].name,
         compiled=compiled,
         recomputed_layers=recomputed_layers,
@@ -315,7 +333,7 @@ class Trap:
     """What training does."""
 
 
-TRAPS: Table[Trap] = Table(
+KNOWN_ISSUES: Table[Trap] = Table(
     "trap",
     Trap(
         name="weight-gradient",

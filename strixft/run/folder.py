@@ -192,7 +192,7 @@ class Run:
             if (done := result.load(folder)) is not None:  # by the owner that was waited for
                 return done
             self._require_own_recipe()
-            with self._status(result.name), self._ends_told(result.name):
+            with self._status(result.name), self.translate_errors(result.name):
                 found = self._do(result, work)
             if not found.is_final():
                 self.tell(state="failed", problem=f"stage {result.name} refuses", fix=None)
@@ -206,7 +206,7 @@ class Run:
             )
 
     @contextlib.contextmanager
-    def _ends_told(self, stage: str) -> Iterator[None]:
+    def translate_errors(self, stage: str) -> Iterator[None]:
         """A signal, a full disk and missing memory end a stage with an error of ours."""
         try:
             with raised():

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strixft.attention.backends import RUNGS, Rung
-from strixft.attention.core import use_rung
+from strixft.attention.backends import BACKENDS, AttentionBackend
+from strixft.attention.core import use_backend
 from strixft.attention.masks import packed_rows
 from strixft.data.batches import Batch
 from strixft.model.adapter import base_of
@@ -24,11 +24,11 @@ from strixft.step.tracker import part
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
+class StepOptions:
     """How a step is computed; none of it changes what is computed."""
 
     attention: str = "sdpa"
-    """A row of `RUNGS`."""
+    """A row of `BACKENDS`."""
     compiled: bool = False
     """Decoder layers and the loss run as generated kernels."""
     recomputed_layers: int = 0
@@ -40,33 +40,33 @@ class Ways:
     not change get room for it."""
 
     @property
-    def rung(self) -> Rung:
+    def backend(self) -> AttentionBackend:
         """The row that `attention` names."""
-        return RUNGS[self.attention]
+        return BACKENDS[self.attention]
 
 
-def _trained_hidden(base: Any, batch: Batch, ways: Ways, scale: float) -> Tensor:
+def _trained_hidden(base: Any, batch: Batch, options: StepOptions, scale: float) -> Tensor:
     """Hidden states that predict trained tokens, (K, C), times a factor of the head."""
-    with packed_rows(ways.rung, batch) as inputs:
+    with packed_rows(options.backend, batch) as inputs:
         hidden = text_decoder(base)(input_ids=batch["input_ids"], use_cache=False, **inputs)[0]
     with part("head"):
         chosen: Tensor = hidden.flatten(0, 1).index_select(0, batch["positions"])
         return chosen if scale == 1 else chosen * scale
 
 
-def _linear_head_loss(base: Any, head: Head, batch: Batch, ways: Ways) -> Tensor:
+def _linear_head_loss(base: Any, head: Head, batch: Batch, options: StepOptions) -> Tensor:
     chosen, weight = (
-        _trained_hidden(base, batch, ways, head.scale),
+        _trained_hidden(base, batch, options, head.scale),
         base.get_output_embeddings().weight,
     )
     with part("head"):
         return chunked_cross_entropy(
-            chosen, weight, batch["labels"], head.softcap, compiled=ways.compiled
+            chosen, weight, batch["labels"], head.softcap, compiled=options.compiled
         )
 
 
-def _own_head_losses(base: Any, batch: Batch, ways: Ways, reduction: str) -> Tensor:
-    with packed_rows(ways.rung, batch) as inputs:
+def _own_head_losses(base: Any, batch: Batch, options: StepOptions, reduction: str) -> Tensor:
+    with packed_rows(options.backend, batch) as inputs:
         logits = base(input_ids=batch["input_ids"], use_cache=False, **inputs).logits  # (B, T, V)
     with part("head"):
         chosen = logits.flatten(0, 1).index_select(0, batch["positions"])  # (K, V)
@@ -74,30 +74,30 @@ def _own_head_losses(base: Any, batch: Batch, ways: Ways, reduction: str) -> Ten
         return nn.functional.cross_entropy(chosen.float(), batch["labels"], reduction=reduction)
 
 
-def _token_losses(model: nn.Module, batch: Batch, ways: Ways) -> Tensor:
+def _token_losses(model: nn.Module, batch: Batch, options: StepOptions) -> Tensor:
     base = base_of(model)
     head = linear_head(base)
     if head is None:
-        return _own_head_losses(base, batch, ways, "none").detach()
-    chosen = _trained_hidden(base, batch, ways, head.scale)
+        return _own_head_losses(base, batch, options, "none").detach()
+    chosen = _trained_hidden(base, batch, options, head.scale)
     weight = base.get_output_embeddings().weight
     return token_cross_entropy(chosen.detach(), weight, batch["labels"], head.softcap)
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, batch: Batch, ways: Ways = Ways()) -> Tensor:
+def token_losses(model: nn.Module, batch: Batch, options: StepOptions = StepOptions()) -> Tensor:
     """Return the loss of each trained token of a batch, (K,), in float32 and without gradients.
 
     Args:
         model: The model of `model.build`.
         batch: See `strixft.data.Batch`.
-        ways: How it is computed.
+        options: How it is computed.
     """
-    return _token_losses(model, batch, ways)
+    return _token_losses(model, batch, options)
 
 
 def batch_loss(
-    model: nn.Module, batch: Batch, num_trained: int | Tensor, ways: Ways = Ways()
+    model: nn.Module, batch: Batch, num_trained: int | Tensor, options: StepOptions = StepOptions()
 ) -> Tensor:
     """Loss of a batch: its sum over trained tokens, divided by those of the whole update.
 
@@ -105,15 +105,15 @@ def batch_loss(
         model: What `model.build` gave.
         batch: See `strixft.data.Batch`.
         num_trained: Trained tokens of all batches of the update.
-        ways: How it is computed.
+        options: How it is computed.
     """
     base = base_of(model)
     if (head := linear_head(base)) is not None:
-        return _linear_head_loss(base, head, batch, ways) / num_trained
-    return _own_head_losses(base, batch, ways, "sum") / num_trained
+        return _linear_head_loss(base, head, batch, options) / num_trained
+    return _own_head_losses(base, batch, options, "sum") / num_trained
 
 
-Loss = Callable[[nn.Module, Batch, "int | Tensor", Ways], Tensor]
+Loss = Callable[[nn.Module, Batch, "int | Tensor", StepOptions], Tensor]
 """The loss of a batch; see `batch_loss`."""
 
 
@@ -138,15 +138,19 @@ class TrainingStep:
     Args:
         model: The model of `model.build`.
         settings: Optimizer and clipping.
-        ways: How it is computed.
+        options: How it is computed.
         loss: What is minimised.
     """
 
     def __init__(
-        self, model: nn.Module, settings: Train, ways: Ways = Ways(), loss: Loss = batch_loss
+        self,
+        model: nn.Module,
+        settings: Train,
+        options: StepOptions = StepOptions(),
+        loss: Loss = batch_loss,
     ) -> None:
-        self.model, self.settings, self.ways, self._loss = model, settings, ways, loss
-        use_rung(base_of(model), ways.rung)
+        self.model, self.settings, self.options, self._loss = model, settings, options, loss
+        use_backend(base_of(model), options.backend)
         self._prepare_layers()
         model.train()
         self.dropout = _leave_out_dropout(model)
@@ -160,17 +164,20 @@ class TrainingStep:
         """The last update was left out: scaled float16 gradients were not finite."""
 
     def _prepare_layers(self) -> None:
-        model, ways = self.model, self.ways
-        if ways.compiled:
-            if ways.joined:
+        model, options = self.model, self.options
+        if options.compiled:
+            if options.joined:
                 give_room(model)
             compile_layers(
-                model, ways.recomputed_layers, elementwise=ways.elementwise, joined=ways.joined
+                model,
+                options.recomputed_layers,
+                elementwise=options.elementwise,
+                joined=options.joined,
             )
             return
-        set_recompute(model, ways.recomputed_layers)
-        if ways.elementwise:
-            keep_products(model, ways.recomputed_layers)
+        set_recompute(model, options.recomputed_layers)
+        if options.elementwise:
+            keep_products(model, options.recomputed_layers)
 
     def trainable(self) -> list[nn.Parameter]:
         """Weights that are trained."""
@@ -188,14 +195,14 @@ class TrainingStep:
 
     def loss(self, batch: Batch, num_trained: int | Tensor) -> Tensor:
         """Return the loss of a batch; see `batch_loss`."""
-        return self._loss(self.model, batch, num_trained, self.ways)
+        return self._loss(self.model, batch, num_trained, self.options)
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Return the loss of each trained token of a batch, (K,), in float32.
 
         The forward pass is that of training: compiled layers need not be compiled again for it.
         """
-        return _token_losses(self.model, batch, self.ways)
+        return _token_losses(self.model, batch, self.options)
 
     def update(
         self,

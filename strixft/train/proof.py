@@ -200,10 +200,10 @@ def _tolerance(base: Any) -> float:
 
 
 def _wrong(step: TrainingStep, proof: Proof) -> StageError:
-    ways = step.ways
+    options = step.options
     tries = [
-        *(["--set dataset.packing=false"] if ways.rung.packed else []),
-        *(["--set train.compile=none"] if ways.compiled else []),
+        *(["--set dataset.packing=false"] if options.backend.packed else []),
+        *(["--set train.compile=none"] if options.compiled else []),
         "another --set train.attention=…",
     ]
     return StageError(

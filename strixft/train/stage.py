@@ -28,12 +28,12 @@ from strixft.model.fingerprint import fingerprint_base
 from strixft.model.load import load_base, load_config, model_source, native_dtype
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared, require_known_tokens
-from strixft.probe.checks import fastest_blas, joins_sums, require_attention, require_right
+from strixft.probe.checks import fastest_blas, joins_sums, require_attention, require_device_works
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run, resume_command
 from strixft.run.open import READ_BY
 from strixft.step.tracker import peak_memory, release_memory
-from strixft.step.update import TrainingStep, Ways
+from strixft.step.update import StepOptions, TrainingStep
 from strixft.support import html
 from strixft.support.disk import require_room
 from strixft.support.environment import seen_by_torch
@@ -160,7 +160,7 @@ class _Watch:
             self._bar.close()
 
 
-def ways_of(recipe: Recipe, choice: dict[str, Any]) -> Ways:
+def ways_of(recipe: Recipe, choice: dict[str, Any]) -> StepOptions:
     """How the step is computed: as planned, but for what is not right on this machine.
 
     Args:
@@ -169,7 +169,7 @@ def ways_of(recipe: Recipe, choice: dict[str, Any]) -> Ways:
     """
     joined = choice.get("joined", False) and joins_sums(METHODS[recipe.method], training_host())
     here = choice | {"joined": joined}
-    return Ways(**{field.name: here[field.name] for field in fields(Ways)})
+    return StepOptions(**{field.name: here[field.name] for field in fields(StepOptions)})
 
 
 class _Batches:
@@ -357,7 +357,7 @@ def _require_right(run: Run, plan: Plan) -> None:
     """Try what the plan chose, unless that is known: it may be of another machine, or driver."""
     host, recipe = training_host(), run.recipe
     heads, method = architecture_of(load_config(recipe)).heads, METHODS[recipe.method]
-    require_right(heads, method, host)
+    require_device_works(heads, method, host)
     planned_here = recipe.memory.host in ("auto", "cpu")
     again = (
         f"{run.resume_command} --from plan"

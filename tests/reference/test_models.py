@@ -22,7 +22,7 @@ from strixft.model.architecture import auto_class, text_decoder
 from strixft.model.load import build, load_config
 from strixft.plan.dry_run import dry_run
 from strixft.plan.trace import RowShape
-from strixft.probe.checks import ways_for
+from strixft.probe.checks import step_options_for
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
 from strixft.step.tracker import MemoryTracker
 from strixft.step.update import TrainingStep
@@ -123,7 +123,7 @@ def test_first_loss_and_gradients_are_those_of_transformers_and_peft(
     folder, adapter = tmp_path / "model", tmp_path / "adapter"
     write_model(folder, MODELS_TRIED[name])
     recipe = a_recipe(folder)
-    ways = ways_for(recipe, load_config(recipe), cpu())
+    options = step_options_for(recipe, load_config(recipe), cpu())
     torch.manual_seed(3)
     model: Any = build(recipe, "cpu", torch.float32)
     with torch.no_grad():
@@ -131,9 +131,9 @@ def test_first_loss_and_gradients_are_those_of_transformers_and_peft(
             if weight.requires_grad:
                 weight.normal_(0, 0.2)
     model.save_pretrained(adapter)
-    batch = a_batch(ways.rung.packed)
+    batch = a_batch(options.backend.packed)
     check_planned_weights(recipe, model, batch)
-    step = TrainingStep(model, recipe.train, ways)
+    step = TrainingStep(model, recipe.train, options)
     loss = step.loss(batch, len(batch["labels"]))
     loss.backward()
     due, expected = theirs(folder, adapter)
