@@ -24,7 +24,7 @@ from strixft.data.batches import PackedShape, collate, on_device
 from strixft.guard.host import find_host
 from strixft.model.load import build, load_config, native_dtype
 from strixft.model.shapes import NF4
-from strixft.probe.checks import step_options_for
+from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
 from strixft.step.update import TrainingStep
 
@@ -77,7 +77,7 @@ def ours(folder: Path, method: str, rows: Rows) -> Iterator[float]:
     dtype = native_dtype(host.device, bfloat16=host.bfloat16)
     torch.manual_seed(1)
     model = build(recipe, host.device, dtype)
-    step = TrainingStep(model, recipe.train, step_options_for(recipe, load_config(recipe), host))
+    step = TrainingStep(model, recipe.train, Job.of(recipe, load_config(recipe), host).options)
     print(f"# ours: {step.ways}", file=sys.stderr)
     shape = PackedShape(ROWS * LENGTH, ROWS + 1, ROWS * LENGTH)
     for start in range(0, len(rows), ROWS):

@@ -100,10 +100,11 @@ def predict(case: Case) -> dict[str, Any]:
     """The plan's figures, and how long they took."""
     from strixft.plan.dry_run import dry_run
     from strixft.plan.trace import RowShape
+    from strixft.probe.job import Job
 
     began = time.monotonic()
     shape = RowShape(case.rows, case.length, case.trained)
-    found = dry_run(case.recipe(), case.config(), HOST, shape, case.recomputed)
+    found = dry_run(Job.of(case.recipe(), case.config(), HOST), shape, case.recomputed)
     return {
         **asdict(case),
         "predicted_bytes": found.peak_bytes,
@@ -120,14 +121,12 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
 
     from strixft.data.batches import shape_batch
     from strixft.model.load import random_model
-    from strixft.probe.checks import step_options_for
+    from strixft.probe.job import Job
     from strixft.step.update import TrainingStep
 
     case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
     model = random_model(case.recipe(), case.config(), "cuda", torch.bfloat16)
-    options = step_options_for(
-        case.recipe(), case.config(), HOST, recomputed_layers=case.recomputed
-    )
+    options = Job.of(case.recipe(), case.config(), HOST).options_with(case.recomputed)
     step = TrainingStep(model, case.recipe().train, options)
     batch = shape_batch(case.rows, case.length, case.trained, "cuda")
     torch.cuda.empty_cache()

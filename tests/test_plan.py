@@ -1,6 +1,6 @@
 """The plan: what the dry run says is what the tracker counts over real tensors."""
 
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,7 +26,7 @@ from strixft.plan.result import plan_figures, plan_recipe
 from strixft.plan.scale import Regime, Traces, sample
 from strixft.plan.trace import RowShape, trace_step
 from strixft.prepare.stage import prepare_recipe
-from strixft.probe.checks import step_options_for
+from strixft.probe.job import Job
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Dataset, Recipe, Train
 from strixft.run.open import open_run
@@ -60,8 +60,7 @@ def real_batch(shape: RowShape) -> Batch:
 def measured(recipe: Recipe, shape: RowShape, recomputed_layers: int) -> tuple[int, int]:
     """Peak and resident bytes of two real updates on this CPU."""
     model = build(recipe, "cpu", torch.float32)
-    options = step_options_for(recipe, load_config(recipe), find_host("cpu"))
-    options = replace(options, recomputed_layers=recomputed_layers)
+    options = Job.of(recipe, load_config(recipe), find_host("cpu")).options_with(recomputed_layers)
     step = TrainingStep(model, recipe.train, options)
     tracker = MemoryTracker()
     tracker.watch_model(model)
@@ -82,7 +81,7 @@ def test_the_dry_run_is_the_real_step(
 ) -> None:
     recipe = load_recipe(write_recipe(method=method))
     host = find_host("cpu")
-    found = dry_run(recipe, load_config(recipe), host, shape, recomputed_layers)
+    found = dry_run(Job.of(recipe, load_config(recipe), host), shape, recomputed_layers)
     peak, resident = measured(recipe, shape, recomputed_layers)
     more = 2**15 if method == "int8-lora" else 0  # its smallest case is 30 KiB high
     assert found.peak_bytes == pytest.approx(peak, rel=0.002, abs=more)
@@ -98,21 +97,20 @@ def test_the_parts_add_up(write_recipe: WriteRecipe) -> None:
 
 def test_recomputing_saves_activations(write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe())
-    config, host = load_config(recipe), find_host("cpu")
+    job = Job.of(recipe, load_config(recipe), find_host("cpu"))
     kept, half, none = (
-        dry_run(recipe, config, host, RowShape(4, 200, 400), layers).parts["activations"]
-        for layers in (0, 1, 2)
+        dry_run(job, RowShape(4, 200, 400), layers).parts["activations"] for layers in (0, 1, 2)
     )
     assert kept > half > none
 
 
 def test_the_largest_micro_batch_that_fits_is_chosen(write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe(train={"tokens_per_update": 1600}))
-    config, host = load_config(recipe), find_host("cpu")
+    job = Job.of(recipe, load_config(recipe), find_host("cpu"))
     data = DataShape(256, lengths=[100] * 1000, trained=[50] * 1000)
-    eight = dry_run(recipe, config, host, RowShape(8, 100, 400), steps=4)
-    roomy = choose(recipe, config, host, Budget(8 * GIB, "test"), data).run
-    tight = choose(recipe, config, host, Budget(eight.reserved_bytes, "test"), data).run
+    eight = dry_run(job, RowShape(8, 100, 400), steps=4)
+    roomy = choose(job, Budget(8 * GIB, "test"), data).run
+    tight = choose(job, Budget(eight.reserved_bytes, "test"), data).run
     assert (roomy.shape.rows, roomy.recomputed_layers) == (32, 0)
     assert (tight.shape.rows, tight.recomputed_layers) == (8, 0)
 
@@ -166,15 +164,15 @@ def test_every_micro_batch_of_training_is_within_the_planned_one(seed: int) -> N
 def test_layers_are_compiled_where_all_rows_have_one_length(packing: bool, compiled: bool) -> None:
     dataset = Dataset(source="none", packing=packing)
     recipe = Recipe(model="none", method="lora", dataset=dataset)
-    assert step_options_for(recipe, SMALL, HOSTS["strix-halo-128"]).compiled == compiled
+    assert Job.of(recipe, SMALL, HOSTS["strix-halo-128"]).options.compiled == compiled
 
 
 def test_rows_are_not_packed_where_layers_carry_a_state() -> None:
     recipe = Recipe(model="none", method="lora", dataset=Dataset(source="none"))
     host = HOSTS["strix-halo-128"]
-    assert step_options_for(recipe, SMALL, host).backend.packed
+    assert Job.of(recipe, SMALL, host).options.backend.packed
     conv = AutoConfig.for_model("lfm2", **SMALL_SIDES, layer_types=["conv", "full_attention"])
-    assert not step_options_for(recipe, conv, host).backend.packed
+    assert not Job.of(recipe, conv, host).options.backend.packed
 
 
 @pytest.mark.parametrize("layers", ["none", "layers"])
@@ -183,7 +181,7 @@ def test_mixtures_of_experts_are_planned(layers: Any) -> None:
     config = AutoConfig.for_model("qwen3_moe", **SMALL_SIDES, **experts, head_dim=16)
     train = Train(compile=layers)
     recipe = Recipe(model="none", method="lora", dataset=Dataset(source="none"), train=train)
-    run = dry_run(recipe, config, HOSTS["strix-halo-128"], RowShape(1, 64, 63))
+    run = dry_run(Job.of(recipe, config, HOSTS["strix-halo-128"]), RowShape(1, 64, 63))
     assert run.parts["adapter"] > 0
 
 
@@ -239,11 +237,10 @@ def test_stacked_layers_are_the_whole_model(
     shape: dict[str, Any], method: str, recomputed_layers: int, steps: int
 ) -> None:
     """A few layers, put together again, give every figure of all layers traced."""
-    config, recipe = AutoConfig.for_model(**shape), a_recipe(method)
-    rows = RowShape(2, 64, 60)
+    job, rows = Job.of(a_recipe(method), AutoConfig.for_model(**shape), HOST), RowShape(2, 64, 60)
     step = Step(rows, recomputed_layers, steps)
-    stacked = trace_run(recipe, config, HOST, rows, recomputed_layers, steps)
-    whole = Schedule(trace_step(recipe, config, HOST, rows, recomputed_layers, steps))
+    stacked = trace_run(job, rows, recomputed_layers, steps)
+    whole = Schedule(trace_step(job, rows, recomputed_layers, steps))
     ours, theirs = figures_of(stacked, step), figures_of(whole, step)
     assert ours.parts == pytest.approx(theirs.parts, rel=1e-3, abs=2**20)
     assert ours.peak_bytes == pytest.approx(theirs.peak_bytes, rel=1e-3)
@@ -252,10 +249,10 @@ def test_stacked_layers_are_the_whole_model(
 
 
 def test_stacked_compiled_layers_are_the_whole_model() -> None:
-    config, recipe = AutoConfig.for_model(**LLAMA), a_recipe("qlora", compile="layers")
+    job = Job.of(a_recipe("qlora", compile="layers"), AutoConfig.for_model(**LLAMA), HOST)
     rows = RowShape(2, 64, 60, PackedShape(64, 5, 40))
-    stacked = trace_run(recipe, config, HOST, rows, 3, 1)
-    whole = Schedule(trace_step(recipe, config, HOST, rows, 3, 1))
+    stacked = trace_run(job, rows, 3, 1)
+    whole = Schedule(trace_step(job, rows, 3, 1))
     ours, theirs = (figures_of(trace, Step(rows, 3, 1)) for trace in (stacked, whole))
     assert ours.peak_bytes == pytest.approx(theirs.peak_bytes, rel=1e-3)
 
@@ -277,7 +274,7 @@ def test_the_sides_of_a_sample_share_no_prime(vocabulary: int, chunks: int) -> N
 def test_a_trace_answers_for_other_micro_batches(shape: dict[str, Any], method: str) -> None:
     """What a trace is scaled to is what a trace of that very step finds."""
     config, random = AutoConfig.for_model(**shape), Random(method)
-    traces = Traces(a_recipe(method), config, HOST)
+    traces = Traces(Job.of(a_recipe(method), config, HOST))
     for _ in range(3):
         rows, length = random.choice([1, 2, 5]), random.choice([7, 32, 100, 257])
         trained = random.choice([rows, rows * length // 2 + 1, rows * length])
@@ -308,7 +305,7 @@ def test_no_prime_of_a_trace_divides_the_width_of_joined_matrices(
     wide = LLAMA | {"hidden_size": 1792, "intermediate_size": 4864, "num_attention_heads": 14}
     wide |= {"num_key_value_heads": 2, "head_dim": 128, "num_hidden_layers": 2}
     config = AutoConfig.for_model(**wide)
-    traces = Traces(a_recipe("qlora", compile="layers"), config, HOSTS["h200-141"])
+    traces = Traces(Job.of(a_recipe("qlora", compile="layers"), config, HOSTS["h200-141"]))
     step = Step(RowShape(4, 2048, 8000, PackedShape(2048, 40, 1500)), 0, 1)
     scaled, fresh = traces.dry_run(step), traces.fresh(step)
     assert 29 in tried[0]
@@ -322,7 +319,7 @@ def test_no_other_choice_that_fits_is_faster_or_as_fast_and_smaller(method: str)
     data = DataShape(100, lengths=[100] * 60, trained=[50] * 60)
     recipe = a_recipe(method, tokens_per_update=400)
     wide = LLAMA | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 7}
-    planner = Planner(recipe, AutoConfig.for_model(**wide), HOST, data)
+    planner = Planner(Job.of(recipe, AutoConfig.for_model(**wide), HOST), data)
     steps = [planner.step(rows, layers) for rows in planner.rows() for layers in planner.layers()]
     runs = [planner.traces.dry_run(step) for step in steps]
     needs = sorted(map(planner.need_bytes, runs))

@@ -10,6 +10,7 @@ from strixft.plan.advice import share_figures
 from strixft.plan.choose import Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.result import plan_figures, require_fit
+from strixft.probe.job import Job
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Dataset, Recipe, Train
 from strixft.support.errors import FitError, RecipeError
@@ -35,12 +36,12 @@ RECIPE = Recipe(
 
 
 def shares(boxes: int, limit_bytes: int = 100 * GIB) -> dict[str, Any]:
-    found = share_figures(RECIPE, CONFIG, HOST, Budget(limit_bytes, "test"), DATA, boxes)
+    found = share_figures(Job.of(RECIPE, CONFIG, HOST), Budget(limit_bytes, "test"), DATA, boxes)
     return {share["way"]: share for share in found["shares"]}
 
 
 def test_each_machine_does_its_share_of_an_update() -> None:
-    alone = Planner(RECIPE, CONFIG, HOST, DATA).choose(Budget(100 * GIB, "test")).run
+    alone = Planner(Job.of(RECIPE, CONFIG, HOST), DATA).choose(Budget(100 * GIB, "test")).run
     ddp = shares(4)["ddp"]
     rows = ddp["micro_batch_rows"] * ddp["gradient_accumulation_steps"]
     assert rows * 4 == alone.shape.rows * alone.steps
@@ -60,7 +61,7 @@ def test_fsdp_holds_a_part_of_what_ddp_holds_whole() -> None:
 def test_two_layers_and_what_is_outside_are_held_whole(method: str) -> None:
     recipe = RECIPE.model_copy(update={"method": method})
     limit = Budget(100 * GIB, "test")
-    found = share_figures(recipe, CONFIG, HOST, limit, DATA, 2)["shares"]
+    found = share_figures(Job.of(recipe, CONFIG, HOST), limit, DATA, 2)["shares"]
     (parts,) = (share["parts"] for share in found if share["way"] == "fsdp")
     whole = 2 * (parts["weights"] + parts["adapter"])
     outside = 2 * 2 * 2000 * 512  # embedding and head, in bf16

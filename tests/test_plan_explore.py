@@ -11,6 +11,7 @@ from strixft.plan.choose import Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.explore import Explorer, explore_plan
 from strixft.prepare.stage import prepare_recipe
+from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Recipe, Train
 from strixft.run.open import open_run
 from strixft.support.errors import StageError
@@ -31,7 +32,7 @@ CONFIG = AutoConfig.for_model(
 def planner() -> Planner:
     train = Train(compile="none", tokens_per_update=4096)
     recipe = Recipe(model="none", method="lora", dataset=Dataset(source="none"), train=train)
-    return Planner(recipe, CONFIG, HOSTS["strix-halo-128"], DataShape(512, longest=512))
+    return Planner(Job.of(recipe, CONFIG, HOSTS["strix-halo-128"]), DataShape(512, longest=512))
 
 
 def test_an_answer_is_the_planners(planner: Planner) -> None:

@@ -18,6 +18,7 @@ from strixft.plan import inductor
 from strixft.plan.cost import count_flop
 from strixft.plan.inductor import Units
 from strixft.plan.trace import RowShape, trace_step
+from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Recipe, Train
 
 aten = torch.ops.aten
@@ -50,7 +51,7 @@ def _graphs(method: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.Graph
     recipe = Recipe(model="x", method=method, dataset=Dataset(source="none"), train=Train())
     shape = RowShape(1, 512, 511, PackedShape(512, 3, 300))
     config = AutoConfig.for_model("llama", **CONFIG)
-    trace_step(recipe, config, HOSTS["h200-141"], shape, 0, 1)
+    trace_step(Job.of(recipe, config, HOSTS["h200-141"]), shape, 0, 1)
     return found
 
 

@@ -17,6 +17,7 @@ from strixft.plan.dry_run import DryRun, dry_run
 from strixft.plan.measure import LAYERS, Correction, Line, load_correction, measure, save_correction
 from strixft.plan.result import plan_figures
 from strixft.plan.trace import RowShape
+from strixft.probe.job import Job
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Dataset, Recipe, Train
 from strixft.support.errors import FitError, HostError, RecipeError
@@ -56,7 +57,7 @@ def a_recipe(**train: Any) -> Recipe:
 
 def run_of(num_layers: int) -> DryRun:
     layers = list(range(num_layers))
-    return dry_run(a_recipe(), CONFIG, HOST, RowShape(4, 256, 900), layers=layers)
+    return dry_run(Job.of(a_recipe(), CONFIG, HOST), RowShape(4, 256, 900), layers=layers)
 
 
 def test_a_measured_plan_says_so_and_the_next_one_uses_it(
@@ -79,13 +80,12 @@ def test_a_measured_plan_says_so_and_the_next_one_uses_it(
 
 
 def test_a_measured_time_is_that_of_real_updates(rates: None) -> None:
-    host, recipe = find_host("cpu"), a_recipe()
-    shape = RowShape(2, 64, 100)
-    planned = dry_run(recipe, CONFIG, host, shape)
-    found = measure(recipe, CONFIG, host, ROOMY, planned)
+    job, shape = Job.of(a_recipe(), CONFIG, find_host("cpu")), RowShape(2, 64, 100)
+    planned = dry_run(job, shape)
+    found = measure(job, ROOMY, planned)
     assert found.peak is None
     assert found.seconds is not None
-    small = dry_run(recipe, CONFIG, host, shape, layers=range(LAYERS[1]))
+    small = dry_run(job, shape, layers=range(LAYERS[1]))
     time = found.time(small.seconds_per_update, 1)
     assert time is not None
     assert time > 0
@@ -120,10 +120,10 @@ def test_noise_between_two_models_gives_no_line_that_falls(far: tuple[float, flo
 
 def test_the_choice_goes_by_what_was_measured() -> None:
     data = DataShape(64, longest=64)
-    recipe = a_recipe(tokens_per_update=640)
-    before = Planner(recipe, CONFIG, HOST, data)
-    save_correction(recipe, CONFIG, HOST, Correction(Line(1.0, 50 * MIB), Line(2.0, 0.5), "a test"))
-    after = Planner(recipe, CONFIG, HOST, data)
+    job = Job.of(a_recipe(tokens_per_update=640), CONFIG, HOST)
+    before = Planner(job, data)
+    save_correction(job, Correction(Line(1.0, 50 * MIB), Line(2.0, 0.5), "a test"))
+    after = Planner(job, data)
     old, new = before.dry_run(2, 0), after.dry_run(2, 0)
     assert new.peak_bytes == old.peak_bytes + 50 * MIB
     assert old.seconds_per_update is not None
@@ -134,11 +134,11 @@ def test_the_choice_goes_by_what_was_measured() -> None:
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"peak": null}'])
 def test_a_damaged_measurement_is_none(damage: str, cache: Path) -> None:
-    recipe = a_recipe()
-    path = save_correction(recipe, CONFIG, HOST, Correction(Line(1.0, 1.0), None, "a test"))
-    assert load_correction(recipe, CONFIG, HOST).source == "a test"
+    job = Job.of(a_recipe(), CONFIG, HOST)
+    path = save_correction(job, Correction(Line(1.0, 1.0), None, "a test"))
+    assert load_correction(job).source == "a test"
     path.write_text(damage)
-    assert load_correction(recipe, CONFIG, HOST) == Correction()
+    assert load_correction(job) == Correction()
 
 
 def test_another_machine_cannot_be_measured(write_recipe: WriteRecipe) -> None:
@@ -149,17 +149,17 @@ def test_another_machine_cannot_be_measured(write_recipe: WriteRecipe) -> None:
 
 
 def test_without_rates_there_is_nothing_to_correct() -> None:
-    host = find_host("cpu")
-    run = dry_run(a_recipe(), CONFIG, host, RowShape(1, 32, 20))
+    job = Job.of(a_recipe(), CONFIG, find_host("cpu"))
+    run = dry_run(job, RowShape(1, 32, 20))
     with pytest.raises(HostError, match="no allocator to ask, and no rates") as caught:
-        measure(a_recipe(), CONFIG, host, ROOMY, run)
+        measure(job, ROOMY, run)
     assert "strixft bench gemm --host-row" in caught.value.fix
 
 
 def test_small_models_that_do_not_fit_are_not_run(write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe())
-    config, host = load_config(recipe), find_host("cpu")
-    run = dry_run(recipe, config, host, RowShape(2, 64, 100))
+    job = Job.of(recipe, load_config(recipe), find_host("cpu"))
+    run = dry_run(job, RowShape(2, 64, 100))
     with pytest.raises(FitError, match=r"measuring with 2 layers needs .* GiB") as caught:
-        measure(recipe, config, host, Budget(2**20, "test"), run)
+        measure(job, Budget(2**20, "test"), run)
     assert caught.value.fix == "--set train.micro_batch=1"

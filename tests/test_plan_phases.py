@@ -18,6 +18,7 @@ from strixft.plan.op_cache import Memo
 from strixft.plan.phases import MERGED_BYTES, PROCESS, PhasePeaks, Tensors, kv_cache_bytes
 from strixft.plan.result import plan_figures
 from strixft.plan.trace import RowShape, forward_bytes
+from strixft.probe.job import Job
 from strixft.recipe.load import load_recipe
 from strixft.step.tracker import MemoryTracker
 from strixft.step.update import token_losses
@@ -58,7 +59,7 @@ def test_the_cache_is_the_one_of_transformers(shape: dict[str, Any], tokens: int
 def test_the_forward_pass_is_the_real_one(method: str, write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe(method=method))
     shape = RowShape(3, 120, 200)
-    planned = forward_bytes(recipe, load_config(recipe), find_host("cpu"), shape, Memo())
+    planned = forward_bytes(Job.of(recipe, load_config(recipe), find_host("cpu")), shape, Memo())
     assert planned == pytest.approx(real_forward(build(recipe, "cpu", torch.float32)), rel=0.01)
 
 
@@ -90,10 +91,10 @@ def test_every_phase_is_known(write_recipe: WriteRecipe) -> None:
 
 def test_a_70b_is_merged_within_16_gib() -> None:
     recipe = load_recipe("llama-3.3-70b-qlora")
-    config, host = load_config(recipe), HOSTS["strix-halo-128"]
-    run = dry_run(recipe, config, host, RowShape(1, 64, 63), 80)
-    life = PhasePeaks(recipe, config, host, run)
-    assert Tensors.of(config, host).largest_linear == 8192 * 28672
+    job = Job.of(recipe, load_config(recipe), HOSTS["strix-halo-128"])
+    run = dry_run(job, RowShape(1, 64, 63), 80)
+    life = PhasePeaks(job, run)
+    assert Tensors.of(job).largest_linear == 8192 * 28672
     assert life.merge()["host_bytes"] > 8192 * 28672 * MERGED_BYTES
     assert life.merge()["host_bytes"] < 16 * GIB
     in_flight = 8192 * 28672 * (2 + 0.125)  # in bf16, and the scales of its blocks
@@ -119,13 +120,14 @@ def test_loading_holds_what_is_planned(
     shape = LLAMA | {"hidden_size": 256, "intermediate_size": 1024}
     config = AutoConfig.for_model(**shape)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    recipe, host = load_recipe(write_recipe(model=str(folder), method=method)), find_host("cpu")
+    recipe = load_recipe(write_recipe(model=str(folder), method=method))
+    job = Job.of(recipe, config, find_host("cpu"))
     load_base(recipe, "cpu", torch.float32)  # tables of bitsandbytes are made once
     tracker = RealTracker()
     with tracker:
         model = load_base(recipe, "cpu", torch.float32)
-    run = dry_run(recipe, config, host, RowShape(1, 64, 63))
-    planned = PhasePeaks(recipe, config, host, run).load()["device_bytes"] - run.parts["adapter"]
+    run = dry_run(job, RowShape(1, 64, 63))
+    planned = PhasePeaks(job, run).load()["device_bytes"] - run.parts["adapter"]
     assert len(list(model.parameters())) > 8 * 7
     # when the last matrix of the feed-forward layers is in flight, one attention layer is to come
     assert 0.93 * planned < tracker.peak_bytes <= planned
@@ -133,7 +135,7 @@ def test_loading_holds_what_is_planned(
 
 def test_a_native_base_needs_no_second_copy_on_the_device(write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe())
-    config, host = load_config(recipe), HOSTS["strix-halo-128"]
-    run = dry_run(recipe, config, host, RowShape(1, 64, 63))
+    job = Job.of(recipe, load_config(recipe), HOSTS["strix-halo-128"])
+    run = dry_run(job, RowShape(1, 64, 63))
     loaded = run.parts["weights"] + run.parts["adapter"]
-    assert PhasePeaks(recipe, config, host, run).load()["device_bytes"] == loaded
+    assert PhasePeaks(job, run).load()["device_bytes"] == loaded

@@ -12,6 +12,7 @@ from strixft.plan.dry_run import Step
 from strixft.plan.phases import PhasePeaks
 from strixft.plan.scale import Regime, Traces
 from strixft.plan.trace import RowShape
+from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
 
 HOST = HOSTS["strix-halo-128"]
@@ -43,13 +44,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_second_planner_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = Traces(a_recipe(), CONFIG, HOST).dry_run(STEP)
+    first = Traces(Job.of(a_recipe(), CONFIG, HOST)).dry_run(STEP)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("traced again")
 
     monkeypatch.setattr(scale, "trace_run", refuse)
-    again = Traces(a_recipe(), CONFIG, HOST)
+    again = Traces(Job.of(a_recipe(), CONFIG, HOST))
     assert again.dry_run(STEP) == first
     other = again.dry_run(Step(RowShape(4, 100, 90), 0, 1))
     assert other.peak_bytes > first.peak_bytes
@@ -57,11 +58,11 @@ def test_a_second_planner_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"places": []}', '{"places": [[1]]}'])
 def test_a_damaged_file_is_made_anew(damage: str, cache: Path) -> None:
-    first = Traces(a_recipe(), CONFIG, HOST).dry_run(STEP)
+    first = Traces(Job.of(a_recipe(), CONFIG, HOST)).dry_run(STEP)
     (file,) = cache.glob("*.json")
     whole = file.read_text()
     file.write_text(damage)
-    assert Traces(a_recipe(), CONFIG, HOST).dry_run(STEP) == first
+    assert Traces(Job.of(a_recipe(), CONFIG, HOST)).dry_run(STEP) == first
     assert file.read_text() == whole
 
 
@@ -74,12 +75,12 @@ def test_a_number_is_found_once(damage: str, cache: Path) -> None:
 
 
 def test_a_forward_pass_is_planned_from_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = a_recipe(), CONFIG, HOST
-    run = Traces(*of).dry_run(STEP)
-    first = PhasePeaks(*of, run)
+    job = Job.of(a_recipe(), CONFIG, HOST)
+    run = Traces(job).dry_run(STEP)
+    first = PhasePeaks(job, run)
     found = first.evaluate(4), first.generate(4)
     monkeypatch.setattr(phases, "forward_bytes", None)
-    again = PhasePeaks(*of, run)
+    again = PhasePeaks(job, run)
     assert (again.evaluate(4), again.generate(4)) == found
     with pytest.raises(TypeError, match="not callable"):
         again.evaluate(2)
@@ -88,7 +89,7 @@ def test_a_forward_pass_is_planned_from_disk(cache: Path, monkeypatch: pytest.Mo
 def test_a_cache_that_cannot_be_written_is_none(cache: Path) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text("a file where the folder should be")
-    assert Traces(a_recipe(), CONFIG, HOST).dry_run(STEP).peak_bytes > 0
+    assert Traces(Job.of(a_recipe(), CONFIG, HOST)).dry_run(STEP).peak_bytes > 0
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,8 @@ def test_whatever_changes_a_trace_changes_its_name(changed: tuple[Recipe, Any]) 
     regime = Regime.of(CONFIG, STEP.shape)
     recipe, host = changed
     names = {
-        trace_cache.name_of(a_recipe(), CONFIG, HOST, regime, ["kept"]),
-        trace_cache.name_of(recipe, CONFIG, host, regime, ["kept"]),
+        trace_cache.name_of(Job.of(a_recipe(), CONFIG, HOST), regime, ["kept"]),
+        trace_cache.name_of(Job.of(recipe, CONFIG, host), regime, ["kept"]),
     }
     assert len(names) == 2
 
@@ -113,6 +114,6 @@ def test_whatever_changes_a_trace_changes_its_name(changed: tuple[Recipe, Any]) 
 def test_what_does_not_change_a_trace_keeps_its_name() -> None:
     regime = Regime.of(CONFIG, STEP.shape)
     other = a_recipe(train=Train(compile="none", learning_rate=3e-4, epochs=7))
-    assert trace_cache.name_of(a_recipe(), CONFIG, HOST, regime, ["kept"]) == trace_cache.name_of(
-        other, CONFIG, HOST, regime, ["kept"]
-    )
+    assert trace_cache.name_of(
+        Job.of(a_recipe(), CONFIG, HOST), regime, ["kept"]
+    ) == trace_cache.name_of(Job.of(other, CONFIG, HOST), regime, ["kept"])

@@ -23,11 +23,11 @@ from strixft.data.batches import Batch, PackedShape, collate, on_device
 from strixft.data.pack import PackedRows, pack, training_order
 from strixft.guard.cap import cap
 from strixft.guard.host import budget_for, find_host
-from strixft.model.load import native_dtype, random_model
+from strixft.model.load import random_model
 from strixft.plan.choose import Choice, Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun
-from strixft.probe.checks import step_options_for
+from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Recipe, Train
 from strixft.step.tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
@@ -223,6 +223,7 @@ class TrainBench:
         self, recipe: Recipe, config: Any, host: Host, limit: Budget, updates: int
     ) -> None:
         self.recipe, self.config, self.host, self.limit = recipe, config, host, limit
+        self.job = Job.of(recipe, config, host)
         self.updates = updates
         length, tokens = recipe.dataset.max_length, int(recipe.train.tokens_per_update)
         most = tokens * 4 // 3 + length  # rounding to whole micro-batches adds up to a third
@@ -231,7 +232,7 @@ class TrainBench:
 
     def plans(self, num_neighbours: int) -> list[DryRun]:
         """The plan's choice, then its neighbours."""
-        planner = Planner(self.recipe, self.config, self.host, self.data)
+        planner = Planner(self.job, self.data)
         choice = planner.choose(self.limit)
         return [choice.run, *neighbours(planner, choice, self.limit, num_neighbours)]
 
@@ -244,15 +245,14 @@ class TrainBench:
         """Plans as predicted and as measured."""
         device, runs = self.host.device, self.plans(num_neighbours)
         cap(self.limit.num_bytes, max(run.reserved_bytes for run in runs))
-        dtype = native_dtype(device, bfloat16=self.host.bfloat16)
+        dtype = self.job.dtype
         flop_per_s = _product_flop_per_s(device, str(dtype).removeprefix("torch."))
         model = random_model(self.recipe, self.config, device, dtype)
         return [self._row(model, run, flop_per_s) for run in runs]
 
     def _row(self, model: Any, run: DryRun, flop_per_s: float) -> Row:
         release_memory()  # what was measured before is not to count
-        layers = run.recomputed_layers
-        options = step_options_for(self.recipe, self.config, self.host, recomputed_layers=layers)
+        options = self.job.options_with(run.recomputed_layers)
         step = TrainingStep(model, self.recipe.train, options)
         figures = self._timed(step, run)
         figures["planned_tok_per_s"] = self.planned_tok_per_s(run)

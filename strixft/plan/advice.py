@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from strixft.catalog.hosts import Budget, Host
+from strixft.catalog.hosts import Budget
 from strixft.catalog.methods import METHODS
 from strixft.plan.choose import Choice, Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun
 from strixft.plan.phases import outside_layers_bytes
+from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import RecipeError
 from strixft.support.units import format_gib
@@ -61,15 +62,13 @@ def cause(parts: Mapping[str, int], budget_bytes: int) -> str:
     return f"most of it is {name}, {format_gib(size)}"
 
 
-def advise(
-    recipe: Recipe, config: Any, host: Host, budget_bytes: int, data: DataShape
-) -> list[Advice]:
+def advise(job: Job, budget_bytes: int, data: DataShape) -> list[Advice]:
     """Changes that help, those that fit first, the fastest of them first."""
     found = []
-    for change, changed in _changes(recipe):
+    for change, changed in _changes(job.recipe):
         length = min(data.max_length, changed.dataset.max_length)
         shape = DataShape(length, longest=min(data.longest, length))
-        planner = Planner(changed, config, host, shape)
+        planner = Planner(job.with_recipe(changed), shape)
         run = planner.dry_run(1, planner.num_layers)
         need = planner.need_bytes(run)
         fits = need <= budget_bytes
@@ -115,8 +114,8 @@ class _Model:
     """Embedding, last norm, head."""
 
     @classmethod
-    def of(cls, run: DryRun, config: Any, host: Host) -> _Model:
-        outside = outside_layers_bytes(config, host)
+    def of(cls, run: DryRun, job: Job) -> _Model:
+        outside = outside_layers_bytes(job)
         weights = run.parts["weights"] + run.parts["adapter"]
         return cls((weights - outside) // run.num_layers, outside)
 
@@ -171,12 +170,10 @@ def _share(
     )
 
 
-def _shares(
-    planner: Planner, config: Any, host: Host, limit: Budget, boxes: int
-) -> Iterator[Share]:
+def _shares(planner: Planner, job: Job, limit: Budget, boxes: int) -> Iterator[Share]:
     alone = planner.choose(limit)
     yield _share("ddp", alone, 0, alone.run.parts, planner, boxes)
-    model = _Model.of(alone.run, config, host)
+    model = _Model.of(alone.run, job)
     saved = _saved_bytes(alone.run, model, boxes)
     roomier = planner.choose(Budget(limit.num_bytes + saved, limit.source))
     parts = _fsdp_parts(roomier.run, model, boxes)
@@ -184,15 +181,11 @@ def _shares(
     yield _share("fsdp", roomier, saved, parts, planner, boxes)
 
 
-def share_figures(
-    recipe: Recipe, config: Any, host: Host, limit: Budget, data: DataShape, boxes: int
-) -> dict[str, Any]:
+def share_figures(job: Job, limit: Budget, data: DataShape, boxes: int) -> dict[str, Any]:
     """What each of several machines holds.
 
     Args:
-        recipe: What to run.
-        config: The model's configuration.
-        host: Each machine.
+        job: What to run, on each machine.
         limit: What a run may use on each.
         data: Lengths of the rows.
         boxes: Machines.
@@ -202,6 +195,6 @@ def share_figures(
     """
     if not 2 <= boxes <= MOST_BOXES:
         raise RecipeError(f"--boxes should be 2 to {MOST_BOXES}, it is {boxes}", fix="--boxes 2")
-    planner = Planner(_share_of(recipe, data, boxes), config, host, data)
-    shares = _shares(planner, config, host, limit, boxes)
+    planner = Planner(job.with_recipe(_share_of(job.recipe, data, boxes)), data)
+    shares = _shares(planner, job, limit, boxes)
     return {"count": boxes, "shares": [asdict(share) for share in shares]}

@@ -14,16 +14,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
-from strixft.catalog.hosts import Budget, Host
-from strixft.model.architecture import architecture_of
+from strixft.catalog.hosts import Budget
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun, Step
 from strixft.plan.inductor import shared_kernels
 from strixft.plan.measure import load_correction
 from strixft.plan.scale import Traces
-from strixft.recipe.schema import Recipe
+from strixft.probe.job import Job
 
 AS_FAST = 0.005
 """Share of the time of an update that is not worth memory: plans of one model are told apart no
@@ -72,22 +70,20 @@ def _collector_off() -> Iterator[None]:
 
 
 class Planner:
-    """Answers for one recipe on one host, quickly once it has traced the like.
+    """Answers for one job, quickly once it has traced the like.
 
     Args:
-        recipe: What to run.
-        config: The model's configuration.
-        host: Where to run it.
+        job: What to run, and where.
         data: Lengths of the rows.
     """
 
-    def __init__(self, recipe: Recipe, config: Any, host: Host, data: DataShape) -> None:
-        self.recipe, self.data = recipe, data
-        self.outside_bytes = int(host.outside_bytes.value)
-        self.num_layers = len(architecture_of(config).kinds)
-        self.traces = Traces(recipe, config, host)
-        self.correction = load_correction(recipe, config, host)
-        self._per_update = data.rows_per_update(recipe)
+    def __init__(self, job: Job, data: DataShape) -> None:
+        self.recipe, self.data = job.recipe, data
+        self.outside_bytes = int(job.host.outside_bytes.value)
+        self.num_layers = len(job.architecture.kinds)
+        self.traces = Traces(job)
+        self.correction = load_correction(job)
+        self._per_update = data.rows_per_update(job.recipe)
         self.steps = cache(self._steps)
         self.step = cache(self._step)
         self.candidate = cache(self._candidate)
@@ -195,6 +191,6 @@ class Planner:
         return Choice(self.dry_run(self.rows()[-1], self.layers()[-1]), False, frontier)
 
 
-def choose(recipe: Recipe, config: Any, host: Host, limit: Budget, data: DataShape) -> Choice:
-    """The fastest plan that fits, and of those as fast the smallest; see `Planner`."""
-    return Planner(recipe, config, host, data).choose(limit)
+def choose(job: Job, limit: Budget, data: DataShape) -> Choice:
+    """Return the fastest plan that fits, and of those as fast the smallest; see `Planner`."""
+    return Planner(job, data).choose(limit)

@@ -10,14 +10,13 @@ import numpy as np
 
 from strixft.catalog.hosts import Host
 from strixft.model.architecture import architecture_of, sample_layers
-from strixft.model.load import build, native_dtype
+from strixft.model.load import build
 from strixft.plan.allocator import Replay, replay
 from strixft.plan.cost import Rates, Seconds, Work
 from strixft.plan.full_depth import Ints, Kind, Schedule, rounded_all, stands_for
 from strixft.plan.op_cache import Memo
 from strixft.plan.trace import RowShape, trace_step
-from strixft.probe.checks import step_options_for
-from strixft.recipe.schema import Recipe
+from strixft.probe.job import Job
 from strixft.step.tracker import PARTS, MemoryTracker
 from strixft.step.update import TrainingStep
 from strixft.support.errors import StageError
@@ -57,9 +56,7 @@ def layer_kinds(config: Any, recomputed_layers: int) -> list[Kind]:
 
 
 def trace_run(
-    recipe: Recipe,
-    config: Any,
-    host: Host,
+    job: Job,
     shape: RowShape,
     recomputed_layers: int,
     steps: int,
@@ -69,22 +66,20 @@ def trace_run(
     """What happens at full depth; layers of one kind are traced once.
 
     Args:
-        recipe: Method, adapter and optimiser.
-        config: The model's configuration.
-        host: Decides dtype and attention operator.
+        job: What is trained, and where.
         shape: The largest micro-batch.
         recomputed_layers: Layers whose activations are not kept.
         steps: Micro-batches of an update.
         memo: Operators that earlier traces ran.
         layers: Only these of the model's layers.
     """
-    known = architecture_of(config).kinds
+    known = job.architecture.kinds
     layers = range(len(known)) if layers is None else layers
     kinds = [(index < recomputed_layers, known[layer]) for index, layer in enumerate(layers)]
     sampled = sample_layers(kinds)
     recomputed = sum(index < recomputed_layers for index in sampled)
     of_model = [layers[index] for index in sampled]
-    trace = trace_step(recipe, config, host, shape, recomputed, steps, memo, of_model)
+    trace = trace_step(job, shape, recomputed, steps, memo, of_model)
     return Schedule(trace, None if len(sampled) == len(kinds) else stands_for(kinds))
 
 
@@ -108,21 +103,20 @@ def _held(schedule: Schedule, sizes: Ints, host: Host) -> Replay:
     return Replay(asked, asked)
 
 
-def require_all_weights(recipe: Recipe, config: Any, host: Host, run: DryRun) -> None:
+def require_all_weights(job: Job, run: DryRun) -> None:
     """Require that a dry run, put together from a few layers, counts the weights of all.
 
     Raises:
         StageError: It does not, so its peak cannot be trusted.
     """
-    options = step_options_for(recipe, config, host, recomputed_layers=run.recomputed_layers)
-    model = build(recipe, "meta", native_dtype(host.device, bfloat16=host.bfloat16), config)
-    TrainingStep(model, recipe.train, options)
+    model = build(job.recipe, "meta", job.dtype, job.config)
+    TrainingStep(model, job.recipe.train, job.options_with(run.recomputed_layers))
     tracker = MemoryTracker()
     tracker.watch_model(model)
     counted = run.parts["weights"] + run.parts["adapter"]
     if counted != tracker.live_bytes:
         raise StageError(
-            f"strixft failed to plan a {config.model_type}: it counts {format_gib(counted)} of"
+            f"strixft failed to plan a {job.config.model_type}: it counts {format_gib(counted)} of"
             f" weights, and all layers have {format_gib(tracker.live_bytes)}",
             fix="report it with the model's name: this says nothing against the model",
         )
@@ -168,9 +162,7 @@ def run_schedule(
 
 
 def dry_run(
-    recipe: Recipe,
-    config: Any,
-    host: Host,
+    job: Job,
     shape: RowShape,
     recomputed_layers: int = 0,
     steps: int = 1,
@@ -178,7 +170,7 @@ def dry_run(
     layers: Sequence[int] | None = None,
 ) -> DryRun:
     """Two updates of the training step on `meta`; see `trace_run` for the arguments."""
-    schedule = trace_run(recipe, config, host, shape, recomputed_layers, steps, memo, layers)
+    schedule = trace_run(job, shape, recomputed_layers, steps, memo, layers)
     sizes = rounded_all(np.array([s.num_bytes for s in schedule.trace.storages]))
-    seconds = Work.of([cost for _, cost in schedule.trace.work]).seconds(Rates.of(host))
-    return run_schedule(schedule, sizes, seconds, host, Step(shape, recomputed_layers, steps))
+    seconds = Work.of([cost for _, cost in schedule.trace.work]).seconds(Rates.of(job.host))
+    return run_schedule(schedule, sizes, seconds, job.host, Step(shape, recomputed_layers, steps))

@@ -12,7 +12,7 @@ from strixft.plan.choose import Candidate, Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import Step
 from strixft.prepare.stage import Prepared
-from strixft.probe.checks import step_options_for
+from strixft.probe.job import Job
 from strixft.run.folder import Run
 from strixft.support import html
 from strixft.support.units import GIB, format_gib, format_number
@@ -151,8 +151,6 @@ def explore_plan(run: Run) -> Explorer:
         run: Its data decide how long rows can be.
     """
     recipe = run.recipe
-    host, config = find_host(recipe.memory.host), load_config(recipe)
-    packed = step_options_for(recipe, config, host).backend.packed
-    data = DataShape.of(recipe, run.require(Prepared), packed=packed)
-    limit = budget_for(recipe.memory, host)
-    return Explorer(Planner(recipe, config, host, data), limit)
+    job = Job.of(recipe, load_config(recipe), find_host(recipe.memory.host))
+    data = DataShape.of(recipe, run.require(Prepared), packed=job.options.backend.packed)
+    return Explorer(Planner(job, data), budget_for(recipe.memory, job.host))

@@ -23,12 +23,11 @@ from strixft.catalog.hosts import Budget, Host
 from strixft.catalog.rates import device_name
 from strixft.data.batches import Batch, shape_batch
 from strixft.guard.cap import cap
-from strixft.model.load import native_dtype, random_model
+from strixft.model.load import random_model
 from strixft.plan import trace_cache
 from strixft.plan.dry_run import DryRun, dry_run
 from strixft.plan.trace import RowShape
-from strixft.probe.checks import step_options_for
-from strixft.recipe.schema import Recipe
+from strixft.probe.job import Job
 from strixft.step.tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
 from strixft.support.disk import cache_folder
@@ -86,20 +85,13 @@ def _require_room(planned: DryRun, host: Host, limit: Budget) -> None:
 
 
 def _measured(
-    recipe: Recipe,
-    config: Any,
-    host: Host,
-    shape: RowShape,
-    recomputed_layers: int,
-    layers: Sequence[int],
+    job: Job, shape: RowShape, recomputed_layers: int, layers: Sequence[int]
 ) -> tuple[int | None, float]:
     """Peak bytes, where the device counts them, and seconds of an update."""
-    device = host.device
-    options = step_options_for(recipe, config, host, recomputed_layers=recomputed_layers)
-    dtype = native_dtype(device, bfloat16=host.bfloat16)
-    model = random_model(recipe, config, device, dtype, layers)
-    step = TrainingStep(model, recipe.train, options)
-    batch = _real_batch(shape, config.get_text_config().vocab_size, device)
+    device = job.host.device
+    model = random_model(job.recipe, job.config, device, job.dtype, layers)
+    step = TrainingStep(model, job.recipe.train, job.options_with(recomputed_layers))
+    batch = _real_batch(shape, job.config.get_text_config().vocab_size, device)
     for _ in range(WARM):
         _seconds(step, batch, device)
     seconds = statistics.median(_seconds(step, batch, device) for _ in range(TIMED))
@@ -110,15 +102,13 @@ def _measured(
     return memory["peak_bytes"], seconds
 
 
-def _point(
-    recipe: Recipe, config: Any, host: Host, limit: Budget, run: DryRun, num_layers: int
-) -> _Point:
+def _point(job: Job, limit: Budget, run: DryRun, num_layers: int) -> _Point:
     layers = _spread(run.num_layers, num_layers)
     recomputed = round(num_layers * run.recomputed_layers / run.num_layers)
-    planned = dry_run(recipe, config, host, run.shape, recomputed, layers=layers)
-    _require_room(planned, host, limit)
+    planned = dry_run(job, run.shape, recomputed, layers=layers)
+    _require_room(planned, job.host, limit)
     cap(limit.num_bytes, planned.reserved_bytes)
-    peak_bytes, seconds = _measured(recipe, config, host, run.shape, recomputed, layers)
+    peak_bytes, seconds = _measured(job, run.shape, recomputed, layers)
     release_memory()  # the next model is not to find this one's memory taken
     return _Point(planned, peak_bytes, seconds)
 
@@ -134,13 +124,11 @@ def _seconds_line(points: list[_Point]) -> Line | None:
     return Line.through(*found) if found else None
 
 
-def measure(recipe: Recipe, config: Any, host: Host, limit: Budget, run: DryRun) -> Correction:
+def measure(job: Job, limit: Budget, run: DryRun) -> Correction:
     """Run small models of a planned step on this device.
 
     Args:
-        recipe: Method, adapter and optimiser.
-        config: The model's configuration.
-        host: This machine.
+        job: What is trained, on this machine.
         limit: What the process may use; on a GPU it is held to it.
         run: The planned step.
 
@@ -149,11 +137,11 @@ def measure(recipe: Recipe, config: Any, host: Host, limit: Budget, run: DryRun)
         HostError: There is nothing to compare: no allocator, and no predicted time.
     """
     counts = [min(count, run.num_layers) for count in LAYERS]
-    points = [_point(recipe, config, host, limit, run, count) for count in counts]
+    points = [_point(job, limit, run, count) for count in counts]
     peak, seconds = _peak_line(points), _seconds_line(points)
     if peak is None and seconds is None:
         raise HostError(
-            f"{host.name} has no allocator to ask, and no rates that time is predicted with",
+            f"{job.host.name} has no allocator to ask, and no rates that time is predicted with",
             fix="strixft bench bandwidth --host-row; strixft bench gemm --host-row",
         )
     layers = " and ".join(map(str, counts))
@@ -235,24 +223,23 @@ class Correction:
         ]
 
 
-def _path(recipe: Recipe, config: Any, host: Host) -> Path:
-    device = device_name(host)
-    name = trace_cache.name_of(recipe, config, host, "measured", [host.name, device])
+def _path(job: Job) -> Path:
+    name = trace_cache.name_of(job, "measured", [job.host.name, device_name(job.host)])
     return cache_folder() / FOLDER / f"{name}.json"
 
 
-def save_correction(recipe: Recipe, config: Any, host: Host, correction: Correction) -> Path:
+def save_correction(job: Job, correction: Correction) -> Path:
     """Keep a correction for all plans of such a step on this device."""
-    path = _path(recipe, config, host)
+    path = _path(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(correction))
     return path
 
 
-def load_correction(recipe: Recipe, config: Any, host: Host) -> Correction:
+def load_correction(job: Job) -> Correction:
     """What was measured for such a step; nothing, where nothing was or the file is damaged."""
     try:
-        data = json.loads(_path(recipe, config, host).read_text(encoding="utf-8"))
+        data = json.loads(_path(job).read_text(encoding="utf-8"))
         lines = {n: Line(**data[n]) if data[n] else None for n in ("peak", "seconds")}
         return Correction(**lines, source=data["source"])
     except (OSError, ValueError, KeyError, TypeError):

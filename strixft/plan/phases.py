@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from strixft.catalog.hosts import Host, Sourced
-from strixft.catalog.methods import METHODS, Method
+from strixft.catalog.hosts import Sourced
+from strixft.catalog.methods import METHODS
 from strixft.model.architecture import architecture_of, sample_layers, text_layers
-from strixft.model.load import native_dtype
 from strixft.model.nf4_cache import FILE_BYTES
 from strixft.model.shapes import shape_base
 from strixft.model.stream import PIECE_BYTES
@@ -22,7 +21,7 @@ from strixft.plan import trace_cache
 from strixft.plan.dry_run import DryRun
 from strixft.plan.op_cache import Memo
 from strixft.plan.trace import RowShape, forward_bytes
-from strixft.recipe.schema import Recipe
+from strixft.probe.job import Job
 from strixft.step.loss import rows_of_whole_chunks
 from strixft.support.units import GIB, MIB
 
@@ -69,24 +68,22 @@ class Tensors:
     """Of the layers' matrices."""
 
     @classmethod
-    def of(cls, config: Any, host: Host) -> Tensors:
+    def of(cls, job: Job) -> Tensors:
         """Of a configuration; one layer of each kind is looked at."""
-        dtype = native_dtype(host.device, bfloat16=host.bfloat16)
-        base = shape_base(config, METHODS["full"], dtype, layers=_one_of_each(config))
+        base = shape_base(job.config, METHODS["full"], job.dtype, layers=_one_of_each(job))
         inside = [p.numel() for p in text_layers(base).parameters()]
         return cls(max(p.numel() for p in base.parameters()), max(inside))
 
 
-def outside_layers_bytes(config: Any, host: Host) -> int:
+def outside_layers_bytes(job: Job) -> int:
     """Embedding, last norm and head: kept in the host's own dtype by every method."""
-    dtype = native_dtype(host.device, bfloat16=host.bfloat16)
-    base = shape_base(config, METHODS["full"], dtype, layers=[0])
+    base = shape_base(job.config, METHODS["full"], job.dtype, layers=[0])
     inside = sum(p.nbytes for p in text_layers(base).parameters())
     return sum(p.nbytes for p in base.parameters()) - inside
 
 
-def _one_of_each(config: Any) -> list[int]:
-    return sample_layers(architecture_of(config).kinds)
+def _one_of_each(job: Job) -> list[int]:
+    return sample_layers(job.architecture.kinds)
 
 
 def kv_cache_bytes(config: Any, rows: int, tokens: int, element_bytes: int) -> int:
@@ -100,21 +97,16 @@ class PhasePeaks:
     """The phases of one run.
 
     Args:
-        recipe: Method and adapter.
-        config: The model's configuration.
-        host: Its dtype and workspace.
+        job: What runs, and where.
         run: The dry run of the training step.
         memo: Operators that earlier traces ran.
     """
 
-    def __init__(
-        self, recipe: Recipe, config: Any, host: Host, run: DryRun, memo: Memo | None = None
-    ) -> None:
-        self._recipe, self._config, self._host, self._run = recipe, config, host, run
-        self._method: Method = METHODS[recipe.method]
-        self._dtype = native_dtype(host.device, bfloat16=host.bfloat16)
+    def __init__(self, job: Job, run: DryRun, memo: Memo | None = None) -> None:
+        self._job, self._config, self._host, self._run = job, job.config, job.host, run
+        self._method, self._dtype = job.method, job.dtype
         self._element = self._dtype.itemsize
-        self._tensors = Tensors.of(config, host)
+        self._tensors = Tensors.of(job)
         self._fixed = run.parts["weights"] + run.parts["adapter"]
         self._memo = memo or Memo()
         self._forwards: dict[RowShape, int] = {}
@@ -132,7 +124,7 @@ class PhasePeaks:
             device = self._fixed + LOADED_AT_ONCE * cast * largest
             return self._phase(device, LOADED_AT_ONCE * PIECE_BYTES)
         in_flight = int(linear * (self._element + cast + QUANTISED_BYTES[base]))
-        first = outside_layers_bytes(self._config, self._host) + cast * largest
+        first = outside_layers_bytes(self._job) + cast * largest
         written = max(FILE_BYTES, largest * self._element) if base == "nf4" else 0
         moved = linear * self._element if base == "int8" else 0  # through the host, to be quantised
         return self._phase(max(self._fixed + in_flight, first), PIECE_BYTES + written + moved)
@@ -181,10 +173,10 @@ class PhasePeaks:
 
     def _forward(self, shape: RowShape) -> int:
         if shape not in self._forwards:
-            of, layers = (self._recipe, self._config, self._host), _one_of_each(self._config)
-            name = trace_cache.name_of(*of, shape, "forward")
+            layers = _one_of_each(self._job)
+            name = trace_cache.name_of(self._job, shape, "forward")
             self._forwards[shape] = trace_cache.number(
-                name, lambda: forward_bytes(*of, shape, self._memo, layers)
+                name, lambda: forward_bytes(self._job, shape, self._memo, layers)
             )
         return int(self._host.workspace_bytes.value) + self._forwards[shape]
 

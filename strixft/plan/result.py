@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from strixft.attention.backends import Heads
 from strixft.catalog.hosts import THIS_MACHINE, Budget, Host, Sourced
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import budget_for, find_host
@@ -30,7 +29,8 @@ from strixft.plan.exportable import require_exportable
 from strixft.plan.measure import Correction, load_correction, measure, save_correction
 from strixft.plan.phases import PROCESS, Phase, PhasePeaks, phases
 from strixft.prepare.stage import Prepared, require_known_tokens
-from strixft.probe.checks import probe_attention, require_device_works, step_options_for
+from strixft.probe.checks import probe_attention, require_device_works
+from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run, resume_command
 from strixft.step.update import StepOptions
@@ -148,9 +148,8 @@ def _assumption(what: str, number: Sourced | None) -> dict[str, Any]:
     return {"what": what, **asdict(number)}
 
 
-def _assumptions(
-    heads: Heads, host: Host, limit: Budget, options: StepOptions
-) -> list[dict[str, Any]]:
+def _assumptions(job: Job, limit: Budget) -> list[dict[str, Any]]:
+    host = job.host
     rates = host.matmul_flop_per_s.items()
     return [
         {"what": "budget_bytes", "value": limit.num_bytes, "mark": None, "source": limit.source},
@@ -164,17 +163,18 @@ def _assumptions(
         _assumption("gap_s between two kernels", host.gap_s),
         _assumption("unpack_share of the bandwidth, 4-bit", host.unpack_share),
         _assumption("the same in compiled layers", host.compiled_unpack_share),
-        *_attention(heads, host, options),
+        *_attention(job),
     ]
 
 
-def _attention(heads: Heads, host: Host, options: StepOptions) -> Iterator[dict[str, Any]]:
+def _attention(job: Job) -> Iterator[dict[str, Any]]:
     """The way that was chosen, and what this machine said of those that could not be."""
+    host, options = job.host, job.options
     if not host.here:
         source = f"{options.backend.why}; not probed on {host.name}"
         yield {"what": "attention", "value": options.attention, "mark": None, "source": source}
         return
-    for verdict in probe_attention(heads, host):
+    for verdict in probe_attention(job.architecture.heads, host):
         chosen, tried = verdict.backend.name == options.attention, verdict.outcome != "no way"
         if chosen or (tried and verdict.outcome != "right"):
             yield {
@@ -279,23 +279,22 @@ def plan_figures(
     _require_positions(recipe, config)
     if host.here:
         require_device_works(architecture_of(config).heads, METHODS[recipe.method], host)
-    options = step_options_for(recipe, config, host)
-    data = DataShape.of(recipe, prepared, packed=options.backend.packed)
+    job = Job.of(recipe, config, host)
+    data = DataShape.of(recipe, prepared, packed=job.options.backend.packed)
     with _named(recipe, config):
-        chosen = choose(recipe, config, host, limit, data)
-        require_all_weights(recipe, config, host, chosen.run)
+        chosen = choose(job, limit, data)
+        require_all_weights(job, chosen.run)
     if measured:
-        found = measure(recipe, config, host, limit, chosen.run)
-        save_correction(recipe, config, host, found)
-        chosen = choose(recipe, config, host, limit, data)
-    known = load_correction(recipe, config, host)
+        save_correction(job, measure(job, limit, chosen.run))
+        chosen = choose(job, limit, data)
+    known = load_correction(job)
     run = chosen.run
     updates = data.updates(recipe, run.shape.rows)
-    life = PhasePeaks(recipe, config, host, run)
+    life = PhasePeaks(job, run)
     evaluated_rows = life.evaluated_rows(limit.num_bytes)
     peaks = phases(life, evaluated_rows)
-    shared = boxes != 1 and share_figures(recipe, config, host, limit, data, boxes)
-    advice = [] if chosen.fits or shared else advise(recipe, config, host, limit.num_bytes, data)
+    shared = boxes != 1 and share_figures(job, limit, data, boxes)
+    advice = [] if chosen.fits or shared else advise(job, limit.num_bytes, data)
     return {
         "fits": any(share["fits"] for share in shared["shares"]) if shared else chosen.fits,
         "host": {"name": host.name, "budget_bytes": limit.num_bytes, "source": limit.source},
@@ -305,13 +304,13 @@ def plan_figures(
         "parts": run.parts,
         "phases": peaks,
         "boxes": shared or None,
-        "choice": {**_choice(chosen, options), "evaluated_rows": evaluated_rows},
+        "choice": {**_choice(chosen, job.options), "evaluated_rows": evaluated_rows},
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,
         **_times(recipe, chosen, data),
         "frontier": [asdict(candidate) for candidate in chosen.frontier],
         "assumptions": [
-            *_assumptions(architecture_of(config).heads, host, limit, options),
+            *_assumptions(job, limit),
             *known.assumptions(),
         ],
         "advice": [asdict(row) for row in advice],

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from torch.utils._pytree import tree_iter
 
-from strixft.catalog.hosts import Host
 from strixft.data.batches import PackedShape
 from strixft.model.architecture import architecture_of, sample_layers
 from strixft.plan import trace_cache
@@ -28,7 +27,7 @@ from strixft.plan.dry_run import DryRun, Step, dry_run, layer_kinds, run_schedul
 from strixft.plan.full_depth import Ints, Kind, Schedule, rounded_all, stands_for
 from strixft.plan.op_cache import Memo
 from strixft.plan.trace import Place, RowShape, Trace, one_step
-from strixft.recipe.schema import Recipe
+from strixft.probe.job import Job
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
 from strixft.step.room import ALIGNED
 
@@ -277,16 +276,14 @@ class _Scaled:
 
 
 class Traces:
-    """Answers for one recipe and model on one host.
+    """Answers for one job.
 
     Args:
-        recipe: Method, adapter and optimiser.
-        config: The model's configuration.
-        host: Decides dtype and attention operator.
+        job: What is trained, and where.
     """
 
-    def __init__(self, recipe: Recipe, config: Any, host: Host) -> None:
-        self._recipe, self._config, self._host = recipe, config, host
+    def __init__(self, job: Job) -> None:
+        self._job, self._config, self._host = job, job.config, job.host
         self._memo = Memo()
         self._scaled: dict[Any, ScaledTrace | None] = {}
         self._schedules: dict[Any, Schedule] = {}
@@ -295,7 +292,7 @@ class Traces:
     def _sides(self) -> list[int]:
         """The model's own sides."""
         sides = [side for side in tree_iter(self._config.to_dict()) if type(side) is int]
-        return [*{side for side in sides if side > 1}, self._recipe.lora.r]
+        return [*{side for side in sides if side > 1}, self._job.recipe.lora.r]
 
     def _joined(self) -> list[int]:
         """Sides that joined matrices often have; any other one costs a second trace."""
@@ -306,13 +303,11 @@ class Traces:
     def _trace(self, step: Step, regime: Regime, shape: RowShape, kinds: list[Kind]) -> Trace:
         """A trace of a micro-batch, from disk where it was made before."""
         about = regime, shape
-        name = trace_cache.name_of(self._recipe, self._config, self._host, about, kinds)
+        name = trace_cache.name_of(self._job, about, kinds)
         found = trace_cache.load(name)
         if found is None:
             layers = step.recomputed_layers
-            found = trace_run(
-                self._recipe, self._config, self._host, shape, layers, 2, self._memo
-            ).trace
+            found = trace_run(self._job, shape, layers, 2, self._memo).trace
             trace_cache.save(name, found)
         return found
 
@@ -384,12 +379,4 @@ class Traces:
 
     def fresh(self, step: Step) -> DryRun:
         """A step's figures from a trace of its own."""
-        return dry_run(
-            self._recipe,
-            self._config,
-            self._host,
-            step.shape,
-            step.recomputed_layers,
-            step.steps,
-            self._memo,
-        )
+        return dry_run(self._job, step.shape, step.recomputed_layers, step.steps, self._memo)

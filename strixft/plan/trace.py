@@ -23,7 +23,7 @@ from strixft.attention.core import planned_for
 from strixft.catalog.hosts import Host
 from strixft.data.batches import PackedShape, shape_batch
 from strixft.model.adapter import decoder_layers
-from strixft.model.load import build, native_dtype
+from strixft.model.load import build
 from strixft.plan.cost import (
     Cost,
     is_4bit_product,
@@ -34,8 +34,7 @@ from strixft.plan.cost import (
 )
 from strixft.plan.inductor import KERNEL, num_compiled, planned_kernels
 from strixft.plan.op_cache import Memo
-from strixft.probe.checks import step_options_for
-from strixft.recipe.schema import Recipe
+from strixft.probe.job import Job
 from strixft.step.tracker import MemoryTracker, current_part, is_counted
 from strixft.step.update import StepOptions, TrainingStep, token_losses
 
@@ -301,9 +300,7 @@ class _TracedStep(TrainingStep):
 
 
 def trace_step(
-    recipe: Recipe,
-    config: Any,
-    host: Host,
+    job: Job,
     shape: RowShape,
     recomputed_layers: int,
     steps: int,
@@ -313,36 +310,29 @@ def trace_step(
     """Run two updates on `meta` and record them.
 
     Args:
-        recipe: Method, adapter and optimiser.
-        config: The model's configuration.
-        host: Decides dtype and attention operator.
+        job: What is trained, and where.
         shape: The micro-batch.
         recomputed_layers: Layers whose activations are not kept.
         steps: Micro-batches of an update; 2 stand for any more.
         memo: Operators that earlier traces ran.
         layers: The layers of the model that are run; all if not given.
     """
-    options = step_options_for(recipe, config, host, recomputed_layers=recomputed_layers)
+    options = job.options_with(recomputed_layers)
 
     def record(memo: Memo) -> Trace:
-        return _record(recipe, config, host, shape, options, steps, memo, layers)
+        return _record(job, shape, options, steps, memo, layers)
 
     memo = memo or Memo()
-    with _known_on_meta(), planned_for(host.device):
+    with _known_on_meta(), planned_for(job.host.device):
         if not options.compiled:
             return record(memo)
-        with planned_kernels(_like(recipe, config, shape, options)):
+        with planned_kernels(_like(job, shape)):
             return _settled(record, memo)
 
 
-def _like(recipe: Recipe, config: Any, shape: RowShape, options: StepOptions) -> Hashable:
+def _like(job: Job, shape: RowShape) -> Hashable:
     """What compiled layers depend on; not how many there are."""
-    return (
-        recipe.model_dump_json(),
-        str(config.to_dict()),
-        shape,
-        replace(options, recomputed_layers=0),
-    )
+    return job.recipe.model_dump_json(), str(job.config.to_dict()), shape, job.options
 
 
 def _settled(record: Callable[[Memo], Trace], memo: Memo) -> Trace:
@@ -353,21 +343,18 @@ def _settled(record: Callable[[Memo], Trace], memo: Memo) -> Trace:
 
 
 def _record(
-    recipe: Recipe,
-    config: Any,
-    host: Host,
+    job: Job,
     shape: RowShape,
     options: StepOptions,
     steps: int,
     memo: Memo,
     kept: Sequence[int] | None,
 ) -> Trace:
-    dtype = native_dtype(host.device, bfloat16=host.bfloat16)
-    model = build(recipe, "meta", dtype, config, kept)
+    model = build(job.recipe, "meta", job.dtype, job.config, kept)
     layers = decoder_layers(model)
     batch = shape_batch(shape.rows, shape.length, shape.trained, "meta", shape.packed)
-    step = _TracedStep(model, recipe.train, options)
-    recorder = step.recorder = _Recorder(len(layers), host, memo)
+    step = _TracedStep(model, job.recipe.train, options)
+    recorder = step.recorder = _Recorder(len(layers), job.host, memo)
     recorder.watch_model(model)
     recorder.follow(layers)
     with recorder:
@@ -379,9 +366,7 @@ def _record(
 
 
 def forward_bytes(
-    recipe: Recipe,
-    config: Any,
-    host: Host,
+    job: Job,
     shape: RowShape,
     memo: Memo,
     layers: Sequence[int] | None = None,
@@ -389,20 +374,17 @@ def forward_bytes(
     """What a forward pass without gradients takes beside the weights, at its peak.
 
     Args:
-        recipe: Method and adapter.
-        config: The model's configuration.
-        host: Decides dtype and attention operator.
+        job: What is trained, and where.
         shape: The batch.
         memo: Operators that earlier traces ran.
         layers: Of the model; a few say as much as many.
     """
-    dtype = native_dtype(host.device, bfloat16=host.bfloat16)
-    model = build(recipe, "meta", dtype, config, layers)
-    recorder = _Recorder(len(decoder_layers(model)), host, memo)
+    model = build(job.recipe, "meta", job.dtype, job.config, layers)
+    recorder = _Recorder(len(decoder_layers(model)), job.host, memo)
     recorder.watch_model(model)
     before = recorder.live_bytes
     batch = shape_batch(shape.rows, shape.length, shape.trained, "meta")
-    with _known_on_meta(), planned_for(host.device), torch.no_grad(), recorder:
+    with _known_on_meta(), planned_for(job.host.device), torch.no_grad(), recorder:
         token_losses(model, batch)
     recorder.ended = True
     return recorder.peak_bytes - before

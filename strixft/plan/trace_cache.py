@@ -15,11 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from strixft.catalog.hosts import Host
 from strixft.plan.cost import Cost
 from strixft.plan.trace import Place, Storage, Trace
-from strixft.probe.checks import step_options_for
-from strixft.recipe.schema import Recipe
+from strixft.probe.job import Job
 from strixft.support.disk import cache_folder
 from strixft.support.files import versions, write_text
 
@@ -34,16 +32,17 @@ def _source_digest() -> str:
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
-def name_of(recipe: Recipe, config: Any, host: Host, regime: Any, kinds: Sequence[Any]) -> str:
+def name_of(job: Job, regime: Any, kinds: Sequence[Any]) -> str:
     """The file's name of a trace, or of what was measured."""
+    recipe, host = job.recipe, job.host
     depends_on = {
         "versions": versions(),
         "source": _source_digest(),
-        "config": {k: v for k, v in config.to_dict().items() if k != "transformers_version"},
+        "config": {k: v for k, v in job.config.to_dict().items() if k != "transformers_version"},
         "method": recipe.method,
         "lora": recipe.lora.model_dump(),
         "optimizer": recipe.train.optimizer,
-        "ways": asdict(step_options_for(recipe, config, host)),
+        "ways": asdict(job.options),
         "device": [host.device, host.architecture, host.bfloat16],
         "regime": str(regime),
         "kinds": kinds,

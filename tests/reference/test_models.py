@@ -22,7 +22,7 @@ from strixft.model.architecture import auto_class, text_decoder
 from strixft.model.load import build, load_config
 from strixft.plan.dry_run import dry_run
 from strixft.plan.trace import RowShape
-from strixft.probe.checks import step_options_for
+from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
 from strixft.step.tracker import MemoryTracker
 from strixft.step.update import TrainingStep
@@ -123,7 +123,7 @@ def test_first_loss_and_gradients_are_those_of_transformers_and_peft(
     folder, adapter = tmp_path / "model", tmp_path / "adapter"
     write_model(folder, MODELS_TRIED[name])
     recipe = a_recipe(folder)
-    options = step_options_for(recipe, load_config(recipe), cpu())
+    options = Job.of(recipe, load_config(recipe), cpu()).options
     torch.manual_seed(3)
     model: Any = build(recipe, "cpu", torch.float32)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def check_planned_weights(recipe: Recipe, model: nn.Module, batch: Batch) -> Non
     """The plan counts the weights that were loaded, all layers of them."""
     rows, length = batch["input_ids"].shape
     shape = RowShape(rows, length, len(batch["labels"]))
-    planned = dry_run(recipe, load_config(recipe), cpu(), shape)
+    planned = dry_run(Job.of(recipe, load_config(recipe), cpu()), shape)
     tracker = MemoryTracker()
     tracker.watch_model(model)
     assert planned.parts["weights"] + planned.parts["adapter"] == tracker.live_bytes
