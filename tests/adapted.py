@@ -43,11 +43,11 @@ def outcome(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> li
     return [result, *torch.autograd.grad(result.square().sum(), [x, *weights])]
 
 
-def rewriting(graphs: list[fx.Graph], *, joined: bool = True) -> Any:
+def rewriting(graphs: list[fx.Graph]) -> Any:
     """A backend that rewrites graphs, keeps them, and runs them as they are."""
 
     def run(module: fx.GraphModule, _: Any) -> Any:
-        rewrite(module.graph, joined=joined)
+        rewrite(module.graph)
         module.graph.lint()
         module.recompile()
         graphs.append(module.graph)
@@ -56,11 +56,11 @@ def rewriting(graphs: list[fx.Graph], *, joined: bool = True) -> Any:
     return make_backend(run)
 
 
-def calls_of(module: nn.Module, x: Tensor, *, joined: bool = True) -> list[Counter[str]]:
+def calls_of(module: nn.Module, x: Tensor) -> list[Counter[str]]:
     """Compare a module with itself rewritten; what forward and backward call."""
     torch.compiler.reset()
     graphs: list[fx.Graph] = []
-    compiled = torch.compile(module, backend=rewriting(graphs, joined=joined))
+    compiled = torch.compile(module, backend=rewriting(graphs))
     wanted, found = outcome(module, module, x), outcome(compiled, module, x)
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)

@@ -289,31 +289,6 @@ def test_a_trace_answers_for_other_micro_batches(shape: dict[str, Any], method: 
         assert scaled.peak_bytes - scaled.unsplit_bytes == asked
 
 
-def test_no_prime_of_a_trace_divides_the_width_of_joined_matrices(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """1,792 columns and three adapters' 48 are 1,856 where rows are aligned: 64 × 29."""
-    tried: list[tuple[int, ...]] = []
-
-    def noting(*args: Any) -> Any:
-        found = sample(*args)
-        tried.append(found.primes if found else ())
-        return found
-
-    monkeypatch.setattr("strixft.plan.scale.sample", noting)
-    monkeypatch.setattr(Traces, "_joined", lambda self: [1])  # none is foreseen
-    wide = LLAMA | {"hidden_size": 1792, "intermediate_size": 4864, "num_attention_heads": 14}
-    wide |= {"num_key_value_heads": 2, "head_dim": 128, "num_hidden_layers": 2}
-    config = AutoConfig.for_model(**wide)
-    traces = Traces(Job.of(a_recipe("qlora", compile="layers"), config, HOSTS["h200-141"]))
-    step = Step(RowShape(4, 2048, 8000, PackedShape(2048, 40, 1500)), 0, 1)
-    scaled, fresh = traces.dry_run(step), traces.fresh(step)
-    assert 29 in tried[0]
-    assert 29 not in tried[-1]
-    assert scaled.peak_bytes == pytest.approx(fresh.peak_bytes, rel=1e-3)
-    assert scaled.seconds_per_update == pytest.approx(fresh.seconds_per_update, rel=0.01)
-
-
 @pytest.mark.parametrize("method", ["full", "qlora"])
 def test_no_other_choice_that_fits_is_faster_or_as_fast_and_smaller(method: str) -> None:
     data = DataShape(100, lengths=[100] * 60, trained=[50] * 60)

@@ -45,9 +45,9 @@ def _graphs(method: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.Graph
 
     def keep(module: fx.GraphModule, values: Any) -> Any:
         found.append((copy.deepcopy(module), values))
-        return run(module, values, joined=True)
+        return run(module, values)
 
-    monkeypatch.setattr(inductor, "_backends", {True: inductor.make_backend(keep)})
+    monkeypatch.setattr(inductor, "_backend", inductor.make_backend(keep))
     recipe = Recipe(model="x", method=method, dataset=Dataset(source="none"), train=Train())
     shape = RowShape(1, 512, 511, PackedShape(512, 3, 300))
     config = AutoConfig.for_model("llama", **CONFIG)

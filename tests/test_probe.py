@@ -42,7 +42,6 @@ from strixft.probe.attention import (
 from strixft.probe.checks import (
     KNOWN_ISSUES,
     fastest_blas,
-    joins_sums,
     probe_attention,
     probed_backends,
     require_attention,
@@ -448,27 +447,4 @@ def test_the_layout_of_weight_gradients_is_right_here(monkeypatch: pytest.Monkey
     figures = weights.measure_products("cpu", "float32")
     assert "problem" not in figures
     assert set(figures["ms"]) <= set(weights.LIBRARIES)
-    assert figures["fastest"] in figures["ms"]
-
-
-def test_sums_are_joined_unless_that_is_wrong_or_slower_here(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    figures: dict[str, Any] = {"ms": {"added": 1.1, "joined": 1.0}, "fastest": "joined"}
-    monkeypatch.setattr("strixft.probe.checks.measure", lambda tasks: {tasks[0].name: figures})
-    assert joins_sums(METHODS["qlora"], GPU)
-    figures["problem"] = "wrong by 0.5"
-    assert not joins_sums(METHODS["qlora"], GPU)
-    assert joins_sums(METHODS["full"], GPU)  # which has none
-    assert joins_sums(METHODS["qlora"], find_host("strix-halo-128"))  # which is not here
-    del figures["problem"]
-    figures["fastest"] = "added"
-    assert not joins_sums(METHODS["qlora"], GPU)
-
-
-def test_both_ways_of_a_sum_are_right_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "SIZE", 128)
-    figures = weights.measure_sums("cpu", "float32")
-    assert "problem" not in figures
-    assert set(figures["ms"]) == {"added", "joined"}
     assert figures["fastest"] in figures["ms"]

@@ -1,16 +1,34 @@
 """Products of compiled layers: what the rewritten graphs compute, and how."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
-from adapted import RANK, SIDE, Linear, calls_of, needs_compiler, outcome
+from adapted import RANK, SIDE, Linear, calls_of, needs_compiler, outcome, rewriting
 from adapted import an_input as input_of
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._inductor.utils import run_and_get_code
+from transformers import AutoConfig
 
+from strixft.data.batches import collate
+from strixft.model.load import random_model
+from strixft.recipe.schema import Dataset, Recipe, Train
+from strixft.step import layers
+from strixft.step.graphs import writes_4bit_out
 from strixft.step.layers import inductor
+from strixft.step.update import StepOptions, TrainingStep
 
-TOKENS = 96
+MULTIPLIES = {torch.ops.aten.mm.default, torch.ops.aten.addmm_.default}
+LLAMA = {
+    "vocab_size": 2000,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+TOKENS, MANY = 96, 4800
 
 
 class Three(nn.Module):
@@ -90,12 +108,65 @@ def test_a_sum_that_broadcasts_is_left_as_it_is() -> None:
     assert forward["aten.addmm_.default"] == 0
 
 
+def test_a_sum_may_hold_another_one() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Linear(), Linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.first(x.sin().cos())
+            result: Tensor = x + self.second(nn.functional.silu(x) * x.cos())
+            return result
+
+    torch.manual_seed(0)
+    forward, backward = calls_of(Residual().double(), an_input())
+    assert forward["aten.addmm_.default"] == 2
+    assert backward["aten.addmm_.default"] == 2
+
+
+def test_4_bit_weights_are_written_out_right_before_they_are_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from strixft.step.nf4_kernel import MOST_FUSED_ROWS
+
+    torch.compiler.reset()
+    graphs: list[fx.Graph] = []
+    monkeypatch.setattr(layers, "BACKEND", rewriting(graphs))
+    recipe = Recipe(model="x", method="qlora", dataset=Dataset(source="none"))
+    model = random_model(recipe, AutoConfig.for_model("llama", **LLAMA), "cpu", torch.float32)
+    step = TrainingStep(model, recipe.train, StepOptions(compiled=True))
+    row = {"input_ids": list(range(MOST_FUSED_ROWS + 1)), "trained": [True] * (MOST_FUSED_ROWS + 1)}
+    step.update([collate([row])])
+    forward, _, backward, _ = (
+        graphs  # of the first layer, whose input has no gradient, and the next
+    )
+    assert order_of(forward) == "wmwmwm" + "wm" + "wmwm" + "wm"  # q, k, v; o; gate, up; down
+    assert order_of(backward) == "wm" + "wmwm" + "wm" + "wmwmwm"  # down; gate, up; o; q, k, v
+
+
+def order_of(graph: fx.Graph) -> str:
+    """4-bit weights written out (w), and products with them (m)."""
+    weights, order = set[fx.Node](), ""
+    for node in graph.nodes:
+        if writes_4bit_out(node.target):
+            weights.add(node)
+            order += "w"
+        elif weights & {*node.all_input_nodes}:
+            if node.target in MULTIPLIES:
+                order += "m"
+            else:
+                weights.add(node)
+    return order
+
+
 @needs_compiler
 def test_generated_code_computes_the_same() -> None:
     torch.manual_seed(0)
     torch.compiler.reset()
     module, x = Three().double(), an_input()
-    compiled = torch.compile(module, backend=inductor(joined=True))
+    compiled = torch.compile(module, backend=inductor)
     wanted, found = outcome(module, module, x), outcome(compiled, module, x)
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -116,7 +187,7 @@ def test_generated_code_writes_4_bit_weights_out_as_bitsandbytes_does(dtype: tor
         weight: Tensor = nf4_kernel.UNPACK(packed, scales, 64, "nf4", [96, 192], dtype)
         return weight.clone()
 
-    found = torch.compile(write_out, backend=inductor(joined=True))(packed, state.absmax)
+    found = torch.compile(write_out, backend=inductor)(packed, state.absmax)
     assert torch.equal(found, functional.dequantize_4bit(packed, state))
 
 
@@ -134,7 +205,7 @@ def test_weights_are_written_out_whatever_type_their_bytes_have(stored: torch.dt
         weight: Tensor = nf4_kernel.UNPACK(packed, scales, 64, "nf4", [96, 192], torch.float32)
         return weight.clone()
 
-    found = torch.compile(write_out, backend=inductor(joined=True))(packed, state.absmax)
+    found = torch.compile(write_out, backend=inductor)(packed, state.absmax)
     assert torch.equal(found, functional.dequantize_4bit(packed, state))
 
 
@@ -158,7 +229,7 @@ def test_what_is_added_twice_counts_twice() -> None:
     torch.manual_seed(0)
     torch.compiler.reset()
     module, x = Twice(), torch.randn(TOKENS, SIDE, requires_grad=True)
-    compiled = torch.compile(module, backend=inductor(joined=True), dynamic=False)
+    compiled = torch.compile(module, backend=inductor, dynamic=False)
     results = module(x), compiled(x)
     gradients = [torch.autograd.grad(result.sin().sum(), x)[0] for result in results]
     torch.testing.assert_close(*results)
@@ -177,13 +248,7 @@ def _make_large(model: nn.Module) -> None:
 @needs_compiler
 def test_a_compiled_step_over_4_bit_weights_is_the_eager_one() -> None:
     pytest.importorskip("bitsandbytes")
-    from transformers import AutoConfig
-
-    from strixft.data.batches import collate
-    from strixft.model.load import random_model
-    from strixft.recipe.schema import Dataset, Recipe, Train
     from strixft.step.nf4_kernel import MOST_FUSED_ROWS
-    from strixft.step.update import StepOptions, TrainingStep
 
     torch.compiler.reset()
     sides = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -207,3 +272,27 @@ def test_a_compiled_step_over_4_bit_weights_is_the_eager_one() -> None:
     for eager, generated in zip(found[0][1:], found[1][1:], strict=True):
         assert float(eager.norm()) > 1e-3
         assert float((eager - generated).norm() / eager.norm()) < 5e-3
+
+
+@needs_compiler
+def test_what_a_product_reads_in_another_order_is_written_in_that_order() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(SIDE, SIDE))
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = x.view(2, -1, 4, SIDE // 4).transpose(1, 2)  # (B, H, T, D)
+            turned = (heads.sin() + heads).transpose(1, 2).reshape(-1, SIDE)
+            return turned @ self.weight
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    module, x = Turned(), torch.randn(2, MANY // 2, SIDE)
+    compiled = torch.compile(module, backend=inductor, dynamic=False)
+    with torch.no_grad():
+        found, code = run_and_get_code(compiled, x)
+    torch.testing.assert_close(found, module(x))
+    call = code[0][code[0].index("def call") :]
+    large = [n for n in re.findall(r"= empty_strided_cpu\(\((.*?)\)", call) if f"{SIDE}" in n]
+    assert len(large) == 2, large  # what is multiplied, and the product

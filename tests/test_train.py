@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from strixft.data.pack import largest_batch, rows_of_epochs, training_order
 from strixft.model.load import model_source
 from strixft.plan.result import Plan, plan_recipe
 from strixft.prepare.stage import Prepared, prepare_recipe
-from strixft.recipe.schema import Dataset, Recipe, Train
+from strixft.recipe.schema import Train
 from strixft.run.folder import Run
 from strixft.run.open import open_run
-from strixft.step.update import StepOptions, TrainingStep, batch_loss
+from strixft.step.update import TrainingStep, batch_loss
 from strixft.support.errors import FitError, StageError
 from strixft.train.loop import STATE, rate_factor
-from strixft.train.stage import ADAPTER, CHECKPOINTS, Trained, train_recipe, ways_of
+from strixft.train.stage import ADAPTER, CHECKPOINTS, Trained, train_recipe
 
 ALONE = {"packing": False}
 """One chat a row, so that a test knows which."""
@@ -59,22 +59,6 @@ def test_the_plan_is_what_training_needs(tiny_run: Run) -> None:
     plan, result = trained(tiny_run)
     assert result.figures["planned_peak_bytes"] == plan.figures["peak_bytes"]
     assert result.figures["peak_bytes"] == pytest.approx(plan.figures["peak_bytes"], rel=0.01)
-
-
-@pytest.mark.parametrize("right_here", [True, False])
-def test_sums_are_joined_where_the_plan_says_so_and_that_is_right_here(
-    right_here: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = Recipe(model="none", dataset=Dataset(source="none"))
-    monkeypatch.setattr("strixft.train.stage.joins_sums", lambda *_: right_here)
-    options = StepOptions(
-        "varlen", compiled=True, recomputed_layers=3, elementwise=True, joined=True
-    )
-    assert ways_of(recipe, asdict(options)) == replace(options, joined=right_here)
-    assert not ways_of(recipe, asdict(replace(options, joined=False))).joined
-    older = asdict(options)
-    del older["joined"]
-    assert ways_of(recipe, older) == replace(options, joined=False)
 
 
 def test_accumulated_micro_batches_train_as_one(write_recipe: WriteRecipe, tmp_path: Path) -> None:

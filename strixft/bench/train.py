@@ -152,7 +152,6 @@ def _row(
         "micro_batches": run.steps,
         "attention": options.attention,
         "compiled": options.compiled,
-        "joined": options.joined,
         "recomputed_layers": options.recomputed_layers,
         **figures,
         "planned_peak_gb": run.peak_bytes / GB,

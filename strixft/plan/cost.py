@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from strixft.catalog.hosts import Host
-from strixft.step.beside import FILL
 from strixft.step.graphs import writes_4bit_out
 
 Floats = npt.NDArray[np.float64]
@@ -135,8 +134,6 @@ def count_moved(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, ..
     """Bytes of each tensor read and written; a view moves nothing."""
     if getattr(func, "is_view", False):
         return ()
-    if func is FILL:
-        return (_bytes_of(args[1]),) * 2
     tensors = (t for t in tree_iter((result, args, kwargs)) if isinstance(t, Tensor))
     return tuple(_bytes_of(tensor) for tensor in tensors)
 

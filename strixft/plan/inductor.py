@@ -21,8 +21,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
 from strixft.step import layers
-from strixft.step.beside import BESIDE
-from strixft.step.graphs import calls, is_generated, is_view, writes_4bit_out
+from strixft.step.graphs import is_generated, is_view, writes_4bit_out
 from strixft.step.products import rewrite
 from strixft.step.tracker import uncounted
 
@@ -68,37 +67,9 @@ class _New:
         value = node.meta["val"]
         self._layout, self._dtype = (value.shape, value.stride()), value.dtype
 
-    def __call__(self, _: Env) -> torch.Tensor:
+    def __call__(self) -> torch.Tensor:
         with uncounted():
             return torch.empty_strided(*self._layout, dtype=self._dtype, device="meta")
-
-
-class _Place:
-    """Where a part of joined matrices lies in them."""
-
-    def __init__(self, whole: fx.Node, number: int) -> None:
-        parts, self._dim, _ = cast("tuple[list[fx.Node], int, int]", whole.args)
-        sides = [part.meta["val"].shape[self._dim] for part in parts]
-        self._start, self._side = sum(sides[:number]), sides[number]
-        self.whole, self._make = whole, _New(whole)
-
-    def __call__(self, env: Env) -> torch.Tensor:
-        """The place; whoever comes first makes the whole."""
-        if self.whole not in env:
-            env[self.whole] = self._make(env)
-        with uncounted():
-            place: torch.Tensor = env[self.whole].narrow(self._dim, self._start, self._side)
-        return place
-
-
-def _places(graph: fx.Graph) -> dict[fx.Node, _Place]:
-    """Of what a kernel writes right beside others."""
-    found: dict[fx.Node, _Place] = {}
-    for whole in calls(graph, BESIDE):
-        for number, part in enumerate(cast("list[fx.Node]", whole.args[0])):
-            if is_generated(part):
-                found.setdefault(part, _Place(whole, number))
-    return found
 
 
 class Units:
@@ -109,8 +80,6 @@ class Units:
         """What each node reads from memory: views and what is computed again looked through."""
         self.inlined: set[fx.Node] = set()
         self._unit: dict[fx.Node, list[fx.Node]] = {}
-        self.places = _places(graph)
-        """Where those results lie that are written beside others."""
         for node in graph.nodes:
             self.values[node] = {v for n in node.all_input_nodes for v in self._read_by(n)}
             if is_generated(node) and not self._is_written(node):
@@ -204,28 +173,12 @@ class _Kernel:
         self._read = [node for node in sorted(read) if _is_tensor(node)]
         self._written = [node for node in unit if not units.stays_inside(node)]
         self._unpacks = any(writes_4bit_out(node.target) for node in self._written)
-        self._make = [units.places.get(node) or _New(node) for node in self._written]
+        self._make = list(map(_New, self._written))
 
     def __call__(self, env: Env) -> None:
-        made = [make(env) for make in self._make]
+        made = [make() for make in self._make]
         env.update(zip(self._written, made, strict=True))
         KERNEL([env[node] for node in self._read], made, self._unpacks)
-
-
-class _Copies:
-    """Brings those parts beside others that lie elsewhere already."""
-
-    def __init__(self, whole: fx.Node, units: Units) -> None:
-        parts = cast("list[fx.Node]", whole.args[0])
-        self._copied = [
-            (part, _Place(whole, number))
-            for number, part in enumerate(parts)
-            if part not in units.places or units.places[part].whole is not whole
-        ]
-
-    def __call__(self, env: Env) -> None:
-        for part, place in self._copied:
-            KERNEL([env[part]], [place(env)], False)
 
 
 class _Operator:
@@ -283,13 +236,8 @@ def _parts(
         return
     views = _views(unit[0], units)
     yield from ((_Operator(view), view.all_input_nodes) for view in views)
-    yield _runner(unit[0], units), [*views, *unit[0].all_input_nodes]
-
-
-def _runner(node: fx.Node, units: Units) -> Callable[[Env], None] | None:
-    if node.target is BESIDE:
-        return _Copies(node, units)
-    return _Operator(node) if node.op == "call_function" else None
+    is_call = unit[0].op == "call_function"
+    yield _Operator(unit[0]) if is_call else None, [*views, *unit[0].all_input_nodes]
 
 
 def _views(node: fx.Node, units: Units) -> list[fx.Node]:
@@ -324,9 +272,9 @@ def num_compiled() -> int:
     return _compiled.num_graphs
 
 
-def _compile(module: fx.GraphModule, _: Any, *, joined: bool) -> Callable[..., Any]:
+def _compile(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
     with uncounted():
-        rewrite(module.graph, joined=joined)
+        rewrite(module.graph)
     kernels = Kernels(module)
     _compiled.num_graphs += 1
 
@@ -351,11 +299,7 @@ def make_backend(compile_graph: Callable[..., Any]) -> Any:
     )
 
 
-_backends = {joined: make_backend(partial(_compile, joined=joined)) for joined in (False, True)}
-
-
-def _planned(*, joined: bool) -> Any:
-    return _backends[joined]
+_backend = make_backend(_compile)
 
 
 def _forget(like: Hashable = None) -> None:
@@ -372,7 +316,7 @@ def planned_kernels(like: Hashable) -> Iterator[None]:
         like: What tells the step from others: its shapes, and what decides how it is compiled.
     """
     _forget(like)
-    before, layers.BACKEND = layers.BACKEND, _planned
+    before, layers.BACKEND = layers.BACKEND, _backend
     try:
         yield
     finally:

@@ -137,7 +137,6 @@ def _choice(chosen: Choice, options: StepOptions) -> dict[str, Any]:
         "attention": options.attention,
         "compiled": options.compiled,
         "elementwise": options.elementwise,
-        "joined": options.joined,
         "packed": asdict(run.shape.packed) if run.shape.packed else None,
     }
 

@@ -29,7 +29,6 @@ from strixft.plan.op_cache import Memo
 from strixft.plan.trace import Place, RowShape, Trace, one_step
 from strixft.probe.job import Job
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
-from strixft.step.room import ALIGNED
 
 TILE = 32
 """Some attention operators pad T to a multiple of this (aten/src/ATen/native/transformers)."""
@@ -294,12 +293,6 @@ class Traces:
         sides = [side for side in tree_iter(self._config.to_dict()) if type(side) is int]
         return [*{side for side in sides if side > 1}, self._job.recipe.lora.r]
 
-    def _joined(self) -> list[int]:
-        """Sides that joined matrices often have; any other one costs a second trace."""
-        *sides, rank = self._sides()
-        exact = [n * side + m * rank for side in sides for n in (1, 2) for m in (1, 2, 3)]
-        return [*exact, *(width + -width % ALIGNED for width in exact)]
-
     def _trace(self, step: Step, regime: Regime, shape: RowShape, kinds: list[Kind]) -> Trace:
         """A trace of a micro-batch, from disk where it was made before."""
         about = regime, shape
@@ -312,23 +305,12 @@ class Traces:
         return found
 
     def _make(self, step: Step, regime: Regime, kinds: list[Kind]) -> ScaledTrace | None:
-        scaled = self._sampled(step, regime, kinds, math.prod(self._sides()))
-        return scaled if scaled and scaled.keeps_weights() else None
-
-    def _sampled(
-        self, step: Step, regime: Regime, kinds: list[Kind], taken: int
-    ) -> ScaledTrace | None:
-        """A trace whose primes divide nothing that is taken, nor the sides of joined matrices."""
-        likely = math.prod(self._joined())
-        traced = sample(self._config, regime, taken * likely)
-        traced = traced or sample(self._config, regime, taken)
+        """A trace whose primes divide no side of the model, where there are such."""
+        traced = sample(self._config, regime, math.prod(self._sides()))
         if traced is None:
             return None
-        trace = self._trace(step, regime, traced.shape, kinds)
-        widths = math.prod(trace.widths)
-        if math.gcd(widths, math.prod(traced.primes)) > 1:
-            return self._sampled(step, regime, kinds, taken * widths)
-        return ScaledTrace(trace, traced)
+        scaled = ScaledTrace(self._trace(step, regime, traced.shape, kinds), traced)
+        return scaled if scaled.keeps_weights() else None
 
     def _scaled_trace(self, step: Step) -> tuple[Any, ScaledTrace | None]:
         """The trace that answers for a step, and what tells it from others."""

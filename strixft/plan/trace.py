@@ -96,8 +96,6 @@ class Trace:
     """Place, index of the storage, whether it is allocated."""
     work: list[tuple[Place, Cost]] = field(default_factory=list)
     """What each operator computes and moves, in order."""
-    widths: set[int] = field(default_factory=set)
-    """Columns of matrices that lie beside others, and of all of them."""
 
     @cached_property
     def segments(self) -> list[Segment]:
@@ -158,8 +156,6 @@ class _Recorder(MemoryTracker):
         if func is aten._fused_adamw_.default:  # works in place, on five lists of tensors
             self.trace.work.append((self.place, operator_cost(func, args, kwargs, args[0])))
             return None
-        if func is aten.mm.default and args[0].stride(0) > args[0].shape[1]:
-            self.trace.widths.update((args[0].shape[1], args[0].stride(0)))
         if func is KERNEL:
             return self._note_kernel(*args)
         if is_4bit_product(func) and self._on_gpu:

@@ -76,7 +76,6 @@ def save(name: str, trace: Trace) -> None:
         "num_layers": trace.num_layers,
         "storages": [[s.num_bytes, s.part, number(s.born), number(s.died)] for s in trace.storages],
         "events": [[number(place), index, born] for place, index, born in trace.events],
-        "widths": sorted(trace.widths),
         "work": [[number(place), c.flop, c.moved, c.dtype] for place, c in trace.work],
     }
     _write(name, data | {"places": [astuple(place) for place in places]})
@@ -115,5 +114,4 @@ def _trace(data: dict[str, Any]) -> Trace:
         [Storage(size, part, places[b], place_of(d)) for size, part, b, d in data["storages"]],
         [(places[number], index, born) for number, index, born in data["events"]],
         [(places[n], Cost(flop, tuple(moved), kind)) for n, flop, moved, kind in data["work"]],
-        set(data["widths"]),
     )

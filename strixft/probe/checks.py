@@ -16,7 +16,7 @@ from strixft.attention.backends import (
     known_bad,
 )
 from strixft.catalog.hosts import Host
-from strixft.catalog.methods import BITSANDBYTES, METHODS, Method
+from strixft.catalog.methods import BITSANDBYTES, Method
 from strixft.model.architecture import architecture_of
 from strixft.model.load import native_dtype
 from strixft.probe.run import Task, measure
@@ -179,14 +179,7 @@ def _tasks(heads: Heads, method: Method, host: Host) -> list[Task]:
         found.append(_task("nf4", host))
     if _chooses_blas(method, host):
         found.append(_task("products", host))
-    if _adds_up(method, host):
-        found.append(_task("sums", host))
     return found
-
-
-def _adds_up(method: Method, host: Host) -> bool:
-    """Products of adapters are added to those of the base, on a GPU."""
-    return host.device == "cuda" and method.adapter != "none"
 
 
 def _chooses_blas(method: Method, host: Host) -> bool:
@@ -255,22 +248,6 @@ def fastest_blas(method: Method, host: Host) -> str | None:
     return None if "problem" in figures else figures.get("fastest")
 
 
-def joins_sums(method: Method, host: Host) -> bool:
-    """Whether a sum of products is to be one product of joined matrices.
-
-    On another machine than this it is, as less is moved (`strixft.step.joined`); on this one if it
-    was tried, is right and is the faster way.
-
-    Args:
-        method: How the model is trained.
-        host: Where.
-    """
-    if not host.here or not _adds_up(method, host):
-        return True
-    figures = measure([_task("sums", host)])["sums"]
-    return "problem" not in figures and figures.get("fastest") == "joined"
-
-
 def _backends(heads: Heads, host: Host, *, packing: bool) -> list[AttentionBackend]:
     """Ways of attention: those that are right on this machine, or by the table of another one."""
     if host.here:
@@ -316,7 +293,6 @@ def step_options_for(
         compiled=compiled,
         recomputed_layers=recomputed_layers,
         elementwise=(compiled and train.recompute != "none") or train.recompute == "elementwise",
-        joined=compiled and joins_sums(METHODS[recipe.method], host),
     )
 
 

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from strixft.probe.attention import measure_rung
-from strixft.probe.weights import measure_products, measure_sums, round_trip
+from strixft.probe.weights import measure_products, round_trip
 from strixft.support.child import Figures, do_steps
 
 KINDS: Mapping[str, Callable[..., Figures]] = {
     "attention": measure_rung,
     "nf4": round_trip,
     "products": measure_products,
-    "sums": measure_sums,
 }
 
 

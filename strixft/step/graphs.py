@@ -49,12 +49,6 @@ def erase_unused(node: fx.Node) -> None:
             erase_unused(source)
 
 
-def num_bytes(node: fx.Node) -> int:
-    """Size of a call's result."""
-    value = value_of(node)
-    return value.numel() * value.element_size()
-
-
 def origin(node: fx.Node) -> fx.Node:
     """What a matrix is a view of, its rows counted in another way."""
     while node.target in (aten.view.default, aten.reshape.default):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,30 +18,18 @@ from torch.utils.flop_counter import flop_registry
 from strixft.model.adapter import decoder_layers
 
 
-@cache
-def inductor(*, joined: bool) -> Any:
-    """Compiles the layers.
+def inductor(module: fx.GraphModule, inputs: Any) -> Any:
+    """Compile a layer's graph with our pass over its products."""
+    from torch._inductor.compile_fx import compile_fx
 
-    Args:
-        joined: See `Ways.joined`.
-    """
+    from strixft.step.products import Products
 
-    def compile_graph(module: fx.GraphModule, inputs: Any) -> Any:
-        from torch._inductor.compile_fx import compile_fx
-
-        from strixft.step.products import Products
-
-        patches = {
-            "post_grad_custom_post_pass": Products(joined=joined),
-            "reorder_for_peak_memory": False,
-        }
-        return compile_fx(module, inputs, config_patches=patches)
-
-    return compile_graph
+    patches = {"post_grad_custom_post_pass": Products(), "reorder_for_peak_memory": False}
+    return compile_fx(module, inputs, config_patches=patches)
 
 
 BACKEND: Any = inductor
-"""Gives what compiles the layers; a plan has another one, which decides alike what is kept."""
+"""Compiles the layers; a plan has another backend, which decides alike what is kept."""
 
 
 def set_recompute(model: nn.Module, num_layers: int) -> None:
@@ -69,9 +57,7 @@ def keep_products(model: nn.Module, first: int) -> None:
         )
 
 
-def compile_layers(
-    model: nn.Module, recomputed_layers: int, *, elementwise: bool, joined: bool
-) -> None:
+def compile_layers(model: nn.Module, recomputed_layers: int, *, elementwise: bool) -> None:
     """Run each decoder layer as generated kernels, compiled when it is first called.
 
     Layers of one kind share their code. What is kept for backward is the partitioner's choice: the
@@ -82,15 +68,13 @@ def compile_layers(
         model: What `model.build` gave.
         recomputed_layers: The first so many layers keep nothing, and are run again in backward.
         elementwise: Whether the others may compute norms and activations again.
-        joined: See `Ways.joined`.
     """
     if partitioner.ban_recompute_materialized_backward == elementwise:
         torch._dynamo.reset()  # what is compiled does not remember it
     partitioner.ban_recompute_materialized_backward = not elementwise
-    backend = BACKEND(joined=joined)
     layer: Any
     for index, layer in enumerate(decoder_layers(model)):
-        layer.compile(dynamic=False, backend=backend)
+        layer.compile(dynamic=False, backend=BACKEND)
         if index < recomputed_layers:  # around the compiled code, which would take it apart
             layer._compiled_call_impl = partial(
                 checkpoint, layer._compiled_call_impl, use_reentrant=False

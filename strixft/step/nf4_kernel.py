@@ -18,7 +18,6 @@ from torch._inductor.lowering import fallback_handler, register_lowering, view
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from strixft.step.beside import BESIDE
 from strixft.step.graphs import call, calls, replace, value_of
 
 aten, bnb = torch.ops.aten, torch.ops.bitsandbytes
@@ -27,9 +26,6 @@ UNPACK = bnb.dequantize_4bit.default
 
 MOST_FUSED_ROWS = 1536
 """Tokens up to which bitsandbytes may multiply without writing the weights out (0.50)."""
-
-_PASSED = {aten.permute.default, aten.slice.Tensor, BESIDE}
-"""What weights pass on the way to their product."""
 
 
 def split_products(graph: fx.Graph) -> None:
@@ -67,9 +63,9 @@ def unpack_late(graph: fx.Graph) -> None:
 
 
 def _way_to_product(weight: fx.Node) -> list[fx.Node]:
-    """Weights, who reads them, and so on, as long as each has one reader."""
+    """Weights, their transpose and the product, as long as each has one reader."""
     way = [weight]
-    while len(way[-1].users) == 1 and (way[-1] is weight or way[-1].target in _PASSED):
+    while len(way[-1].users) == 1 and (way[-1] is weight or way[-1].target is aten.permute.default):
         way += way[-1].users
     return way
 

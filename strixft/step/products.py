@@ -3,10 +3,9 @@
 What is computed stays the same up to rounding; less of it moves through memory.
 
 - Thin products of one matrix, as by LoRA's A in q, k and v, become one: the matrix is read once.
-- A sum of products becomes one product of joined matrices (`strixft.step.joined`). Where that would
-  copy too much it is added up by the products themselves, the thin ones first, so that no kernel
+- A sum of products is added up by the products themselves, the thin ones first, so that no kernel
   reads all of them once more; a large product hides most of what it reads.
-- 4-bit weights are written out by a kernel of their own (`strixft.step.unpack`).
+- 4-bit weights are written out by a kernel of their own (`strixft.step.nf4_kernel`).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -35,13 +35,17 @@ from strixft.step.graphs import (
     replace,
     value_of,
 )
-from strixft.step.joined import join_sums
-from strixft.step.sums import THIN, Sum, find_sums, left_of, right_of
 
 aten = torch.ops.aten
 
+THIN = 64
+"""Rank up to which a product takes the time that its large operand takes to be read or written."""
+
 ADD_PRODUCT = aten.addmm_.default
 """Adds a product to a matrix, in place."""
+
+_SEEN_THROUGH = {aten.view.default, aten.reshape.default, aten.clone.default}
+"""Calls that a product may pass on its way into a sum."""
 
 
 # Thin products
@@ -82,22 +86,88 @@ def _join_products(group: list[fx.Node], others: list[fx.Node], shared: int, joi
 # Sums
 
 
-def _add_up(found: Sum, joins: Joins) -> None:
-    """Let the products of a sum be added up in place."""
-    found.replace(_total(found, joins))
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """Products that are added up; what is added to them may be another such sum."""
+
+    root: fx.Node
+    products: list[fx.Node]
 
 
-def _total(found: Sum, joins: Joins) -> fx.Node:
+def _source(node: fx.Node) -> fx.Node:
+    """The node that a view or copy shows, if nobody else sees it."""
+    while node.target in _SEEN_THROUGH and len(node.users) == 1:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_sum(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or node.target is not aten.add.Tensor or node.kwargs:
+        return False
+    values = [value_of(arg) for arg in node.args if isinstance(arg, fx.Node)]
+    return len(values) == 2 and all(value.dtype == value_of(node).dtype for value in values)
+
+
+def _terms(node: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:
+    """Terms of a sum; `seen` gets the sums within."""
+    seen.add(node)
+    for term in cast("tuple[fx.Node, fx.Node]", node.args):
+        if _is_sum(term) and len(term.users) == 1 and value_of(term).shape == value_of(node).shape:
+            yield from _terms(term, seen)
+        else:
+            yield term
+
+
+def _product_in(term: fx.Node, root: fx.Node) -> fx.Node | None:
+    """The product that a term of a sum is."""
+    source = _source(term)
+    shapes = {(value_of(n).shape[-1:], value_of(n).numel()) for n in (term, source, root)}
+    is_whole = len(shapes) == 1 and value_of(term).shape == value_of(root).shape
+    is_own = source.target is aten.mm.default and len(source.users) == 1
+    return source if is_whole and is_own else None
+
+
+def _find_sums(graph: fx.Graph) -> Iterator[_Sum]:
+    """Every sum of two products and more, the last first."""
+    seen = set[fx.Node]()
+    for root in reversed(list(filter(_is_sum, calls(graph, aten.add.Tensor)))):
+        if root not in seen:
+            terms = list(_terms(root, seen))
+            found = {term: _product_in(term, root) for term in terms}
+            products = sorted(filter(None, found.values()))
+            if len(products) > 1 and len(found) == len(terms):  # no term is added twice
+                yield _Sum(root, products)
+
+
+def _add_up(found: _Sum, joins: Joins) -> None:
+    """Let the products of a sum add themselves up, and then what else is added to them."""
+    root, graph = found.root, found.root.graph
+    others = [term for term in _terms(root, set()) if _source(term) not in found.products]
+    total = _total(found.products, joins)
+    with graph.inserting_before(root):
+        result = call(graph, aten.view.default, total, list(value_of(root).shape))
+        for other in others:
+            result = call(graph, aten.add.Tensor, other, result)
+    replace(root, result)
+
+
+def _total(products: list[fx.Node], joins: Joins) -> fx.Node:
     """Sum of products: the thin ones as one, the others added to it."""
-    graph, large = found.root.graph, list(found.large)
-    first = found.thin or [large.pop(0)]
+    graph = products[0].graph
+    large = [node for node in products if _depth(node) > THIN]
+    first = [node for node in products if _depth(node) <= THIN] or [large.pop(0)]
     with graph.inserting_before(first[0]):
-        left, right = list(map(left_of, first)), list(map(right_of, first))
+        left, right = ([cast("fx.Node", node.args[side]) for node in first] for side in (0, 1))
         total = call(graph, aten.mm.default, joins(left, 1), joins(right, 0))
     for node in large:
         with graph.inserting_before(node):
             total = call(graph, ADD_PRODUCT, total, *node.args)
     return total
+
+
+def _depth(product: fx.Node) -> int:
+    """Columns of the left matrix: the rank of a product with an adapter's factor."""
+    return value_of(cast("fx.Node", product.args[0])).shape[1]
 
 
 torch.library.define("strixft::add_product", "(Tensor(a!) total, Tensor left, Tensor right) -> ()")
@@ -151,13 +221,8 @@ def _is_reordered(view: fx.Node) -> bool:
 # The pass
 
 
-def rewrite(graph: fx.Graph, *, joined: bool = True) -> None:
-    """Rewrite the products of a layer's graph.
-
-    Args:
-        graph: Of forward or of backward.
-        joined: See `Ways.joined`.
-    """
+def rewrite(graph: fx.Graph) -> None:
+    """Rewrite the products of a layer's graph, of forward or of backward."""
     joins = Joins()
     if "bitsandbytes" in sys.modules:
         from strixft.step import nf4_kernel
@@ -165,8 +230,7 @@ def rewrite(graph: fx.Graph, *, joined: bool = True) -> None:
         nf4_kernel.split_products(graph)
     _write_in_order(graph)
     _join_thin_products(graph, joins)
-    sums = find_sums(graph)
-    for found in join_sums(graph, sums, joins) if joined else sums:
+    for found in list(_find_sums(graph)):
         _add_up(found, joins)
     stable_topological_sort(graph)
     if "bitsandbytes" in sys.modules:
@@ -174,20 +238,13 @@ def rewrite(graph: fx.Graph, *, joined: bool = True) -> None:
 
 
 class Products(CustomGraphPass):
-    """The pass as the compiler takes it.
-
-    Args:
-        joined: See `Ways.joined`.
-    """
-
-    def __init__(self, *, joined: bool) -> None:
-        self._joined = joined
+    """The pass as the compiler takes it."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite a graph."""
-        rewrite(graph, joined=self._joined)
+        rewrite(graph)
 
     def uuid(self) -> bytes:
         """Tells the compiler's cache of another version."""
         files = sorted(map(str, Path(__file__).parent.glob("*.py")))
-        return get_hash_for_files(tuple(files), f"{self._joined}")
+        return get_hash_for_files(tuple(files))

@@ -19,7 +19,6 @@ from strixft.recipe.schema import Train
 from strixft.step.layers import compile_layers, keep_products, set_recompute
 from strixft.step.loss import chunked_cross_entropy, token_cross_entropy
 from strixft.step.optimizer import BFloat16AdamW
-from strixft.step.room import give_room
 from strixft.step.tracker import part
 
 
@@ -35,9 +34,6 @@ class StepOptions:
     """The first so many layers are computed again in backward."""
     elementwise: bool = False
     """In the other layers norms and activations are computed again, and no product."""
-    joined: bool = True
-    """Compiled layers have sums of products as one product, where that moves less; weights that do
-    not change get room for it."""
 
     @property
     def backend(self) -> AttentionBackend:
@@ -166,14 +162,7 @@ class TrainingStep:
     def _prepare_layers(self) -> None:
         model, options = self.model, self.options
         if options.compiled:
-            if options.joined:
-                give_room(model)
-            compile_layers(
-                model,
-                options.recomputed_layers,
-                elementwise=options.elementwise,
-                joined=options.joined,
-            )
+            compile_layers(model, options.recomputed_layers, elementwise=options.elementwise)
             return
         set_recompute(model, options.recomputed_layers)
         if options.elementwise:

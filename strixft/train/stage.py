@@ -28,7 +28,7 @@ from strixft.model.fingerprint import fingerprint_base
 from strixft.model.load import load_base, load_config, model_source, native_dtype
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared, require_known_tokens
-from strixft.probe.checks import fastest_blas, joins_sums, require_attention, require_device_works
+from strixft.probe.checks import fastest_blas, require_attention, require_device_works
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run, resume_command
 from strixft.run.open import READ_BY
@@ -160,18 +160,6 @@ class _Watch:
             self._bar.close()
 
 
-def ways_of(recipe: Recipe, choice: dict[str, Any]) -> StepOptions:
-    """How the step is computed: as planned, but for what is not right on this machine.
-
-    Args:
-        recipe: What is trained.
-        choice: Of its plan; an older one does not join sums.
-    """
-    joined = choice.get("joined", False) and joins_sums(METHODS[recipe.method], training_host())
-    here = choice | {"joined": joined}
-    return StepOptions(**{field.name: here[field.name] for field in fields(StepOptions)})
-
-
 class _Batches:
     """Micro-batches of each update, in the order of training."""
 
@@ -255,7 +243,9 @@ def _build_step(
     documents = expected(base, first, _proof_bytes(plan)) if first else []
     release_memory()
     model = attach_adapter(base, METHODS[recipe.method], recipe.lora)
-    step = TrainingStep(model, recipe.train, ways_of(recipe, plan.figures["choice"]))
+    choice = plan.figures["choice"]
+    options = StepOptions(**{field.name: choice[field.name] for field in fields(StepOptions)})
+    step = TrainingStep(model, recipe.train, options)
     path = run.stage_folder(Trained.name) / PROOF
     if first:
         proof = prove(step, first, documents)
