@@ -90,6 +90,7 @@ class Recorded:
             user=User("user", frozenset(self.data["groups"])),
             home="/home/user",
             prefix="/opt/venv",
+            python=(3, 12),
             machine=self.data.get("machine", "x86_64"),
             probe=self._probe,
         )

@@ -8,8 +8,8 @@ import runpy
 import pytest
 from conftest import REPOSITORY
 
-from strixft.doctor.board import BOARDS
 from strixft.doctor.checks import CHECKS
+from strixft.doctor.devices import BOARDS
 from strixft.doctor.kernel import BAD_FIRMWARE
 from strixft.doctor.packages import ROCM_INDEX, ROCM_TORCH
 from strixft.plan.result import plan_figures

@@ -17,6 +17,7 @@ from recorded import FAULTY, GOOD, RECORDED, Recorded, _resolved
 
 from strixft.doctor.checks import CHECKS, check_host, examine, fix_script
 from strixft.doctor.finding import STATUSES, Check, Diagnosis, Finding, Fix
+from strixft.doctor.packages import torch_build
 from strixft.doctor.view import HostView
 from strixft.recipe.load import load_recipe
 from strixft.support.units import GIB
@@ -117,6 +118,36 @@ def test_html_escapes_what_the_host_says() -> None:
     assert "<script>" not in html
     assert "<b>" not in html
     assert "&lt;script&gt;" in html
+
+
+def _with_torch(root: Path, *folders: str) -> None:
+    """A Python environment with a ROCm build of torch in each of these folders."""
+    for folder in folders:
+        file = root / "usr" / folder / "site-packages/torch/version.py"
+        file.parent.mkdir(parents=True)
+        file.write_text("cuda: Optional[str] = None\nhip: Optional[str] = '7.2.53211'\n")
+
+
+@pytest.mark.parametrize(
+    ("folders", "python", "seen"),
+    [
+        (("lib64/python3.14",), (3, 14), "rocm"),
+        (("lib/python3.14",), (3, 14), "rocm"),
+        (("lib/python3.9",), (3, 14), "cuda"),
+        (("lib/python3.9", "lib64/python3.14"), (3, 14), "rocm"),
+    ],
+)
+def test_packages_are_those_of_the_interpreter_in_lib_and_lib64(
+    folders: tuple[str, ...], python: tuple[int, int], seen: str, tmp_path: Path
+) -> None:
+    _with_torch(tmp_path, *folders)
+    view = replace(
+        GOOD[0].view(tmp_path),
+        prefix="/usr",
+        python=python,
+        package_version={"torch": "2.9.0a0+git7bcbafe"}.get,
+    )
+    assert torch_build(view) == seen
 
 
 # the fixes themselves
@@ -284,7 +315,7 @@ def test_the_command_refuses_a_recipe_with_a_fix() -> None:
 
 def test_without_the_torch_checks_torch_is_not_imported() -> None:
     code = (
-        "import sys; from strixft.doctor import check_host; check_host(torch=False);"
+        "import sys; from strixft.doctor.checks import check_host; check_host(torch=False);"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from strixft.doctor import probe_child
 from strixft.doctor.checks import CHECKS, examine
-from strixft.doctor.view import STEPS, HostView, run_probe
+from strixft.doctor.packages import TORCH_STEPS
+from strixft.doctor.view import HostView, run_probe
 from strixft.support.child import Figures, Probe
 
 BEGIN = (
@@ -46,8 +48,9 @@ def real() -> Probe:
 
 def test_every_step_works_here(real: Probe) -> None:
     assert real.ended == "done", real
-    assert tuple(real.steps) == STEPS == tuple(probe_child.WORK)
-    assert [real.problem(step) for step in STEPS] == [None] * len(STEPS)
+    assert tuple(real.steps) == tuple(probe_child.STEPS)
+    assert {row.step for row in TORCH_STEPS} == set(probe_child.STEPS) - {"import"}
+    assert [step for step in real.steps if real.problem(step) is not None] == []
     assert real.steps["import"]["version"] == torch.__version__
     assert 0.05 < real.steps["nf4"]["relative_error"] < 0.12
     assert len(real.steps["attention"]["errors"]) == len(probe_child.HEAD_SIZES)
@@ -117,21 +120,29 @@ def test_garbage_from_nf4_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.randn(512, 512)
 
     monkeypatch.setattr("bitsandbytes.functional.dequantize_4bit", shuffled)
-    problem = probe_child.round_trip_nf4()["problem"]
+    problem = probe_child.STEPS["nf4"]()["problem"]
     assert problem.startswith("error 1.4")
     assert re.search(r"; 9\d\.\d% of them are not the code that is due$", problem)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
 def test_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    right = probe_child._fused_attention
+    right = torch.nn.functional.scaled_dot_product_attention
 
-    def wrong(query: Tensor, key: Tensor, value_: Tensor) -> Tensor:
-        result = right(query, key, value_)
+    def wrong(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+        result = right(query, *rest, **options)
         return result * value if query.shape[-1] == 72 else result
 
-    monkeypatch.setattr(probe_child, "_fused_attention", wrong)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", wrong)
     assert probe_child.check_attention()["problem"].endswith("head size 72")
+
+
+def test_a_wrong_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plain_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return (hidden @ weight.T).sum()
+
+    monkeypatch.setattr("strixft.step.loss.chunked_cross_entropy", plain_sum)
+    assert probe_child.check_head()["problem"].startswith("gradients are off by")
 
 
 def test_a_step_that_raises_is_noted_and_the_next_goes_on(
@@ -144,7 +155,7 @@ def test_a_step_that_raises_is_noted_and_the_next_goes_on(
         raise ModuleNotFoundError("No module named 'trl'", name="trl")
 
     work = {"nf4": broken, "head": missing, "import": probe_child.describe_build}
-    monkeypatch.setattr(probe_child, "WORK", work)
+    monkeypatch.setattr(probe_child, "STEPS", work)
     probe_child.main(tmp_path / "steps")
     rows = [json.loads(line) for line in (tmp_path / "steps").read_text().splitlines()]
     figures = {row["step"]: row["figures"] for row in rows if "step" in row}

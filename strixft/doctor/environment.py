@@ -1,4 +1,4 @@
-"""`VARIABLES`: environment variables that help or hurt, one row each."""
+"""Checks of the environment: `VARIABLES` that help or hurt, and the kernel of the notebooks."""
 
 from __future__ import annotations
 
@@ -10,240 +10,181 @@ from pathlib import Path
 
 from strixft.catalog.hosts import AMD_VENDOR
 from strixft.catalog.methods import METHODS
+from strixft.doctor.devices import GPU_ISOLATION
 from strixft.doctor.finding import Finding, Fix, Status
-from strixft.doctor.packages import has_rocm_torch, needed_build
+from strixft.doctor.kernel import FINETUNE_GUIDE
+from strixft.doctor.packages import needed_build, torch_build
 from strixft.doctor.view import HostView
-from strixft.probe.checks import KNOWN_ISSUES
 from strixft.support.environment import OVERRIDE, OVERRIDE_WHY
-
-GUIDE = "h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variable:
-    """One variable and when it is wrong."""
+    """Environment variables with the same effect."""
 
-    name: str
+    names: tuple[str, ...]
     is_wrong: Callable[[str | None, HostView], bool]
-    """Gets its value, None where it is not set."""
-    status: Status
+    """Gets the value, None if it is not set."""
+    status: Status = "warn"
     why: str
     source: str
     value: str | None = None
-    """What it should be; None: not set at all."""
-
-
-def _is_set(value: str | None, view: HostView) -> bool:
-    return value is not None
+    """The right value; None: not set at all."""
 
 
 def _is_on(value: str | None, view: HostView) -> bool:
     return value not in (None, "", "0")
 
 
-def _hides_gpu(value: str | None, view: HostView) -> bool:
-    """Empty, or a first number below zero, hides all of them."""
-    hides = value is not None and (not value.strip() or value.strip().startswith("-"))
-    return hides and needed_build(view) != "cpu"
-
-
 def _is_set_on_amd(value: str | None, view: HostView) -> bool:
     return value is not None and AMD_VENDOR in view.vendors
 
 
-def _trains_base(value: str | None, view: HostView) -> bool:
-    if view.recipe is None or not _is_on(value, view):
-        return False
-    return METHODS[view.recipe.method].adapter == "none"
+def _hides_gpu(value: str | None, view: HostView) -> bool:
+    """An empty list, or a first number below zero, hides all GPUs."""
+    hides = value is not None and (not value.strip() or value.strip().startswith("-"))
+    return hides and needed_build(view) != "cpu"
 
 
-def _rocm_without(value: str | None, view: HostView) -> bool:
-    return value != "1" and has_rocm_torch(view) and view.strix_halo is not None
+def _lacks_aotriton(value: str | None, view: HostView) -> bool:
+    return value != "1" and torch_build(view) == "rocm" and view.strix_halo is not None
+
+
+def _slows_full_training(value: str | None, view: HostView) -> bool:
+    recipe = view.recipe
+    return recipe is not None and _is_on(value, view) and METHODS[recipe.method].adapter == "none"
 
 
 VARIABLES = (
     Variable(
-        name=OVERRIDE,
+        names=(OVERRIDE,),
         is_wrong=_is_set_on_amd,
         status="fail",
         why=OVERRIDE_WHY,
-        source=f"ROCm/ROCm#5824; {GUIDE} (measured)",
-    ),
-    *(
-        Variable(
-            name=name,
-            is_wrong=lambda value, view: "backend:malloc" in (value or ""),
-            status="fail",
-            why="backend:malloc crashes PyTorch",
-            source=f"{GUIDE}; pytorch/pytorch#187343",
-            value="expandable_segments:True",
-        )
-        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    ),
-    *(
-        Variable(
-            name=name,
-            is_wrong=_hides_gpu,
-            status="fail",
-            why="it hides every GPU from torch",
-            source="https://rocm.docs.amd.com/en/latest/conceptual/gpu-isolation.html",
-        )
-        for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+        source=f"ROCm/ROCm#5824; {FINETUNE_GUIDE} (measured)",
     ),
     Variable(
-        name="STRIXFT_DEVICE",
-        is_wrong=lambda value, view: value == "cpu" and bool(view.strix_halo),
-        status="warn",
+        names=("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+        is_wrong=lambda value, view: "backend:malloc" in (value or ""),
+        status="fail",
+        why="backend:malloc crashes PyTorch",
+        source=f"{FINETUNE_GUIDE}; pytorch/pytorch#187343",
+        value="expandable_segments:True",
+    ),
+    Variable(
+        names=("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+        is_wrong=_hides_gpu,
+        status="fail",
+        why="it hides every GPU from torch",
+        source=GPU_ISOLATION,
+    ),
+    Variable(
+        names=("STRIXFT_DEVICE",),
+        is_wrong=lambda value, view: value == "cpu" and view.strix_halo is not None,
         why="training stays on the CPU although there is a GPU",
         source="strixft.guard",
     ),
     Variable(
-        name="TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",
-        is_wrong=_rocm_without,
-        status="warn",
-        why="attention is 10 to 30 times slower without it; it must be there before torch starts",
+        names=("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",),
+        is_wrong=_lacks_aotriton,
+        why="attention is 10 to 30 times slower without it; it must be set before torch starts",
         source="lhl/strix-halo-testing: torch-therock/README.md; bkpaine1/amdsense (measured)",
         value="1",
     ),
-    *(
-        Variable(
-            name=name,
-            is_wrong=_trains_base,
-            status="warn",
-            why=f"this recipe trains every weight, and {KNOWN_ISSUES['weight-gradient'].what}",
-            source=KNOWN_ISSUES["weight-gradient"].source,
-        )
-        for name in ("ROCBLAS_USE_HIPBLASLT", "TORCH_BLAS_PREFER_HIPBLASLT")
+    Variable(
+        names=("ROCBLAS_USE_HIPBLASLT", "TORCH_BLAS_PREFER_HIPBLASLT"),
+        is_wrong=_slows_full_training,
+        why="this recipe trains every weight, and hipBLASLt computes large weight gradients two to"
+        " four times slower than rocBLAS (16.4 against 39.9 TFLOPS at 4096³)",
+        source="ROCm/TheRock#5314 (measured, confirmed by AMD)",
     ),
     Variable(
-        name="HSA_ENABLE_SDMA",
+        names=("HSA_ENABLE_SDMA",),
         is_wrong=lambda value, view: value == "0",
-        status="warn",
-        why="it turns the copy engines off; it is for a diagnosis, not for work",
+        why="it turns the copy engines off; it is for diagnosis, not for work",
         source="issue threads of ROCm/ROCm (#6530, #5853)",
     ),
     Variable(
-        name="HSA_XNACK",
+        names=("HSA_XNACK",),
         is_wrong=_is_set_on_amd,
-        status="warn",
         why="nothing here needs it; start without overrides",
         source="ianbarber/strix-halo-skills: SKILL.md",
     ),
-    *(
-        Variable(
-            name=name,
-            is_wrong=_is_on,
-            status="warn",
-            why="every kernel waits for the one before: for a diagnosis, not for work",
-            source="https://rocm.docs.amd.com/projects/HIP/en/latest/reference/env_variables.html",
-        )
-        for name in ("HIP_LAUNCH_BLOCKING", "CUDA_LAUNCH_BLOCKING", "AMD_SERIALIZE_KERNEL")
+    Variable(
+        names=("HIP_LAUNCH_BLOCKING", "CUDA_LAUNCH_BLOCKING", "AMD_SERIALIZE_KERNEL"),
+        is_wrong=_is_on,
+        why="every kernel waits for the one before it; it is for diagnosis, not for work",
+        source="https://rocm.docs.amd.com/projects/HIP/en/latest/reference/env_variables.html",
     ),
     Variable(
-        name="MKL_DEBUG_CPU_TYPE",
-        is_wrong=_is_set,
-        status="warn",
-        why="MKL ignores it since 2020 update 1; strixft mkl does what it once did",
+        names=("MKL_DEBUG_CPU_TYPE",),
+        is_wrong=lambda value, view: value is not None,
+        why="MKL has ignored it since 2020 update 1; strixft mkl does what it once did",
         source="https://danieldk.eu/Intel-MKL-on-AMD-Zen",
     ),
 )
 
 
-def _set_or_unset(variable: Variable) -> Fix:
-    if variable.value is not None:
-        line = f"export {variable.name}={variable.value}"
-        return Fix(
-            "set it now, and for every shell that comes",
-            (line, f"echo '{line}' >> ~/.profile"),
-            "start Python, or the notebook's kernel, again",
-        )
-    where = "~/.profile ~/.bashrc ~/.zshrc /etc/environment /etc/profile.d"
-    return Fix(
-        "take it away now, and where it is set",
-        (f"unset {variable.name}", f"grep -rn {variable.name} {where}"),
-        "start Python, or the notebook's kernel, again",
-    )
+def _set_or_unset(name: str, value: str | None) -> Fix:
+    line = f"export {name}={value}"
+    say, commands = "set it now and for every later shell", (line, f"echo '{line}' >> ~/.profile")
+    if value is None:
+        files = "~/.profile ~/.bashrc ~/.zshrc /etc/environment /etc/profile.d"
+        say = "unset it now and remove it where it is set"
+        commands = (f"unset {name}", f"grep -rn {name} {files}")
+    return Fix(say, commands, "restart Python, or the notebook's kernel")
 
 
 def check_environment(view: HostView) -> Iterator[Finding]:
-    """Variables that help or hurt."""
-    wrong = [v for v in VARIABLES if v.is_wrong(view.environ.get(v.name), view)]
-    for variable in wrong:
-        value = view.environ.get(variable.name)
-        yield Finding(
-            status=variable.status,
-            saw=f"{variable.name} is not set" if value is None else f"{variable.name}={value}",
-            why=variable.why,
-            fix=_set_or_unset(variable),
-            source=variable.source,
-        )
+    """Check the variables that help or hurt."""
+    pairs = [(name, row) for row in VARIABLES for name in row.names]
+    wrong = [(name, row) for name, row in pairs if row.is_wrong(view.environ.get(name), view)]
+    for name, row in wrong:
+        value = view.environ.get(name)
+        saw = f"{name} is not set" if value is None else f"{name}={value}"
+        yield Finding(row.status, saw, row.why, row.source, _set_or_unset(name, row.value))
     if not wrong:
-        names = ", ".join(variable.name for variable in VARIABLES)
-        yield Finding(
-            status="ok",
-            saw="no variable that hurts",
-            why=f"looked at {names}",
-            source=GUIDE,
-        )
+        why = f"checked {', '.join(name for name, _ in pairs)}"
+        yield Finding("ok", "no variable that hurts", why, FINETUNE_GUIDE)
 
 
-KERNEL = "python3"
-"""What the notebooks ask for."""
-
-SOURCE = "https://jupyter-client.readthedocs.io/en/stable/kernels.html"
+NOTEBOOK_KERNEL = "python3"
+"""The kernel that the notebooks ask for."""
 
 
-def _spec_folders(view: HostView) -> list[str]:
-    """Where Jupyter looks for kernels, in its order."""
+def _first_kernel(view: HostView) -> tuple[str, str] | None:
+    """File of the kernel that would start, and its program; folders in Jupyter's order."""
     given = [path for path in view.environ.get("JUPYTER_PATH", "").split(":") if path]
     user = view.environ.get("JUPYTER_DATA_DIR") or f"{view.home}/.local/share/jupyter"
-    environment = f"{view.prefix}/share/jupyter"
-    preferred = view.environ.get("JUPYTER_PREFER_ENV_PATH", "1") not in ("0", "no", "false")
-    own = [environment, user] if preferred else [user, environment]
-    return [*given, *own, "/usr/local/share/jupyter", "/usr/share/jupyter"]
-
-
-def _first_spec(view: HostView) -> tuple[str, str] | None:
-    """File of the kernel that would start, and the program in it."""
-    for folder in _spec_folders(view):
-        path = f"{folder}/kernels/{KERNEL}/kernel.json"
+    own = [f"{view.prefix}/share/jupyter", user]
+    if view.environ.get("JUPYTER_PREFER_ENV_PATH", "1") in ("0", "no", "false"):
+        own.reverse()
+    for folder in (*given, *own, "/usr/local/share/jupyter", "/usr/share/jupyter"):
+        path = f"{folder}/kernels/{NOTEBOOK_KERNEL}/kernel.json"
         try:
-            program = json.loads(view.read(path) or "")["argv"][0]
+            return path, str(json.loads(view.read(path) or "")["argv"][0])
         except (json.JSONDecodeError, KeyError, IndexError, TypeError):
             continue
-        return path, str(program)
     return None
 
 
-def _is_ours(program: str, prefix: str) -> bool:
-    """A bare `python` is replaced by the interpreter of the server."""
-    return "/" not in program or Path(program).parent == Path(prefix) / "bin"
-
-
-def check_jupyter(view: HostView) -> Iterator[Finding]:
-    """JupyterLab and its kernel."""
+def check_jupyter(view: HostView) -> Finding:
+    """Check JupyterLab and the kernel of the notebooks."""
+    source = "https://jupyter-client.readthedocs.io/en/stable/kernels.html"
     if view.package_version("jupyterlab") is None or view.package_version("ipykernel") is None:
-        yield Finding(
-            status="unknown",
-            saw=f"JupyterLab or ipykernel is not installed in {view.prefix}",
-            why="the notebooks and strixft run need them",
-            fix=Fix("install the environment", ("make setup",)),
-            source=SOURCE,
-        )
-        return
-    found = _first_spec(view)
-    if found is None or _is_ours(found[1], view.prefix):
-        where = found[0] if found else "the kernel that comes with ipykernel"
-        why = "notebooks run in this environment"
-        yield Finding(status="ok", saw=where, why=why, source=SOURCE)
-        return
-    yield Finding(
-        status="warn",
-        saw=f"kernel {KERNEL} starts {found[1]} ({found[0]}), and this is {view.prefix}",
-        why="notebooks would run in another environment, without strixft or with another torch",
-        fix=Fix(
-            "make this environment's kernel the first; strixft lab does so by itself",
-            (f"{shlex.quote(view.prefix)}/bin/python -m ipykernel install --user --name {KERNEL}",),
-        ),
-        source=SOURCE,
+        saw = f"JupyterLab or ipykernel is not installed in {view.prefix}"
+        fix = Fix("install the environment", ("make setup",))
+        return Finding("unknown", saw, "the notebooks and strixft run need them", source, fix)
+    file, program = _first_kernel(view) or ("the kernel that comes with ipykernel", "python")
+    # the server replaces a bare `python` by its own interpreter
+    if "/" not in program or Path(program).parent == Path(view.prefix) / "bin":
+        return Finding("ok", file, "notebooks run in this environment", source)
+    say = "make this environment's kernel the first; strixft lab does so by itself"
+    install = f"-m ipykernel install --user --name {NOTEBOOK_KERNEL}"
+    return Finding(
+        "warn",
+        f"kernel {NOTEBOOK_KERNEL} starts {program} ({file}), and this is {view.prefix}",
+        "notebooks would run in another environment, without strixft or with another torch",
+        source,
+        Fix(say, (f"{shlex.quote(view.prefix)}/bin/python {install}",)),
     )

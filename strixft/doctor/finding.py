@@ -1,9 +1,9 @@
-"""What a check finds: status, what was seen and where, why it matters, the fix, its source."""
+"""Findings: status, observation, reason, fix and source; and the rows of the table of checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,17 +16,17 @@ Status = Literal["fail", "warn", "unknown", "ok"]
 
 STATUSES: tuple[Status, ...] = ("fail", "warn", "unknown", "ok")
 """Worst first. `fail`: training does not work, or can freeze or crash this machine. `warn`: it
-works, with less speed, less memory or a risk. `unknown`: this could not be checked."""
+works, but with less speed, less memory or a risk. `unknown`: this could not be checked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """What to do, and what to type for it.
+    """A fix and its commands.
 
     Args:
         say: One sentence.
-        commands: Shell lines in their order; none where hands are needed, as in the BIOS.
-        restart: What has to start again before it counts: `reboot`, `log in again`.
+        commands: Shell lines in order; empty for work by hand, as in the BIOS.
+        restart: What must restart before the fix takes effect: `reboot`, `log in again`.
     """
 
     say: str
@@ -35,28 +35,33 @@ class Fix:
 
     @property
     def text(self) -> str:
-        """Sentence, commands and restart, a line each."""
+        """Sentence, commands and restart, one per line."""
         restart = (f"then: {self.restart}",) if self.restart else ()
         return "\n".join((self.say, *self.commands, *restart))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a check found."""
+    """One result of a check.
+
+    Args:
+        status: One of `STATUSES`.
+        saw: The observation and its place.
+        why: Why it matters for training.
+        source: Origin of `why`: a document, an issue, or the kernel's own interface.
+        fix: Required unless the status is `ok`.
+        check: Name of the check; filled in from `CHECKS`.
+    """
 
     status: Status
     saw: str
-    """What was seen, and where."""
     why: str
-    """Why it matters for training."""
-    fix: Fix | None = None
     source: str
-    """Who says so: a document, an issue, or the kernel's own interface."""
+    fix: Fix | None = None
     check: str = ""
-    """Name of the check; filled in by the table."""
 
     def to_dict(self) -> dict[str, str]:
-        """The six keys of `strixft doctor --json`, all text."""
+        """Return the six keys of `strixft doctor --json`, all text."""
         return {
             "check": self.check,
             "status": self.status,
@@ -67,24 +72,30 @@ class Finding:
         }
 
 
-Findings = Iterable[Finding]
-
-
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A row of `CHECKS`: its name, and the function that looks."""
+    """A row of `CHECKS`.
+
+    Args:
+        name: Name in the output.
+        look: Returns its finding or findings.
+        strix_halo: Run only on a Strix Halo.
+        outside: Do not run inside these: `container`, `wsl`.
+        needs_torch: Use the child process that imports torch.
+    """
 
     name: str
-    look: Callable[[HostView], Findings]
+    look: Callable[[HostView], Finding | Iterable[Finding] | None]
+    strix_halo: bool = False
+    outside: tuple[Literal["container", "wsl"], ...] = ()
     needs_torch: bool = False
-    """Starts a child process that imports torch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All findings, the worst first."""
+    """All findings, worst first."""
 
-    findings: tuple[Finding, ...] = field(default=())
+    findings: tuple[Finding, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -97,11 +108,11 @@ class Diagnosis:
         return tuple(finding for finding in self.findings if finding.status != "ok")
 
     def to_dict(self) -> dict[str, Any]:
-        """What `strixft doctor --json` prints."""
+        """Return the document that `strixft doctor --json` prints."""
         return {"findings": [finding.to_dict() for finding in self.findings]}
 
     def counted(self) -> str:
-        """How many of each status, as a sentence.
+        """Return the number of findings by status.
 
         >>> Diagnosis().counted()
         'nothing was checked'
@@ -121,8 +132,3 @@ def _html_row(finding: Finding) -> str:
     cells = (finding.check, finding.saw, finding.why, fix, finding.source)
     body = "".join(f"<td>{escape(cell).replace(chr(10), '<br>')}</td>" for cell in cells)
     return f"<tr><td><strong>{finding.status}</strong></td>{body}</tr>"
-
-
-def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Sorted by status; within a status as the table has them, causes before consequences."""
-    return tuple(sorted(findings, key=lambda finding: STATUSES.index(finding.status)))

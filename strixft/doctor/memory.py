@@ -1,39 +1,44 @@
-"""How much memory the GPU may use: carve-out, TTM limit, deprecated parameters."""
+"""Checks of the memory that the GPU may use: carve-out, TTM limit, parameters, other users."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from strixft.doctor.board import bios_path
+from strixft.doctor.devices import bios_path
 from strixft.doctor.distro import fix_kernel_arguments, rebuild_initramfs
 from strixft.doctor.finding import Finding, Fix
-from strixft.doctor.kernel import AMD_DOC
+from strixft.doctor.kernel import AMD_DOC, FINETUNE_GUIDE
 from strixft.doctor.view import HostView, plausible
 from strixft.support.units import GIB, format_gib
 
 PAGE = 4096
 
 RESERVE_GIB = 16
-"""What the host keeps; the recipe's `memory.reserve_gib`."""
+"""Memory left to the host without a recipe; see the recipe's `memory.reserve_gib`."""
 
 SMALL_CARVE_OUT = 2 * GIB
 
 LEAST_SHARE = 0.75
-"""A limit below this share of RAM is the default of about half, or nearly so."""
+"""Share of RAM; a lower limit is the default of about half, or nearly so."""
 
 LEFT_FOR_HOST = 4 * GIB
-"""A limit that leaves less than this is no limit."""
+"""A limit that leaves less than this to the host does not protect it."""
+
+KERNEL_PARAMETERS = "https://docs.kernel.org/gpu/amdgpu/module-parameters.html"
 
 
-def _reserve_gib(view: HostView) -> float:
+def reserve_gib(view: HostView) -> float:
+    """Return the memory that a run leaves to the host, in GiB."""
     return view.recipe.memory.reserve_gib if view.recipe else RESERVE_GIB
 
 
 def recommended_gtt_gib(memory_total: int, reserve_gib: float) -> int:
-    """RAM less the reserve in whole GiB, and never under half of RAM.
+    """Return RAM less the reserve in whole GiB, but at least half of RAM.
 
     >>> recommended_gtt_gib(125 * GIB, 16), recommended_gtt_gib(30 * GIB, 16)
     (109, 15)
@@ -42,156 +47,11 @@ def recommended_gtt_gib(memory_total: int, reserve_gib: float) -> int:
     return max(int(total - reserve_gib), total // 2)
 
 
-def _limit_arguments(view: HostView) -> str:
-    """The kernel argument that gives the recommended limit, with the module's name here."""
-    gib = recommended_gtt_gib(view.memory_total or 0, _reserve_gib(view))
+def _limit_argument(view: HostView) -> str:
+    """The kernel argument for the recommended limit, with the module's name on this host."""
+    gib = recommended_gtt_gib(view.memory_total or 0, reserve_gib(view))
     module = "amdttm" if view.exists("/sys/module/amdttm") else "ttm"
     return f"{module}.pages_limit={gib * GIB // PAGE}"
-
-
-def _old_parameter(view: HostView) -> tuple[str, ...]:
-    return tuple(name for name in ("amdgpu.gttsize",) if name in view.kernel_arguments)
-
-
-def check_carve_out(view: HostView) -> Iterator[Finding]:
-    """A large carve-out is memory that the host loses and the GPU does not need."""
-    card = view.strix_halo
-    if card is None:
-        return
-    where = f"{view.shown(card.folder)}/mem_info_vram_total"
-    vram = plausible(card.vram_total)
-    why = (
-        "the carve-out only shrinks what the host can use: with GTT larger than VRAM the driver"
-        " places device memory in GTT"
-    )
-    source = f"{AMD_DOC} (vendor); torvalds/linux@759e764"
-    if vram is None:
-        yield Finding(
-            status="unknown",
-            saw=f"{where} cannot be read, or holds no possible number: {card.vram_total}",
-            why=why,
-            fix=Fix("read what the driver says", ("sudo dmesg | grep -i 'amdgpu.*VRAM'",)),
-            source=source,
-        )
-    elif vram <= SMALL_CARVE_OUT:
-        yield Finding(status="ok", saw=f"{format_gib(vram)} ({where})", why=why, source=source)
-    else:
-        yield Finding(
-            status="warn",
-            saw=f"{format_gib(vram)} are carved out for VRAM ({where})",
-            why=why,
-            fix=Fix(f"set it to 0.5 GB in the BIOS: {bios_path(view)}", (), "reboot"),
-            source=source,
-        )
-
-
-def check_gtt(view: HostView) -> Iterator[Finding]:
-    """What the kernel lets the GPU map, against RAM."""
-    card, total = view.strix_halo, plausible(view.memory_total)
-    if card is None:
-        return
-    gtt = plausible(card.gtt_total)
-    where = f"{view.shown(card.folder)}/mem_info_gtt_total"
-    if gtt is None or not total:
-        yield Finding(
-            status="unknown",
-            saw=f"{where}: {card.gtt_total}; MemTotal: {view.memory_total}",
-            why="without both, nobody knows what a run may use",
-            fix=Fix("read both by hand", (f"cat {where}", "grep MemTotal /proc/meminfo")),
-            source=AMD_DOC,
-        )
-        return
-    saw = f"{format_gib(gtt)} of {format_gib(total)} RAM ({where})"
-    if gtt < LEAST_SHARE * total and (card.vram_total or 0) < gtt:
-        yield _too_low(view, saw, total)
-    elif gtt > total - LEFT_FOR_HOST:
-        yield _no_limit(view, saw)
-    else:
-        why = "the GPU may map this much, and the kernel refuses more"
-        yield Finding(status="ok", saw=saw, why=why, source=AMD_DOC)
-
-
-def module_option(view: HostView, option: str) -> Path | None:
-    """File of `/etc/modprobe.d` that sets an option, such as `pages_limit`."""
-    for path in view.glob("/etc/modprobe.d/*.conf"):
-        if re.search(rf"^options\s.*\b{option}=", view.read(path) or "", re.MULTILINE):
-            return path
-    return None
-
-
-def _set_limit(view: HostView, say: str) -> Fix:
-    """The limit where it is set now (AMD's `amd-ttm` writes a file), else on the command line."""
-    arguments = _limit_arguments(view)
-    path = module_option(view, "pages_limit")
-    if path is None or _pages_limit(view):
-        return fix_kernel_arguments(view, say, add=arguments, remove=_old_parameter(view))
-    edit = rf"s/\b(pages_limit=)[0-9]+/\1{arguments.partition('=')[2]}/"
-    command = f"sudo sed -i -E '{edit}' {shlex.quote(view.shown(path))}"
-    return Fix(say, (command, *rebuild_initramfs(view)), "reboot")
-
-
-def _too_low(view: HostView, saw: str, total: int) -> Finding:
-    gib = recommended_gtt_gib(total, _reserve_gib(view))
-    return Finding(
-        status="warn",
-        saw=f"the GPU may map {saw}",
-        why="the default is about half of RAM: larger runs stop for want of memory that is there",
-        fix=_set_limit(view, f"raise the limit to {gib} GiB"),
-        source=f"{AMD_DOC} (vendor); antirez/ds4 PR #871 (measured: pages × 4096 = GTT)",
-    )
-
-
-def _no_limit(view: HostView, saw: str) -> Finding:
-    return Finding(
-        status="warn",
-        saw=f"the GPU may map {saw}",
-        why="a limit of all of RAM leaves the host nothing: an over-commit freezes the machine"
-        " instead of raising an error",
-        fix=_set_limit(view, "keep some for the host"),
-        source="h34v3nzc0dex/strix-halo-llm-finetune-guide: README.md; ROCm/ROCm#6370 (measured)",
-    )
-
-
-def check_memory_parameters(view: HostView) -> Iterator[Finding]:
-    """Parameters that are deprecated, or that belong to another driver."""
-    if view.strix_halo is None:
-        return
-    wrong = [*_deprecated(view), *_foreign(view)]
-    yield from wrong or [
-        Finding(
-            status="ok",
-            saw="no deprecated memory parameter (/proc/cmdline)",
-            why="only pages_limit sets the limit",
-            source="https://docs.kernel.org/gpu/amdgpu/module-parameters.html",
-        )
-    ]
-
-
-def _deprecated(view: HostView) -> Iterator[Finding]:
-    value = view.read_int("/sys/module/amdgpu/parameters/gttsize")
-    given = view.kernel_arguments.get("amdgpu.gttsize")
-    if given is None and (value is None or value == -1):
-        return
-    path = module_option(view, "gttsize")
-    where = view.shown(path) if path else "/proc/cmdline"
-    yield Finding(
-        status="warn",
-        saw=f"amdgpu.gttsize={given or value} MiB ({where})",
-        why="the kernel calls gttsize deprecated and will remove it; two limits that differ hide"
-        " which one counts",
-        fix=_without_gttsize(view, path if given is None else None),
-        source="https://docs.kernel.org/gpu/amdgpu/module-parameters.html",
-    )
-
-
-def _without_gttsize(view: HostView, path: Path | None) -> Fix:
-    keep = "" if _pages_limit(view) else _limit_arguments(view)
-    say = "set the limit by ttm alone"
-    if path is None:
-        return fix_kernel_arguments(view, say, add=keep, remove=("amdgpu.gttsize",))
-    command = rf"sudo sed -i -E 's/ ?\bgttsize=[0-9]+//' {shlex.quote(view.shown(path))}"
-    limit = fix_kernel_arguments(view, say, add=keep).commands if keep else ()
-    return Fix(say, (command, *rebuild_initramfs(view), *limit), "reboot")
 
 
 def _pages_limit(view: HostView) -> str | None:
@@ -199,19 +59,192 @@ def _pages_limit(view: HostView) -> str | None:
     return arguments.get("ttm.pages_limit") or arguments.get("amdttm.pages_limit")
 
 
-def _foreign(view: HostView) -> Iterator[Finding]:
+def _file_with_option(view: HostView, option: str) -> Path | None:
+    """The file of `/etc/modprobe.d` that sets an option, such as `pages_limit`."""
+    for path in view.glob("/etc/modprobe.d/*.conf"):
+        if re.search(rf"^options\s.*\b{option}=", view.read(path) or "", re.MULTILINE):
+            return path
+    return None
+
+
+def check_carve_out(view: HostView) -> Finding:
+    """Check for a large carve-out, which the host loses and the GPU does not need."""
+    vram = plausible(view.card.vram_total)
+    where = f"{view.shown(view.card.folder)}/mem_info_vram_total"
+    why = (
+        "the carve-out only shrinks what the host can use: with GTT larger than VRAM the driver"
+        " places device memory in GTT"
+    )
+    source = f"{AMD_DOC} (vendor); torvalds/linux@759e764"
+    if vram is None:
+        saw = f"{where} cannot be read or holds an impossible number: {view.card.vram_total}"
+        fix = Fix("read the driver's messages", ("sudo dmesg | grep -i 'amdgpu.*VRAM'",))
+        return Finding("unknown", saw, why, source, fix)
+    if vram <= SMALL_CARVE_OUT:
+        return Finding("ok", f"{format_gib(vram)} ({where})", why, source)
+    saw = f"{format_gib(vram)} are carved out for VRAM ({where})"
+    fix = Fix(f"set it to 0.5 GB in the BIOS: {bios_path(view)}", restart="reboot")
+    return Finding("warn", saw, why, source, fix)
+
+
+def _set_limit(view: HostView, say: str) -> Fix:
+    """Change the limit in the file that sets it (AMD's `amd-ttm` writes one), else at boot."""
+    argument = _limit_argument(view)
+    path = _file_with_option(view, "pages_limit")
+    if path is None or _pages_limit(view):
+        old = tuple(name for name in ("amdgpu.gttsize",) if name in view.kernel_arguments)
+        return fix_kernel_arguments(view, say, add=argument, remove=old)
+    edit = rf"s/\b(pages_limit=)[0-9]+/\1{argument.partition('=')[2]}/"
+    command = f"sudo sed -i -E '{edit}' {shlex.quote(view.shown(path))}"
+    return Fix(say, (command, *rebuild_initramfs(view)), "reboot")
+
+
+def check_gtt(view: HostView) -> Finding:
+    """Compare the memory that the kernel lets the GPU map with RAM."""
+    card, gtt, total = view.card, plausible(view.card.gtt_total), plausible(view.memory_total)
+    where = f"{view.shown(card.folder)}/mem_info_gtt_total"
+    if gtt is None or not total:
+        saw = f"{where}: {card.gtt_total}; MemTotal: {view.memory_total}"
+        why = "without both, the memory that a run may use is unknown"
+        fix = Fix("read both by hand", (f"cat {where}", "grep MemTotal /proc/meminfo"))
+        return Finding("unknown", saw, why, AMD_DOC, fix)
+    saw = f"{format_gib(gtt)} of {format_gib(total)} RAM ({where})"
+    if gtt < LEAST_SHARE * total and (card.vram_total or 0) < gtt:
+        limit = recommended_gtt_gib(total, reserve_gib(view))
+        return Finding(
+            "warn",
+            f"the GPU may map {saw}",
+            "the default is about half of RAM: larger runs stop although there is memory left",
+            f"{AMD_DOC} (vendor); antirez/ds4 PR #871 (measured: pages × 4096 = GTT)",
+            _set_limit(view, f"raise the limit to {limit} GiB"),
+        )
+    if gtt > total - LEFT_FOR_HOST:
+        return Finding(
+            "warn",
+            f"the GPU may map {saw}",
+            "a limit of all RAM leaves the host nothing: an over-commit freezes the machine"
+            " instead of raising an error",
+            f"{FINETUNE_GUIDE}; ROCm/ROCm#6370 (measured)",
+            _set_limit(view, "keep some for the host"),
+        )
+    return Finding("ok", saw, "the GPU may map this much; the kernel refuses more", AMD_DOC)
+
+
+def check_memory_parameters(view: HostView) -> Iterator[Finding]:
+    """Check for parameters that are deprecated or belong to another driver."""
+    wrong = [found for found in (_find_gttsize(view), _find_foreign(view)) if found]
+    saw = "no deprecated memory parameter (/proc/cmdline)"
+    ok = Finding("ok", saw, "only pages_limit sets the limit", KERNEL_PARAMETERS)
+    yield from wrong or [ok]
+
+
+def _find_gttsize(view: HostView) -> Finding | None:
+    value = view.read_int("/sys/module/amdgpu/parameters/gttsize")
+    given = view.kernel_arguments.get("amdgpu.gttsize")
+    if given is None and value in (None, -1):
+        return None
+    path = _file_with_option(view, "gttsize")
+    limit = "" if _pages_limit(view) else _limit_argument(view)
+    say = "set the limit by ttm alone"
+    if path is None or given is not None:
+        fix = fix_kernel_arguments(view, say, add=limit, remove=("amdgpu.gttsize",))
+    else:
+        edit = rf"sudo sed -i -E 's/ ?\bgttsize=[0-9]+//' {shlex.quote(view.shown(path))}"
+        set_limit = fix_kernel_arguments(view, say, add=limit).commands if limit else ()
+        fix = Fix(say, (edit, *rebuild_initramfs(view), *set_limit), "reboot")
+    where = view.shown(path) if path else "/proc/cmdline"
+    why = (
+        "the kernel calls gttsize deprecated and will remove it; two different limits hide the"
+        " one that counts"
+    )
+    saw = f"amdgpu.gttsize={given or value} MiB ({where})"
+    return Finding("warn", saw, why, KERNEL_PARAMETERS, fix)
+
+
+def _find_foreign(view: HostView) -> Finding | None:
     """`amdttm.*` with the kernel's own driver, or `ttm.*` with AMD's."""
     out_of_tree = view.exists("/sys/module/amdttm")
     wrong = "ttm.pages_limit" if out_of_tree else "amdttm.pages_limit"
     if wrong not in view.kernel_arguments:
-        return
+        return None
     driver = "AMD's (amdgpu-dkms)" if out_of_tree else "the kernel's own"
-    yield Finding(
-        status="warn",
-        saw=f"{wrong} in /proc/cmdline, and the driver is {driver} (/sys/module)",
-        why="the name belongs to the other driver, so the limit is not set",
-        fix=fix_kernel_arguments(
-            view, "use this driver's name", add=_limit_arguments(view), remove=(wrong,)
-        ),
-        source="ROCm/ROCm#5562, ROCm/ROCm#5595",
+    argument = _limit_argument(view)
+    return Finding(
+        "warn",
+        f"{wrong} in /proc/cmdline, but the driver is {driver} (/sys/module)",
+        "the name belongs to the other driver, so the limit is not set",
+        "ROCm/ROCm#5562, ROCm/ROCm#5595",
+        fix_kernel_arguments(view, "use this driver's name", add=argument, remove=(wrong,)),
     )
+
+
+DESKTOP = 4 * GIB
+"""A desktop with two screens holds less."""
+
+STOP = {
+    "ollama": "sudo systemctl stop ollama",
+    "lemonade": "lemonade-server stop || sudo systemctl stop lemonade-server",
+    "lemond": "sudo systemctl stop lemonade-server",
+}
+"""Commands for servers that restart a killed worker, by the beginning of the process name."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryHolder:
+    """A process and the device memory that it holds."""
+
+    pid: int
+    name: str
+    num_bytes: int
+
+    @property
+    def stop(self) -> str:
+        """The command that ends it."""
+        known = (stop for name, stop in STOP.items() if self.name.startswith(name))
+        return next(known, f"kill {self.pid}")
+
+
+def _held_bytes(view: HostView, pid: str) -> int:
+    """Bytes of one process: of its graphics clients, or of its compute queues if that is more."""
+    clients: dict[str, int] = {}
+    for path in view.glob(f"/proc/{pid}/fdinfo/*"):
+        text = view.read(path) or ""
+        if re.search(r"drm-driver:[\t ]amdgpu", text):
+            client = re.search(r"drm-client-id:\s*(\d+)", text)
+            regions = re.findall(r"drm-(?:memory|resident)-(gtt|vram):\s*(\d+) KiB", text)
+            held = sum(int(kib) * 1024 for kib in dict(regions).values())
+            name = client[1] if client else ""
+            clients[name] = max(held, clients.get(name, 0))  # several files share a client
+    queues = view.glob(f"/sys/class/kfd/kfd/proc/{pid}/vram_*")
+    compute = plausible(sum(view.read_int(path) or 0 for path in queues))
+    return max(sum(clients.values()), compute or 0)
+
+
+def find_holders(view: HostView) -> list[MemoryHolder]:
+    """Return processes that hold device memory, largest first; those of others only as root."""
+    pids = [path.name for path in view.glob("/proc/[0-9]*") if path.name != str(os.getpid())]
+    found = [
+        MemoryHolder(int(pid), view.read(f"/proc/{pid}/comm") or "?", held)
+        for pid in pids
+        if (held := _held_bytes(view, pid)) > 0
+    ]
+    return sorted(found, key=lambda holder: -holder.num_bytes)
+
+
+def check_holders(view: HostView) -> Finding:
+    """Check for memory that other processes hold."""
+    card = view.card
+    used = (plausible(card.gtt_used) or 0) + (plausible(card.vram_used) or 0)
+    large = [holder for holder in find_holders(view) if holder.num_bytes > GIB]
+    saw = f"{format_gib(used)} in use ({view.shown(card.folder)}/mem_info_gtt_used, …vram_used)"
+    why = "a run gets what is left; an inference server keeps its model for minutes or forever"
+    source = "https://docs.kernel.org/gpu/drm-usage-stats.html; /sys/class/kfd/kfd/proc"
+    if used <= DESKTOP and sum(holder.num_bytes for holder in large) <= DESKTOP:
+        return Finding("ok", saw, why, source)
+    names = ", ".join(f"{h.name} (pid {h.pid}) {format_gib(h.num_bytes)}" for h in large[:5])
+    fix = Fix("list them as root", ("sudo strixft doctor --no-torch",))
+    if large:
+        commands = tuple(dict.fromkeys(holder.stop for holder in large[:5]))
+        fix = Fix("stop them before training", commands)
+    saw = f"{saw}: {names or 'by processes that only root can see'}"
+    return Finding("warn", saw, why, source, fix)

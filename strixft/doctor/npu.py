@@ -1,4 +1,4 @@
-"""IOMMU and NPU: the one hides the other, and a run needs neither."""
+"""Checks of IOMMU and NPU: the one hides the other, and a run needs neither."""
 
 from __future__ import annotations
 
@@ -27,46 +27,35 @@ def _iommu_off(view: HostView) -> bool:
     return "off" in (arguments.get("amd_iommu"), arguments.get("iommu"))
 
 
-def check_iommu(view: HostView) -> Iterator[Finding]:
-    """What the IOMMU costs, and what its absence hides."""
-    if view.strix_halo is None or view.is_wsl:
-        return
+def check_iommu(view: HostView) -> Finding:
+    """Check the IOMMU, which costs some speed and without which there is no NPU."""
     cost = "kyuz0/amd-strix-halo-toolboxes#66; lhl/strix-halo-testing: hardware-test (measured)"
     if not _iommu_off(view):
         mode = view.kernel_arguments.get("iommu") or "default"
-        yield Finding(
-            status="ok",
-            saw=f"IOMMU on, mode {mode} (/proc/cmdline)",
-            why="the NPU needs it; amd_iommu=off reads memory about 6 % faster and generates up to"
-            " 12 % faster in llama.cpp",
-            source=f"{cost}; {LEMONADE}",
+        why = (
+            "the NPU needs it; amd_iommu=off reads memory about 6 % faster and generates up to 12 %"
+            " faster in llama.cpp"
         )
-        return
-    yield Finding(
-        status="warn",
-        saw="the IOMMU is off (/proc/cmdline)",
-        why="Linux has no NPU then, so it cannot judge answers while the GPU trains, and no device"
-        " is kept out of memory; it frees no memory for the NPU, as some guides say",
-        fix=fix_kernel_arguments(
+        saw = f"IOMMU on, mode {mode} (/proc/cmdline)"
+        return Finding("ok", saw, why, f"{cost}; {LEMONADE}")
+    return Finding(
+        "warn",
+        "the IOMMU is off (/proc/cmdline)",
+        "Linux then has no NPU, so the NPU cannot judge answers while the GPU trains, and every"
+        " device can reach all memory; turning it off does not free memory for the NPU, as some"
+        " guides say",
+        f"{LEMONADE}; antirez/ds4 PR #871; {cost}",
+        fix_kernel_arguments(
             view,
-            "turn it on again; or keep it off, if you want the 5 to 12 % more than the NPU",
+            "turn it on again; or keep it off if you prefer the 5 to 12 % to the NPU",
             add="iommu=pt",
             remove=("amd_iommu", "iommu"),
         ),
-        source=f"{LEMONADE}; antirez/ds4 PR #871; {cost}",
-    )
-
-
-def _has_npu(view: HostView) -> bool:
-    ids = [path.parent for path in view.glob("/sys/bus/pci/devices/*/device")]
-    return any(
-        view.read(folder / "device") == NPU_DEVICE and view.read(folder / "vendor") == "0x1022"
-        for folder in ids
     )
 
 
 def firmware_version(view: HostView) -> tuple[int, ...] | None:
-    """Firmware of the NPU, as its driver says."""
+    """Return the NPU's firmware version, as its driver reports it."""
     for path in view.glob("/sys/bus/pci/drivers/amdxdna/*/fw_version"):
         numbers = re.findall(r"\d+", view.read(path) or "")
         if numbers:
@@ -74,71 +63,45 @@ def firmware_version(view: HostView) -> tuple[int, ...] | None:
     return None
 
 
-def _memlock_limited(view: HostView) -> bool:
-    text = view.read("/proc/self/limits") or ""
-    found = re.search(r"Max locked memory\s+(\S+)", text)
-    return found is not None and found[1] != "unlimited"
-
-
 def check_npu(view: HostView) -> Iterator[Finding]:
-    """The NPU as a judge beside training; a run does not need it."""
-    if view.strix_halo is None or _iommu_off(view) or view.is_wsl:
+    """Check the NPU as a judge beside training; a run does not need it."""
+    if _iommu_off(view):
         return
     if not view.exists(ACCEL):
-        yield Finding(
-            status="ok",
-            saw=f"no {ACCEL}; NPU on the PCI bus: {'yes' if _has_npu(view) else 'no'}",
-            why=f"training does not use it; as a judge it needs amdxdna of kernel 7.0 or its DKMS"
-            f" package: {DOC}",
-            source=LEMONADE,
+        paths = view.glob("/sys/bus/pci/devices/*/device")
+        ids = {(view.read(path), view.read(path.with_name("vendor"))) for path in paths}
+        on_bus = "yes" if (NPU_DEVICE, "0x1022") in ids else "no"
+        why = (
+            "training does not use it; as a judge it needs amdxdna of kernel 7.0 or its DKMS"
+            f" package: {DOC}"
         )
+        yield Finding("ok", f"no {ACCEL}; NPU on the PCI bus: {on_bus}", why, LEMONADE)
         return
-    wrong = list(_npu_faults(view))
     version = firmware_version(view)
     shown = ".".join(map(str, version)) if version else "unknown"
-    yield from wrong or [
-        Finding(
-            status="ok",
-            saw=f"{ACCEL}, firmware {shown}",
-            why="ready for FastFlowLM; crashes were reported with ROCm at work beside it"
-            " (amd/xdna-driver#1605), so a judge's failure must not end a run",
-            source=LEMONADE,
+    limit = re.search(r"Max locked memory\s+(\S+)", view.read("/proc/self/limits") or "")
+    old = version is not None and version < LEAST_FIRMWARE
+    closed = not view.can_open(view.path(ACCEL))
+    limited = limit is not None and limit[1] != "unlimited"
+    if old:
+        saw = f"NPU firmware {shown} (fw_version of amdxdna)"
+        fix = Fix(f"install newer NPU firmware with linux-firmware: {DOC}", ("flm validate",))
+        yield Finding("warn", saw, "FastFlowLM needs 1.1.0.0", LEMONADE, fix)
+    if closed:
+        saw, command = f"{view.user.name} may not open {ACCEL}", "sudo usermod -aG render"
+        commands = (f"{command} {shlex.quote(view.user.name)}",)
+        fix = Fix("join the group of the device", commands, "log in again")
+        yield Finding("warn", saw, "FastFlowLM cannot use the NPU", LEMONADE, fix)
+    if limited:
+        file = "/etc/security/limits.d/90-npu.conf"
+        command = f"echo '@render - memlock unlimited' | sudo tee {file}"
+        fix = Fix("lift the limit for the group", (command,), "log in again")
+        why = "the NPU's buffers are locked pages; models do not load"
+        saw = "locked memory is limited (/proc/self/limits)"
+        yield Finding("warn", saw, why, LEMONADE, fix)
+    if not (old or closed or limited):
+        why = (
+            "ready for FastFlowLM; crashes were reported with ROCm busy beside it"
+            " (amd/xdna-driver#1605), so a judge's failure must not end a run"
         )
-    ]
-
-
-def _npu_faults(view: HostView) -> Iterator[Finding]:
-    version = firmware_version(view)
-    if version is not None and version < LEAST_FIRMWARE:
-        yield Finding(
-            status="warn",
-            saw=f"NPU firmware {'.'.join(map(str, version))} (fw_version of amdxdna)",
-            why="FastFlowLM needs 1.1.0.0",
-            fix=Fix(f"install newer NPU firmware with linux-firmware: {DOC}", ("flm validate",)),
-            source=LEMONADE,
-        )
-    if not view.can_open(view.path(ACCEL)):
-        yield Finding(
-            status="warn",
-            saw=f"{view.user.name} may not open {ACCEL}",
-            why="FastFlowLM cannot use the NPU",
-            fix=Fix(
-                "join the group of the device",
-                (f"sudo usermod -aG render {shlex.quote(view.user.name)}",),
-                "log in again",
-            ),
-            source=LEMONADE,
-        )
-    if _memlock_limited(view):
-        line = "@render - memlock unlimited"
-        yield Finding(
-            status="warn",
-            saw="locked memory is limited (/proc/self/limits)",
-            why="the NPU's buffers are locked pages; models do not load",
-            fix=Fix(
-                "lift the limit for the group",
-                (f"echo '{line}' | sudo tee /etc/security/limits.d/90-npu.conf",),
-                "log in again",
-            ),
-            source=LEMONADE,
-        )
+        yield Finding("ok", f"{ACCEL}, firmware {shown}", why, LEMONADE)

@@ -1,61 +1,52 @@
-"""The child of `strixft.doctor.probe`: uses torch for real, one step after the other.
+"""The child process of the doctor: tries torch, one step after the other.
 
-Run as `python -m strixft.doctor.probe_child FILE`; writes JSON lines to FILE, see `strixft.child`.
+Run as `python -m strixft.doctor.probe_child FILE`; writes JSON lines to FILE, see
+`strixft.support.child`. Attention and 4-bit weights are judged by `strixft.probe`.
+
+Shapes: N tokens, C size of the hidden states, V size of the vocabulary.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from strixft.attention.backends import BACKENDS, Heads
+from strixft.model.load import native_dtype
+from strixft.probe.attention import measure_rung
 from strixft.probe.weights import round_trip
 from strixft.support.child import Figures, do_steps
-
-ATTENTION_ERROR = {"bfloat16": 0.05, "float16": 0.02, "float32": 1e-3}
-"""Largest error allowed, relative to the largest value of the float32 reference."""
-
-HEAD_ERROR = 0.05
 
 HEAD_SIZES = (64, 72, 80, 96, 128, 256)
 """72 is where AOTriton gives NaN (ROCm/aotriton#179); 256 is Gemma's."""
 
-
-def device() -> torch.device:
-    """The GPU if torch has one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEAD_ERROR = 0.05
+"""Largest error of the loss's gradients, relative to their length."""
 
 
-def compute_dtype() -> torch.dtype:
-    """What training computes in on this device."""
-    if device().type == "cpu":
-        return torch.float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _wait() -> None:
-    if device().type == "cuda":
-        torch.cuda.synchronize()
+def _dtype() -> torch.dtype:
+    """The dtype that training computes in on this device."""
+    on_gpu = _device() == "cuda"
+    bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return native_dtype(_device(), bfloat16=bfloat16)
 
 
-def _gpu() -> Figures:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "arch": str(getattr(properties, "gcnArchName", "")).partition(":")[0],
-        "total_bytes": properties.total_memory,
-        "devices": torch.cuda.device_count(),
-    }
+def _dtype_name() -> str:
+    return str(_dtype()).removeprefix("torch.")
 
 
 def describe_build() -> Figures:
-    """Version, what the build is for, and what it sees."""
+    """Return the version of torch, what it was built for, and the devices that it sees."""
     figures: Figures = {
         "version": torch.__version__,
         "hip": torch.version.hip,
@@ -64,130 +55,74 @@ def describe_build() -> Figures:
         "device": "cpu",
         "devices": 0,
     }
-    if device().type == "cuda":
-        figures |= _gpu()
+    if _device() == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        figures |= {
+            "device": properties.name,
+            "arch": str(getattr(properties, "gcnArchName", "")).partition(":")[0],
+            "total_bytes": properties.total_memory,
+            "devices": torch.cuda.device_count(),
+        }
         torch.ones(8, device="cuda").sum().item()  # the first kernel, and the first wait for one
     return figures
 
 
-def relative_error(found: Tensor, reference: Tensor) -> float:
-    """Length of the difference ÷ length of the reference."""
-    difference = found.float() - reference.float()
-    return float(difference.norm() / reference.float().norm())
-
-
-def round_trip_nf4() -> Figures:
-    """Weights in 4 bits, there and back."""
-    return round_trip(device().type, str(compute_dtype()).removeprefix("torch."))
-
-
-def _attention_inputs(head_size: int) -> list[Tensor]:
-    """Queries, keys, values: (B, H, T, D), four heads of queries to one of keys."""
-    torch.manual_seed(0)
-    shapes = ((1, 4, 128, head_size), (1, 1, 128, head_size), (1, 1, 128, head_size))
-    return [torch.randn(shape) for shape in shapes]
-
-
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax written out: the reference that no kernel can share a fault with."""
-    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5  # (B, H, T, T)
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    weights: Tensor = scores.masked_fill(future, float("-inf")).softmax(-1)
-    return weights @ value
-
-
-def _fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=True
+def _measure_attention(backend: str, head_size: int) -> Figures:
+    """Probe a backend: forward and backward, four heads of queries to one of keys."""
+    heads = Heads(
+        model_type="llama",
+        head_size=head_size,
+        query_heads=4,
+        key_heads=1,
+        softcap=None,
+        windowed=False,
     )
-
-
-def _with_gradients(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]
-) -> list[Tensor]:
-    """The result, and the gradients of the inputs for the sum of its squares."""
-    query, key, value = (tensor.detach().clone().requires_grad_() for tensor in inputs)
-    result = attend(query, key, value)
-    result.float().square().sum().backward()
-    return [result.detach(), *(leaf.grad for leaf in (query, key, value) if leaf.grad is not None)]
-
-
-def largest_error(found: list[Tensor], reference: list[Tensor]) -> float:
-    """Largest difference of any tensor, relative to the largest value of its reference."""
-    errors = [
-        float((a.float().cpu() - b.float().cpu()).abs().max() / b.float().abs().max())
-        for a, b in zip(found, reference, strict=True)
-    ]
-    return max(errors, key=lambda error: float("inf") if error != error else error)
-
-
-def _allowed() -> float:
-    return ATTENTION_ERROR[str(compute_dtype()).removeprefix("torch.")]
+    row = asdict(BACKENDS[backend])
+    return measure_rung(row, asdict(heads), device=_device(), dtype=_dtype_name())
 
 
 def check_attention() -> Figures:
-    """SDPA forward and backward against plain float32, for the head sizes that models have."""
-    errors: dict[int, float] = {}
-    milliseconds: dict[int, float] = {}
-    for size in HEAD_SIZES:
-        inputs = [tensor.to(compute_dtype()) for tensor in _attention_inputs(size)]
-        reference = _with_gradients(_plain_attention, [tensor.float() for tensor in inputs])
-        on_device = [tensor.to(device()) for tensor in inputs]
-        _with_gradients(_fused_attention, on_device)  # the first call may compile
-        _wait()
-        began = time.perf_counter()
-        found = _with_gradients(_fused_attention, on_device)
-        _wait()
-        milliseconds[size] = round((time.perf_counter() - began) * 1e3, 2)
-        errors[size] = largest_error(found, reference)
-    wrong = [size for size, error in errors.items() if not error < _allowed()]
-    figures: Figures = {"dtype": str(compute_dtype()), "errors": errors, "ms": milliseconds}
+    """Try SDPA, forward and backward, for the head sizes that models have."""
+    found = {size: _measure_attention("sdpa", size) for size in HEAD_SIZES}
+    figures: Figures = {
+        "dtype": str(_dtype()),
+        "errors": {size: row["error"] for size, row in found.items()},
+        "ms": {size: row["forward_ms"] + row["backward_ms"] for size, row in found.items()},
+    }
+    wrong = [str(size) for size, row in found.items() if "problem" in row]
     if wrong:
-        figures["problem"] = f"wrong or no numbers at head size {', '.join(map(str, wrong))}"
+        figures["problem"] = f"wrong or not finite at head size {', '.join(wrong)}"
     return figures
 
 
 def check_flex() -> Figures:
-    """Flex attention, compiled, forward and backward; it has no fast path on a CPU."""
-    if device().type == "cpu":
+    """Try compiled flex attention; it has no gradients on a CPU."""
+    if _device() not in BACKENDS["flex"].devices:
         return {"skipped": "flex attention is compiled for a GPU only"}
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query >= key
-
-    mask = create_block_mask(causal, None, None, 128, 128, device="cuda")
-    compiled: Any = torch.compile(flex_attention)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result: Tensor = compiled(query, key, value, block_mask=mask, enable_gqa=True)
-        return result
-
-    inputs = [tensor.to(compute_dtype()) for tensor in _attention_inputs(64)]
-    found = _with_gradients(attend, [tensor.to(device()) for tensor in inputs])
-    error = largest_error(found, _with_gradients(_plain_attention, [t.float() for t in inputs]))
-    figures: Figures = {"error": error}
-    if not error < _allowed():
-        figures["problem"] = f"error {error:.3g} of the largest value"
-    return figures
+    return _measure_attention("flex", 64)
 
 
 def check_head() -> Figures:
-    """TRL's fused head, forward and backward, against plain cross-entropy."""
-    from trl.kernels import ChunkedLogProbFunction
+    """Compare our chunked head, forward and backward, with plain cross-entropy."""
+    from strixft.step.loss import chunked_cross_entropy
 
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 128), torch.randn(1000, 128) * 0.1  # (N, C), (V, C)
-    targets = torch.randint(0, 1000, (64,))
-    plain = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
-    torch.nn.functional.cross_entropy(plain[0] @ plain[1].T, targets, reduction="sum").backward()
-    fused = [t.to(device(), compute_dtype()).requires_grad_() for t in (hidden, weight)]
-    logprobs = ChunkedLogProbFunction.apply(*fused, None, targets.to(device()), 1.0, 512)[0]
-    (-logprobs.sum()).backward()
-    pairs = zip(fused, plain, strict=True)
-    error = max(relative_error(a.grad.cpu(), b.grad) for a, b in pairs)  # type: ignore[union-attr,arg-type]
+    targets = torch.randint(0, 1000, (64,))  # (N,)
+
+    def gradients(loss: Callable[..., Tensor], device: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(device, dtype).requires_grad_() for tensor in (hidden, weight)]
+        found = torch.autograd.grad(loss(*leaves, targets.to(device)), leaves)
+        return [tensor.float().cpu() for tensor in found]
+
+    def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+
+    due = gradients(plain, "cpu", torch.float32)
+    found = gradients(chunked_cross_entropy, _device(), _dtype())
+    error = max(float((a - b).norm() / b.norm()) for a, b in zip(found, due, strict=True))
     figures: Figures = {"relative_error": error}
-    if not error < HEAD_ERROR:
+    if not error < HEAD_ERROR:  # NaN is not less
         figures["problem"] = f"gradients are off by {error:.3g} of their length"
     return figures
 
@@ -205,11 +140,11 @@ def _tiny_model() -> Any:
         max_position_embeddings=128,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(device(), compute_dtype())
+    return LlamaForCausalLM(config).to(_device(), _dtype())
 
 
 def train_step() -> Figures:
-    """Three updates of a LoRA on a model of two layers, by the product's own training step."""
+    """Update a LoRA on a model of two layers three times, with the product's training step."""
     from strixft.catalog.methods import METHODS
     from strixft.data.batches import collate, on_device
     from strixft.model.adapter import attach_adapter
@@ -219,7 +154,7 @@ def train_step() -> Figures:
     model = attach_adapter(_tiny_model(), METHODS["lora"], Lora(r=4, alpha=8))
     step = TrainingStep(model, Train(learning_rate=0.01))
     rows = [{"input_ids": list(range(1, 65)), "trained": [True] * 64} for _ in range(2)]
-    batch = on_device(collate(rows), device())
+    batch = on_device(collate(rows), torch.device(_device()))
     losses = [float(step.update([batch])) for _ in range(3)]
     figures: Figures = {"losses": losses}
     if not losses[-1] < losses[0]:
@@ -227,21 +162,21 @@ def train_step() -> Figures:
     return figures
 
 
-WORK: Mapping[str, Callable[[], Figures]] = {
+STEPS: Mapping[str, Callable[[], Figures]] = {
     "import": describe_build,
-    "nf4": round_trip_nf4,
+    "nf4": lambda: round_trip(_device(), _dtype_name()),
     "attention": check_attention,
     "head": check_head,
     "step": train_step,
-    "flex": check_flex,
+    "flex": check_flex,  # last: it compiles longest
 }
 
 
 def main(output: Path) -> None:
-    """Do every step."""
-    if device().type == "cpu":
-        torch.set_num_threads(1)  # threads that wait for each other cost more than they bring here
-    do_steps(output, WORK)
+    """Take every step."""
+    if _device() == "cpu":
+        torch.set_num_threads(1)  # the work is small there; threads would wait for each other
+    do_steps(output, STEPS)
 
 
 if __name__ == "__main__":

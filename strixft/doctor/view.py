@@ -1,7 +1,7 @@
 """The host as the checks see it: files under a root, outputs of commands, the environment.
 
-Every part can be given, so that a recorded host is checked by the same code as this machine.
-Nothing here raises for a file that is absent, unreadable or not text: it is None.
+Every part can be replaced, so the same code checks a recorded host and this machine. A file that is
+absent, unreadable or not text reads as None; nothing here raises for it.
 """
 
 from __future__ import annotations
@@ -24,46 +24,42 @@ from strixft.catalog.hosts import AmdCard, read_amd_cards
 from strixft.recipe.schema import Recipe
 from strixft.support.child import Probe, run_steps
 
-STEPS = ("import", "nf4", "attention", "head", "step", "flex")
-"""What the child does, in its order; what compiles longest comes last."""
-
-LIMIT_S = 120.0
-"""A first run on a new GPU compiles kernels; seconds are the rule."""
+PROBE_LIMIT_S = 120.0
+"""A first run on a new GPU compiles kernels; it usually takes seconds."""
 
 CHILD = (sys.executable, "-m", "strixft.doctor.probe_child")
 
+COMMAND_LIMIT_S = 3.0
 
-def run_probe(limit_s: float = LIMIT_S, command: Sequence[str] | None = None) -> Probe:
-    """Run the child and collect what it found out.
+MOST_BYTES = 2**46
+"""64 TiB: a machine that reports more is wrong."""
+
+
+def run_probe(limit_s: float = PROBE_LIMIT_S, command: Sequence[str] | None = None) -> Probe:
+    """Try torch in a child process.
 
     Args:
-        limit_s: It is ended after this time.
-        command: Another child, in tests; it gets the output file as its last word.
+        limit_s: Time after which the child is killed.
+        command: Another child, for tests; the output file is appended as its last argument.
     """
     if command is None and importlib.util.find_spec("torch") is None:
         return Probe(ended="no torch")
     return run_steps(command or CHILD, limit_s)
 
 
-COMMAND_LIMIT_S = 3.0
-
-MOST_BYTES = 2**46
-"""64 TiB: a machine that reports more reports nonsense."""
-
-
 def run_command(words: Sequence[str]) -> str | None:
-    """Standard output of a command; None if there is no such command or it does not answer.
+    """Return the standard output of a command; None if it is missing or does not answer.
 
     The exit code does not count: `systemctl is-active` says "inactive" with code 3.
     """
     try:
         done = subprocess.run(
             words,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
             timeout=COMMAND_LIMIT_S,
-            stdin=subprocess.DEVNULL,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
@@ -72,15 +68,29 @@ def run_command(words: Sequence[str]) -> str | None:
 
 
 def installed_version(package: str) -> str | None:
-    """Version of a Python package in this environment, without importing it."""
+    """Return the version of a Python package in this environment, without importing it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
+def package_folder(prefix: Path, name: str, python: tuple[int, int]) -> Path:
+    """Return the folder of a Python package; it may not exist.
+
+    Args:
+        prefix: Root of the environment.
+        name: Import name, such as `torch`.
+        python: Version of the interpreter: an environment can hold packages of several.
+    """
+    version = ".".join(map(str, python))
+    # Fedora's own Python keeps compiled packages in lib64 and pure ones in lib
+    folders = [prefix / lib / f"python{version}/site-packages" / name for lib in ("lib64", "lib")]
+    return next(filter(Path.is_dir, folders), folders[-1])
+
+
 def free_bytes(path: Path) -> int | None:
-    """Free space where a path lies, or would lie."""
+    """Return the free space at a path, which may not exist yet."""
     while not path.exists() and path != path.parent:
         path = path.parent
     try:
@@ -91,14 +101,14 @@ def free_bytes(path: Path) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Who runs this, and the groups that this process has."""
+    """The user of this process and the groups that the process has."""
 
     name: str
     groups: frozenset[str]
 
 
 def current_user() -> User:
-    """The user of this process."""
+    """Return the user of this process."""
     names = set()
     for number in {os.getegid(), *os.getgroups()}:
         with contextlib.suppress(KeyError):
@@ -110,11 +120,6 @@ def current_user() -> User:
     return User(name, frozenset(names))
 
 
-def can_open(path: Path) -> bool:
-    """This process may read and write a device."""
-    return os.access(path, os.R_OK | os.W_OK)
-
-
 @dataclass(frozen=True)
 class HostView:
     """A host, live or recorded."""
@@ -123,27 +128,28 @@ class HostView:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     command: Callable[[Sequence[str]], str | None] = run_command
     package_version: Callable[[str], str | None] = installed_version
-    can_open: Callable[[Path], bool] = can_open
+    can_open: Callable[[Path], bool] = lambda path: os.access(path, os.R_OK | os.W_OK)
     free_bytes: Callable[[Path], int | None] = free_bytes
     user: User = field(default_factory=current_user)
     home: str = field(default_factory=lambda: str(Path.home()))
     prefix: str = sys.prefix
     """Folder of this Python environment."""
+    python: tuple[int, int] = sys.version_info[:2]
     machine: str = field(default_factory=lambda: os.uname().machine)
     probe: Callable[[], Probe | None] = run_probe
-    """What torch does here, found out in a child process; None where it was not asked."""
+    """Results of torch in a child process; None to leave torch out."""
     recipe: Recipe | None = None
 
     def path(self, name: str) -> Path:
-        """A path of the host, under the root."""
+        """Return a path of the host, under the root."""
         return self.root / name.lstrip("/")
 
     def exists(self, name: str) -> bool:
-        """The path exists, readable or not."""
+        """Return whether the path exists, readable or not."""
         return os.path.lexists(self.path(name))
 
     def read(self, name: str | Path) -> str | None:
-        """Text of a file, stripped; None if it is absent, unreadable or not a file."""
+        """Return the stripped text of a file; None if it is absent, unreadable or not a file."""
         path = name if isinstance(name, Path) else self.path(name)
         try:
             return path.read_text(encoding="utf-8", errors="replace").strip("\0\n\t ")
@@ -151,22 +157,26 @@ class HostView:
             return None
 
     def read_int(self, name: str | Path) -> int | None:
-        """A whole number from a file."""
+        """Return the integer in a file."""
         try:
             return int(self.read(name) or "")
         except ValueError:
             return None
 
     def glob(self, pattern: str) -> list[Path]:
-        """Paths under the root that match, sorted."""
+        """Return the sorted paths under the root that match."""
         try:
             return sorted(self.root.glob(pattern.lstrip("/")))
         except OSError:
             return []
 
     def shown(self, path: Path) -> str:
-        """A path as the host has it, without the root."""
+        """Return a path as the host has it, without the root."""
         return "/" + str(path.relative_to(self.root))
+
+    def package_folder(self, name: str) -> Path:
+        """Return the folder of a Python package in this environment; it may not exist."""
+        return package_folder(self.path(self.prefix), name, self.python)
 
     @cached_property
     def release(self) -> str:
@@ -175,7 +185,7 @@ class HostView:
 
     @cached_property
     def kernel_arguments(self) -> dict[str, str]:
-        """The kernel's command line by name; the last one counts, as in the kernel."""
+        """The kernel's command line by name; the last value counts, as in the kernel."""
         words = (self.read("/proc/cmdline") or "").split()
         pairs = (word.partition("=") for word in words)
         return {name.replace("-", "_"): value for name, _, value in pairs}
@@ -183,12 +193,9 @@ class HostView:
     @cached_property
     def memory_total(self) -> int | None:
         """Bytes of RAM that the kernel has, without the VRAM carve-out."""
-        return self._meminfo("MemTotal")
-
-    def _meminfo(self, key: str) -> int | None:
         for line in (self.read("/proc/meminfo") or "").splitlines():
             name, _, value = line.partition(":")
-            if name == key and value.split() and value.split()[0].isdigit():
+            if name == "MemTotal" and value.split() and value.split()[0].isdigit():
                 return int(value.split()[0]) * 1024
         return None
 
@@ -199,16 +206,20 @@ class HostView:
 
     @cached_property
     def strix_halo(self) -> AmdCard | None:
-        """The GPU of a Strix Halo chip, if this host has one."""
+        """The GPU of a Strix Halo chip, or None."""
         return next((card for card in self.amd_cards if card.is_strix_halo), None)
+
+    @property
+    def card(self) -> AmdCard:
+        """The GPU of a Strix Halo chip, in checks that run only there."""
+        assert self.strix_halo is not None
+        return self.strix_halo
 
     @cached_property
     def vendors(self) -> frozenset[str]:
         """PCI vendors of the display devices, such as `0x1002`."""
-        classes = {
-            path.parent: self.read(path) for path in self.glob("/sys/bus/pci/devices/*/class")
-        }
-        devices = [folder for folder, kind in classes.items() if (kind or "").startswith("0x03")]
+        classes = self.glob("/sys/bus/pci/devices/*/class")
+        devices = [path.parent for path in classes if (self.read(path) or "").startswith("0x03")]
         devices += [path.parent for path in self.glob("/sys/class/drm/card*/device/vendor")]
         return frozenset(filter(None, (self.read(device / "vendor") for device in devices)))
 
@@ -222,13 +233,7 @@ class HostView:
         """Inside a container: the kernel is the host's, the packages are not."""
         return self.exists("/run/.containerenv") or self.exists("/.dockerenv")
 
-    @cached_property
-    def package_folder(self) -> Path:
-        """Where Python packages of this environment lie."""
-        folders = self.glob(f"{self.prefix}/lib/python3*/site-packages")
-        return folders[-1] if folders else self.path(self.prefix)
-
 
 def plausible(num_bytes: int | None) -> int | None:
-    """The number, or None if no machine has so much or so little."""
+    """Return the number, or None if no machine has so much or so little."""
     return num_bytes if num_bytes is not None and 0 <= num_bytes < MOST_BYTES else None
