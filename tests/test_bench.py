@@ -14,12 +14,9 @@ from test_cli import Type
 from test_cli import enter as enter
 
 from strixft.attention.backends import BACKENDS
-from strixft.bench import conditions, data, gemm, timing
-from strixft.bench.device import write_host_row
-from strixft.bench.options import settings_of
-from strixft.bench.result import Measured
-from strixft.bench.run import BENCHES, run_bench
-from strixft.bench.store import append, read_store, store_file
+from strixft.bench import data, gemm, timing
+from strixft.bench.result import Measured, append, read_store, store_file
+from strixft.bench.run import BENCHES, run_bench, write_host_row
 from strixft.bench.timing import Sample
 from strixft.catalog.models import MODELS
 from strixft.formats.table import FORMATS
@@ -105,9 +102,9 @@ def test_sensors_that_are_not_there_are_left_out(tmp_path: Path) -> None:
     (device / "vendor").write_text("0x1002")
     (device / "hwmon/hwmon3/freq1_input").write_text("2900000000")
     (device / "hwmon/hwmon3/power1_average").write_text("85000000")
-    read = conditions.reader("cuda", tmp_path)
+    read = timing.sensors_of("cuda", tmp_path)
     assert read() == {"clock_mhz": 2900, "power_w": 85}
-    with conditions.watched(read) as seen:
+    with timing.watched(read) as seen:
         pass
     assert seen == {"clock_mhz": 2900, "power_w": 85}
 
@@ -148,7 +145,7 @@ def test_a_layout_multiplies_as_autograd_does(layout: str) -> None:
     import torch
 
     shape = (3, 4, 5)
-    left, right = gemm._operands(shape, layout, "cpu", torch.float64)
+    left, right = gemm.operands(shape, layout, "cpu", torch.float64)
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     y = torch.nn.functional.linear(x, weight)
     y.sum().backward()
@@ -337,16 +334,17 @@ def test_a_line_that_was_cut_off_does_not_spoil_the_next() -> None:
 
 
 @pytest.mark.parametrize("name", BENCHES)
-def test_every_setting_of_a_bench_has_a_default_and_a_help(name: str) -> None:
-    settings = settings_of(BENCHES[name].measure)
-    assert settings
-    for setting in settings:
-        assert setting.help
-        assert isinstance(setting.default, setting.kind)
+def test_every_option_of_a_bench_has_a_default_and_a_help(name: str) -> None:
+    options = BENCHES[name].options
+    assert options.__doc__
+    assert options.model_fields
+    for field in options.model_fields.values():
+        assert field.description
+        assert type(field.default) is field.annotation
 
 
-def test_a_setting_that_is_misspelt_names_the_near_one() -> None:
-    with pytest.raises(RecipeError, match="no setting 'repaet'") as caught:
+def test_an_option_that_is_misspelt_names_the_near_one() -> None:
+    with pytest.raises(RecipeError, match="no option 'repaet'") as caught:
         run_bench("bandwidth", repaet=1)
     assert caught.value.fix == "did you mean 'repeat'?"
 
@@ -380,7 +378,16 @@ def test_a_bench_that_is_misspelt_exits_with_2(enter: Type) -> None:
 def test_a_number_that_is_too_small_is_refused(enter: Type, words: tuple[str, str]) -> None:
     answer = enter("bench", "bandwidth", *words)
     assert answer.code == 2
-    assert f"{words[0]} {float(words[1]):g} is too small" in answer.err.replace("-1.0", "-1")
+    problem, fix = answer.err.splitlines()
+    least = {"--repeat": 1, "--size-gib": 0}[words[0]]
+    assert problem.startswith(f"{words[0]} {words[1]}")
+    assert problem.endswith(f": input should be greater than or equal to {least}")
+    assert fix == f"fix: {words[0]} {least}"
+
+
+def test_a_value_of_another_type_is_refused() -> None:
+    with pytest.raises(RecipeError, match="--repeat often: input should be a valid integer"):
+        run_bench("bandwidth", repeat="often")
 
 
 def test_a_store_that_cannot_be_written_is_told_before_measuring(enter: Type) -> None:

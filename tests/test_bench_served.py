@@ -12,9 +12,9 @@ import pytest
 from conftest import EMBEDDED
 from http_server import Cut, serving
 
+from strixft.bench.result import read_store
 from strixft.bench.run import run_bench
 from strixft.bench.served import find_api, find_model
-from strixft.bench.store import read_store
 from strixft.support.errors import HostError, RecipeError, StrixftError
 
 MODELS = {"data": [{"id": "tiny"}]}
@@ -100,7 +100,7 @@ def test_tokens_that_the_server_kept_do_not_count() -> None:
         "prompt_tokens_details": {"cached_tokens": 500},
     }
     error = refused({"/v1/completions": completions(usage=usage, timings=None)}, bench="prefill")
-    assert "read 12 of 512 tokens: it kept the rest" in error.problem
+    assert "read 12 of 512 tokens and took the rest from its cache" in error.problem
     assert error.fix == "turn its prompt cache off"
 
 
@@ -336,9 +336,9 @@ def test_pictures_are_timed_kept_and_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        ({"data": []}, "without a picture in data"),
-        ({"data": [{"url": "http://x"}]}, "without a picture in data"),
-        ({"data": [{"b64_json": "aGVsbG8="}]}, "bytes that are no picture"),
+        ({"data": []}, "without an image in data"),
+        ({"data": [{"url": "http://x"}]}, "without an image in data"),
+        ({"data": [{"b64_json": "aGVsbG8="}]}, "bytes that are not an image"),
     ],
 )
 def test_an_answer_without_a_picture_is_refused(answer: Any, says: str, tmp_path: Path) -> None:
@@ -351,5 +351,5 @@ def test_an_answer_without_a_picture_is_refused(answer: Any, says: str, tmp_path
 
 
 def test_a_size_that_is_none_is_refused() -> None:
-    with pytest.raises(RecipeError, match="'large' is no size"):
+    with pytest.raises(RecipeError, match="'large' is not the size"):
         run_bench("image", size="large")

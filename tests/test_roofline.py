@@ -21,7 +21,7 @@ from strixft.bench.published import (
     read_figures,
     to_json,
 )
-from strixft.bench.weights import (
+from strixft.bench.roofline import (
     QUANTISATIONS,
     WEIGHTS,
     Ceiling,
@@ -204,11 +204,11 @@ def test_a_row_that_lacks_what_counts_is_refused(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "word", "says"),
     [
-        ("source", "a friend", "line 2: the source is no address: a friend"),
+        ("source", "a friend", "line 2: the source is not an address: a friend"),
         ("mark", "sure", "line 2: there is no mark 'sure'"),
         ("host", "my-box", "line 2: there is no host 'my-box'"),
         ("model", "Llama 9", "line 2: there is no model 'Llama 9'"),
-        ("value", "fast", "line 2: value is no number: 'fast'"),
+        ("value", "fast", "line 2: value is not a number: 'fast'"),
     ],
 )
 def test_a_row_with_an_unknown_word_is_refused(key: str, word: str, says: str) -> None:

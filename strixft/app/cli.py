@@ -464,7 +464,7 @@ class _Benches(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in self.commands:
             return self.commands[cmd_name]
-        from strixft.bench.command import bench_command
+        from strixft.bench.run import bench_command
 
         return bench_command(cmd_name, _run_bench, debug=Debug)
 
@@ -473,7 +473,7 @@ class _Benches(TyperGroup):
 
         own = [(name, command.get_short_help_str()) for name, command in self.commands.items()]
         with formatter.section("Commands"):
-            formatter.write_dl([(bench.name, bench.says) for bench in BENCHES.values()] + own)
+            formatter.write_dl([(bench.name, bench.help) for bench in BENCHES.values()] + own)
 
 
 bench_app = typer.Typer(
@@ -493,7 +493,7 @@ def _run_bench(
 
     result = run_bench(name, save=save, **settings)
     if host_row:
-        from strixft.bench.device import write_host_row
+        from strixft.bench.run import write_host_row
 
         _note(f"rates for planning: {write_host_row(result)}")
     if as_json:

@@ -1,28 +1,42 @@
-"""Memory bandwidth: copying, reading, writing, and a matrix times a vector as decoding does it."""
+"""Memory bandwidth: copy, read, write, and a matrix times a vector as in decoding.
+
+Shapes: N rows, C columns of the matrix.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from strixft.bench.result import Row
-from strixft.bench.timing import figures, time_work
+from pydantic import Field
+
+from strixft.bench.result import BenchRow, Options
+from strixft.bench.timing import rate_columns, time_work
 from strixft.catalog.hosts import budget
-from strixft.guard.host import device_type, find_host
+from strixft.guard.host import find_host
 from strixft.support.errors import FitError
 from strixft.support.units import GIB, format_gib
 
-SIZE_GIB = {"cuda": 1.0, "cpu": 0.25}
+DEFAULT_GIB = {"cuda": 1.0, "cpu": 0.25}
 
 COLUMNS = 8192
-"""C of the matrix that is multiplied by a vector."""
+"""C."""
 
 
-Work = tuple[Callable[[], Any], float]
-"""What to do, and the bytes that it moves."""
+class BandwidthOptions(Options):
+    """Time operations that move bytes and compute next to nothing."""
+
+    size_gib: float = Field(
+        0.0,
+        ge=0,
+        description="Size of each of two buffers, far above every cache; 0 means 1, on a CPU 0.25.",
+    )
+    repeat: int = Field(5, ge=1, description="Turns of each operation.")
+    check: bool = Field(False, description="Also time each operation by torch alone, in turns.")
 
 
-def _works(num_bytes: int, device: str) -> dict[str, Work]:
+def _operations(num_bytes: int, device: str) -> dict[str, tuple[Callable[[], Any], float]]:
+    """Return each operation and the bytes that it moves."""
     import torch
 
     dtype = torch.float32 if device == "cpu" else torch.float16
@@ -40,32 +54,28 @@ def _works(num_bytes: int, device: str) -> dict[str, Work]:
     }
 
 
-def bench_bandwidth(size_gib: float = 0.0, repeat: int = 5, check: bool = False) -> list[Row]:
-    """Time what moves bytes and computes next to nothing.
-
-    Args:
-        size_gib: Of each of two buffers, far above every cache; 0 is 1, on a CPU 0.25.
-        repeat: Turns of each.
-        check: Time each by torch alone too, in turns.
+def bench_bandwidth(options: BandwidthOptions) -> list[BenchRow]:
+    """Time operations that move bytes.
 
     Raises:
         FitError: The buffers do not fit.
     """
-    device, host = device_type(), find_host("auto")
-    num_bytes = round((size_gib or SIZE_GIB[device]) * GIB)
+    host = find_host("auto")
+    num_bytes = round((options.size_gib or DEFAULT_GIB[host.device]) * GIB)
     if 2.5 * num_bytes > budget(host, 0).num_bytes:
         raise FitError(
-            f"two buffers of {format_gib(num_bytes)} do not fit {host.name}",
+            f"two buffers of {format_gib(num_bytes)} do not fit into the memory of {host.name}",
             fix="--size-gib with a smaller number",
         )
     bus, rows = host.bus_bytes_per_s, []
-    for name, (work, moved) in _works(num_bytes, device).items():
-        found = figures(time_work(work, device, repeat, check=check), moved / 1e9, "gb_per_s")
-        share = found["gb_per_s"] * 1e9 / bus.value if bus else None
-        rows.append({"work": name, "size_gib": num_bytes / GIB, **found, "share_of_bus": share})
+    for name, (operation, moved) in _operations(num_bytes, host.device).items():
+        times = time_work(operation, host.device, options.repeat, check=options.check)
+        rate = rate_columns(times, moved / 1e9, "gb_per_s")
+        share = rate["gb_per_s"] * 1e9 / bus.value if bus else None
+        rows.append({"work": name, "size_gib": num_bytes / GIB, **rate, "share_of_bus": share})
     return rows
 
 
-def rate(rows: list[Row]) -> float:
-    """Bytes per second of the copy: for planning."""
+def copy_rate(rows: list[BenchRow]) -> float:
+    """Return the bytes per second of the copy, for planning."""
     return next(float(row["gb_per_s"]) * 1e9 for row in rows if row["work"] == "copy")

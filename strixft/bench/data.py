@@ -1,4 +1,9 @@
-"""Preparing data: ours against TRL's own, on the same chats with the same tokenizer."""
+"""Data preparation: ours against TRL's, on the same chats with the same tokenizer.
+
+Three sets: `english` words with the embedded model's tokenizer, about 300 tokens a chat; `numbered`
+words with a tokenizer that costs next to nothing, 300 tokens a chat; and `mixed lengths`, the same
+with lengths like those of real chats, for the fill.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,16 @@ import json
 import os
 import random
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from strixft.bench import data
+from pydantic import Field
+
+from strixft.bench.result import BenchRow, Options
 from strixft.data.words import Words
 from strixft.prepare.stage import prepare_data
 from strixft.recipe.load import check_recipe
@@ -22,47 +30,45 @@ from strixft.support.units import GIB
 MAX_LENGTH = 2048
 
 PEER_ROWS = 20_000
-"""The peer is timed on this many rows at most; it takes each row by itself."""
+"""Most rows on which TRL is timed; it takes each row by itself."""
+
+SETS = ("english", "numbered", "mixed lengths")
 
 
-Timed = tuple[float, float, Any]
-"""Seconds of the clock, seconds of processors, and the result."""
+class DataOptions(Options):
+    """Time the whole preparation, from a file to packed rows on disk, with a warm tokenizer."""
+
+    rows: int = Field(6000, ge=1, description="Chats of each set.")
+    repeat: int = Field(3, ge=1, description="Turns, of which the fastest counts.")
+    peer: bool = Field(True, description="Also time TRL's preparation.")
 
 
 def _cpu_seconds() -> float:
-    own, children = (
-        resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    own, children = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-
-
-def _timed(work: Callable[[], Any]) -> Timed:
-    clock, cpu = time.monotonic(), _cpu_seconds()
-    result = work()
-    return time.monotonic() - clock, _cpu_seconds() - cpu, result
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars on standard error while the clock runs."""
+    """Suppress progress bars on standard error while the clock runs."""
     with Path(os.devnull).open("w") as null, contextlib.redirect_stderr(null):
         yield
 
 
-def _ours(path: Path, tokenizer: Any, folder: Path, words: Words) -> dict[str, Any]:
+def _ours(path: Path, tokenizer: Any, words: Words) -> dict[str, Any]:
     recipe = check_recipe(
         {"model": "bench", "dataset": {"source": str(path), "max_length": MAX_LENGTH}},
         name="bench",
     )
-    target = Path(tempfile.mkdtemp(dir=folder))
+    target = Path(tempfile.mkdtemp(dir=path.parent))
     _, figures = prepare_data(recipe, target, tokenizer, words=words)
-    for file in target.iterdir():
-        file.unlink()
+    shutil.rmtree(target)
     return figures
 
 
 def _trainer(tokenizer: Any, folder: Path, processes: int | None) -> Any:
-    """TRL's trainer on a model of no size: only its preparation is used."""
+    """Make TRL's trainer of a tiny model; only its preparation is used."""
+    from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
@@ -85,16 +91,13 @@ def _trainer(tokenizer: Any, folder: Path, processes: int | None) -> Any:
         bf16=False,
         report_to="none",
     )
-    from datasets import Dataset
-
-    rows = Dataset.from_list([{"input_ids": [0, 1], "labels": [0, 1]}])
     trainer = SFTTrainer(
         model=LlamaForCausalLM(config),
         args=settings,
-        train_dataset=rows,
+        train_dataset=Dataset.from_list([{"input_ids": [0, 1], "labels": [0, 1]}]),
         processing_class=tokenizer,
     )
-    trainer.args.assistant_only_loss = True  # the constructor would look for chats in `rows`
+    trainer.args.assistant_only_loss = True  # the constructor would look for chats in its rows
     return trainer
 
 
@@ -113,93 +116,72 @@ def _peer(path: Path, tokenizer: Any, trainer: Any) -> dict[str, Any]:
     return {"tokens": tokens, "trained_tokens": trained, "packing": {"fill": round(fill, 4)}}
 
 
-def _row(name: str, kind: str, count: int, timed: Timed) -> dict[str, Any]:
-    seconds, cpu, figures = timed
-    return {
-        "set": kind,
-        "preparation": name,
-        "chats": count,
-        "tokens_per_chat": round(figures["tokens"] / count, 1),
-        "chats_per_s": round(count / seconds, 1),
-        "tok_per_s": round(figures["tokens"] / seconds),
-        "cpu_ms_per_chat": round(cpu / count * 1000, 3),
-        "fill": figures["packing"]["fill"],
-        "trained_tokens": figures["trained_tokens"],
-    }
-
-
-def _best(repeat: int, works: dict[str, Callable[[], Any]]) -> dict[str, Timed]:
-    """The fastest of some turns; the candidates take turns, so that a busy machine hits all."""
-    best: dict[str, Timed] = {}
-    for _ in range(repeat):
-        for name, work in works.items():
-            timed = _timed(work)
-            if name not in best or timed[0] < best[name][0]:
-                best[name] = timed
-    return best
-
-
-def _bench_set(
-    kind: str, count: int, repeat: int, peer: bool, folder: Path
-) -> list[dict[str, Any]]:
-    rng = random.Random(0)
-    numbered = kind != "english"
-    tokenizer = data.numbered_tokenizer() if numbered else data.real_tokenizer()
-    word = data.numbered_words(rng) if numbered else data.real_words(rng, tokenizer)
-    length = {
-        "english": lambda: data.lengths_alike(rng),
-        "numbered": lambda: 290,
-        "mixed lengths": lambda: data.lengths_of_chats(rng, MAX_LENGTH),
-    }[kind]
-    path = data.write_chats(folder / f"{kind.replace(' ', '-')}.jsonl", count, word, length)
+def _preparations(
+    path: Path, tokenizer: Any, *, peer: bool
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return the preparations to time, warmed up, by name."""
     words = Words(tokenizer.backend_tokenizer)
-    with _quiet():
-        _ours(path, tokenizer, folder, words)  # warm
-    works = {"strixft": lambda: _ours(path, tokenizer, folder, words)}
-    if peer:
-        works |= _peers(path, tokenizer, folder)
-    with _quiet():
-        best = _best(repeat, works)
-    return [_row(name, kind, count, timed) for name, timed in best.items()]
-
-
-def _peers(path: Path, tokenizer: Any, folder: Path) -> dict[str, Callable[[], Any]]:
-    works: dict[str, Callable[[], Any]] = {}
-    for processes in (None, os.cpu_count()):
-        with _quiet():
-            trainer = _trainer(tokenizer, folder, processes)
-
-        def work(trainer: Any = trainer) -> dict[str, Any]:
-            return _peer(path, tokenizer, trainer)
-
-        works[f"TRL, {processes or 1} processes"] = work
+    _ours(path, tokenizer, words)
+    works: dict[str, Callable[[], Any]] = {"strixft": lambda: _ours(path, tokenizer, words)}
+    for processes in (None, os.cpu_count()) if peer else ():
+        trainer = _trainer(tokenizer, path.parent, processes)
+        name = f"TRL, {processes or 1} processes"
+        works[name] = lambda trainer=trainer: _peer(path, tokenizer, trainer)  # type: ignore[misc]
     return works
 
 
-def bench_data(rows: int = 6000, repeat: int = 3, peer: bool = True) -> list[dict[str, Any]]:
-    """Time the whole preparation, from a file to packed rows on disk, with a warm tokenizer.
+def _bench_set(kind: str, options: DataOptions, folder: Path) -> list[BenchRow]:
+    rng, count = random.Random(0), options.rows
+    if kind == "english":
+        tokenizer = real_tokenizer()
+        word = real_words(rng, tokenizer)
+    else:
+        tokenizer, word = numbered_tokenizer(), numbered_words(rng)
+    length = {
+        "english": lambda: lengths_alike(rng),
+        "numbered": lambda: 290,
+        "mixed lengths": lambda: lengths_of_chats(rng, MAX_LENGTH),
+    }[kind]
+    path = write_chats(folder / f"{kind.replace(' ', '-')}.jsonl", count, word, length)
+    peer = options.peer and count <= PEER_ROWS and kind != "mixed lengths"
+    best: dict[str, tuple[float, float, dict[str, Any]]] = {}
+    with _quiet():
+        works = _preparations(path, tokenizer, peer=peer)
+        for _ in range(options.repeat):  # in turns, so that a busy machine disturbs all alike
+            for name, work in works.items():
+                clock, cpu = time.monotonic(), _cpu_seconds()
+                figures = work()
+                timed = time.monotonic() - clock, _cpu_seconds() - cpu, figures
+                best[name] = min(best.get(name, timed), timed, key=lambda one: one[0])
+    return [
+        {
+            "set": kind,
+            "preparation": name,
+            "chats": count,
+            "tokens_per_chat": round(figures["tokens"] / count, 1),
+            "chats_per_s": round(count / seconds, 1),
+            "tok_per_s": round(figures["tokens"] / seconds),
+            "cpu_ms_per_chat": round(cpu / count * 1000, 3),
+            "fill": figures["packing"]["fill"],
+            "trained_tokens": figures["trained_tokens"],
+        }
+        for name, (seconds, cpu, figures) in best.items()
+    ]
 
-    Three sets: English words with the embedded model's tokenizer and about 300 tokens a chat;
-    numbered words with a tokenizer that costs next to nothing, 300 tokens a chat; and the same with
-    lengths as chats have them, for the fill.
 
-    Args:
-        rows: Chats of each set.
-        repeat: Turns, of which the fastest counts.
-        peer: Time TRL's preparation too.
-    """
+def bench_data(options: DataOptions) -> list[BenchRow]:
+    """Time the preparation of three sets of chats."""
     import datasets
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
-    found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        for kind in ("english", "numbered", "mixed lengths"):
-            beside = peer and rows <= PEER_ROWS and kind != "mixed lengths"
-            found += _bench_set(kind, rows, repeat, beside, Path(name))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return [{**row, "process_peak_gib": round(peak / GIB, 2)} for row in found]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for kind in SETS for row in _bench_set(kind, options, Path(folder))]
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return [{**row, "process_peak_gib": round(peak_bytes / GIB, 2)} for row in rows]
 
+
+# Chats to prepare.
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -215,12 +197,13 @@ SPACED = (
     "{% endgeneration %}{% else %}{{ m['content'] }} <|im_end|> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
+"""The same with spaces, for a tokenizer that splits at them."""
 
 NUM_NUMBERED = 100_000
 
 
 def numbered_tokenizer() -> Any:
-    """A tokenizer whose words are w0, w1, …: it costs next to nothing."""
+    """Make a tokenizer whose words are w0, w1, …: it costs next to nothing."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -241,7 +224,7 @@ def numbered_tokenizer() -> Any:
 
 
 def real_tokenizer() -> Any:
-    """The embedded model's tokenizer."""
+    """Load the embedded model's tokenizer."""
     from transformers import AutoTokenizer
 
     from strixft.model.embedded import EMBEDDED
@@ -253,18 +236,17 @@ def real_tokenizer() -> Any:
 
 
 def numbered_words(rng: random.Random) -> Callable[[], str]:
-    """Draws words of the numbered tokenizer, all equally often."""
+    """Return a function that draws words of the numbered tokenizer, all equally often."""
     return lambda: f"w{rng.randrange(NUM_NUMBERED)}"
 
 
 def real_words(rng: random.Random, tokenizer: Any) -> Callable[[], str]:
-    """Draws English words, common ones more often (Zipf), a quarter made of two tokens."""
+    """Return a function that draws English words by Zipf's law, a quarter of two tokens."""
     known = [token[1:] for token in tokenizer.get_vocab() if token.startswith("Ġ")]
     words = sorted(word for word in known if word.isascii() and word.isalpha() and len(word) > 1)
     rng.shuffle(words)
     tails = [word for word in words if word.islower() and len(word) > 3]
-    pairs = [word + rng.choice(tails) for word in words[::4]]
-    every = words + pairs
+    every = words + [word + rng.choice(tails) for word in words[::4]]
     rng.shuffle(every)
     weights = [1 / (rank + 2) for rank in range(len(every))]
 
@@ -276,12 +258,12 @@ def real_words(rng: random.Random, tokenizer: Any) -> Callable[[], str]:
 
 
 def lengths_alike(rng: random.Random) -> int:
-    """Words of a chat of about 300 tokens."""
+    """Draw the number of words of a chat of about 300 tokens."""
     return rng.randrange(200, 260)
 
 
 def lengths_of_chats(rng: random.Random, max_length: int) -> int:
-    """Words of a chat as chats are: median 245 tokens, mean about 340, a long tail."""
+    """Draw the words of a chat like real ones: median 245 tokens, mean about 340, a long tail."""
     return max(24, min(max_length - 16, int(rng.lognormvariate(5.5, 0.8))))
 
 
@@ -291,10 +273,9 @@ def write_chats(path: Path, count: int, word: Callable[[], str], length: Callabl
         for _ in range(count):
             total = length()
             asked = max(4, total // 3)
-            texts = [" ".join(word() for _ in range(n)) for n in (asked, total - asked)]
             messages = [
-                {"role": role, "content": text}
-                for role, text in zip(("user", "assistant"), texts, strict=True)
+                {"role": role, "content": " ".join(word() for _ in range(words))}
+                for role, words in (("user", asked), ("assistant", total - asked))
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
     return path

@@ -1,15 +1,20 @@
-"""Matrix products as training runs them: three layouts, real layers, by dtype."""
+"""Matrix products as training runs them: three layouts, layers of a real model, several dtypes.
+
+Shapes: T tokens, C columns in, N columns out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from strixft.bench.result import Row
-from strixft.bench.timing import figures, time_work
+from pydantic import Field
+
+from strixft.bench.result import BenchRow, Options
+from strixft.bench.timing import rate_columns, time_work
 from strixft.catalog.hosts import Host
 from strixft.catalog.models import MODELS
-from strixft.guard.host import device_type, find_host
+from strixft.guard.host import find_host
 from strixft.support.errors import RecipeError
 
 LAYOUTS = ("forward", "input gradient", "weight gradient")
@@ -18,23 +23,36 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 SQUARES = {"cuda": (4096, 8192), "cpu": (1024,)}
 
-MODEL = {"cuda": "meta-llama/Llama-3.1-8B-Instruct", "cpu": "meta-llama/Llama-3.2-1B-Instruct"}
+DEFAULT_MODEL = {
+    "cuda": "meta-llama/Llama-3.1-8B-Instruct",
+    "cpu": "meta-llama/Llama-3.2-1B-Instruct",
+}
 
-TOKENS = {"cuda": 4096, "cpu": 64}
-"""Rows of a micro-batch × their length, by device."""
-
+DEFAULT_TOKENS = {"cuda": 4096, "cpu": 64}
+"""T, by device."""
 
 Shape = tuple[int, int, int]
-"""Tokens, columns in, columns out: T, C, N."""
+"""T, C, N."""
+
+
+class GemmOptions(Options):
+    """Time products of square matrices and of a model's layers."""
+
+    model: str = Field(
+        "auto",
+        description="Model that planning knows, for the sizes of its layers; auto is Llama 3.1 8B,"
+        " on a CPU Llama 3.2 1B.",
+    )
+    tokens: int = Field(0, ge=0, description="Rows of the left matrix; 0 means 4096, on a CPU 64.")
+    dtypes: str = Field(
+        "auto", description="Comma-separated dtypes; auto means those this device multiplies in."
+    )
+    repeat: int = Field(5, ge=1, description="Turns of each product.")
+    check: bool = Field(False, description="Also time each product by torch alone, in turns.")
 
 
 def layer_shapes(model: str, tokens: int) -> dict[str, Shape]:
-    """The linear layers of a model, each shape once.
-
-    Args:
-        model: A row of `MODELS`.
-        tokens: T.
-    """
+    """Return the shapes of a model's linear layers, each shape once."""
     config = MODELS[model].sides
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
@@ -46,12 +64,15 @@ def layer_shapes(model: str, tokens: int) -> dict[str, Shape]:
         "down_proj": (config["intermediate_size"], hidden),
         "lm_head": (hidden, config["vocab_size"]),
     }
-    first = {pair: name for name, pair in reversed(layers.items())}
-    return {name: (tokens, *pair) for pair, name in reversed(first.items())}
+    shapes: dict[str, Shape] = {}
+    for name, pair in layers.items():
+        if (tokens, *pair) not in shapes.values():
+            shapes[name] = (tokens, *pair)
+    return shapes
 
 
-def _operands(shape: Shape, layout: str, device: str, dtype: Any) -> tuple[Any, Any]:
-    """Left and right side as autograd passes them: x (T, C), W (N, C), dy (T, N)."""
+def operands(shape: Shape, layout: str, device: str, dtype: Any) -> tuple[Any, Any]:
+    """Return both operands as autograd passes them: of x (T, C), W (N, C), dy (T, N)."""
     import torch
 
     tokens, columns, rows = shape
@@ -60,23 +81,22 @@ def _operands(shape: Shape, layout: str, device: str, dtype: Any) -> tuple[Any, 
         return torch.empty(size, device=device, dtype=dtype).normal_()
 
     if layout == "forward":
-        return filled(tokens, columns), filled(rows, columns).t()
+        return filled(tokens, columns), filled(rows, columns).t()  # x·Wᵀ: (T, C), (C, N)
     if layout == "input gradient":
-        return filled(tokens, rows), filled(rows, columns)
-    return filled(tokens, rows).t(), filled(tokens, columns)
+        return filled(tokens, rows), filled(rows, columns)  # dy·W: (T, N), (N, C)
+    return filled(tokens, rows).t(), filled(tokens, columns)  # dyᵀ·x: (N, T), (T, C)
 
 
 def product(shape: Shape, layout: str, device: str, dtype: str) -> Callable[[], Any]:
-    """One product, ready to run again and again."""
+    """Return a function that computes one product into the same memory each time."""
     import torch
 
-    left, right = _operands(shape, layout, device, getattr(torch, dtype))
+    left, right = operands(shape, layout, device, getattr(torch, dtype))
     result = torch.mm(left, right)
     return lambda: torch.mm(left, right, out=result)
 
 
 def _dtypes(asked: str, host: Host) -> list[str]:
-    """Those asked for; by default those that the device multiplies in."""
     if asked == "auto":
         if host.device == "cpu":
             return ["float32"]
@@ -90,56 +110,40 @@ def _dtypes(asked: str, host: Host) -> list[str]:
     return names
 
 
-def _share(row: Row, host: Host) -> float | None:
-    """Of the chip's 16-bit peak, where that is known."""
-    peak = host.peak_flop_per_s
-    known = peak is not None and row["dtype"] != "float32"
-    return row["tflop_per_s"] * 1e12 / peak.value if peak and known else None
-
-
-def _rows(shapes: dict[str, Shape], dtypes: list[str], host: Host, **how: Any) -> Iterator[Row]:
-    for dtype in dtypes:
+def bench_gemm(options: GemmOptions) -> list[BenchRow]:
+    """Time products of square matrices and of a model's layers, in every layout and dtype."""
+    host, rows = find_host("auto"), list[BenchRow]()
+    device, peak = host.device, host.peak_flop_per_s
+    model = DEFAULT_MODEL[device] if options.model == "auto" else options.model
+    shapes = {f"square {size}": (size, size, size) for size in SQUARES[device]}
+    shapes |= layer_shapes(model, options.tokens or DEFAULT_TOKENS[device])
+    for dtype in _dtypes(options.dtypes, host):
         for layer, shape in shapes.items():
+            tflop = 2 * shape[0] * shape[1] * shape[2] / 1e12
             for layout in LAYOUTS:
-                times = time_work(product(shape, layout, host.device, dtype), host.device, **how)
-                flop = 2.0 * shape[0] * shape[1] * shape[2]
-                row = {
-                    "layer": layer,
-                    "tokens×in×out": "×".join(map(str, shape)),
-                    "layout": layout,
-                    "dtype": dtype,
-                    **figures(times, flop / 1e12, "tflop_per_s"),
-                }
-                yield {**row, "share_of_peak": _share(row, host)}
+                work = product(shape, layout, device, dtype)
+                times = time_work(work, device, options.repeat, check=options.check)
+                rate = rate_columns(times, tflop, "tflop_per_s")
+                known = peak is not None and dtype != "float32"  # it is the chip's 16-bit peak
+                rows.append(
+                    {
+                        "layer": layer,
+                        "tokens×in×out": "×".join(map(str, shape)),
+                        "layout": layout,
+                        "dtype": dtype,
+                        **rate,
+                        "share_of_peak": (
+                            rate["tflop_per_s"] * 1e12 / peak.value if peak and known else None
+                        ),
+                    }
+                )
+    return rows
 
 
-def bench_gemm(
-    model: str = "auto",
-    tokens: int = 0,
-    dtypes: str = "auto",
-    repeat: int = 5,
-    check: bool = False,
-) -> list[Row]:
-    """Time products of square matrices and of a model's layers.
-
-    Args:
-        model: Whose layers: a model that planning knows; auto is Llama 3.1 8B, on a CPU 3.2 1B.
-        tokens: Rows of the product; 0 is 4096, on a CPU 64.
-        dtypes: Comma between them; auto is what this device multiplies in.
-        repeat: Turns of each product.
-        check: Time each product by torch alone too, in turns.
-    """
-    host = find_host("auto")
-    name = MODEL[host.device] if model == "auto" else model
-    squares = {f"square {size}": (size, size, size) for size in SQUARES[host.device]}
-    shapes = squares | layer_shapes(name, tokens or TOKENS[device_type()])
-    return list(_rows(shapes, _dtypes(dtypes, host), host, repeat=repeat, check=check))
-
-
-def rates(rows: list[Row]) -> dict[str, float]:
-    """FLOP per second by dtype, of the largest square in the forward layout: for planning."""
-    found: dict[str, float] = {}
-    for row in rows:
-        if row["layer"].startswith("square") and row["layout"] == "forward":
-            found[row["dtype"]] = row["tflop_per_s"] * 1e12
-    return found
+def rates_by_dtype(rows: list[BenchRow]) -> dict[str, float]:
+    """Return FLOP per second of the largest square in the forward layout, for planning."""
+    return {
+        row["dtype"]: row["tflop_per_s"] * 1e12
+        for row in rows
+        if row["layer"].startswith("square") and row["layout"] == "forward"
+    }

@@ -1,4 +1,4 @@
-"""Images of a server: seconds each, and a step; the pictures are kept."""
+"""Images from a server: seconds for each image and each step; the images are kept."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import binascii
 import re
 import struct
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from strixft.bench.result import Row
+from pydantic import Field
+
+from strixft.bench.result import BenchRow, Options
 from strixft.bench.served import find_model
 from strixft.bench.timing import Sample
 from strixft.catalog.rates import data_folder
@@ -21,120 +22,102 @@ from strixft.support.http import ask, base_url
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
-PROMPT = "a lighthouse on a cliff at dusk, oil painting"
-
 NOT_PUBLISHED = "No measured time of Z-Image-Turbo on gfx1151 was found published."
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What to draw."""
+class ImageOptions(Options):
+    """Time images of /v1/images/generations.
 
-    model: str
-    prompt: str
-    size: str
-    steps: int
+    No time of Z-Image-Turbo on gfx1151 is published.
+    """
 
-    def body(self, seed: int) -> dict[str, object]:
-        """The request; one picture each, as Lemonade allows no more."""
-        more = {"steps": self.steps} if self.steps else {}
-        return {
-            "model": self.model,
-            "prompt": self.prompt,
-            "size": self.size,
-            "n": 1,
-            "response_format": "b64_json",
-            "seed": seed,
-            **more,
-        }
+    server: str = Field(
+        "localhost:13305",
+        description="Lemonade 13305, sd-server 1234; to compare: vulkan=localhost:1234,"
+        "rocm=box:1235.",
+    )
+    model: str = Field("", description="The server's name for it; Z-Image-Turbo on Lemonade.")
+    prompt: str = Field(
+        "a lighthouse on a cliff at dusk, oil painting", description="Subject of the image."
+    )
+    size: str = Field("512x512", description="Width x height.")
+    steps: int = Field(
+        0, ge=0, description="Steps asked for; 0 leaves them to the server, without a time a step."
+    )
+    repeat: int = Field(3, ge=1, description="Images, after one to warm up.")
+    folder: str = Field("", description="Folder for images; empty: images in the data folder.")
 
 
-def _picture(url: str, order: Order, seed: int) -> tuple[bytes, float]:
+def _image(url: str, body: dict[str, Any]) -> tuple[bytes, float]:
+    """Ask for one image and return it with the seconds it took."""
     start = time.perf_counter()
-    answer = ask(f"{url}/v1/images/generations", order.body(seed))
+    answer = ask(f"{url}/v1/images/generations", body)
     seconds = time.perf_counter() - start
     try:
-        picture = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
+        return base64.b64decode(answer["data"][0]["b64_json"], validate=True), seconds
     except (KeyError, IndexError, TypeError, binascii.Error) as error:
         raise HostError(
-            f"{url} answers without a picture in data[0].b64_json",
+            f"{url} answers without an image in data[0].b64_json",
             fix="a server with response_format b64_json: Lemonade, sd-server",
         ) from error
-    return picture, seconds
 
 
-def picture_size(picture: bytes) -> str:
-    """Width × height of a PNG; other kinds are not measured.
+def image_size(image: bytes) -> str:
+    """Return width x height of a PNG; other formats are not measured.
 
     Raises:
-        HostError: It is no picture.
+        HostError: It is not an image.
     """
-    if picture.startswith(PNG) and len(picture) > 24:
-        return "{}x{}".format(*struct.unpack(">II", picture[16:24]))
-    if picture.startswith((b"\xff\xd8", b"RIFF")):
+    if image.startswith(PNG) and len(image) > 24:
+        return "{}x{}".format(*struct.unpack(">II", image[16:24]))
+    if image.startswith((b"\xff\xd8", b"RIFF")):
         return "not PNG"
-    raise HostError("the server sent bytes that are no picture", fix="look at the server's log")
+    raise HostError("the server sent bytes that are not an image", fix="look at the server's log")
 
 
-def _measure(name: str, url: str, order: Order, repeat: int, folder: Path) -> Row:
-    _picture(url, order, 0)  # loads the model
-    stamp, seconds, size = datetime.now(UTC).strftime("%Y%m%dT%H%M%S"), [], ""
-    for seed in range(1, repeat + 1):
-        picture, took = _picture(url, order, seed)
-        size = picture_size(picture)
-        (folder / f"{name}-{stamp}-{seed}.png").write_bytes(picture)
+def _row(name: str, url: str, options: ImageOptions, folder: Path) -> BenchRow:
+    model = find_model(url, "openai", options.model)
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": options.prompt,
+        "size": options.size,
+        "n": 1,  # Lemonade allows no more
+        "response_format": "b64_json",
+        **({"steps": options.steps} if options.steps else {}),
+    }
+    _image(url, {**body, "seed": 0})  # loads the model
+    stamp, seconds, size = datetime.now(UTC).strftime("%Y%m%dT%H%M%S"), list[float](), ""
+    for seed in range(1, options.repeat + 1):
+        image, took = _image(url, {**body, "seed": seed})
+        size = image_size(image)
+        (folder / f"{name}-{stamp}-{seed}.png").write_bytes(image)
         seconds.append(took)
-    found = Sample(tuple(seconds))
+    sample = Sample(tuple(seconds))
     return {
         "backend": name,
-        "model": order.model,
+        "model": model,
         "server": url,
         "size": size,
-        "steps": order.steps or None,
-        "seconds": found.median,
-        "spread": found.spread,
-        "repeats": repeat,
-        "seconds_per_step": found.median / order.steps if order.steps else None,
+        "steps": options.steps or None,
+        **sample.columns("seconds"),
+        "seconds_per_step": sample.median / options.steps if options.steps else None,
         "pictures": str(folder),
     }
 
 
-def _servers(text: str) -> Iterator[tuple[str, str]]:
-    """Names and addresses of `vulkan=localhost:1234,rocm=localhost:1235`."""
-    for number, word in enumerate(text.split(","), start=1):
-        name, found, address = word.strip().rpartition("=")
-        yield (re.sub(r"\W", "-", name) if found else f"server-{number}"), base_url(address)
-
-
-def bench_image(
-    server: str = "localhost:13305",
-    model: str = "",
-    prompt: str = PROMPT,
-    size: str = "512x512",
-    steps: int = 0,
-    repeat: int = 3,
-    folder: str = "",
-) -> list[Row]:
-    """Time pictures of /v1/images/generations; no time of Z-Image-Turbo on gfx1151 is published.
-
-    Args:
-        server: Lemonade 13305, sd-server 1234; to compare: vulkan=localhost:1234,rocm=box:1235.
-        model: As the server calls it; Z-Image-Turbo on Lemonade.
-        prompt: What to draw.
-        size: Width x height.
-        steps: Asked of the server, which may pass it over; 0: its own choice, no time a step.
-        repeat: Pictures, after one to warm up.
-        folder: Where pictures are kept; empty: images in the data folder.
+def bench_image(options: ImageOptions) -> list[BenchRow]:
+    """Time images of one server or several.
 
     Raises:
-        RecipeError: The size is none.
+        RecipeError: The size is not width x height.
     """
-    if not re.fullmatch(r"\d+x\d+", size):
-        raise RecipeError(f"{size!r} is no size of a picture", fix="--size 512x512")
-    target = Path(folder).expanduser() if folder else data_folder() / "images"
-    target.mkdir(parents=True, exist_ok=True)
+    if not re.fullmatch(r"\d+x\d+", options.size):
+        raise RecipeError(f"{options.size!r} is not the size of an image", fix="--size 512x512")
+    folder = Path(options.folder).expanduser() if options.folder else data_folder() / "images"
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, url in _servers(server):
-        order = Order(model=find_model(url, "openai", model), prompt=prompt, size=size, steps=steps)
-        rows.append(_measure(name, url, order, repeat, target))
+    for number, word in enumerate(options.server.split(","), start=1):
+        name, named, address = word.strip().rpartition("=")
+        name = re.sub(r"\W", "-", name) if named else f"server-{number}"
+        rows.append(_row(name, base_url(address), options, folder))
     return rows

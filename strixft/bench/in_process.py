@@ -1,4 +1,4 @@
-"""A model in this process as a backend: base, with its adapter, merged."""
+"""A model in this process as a backend: base, with its adapter, merged. T: prompt tokens."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from strixft.bench.generation import Generation
+from strixft.bench.roofline import CACHE_BYTES
 from strixft.bench.timing import synchronize
-from strixft.bench.weights import CACHE_BYTES
 from strixft.catalog.hosts import Host, budget
 from strixft.catalog.methods import METHODS
 from strixft.guard.cap import cap
@@ -43,37 +42,29 @@ class Loaded:
 
     @property
     def label(self) -> dict[str, Any]:
-        """Columns that name it."""
-        return {
-            "backend": "transformers",
-            "model": self.name,
-            "variant": self.variant,
-            "server": None,
-        }
-
-    @property
-    def _config(self) -> Any:
-        return self.model.config.get_text_config()
+        """The columns that name it."""
+        names = {"backend": "transformers", "model": self.name, "variant": self.variant}
+        return {**names, "server": None}
 
     @property
     def read_parameters(self) -> float:
-        """Parameters that take part in a token."""
+        """Parameters used for one token."""
         return sum(count for count, _ in _read(self.model))
 
     def bytes_per_token(self, depth: int) -> float:
-        """What those parameters take, and the cache."""
-        config = self._config
+        """Return the bytes of those parameters and of the cache."""
+        config = self.model.config.get_text_config()
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
         size = CACHE_BYTES if self.host.device == "cuda" else 4
-        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-        weights = sum(num_bytes for _, num_bytes in _read(self.model))
-        return float(weights + depth * size * numbers)
+        cache = depth * size * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        return float(sum(num_bytes for _, num_bytes in _read(self.model)) + cache)
 
     def prompt(self, tokens: int, seed: int) -> Tensor:
-        """Random tokens, (1, T), as llama-bench takes them."""
+        """Return random tokens, (1, T), like llama-bench."""
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, self._config.vocab_size, (1, max(1, tokens)), generator=generator)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = torch.randint(0, vocabulary, (1, max(1, tokens)), generator=generator)
         return ids.to(self.model.device)
 
     @torch.no_grad()
@@ -102,52 +93,41 @@ class Loaded:
 
 
 def read_prompt(model: Any, ids: Tensor) -> tuple[Tensor, Any]:
-    """The first token, (1, 1), and the cache.
-
-    Args:
-        model: A causal language model.
-        ids: Tokens, (1, T).
-    """
+    """Return the first token, (1, 1), and the cache after the prompt `ids`, (1, T)."""
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1:].argmax(-1), out.past_key_values
 
 
 def decode(model: Any, token: Tensor, cache: Any, count: int) -> Tensor:
-    """The token after so many more, (1, 1)."""
+    """Return the token after `count` more, (1, 1)."""
     for _ in range(count):
         out = model(input_ids=token, past_key_values=cache, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
     return token
 
 
-def _active_fraction(config: Any, name: str) -> float:
-    """Share of a parameter that a token reads: experts take turns."""
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if not experts or ".experts." not in name:
-        return 1.0
-    return float(config.num_experts_per_tok / experts)
-
-
 def _read(model: Any) -> Iterator[tuple[float, float]]:
-    """Count and bytes of each parameter that a token reads: no table that looks words up."""
+    """Yield count and bytes of each parameter read for one token."""
     base = base_of(model)
     config, head = base.config.get_text_config(), base.get_output_embeddings().weight
     table = base.get_input_embeddings().weight
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     for name, parameter in model.named_parameters():
         if parameter is table and parameter is not head:
-            continue
-        active = _active_fraction(config, name)
+            continue  # words are only looked up in it
+        active = config.num_experts_per_tok / experts if experts and ".experts." in name else 1.0
         state = getattr(parameter, "quant_state", None)
         count = math.prod(state.shape) if state else parameter.numel()
         yield count * active, parameter.numel() * parameter.element_size() * active
 
 
-def _require_fit(recipe: Recipe, host: Host, dtype: torch.dtype) -> None:
-    """Refuse weights that do not fit before they are loaded, and cap what torch may take."""
+def _load(recipe: Recipe, host: Host) -> tuple[nn.Module, float]:
+    """Load a base and return the seconds it took; refuse weights that do not fit before that."""
+    device = device_type()
+    dtype = native_dtype(device, bfloat16=host.bfloat16)
     shapes = shape_base(load_config(recipe), METHODS[recipe.method], dtype)
     size = sum(p.numel() * p.element_size() for p in shapes.parameters())
-    reserve = recipe.memory.reserve_gib if host.device == "cuda" else 0
-    limit = budget(host, reserve)
+    limit = budget(host, recipe.memory.reserve_gib if host.device == "cuda" else 0)
     if size > limit.num_bytes:
         raise FitError(
             f"{recipe.model} needs {format_gib(size)} for its weights and {host.name} has"
@@ -155,12 +135,6 @@ def _require_fit(recipe: Recipe, host: Host, dtype: torch.dtype) -> None:
             fix="--method qlora for weights in 4 bit, or a smaller model",
         )
     cap(limit.num_bytes, size)
-
-
-def _load(recipe: Recipe, host: Host) -> tuple[nn.Module, float]:
-    device = device_type()
-    dtype = native_dtype(device, bfloat16=host.bfloat16)
-    _require_fit(recipe, host, dtype)
     start = time.perf_counter()
     model = load_base(recipe, device, dtype).eval()
     synchronize(device)
@@ -168,11 +142,11 @@ def _load(recipe: Recipe, host: Host) -> tuple[nn.Module, float]:
 
 
 def load_model(name: str, method: str) -> Iterator[Loaded]:
-    """One model without an adapter.
+    """Yield one model without an adapter.
 
     Args:
         name: Hub id, folder or embedded model.
-        method: How its weights are stored: as this method trains on them.
+        method: Training method, as which its weights are stored.
     """
     settings = {"model": name, "method": method, "dataset": {"source": "-"}}
     recipe, host = check_recipe(settings, name="bench"), find_host("auto")
@@ -181,7 +155,7 @@ def load_model(name: str, method: str) -> Iterator[Loaded]:
 
 
 def load_run(run_name: str) -> Iterator[Loaded]:
-    """The model of a run: its base, then with the adapter, then merged; one after the other.
+    """Yield the base of a run, then the base with its adapter, then the merged model.
 
     Raises:
         StageError: The run has no adapter.
@@ -193,22 +167,24 @@ def load_run(run_name: str) -> Iterator[Loaded]:
             f"run {run.name} has no adapter in {folder}",
             fix=f"{run.resume_command} --to train, or --model with a folder",
         )
-    yield from _variants(run.recipe, folder)
-
-
-def _variants(recipe: Recipe, adapter: Path) -> Iterator[Loaded]:
     host = find_host("auto")
-    model, load_s = _load(recipe, host)
-    base = Loaded(model=model, name=recipe.model, variant="base", host=host, load_s=load_s)
+    model, load_s = _load(run.recipe, host)
+    base = Loaded(model=model, name=run.recipe.model, variant="base", host=host, load_s=load_s)
     yield base
-    adapted: Any = load_adapter(model, adapter).eval()
+    adapted: Any = load_adapter(model, folder).eval()
     yield replace(base, model=adapted, variant="adapter")
     yield replace(base, model=adapted.merge_and_unload().eval(), variant="merged")
 
 
 @torch.no_grad()
 def bare_seconds(model: Any, ids: Tensor, new_tokens: int) -> float:
-    """The same answer by transformers alone, with one clock around it: for `--check`."""
+    """Time the same answer by transformers alone, with one clock around it, for `--check`.
+
+    Args:
+        model: A causal language model.
+        ids: Prompt, (1, T).
+        new_tokens: Tokens of the answer.
+    """
     if ids.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`published.csv`: figures of others with source and mark, each against its ceiling."""
+"""Published figures (`published.csv`) with source and mark, each against its ceiling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from strixft.bench.weights import (
+from strixft.bench.roofline import (
     FLOP_PER_TOKEN,
     WEIGHTS,
     Ceiling,
@@ -28,10 +28,10 @@ from strixft.support.tables import did_you_mean
 FILE = Path(__file__).with_suffix(".csv")
 
 FIRST_GUIDE = "first guide, table"
-"""How the settings of the first guide's table begin."""
+"""Start of the settings of each cell of the first guide's table."""
 
 REFERENCE = "v100-32"
-"""The host that the others are compared with."""
+"""Host with which the others are compared."""
 
 
 Kind = Literal["decode", "prefill", "train_tok_per_s", "train_peak_gb", "train_seconds"]
@@ -39,6 +39,7 @@ Kind = Literal["decode", "prefill", "train_tok_per_s", "train_peak_gb", "train_s
 MarkOfFigure = Literal["measured", "vendor", "claimed", "derived"]
 
 RATES = ("decode", "prefill", "train_tok_per_s")
+"""Figures in tokens per second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +50,12 @@ class Figure:
     model: str
     quantisation: str
     method: str
-    """Of training; empty otherwise."""
+    """Training method; empty for other figures."""
     file_gb: float | None
-    """10⁹ bytes, where the size of the very file is published."""
+    """Size of the very file in 10⁹ bytes, if published."""
     host: str
     value: float | None
-    """Tokens per second, GB or seconds; None where it does not run."""
+    """Tokens per second, GB or seconds; None if the model does not run."""
     settings: str
     date: str
     source: str
@@ -62,7 +63,7 @@ class Figure:
 
     @property
     def ceiling(self) -> Ceiling | None:
-        """None for figures that are no rates."""
+        """The highest possible value; None for a figure that is not a rate."""
         host, weights = HOSTS[self.host], WEIGHTS[self.model]
         if self.figure == "decode":
             return decode_ceiling(host, read_bytes(weights, self.quantisation, self.file_gb))
@@ -74,40 +75,39 @@ class Figure:
 
     @property
     def fits(self) -> bool:
-        """All weights go into the host's memory."""
+        """True if all weights fit into the host's memory."""
         size = file_bytes(WEIGHTS[self.model], self.quantisation, self.file_gb)
         return size <= HOSTS[self.host].memory_bytes.value
 
     @property
     def verdict(self) -> Verdict | None:
-        """None for figures that are no rates."""
+        """The verdict; None for a figure that is not a rate."""
         ceiling = self.ceiling
         return judge(self.value, ceiling, fits=self.fits) if ceiling else None
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        ceiling, rate = self.ceiling, self.figure in RATES
+        """Return plain data for `--json`."""
+        ceiling, against = self.ceiling, dict[str, Any]()
+        if ceiling:
+            share = None if self.value is None else round(ceiling.share(self.value), 4)
+            against = {
+                "ceiling_tok_per_s": round(ceiling.tok_per_s, 2),
+                "share": share,
+                "verdict": self.verdict,
+                "arithmetic": ceiling.arithmetic(self.value),
+            }
         return {
             "figure": self.figure,
             "model": self.model,
             "quantisation": self.quantisation,
             **({"method": self.method} if self.method else {}),
             "host": self.host,
-            "tok_per_s" if rate else "value": self.value,
-            **(self._against(ceiling) if ceiling else {}),
+            "tok_per_s" if self.figure in RATES else "value": self.value,
+            **against,
             "mark": self.mark,
             "settings": self.settings,
             "date": self.date or None,
             "source": self.source,
-        }
-
-    def _against(self, ceiling: Ceiling) -> dict[str, Any]:
-        share = None if self.value is None else round(ceiling.share(self.value), 4)
-        return {
-            "ceiling_tok_per_s": round(ceiling.tok_per_s, 2),
-            "share": share,
-            "verdict": self.verdict,
-            "arithmetic": ceiling.arithmetic(self.value),
         }
 
 
@@ -116,66 +116,59 @@ def _number(where: str, row: Mapping[str, str], key: str) -> float | None:
         return float(row[key]) if row[key] else None
     except ValueError as error:
         raise DataError(
-            f"{where}: {key} is no number: {row[key]!r}", fix="a number, or nothing"
+            f"{where}: {key} is not a number: {row[key]!r}", fix="a number, or nothing"
         ) from error
 
 
 def read_figures(lines: Iterable[str], name: str = FILE.name) -> Iterator[Figure]:
-    """Figures of a CSV file.
-
-    Args:
-        lines: With a header.
-        name: For errors.
+    """Read figures from the lines of a CSV file, the first of which is its header.
 
     Raises:
-        DataError: A row has no source or mark, or names a host or a model that is not known.
+        DataError: A row has no source or mark, or names an unknown host or model.
     """
+    known: dict[str, Iterable[str]] = {
+        "figure": get_args(Kind),
+        "mark": get_args(MarkOfFigure),
+        "host": HOSTS,
+        "model": WEIGHTS,
+    }
     for number, row in enumerate(csv.DictReader(lines), start=2):
         where = f"{name}, line {number}"
         for key in ("source", "mark", "host", "model", "figure"):
             if not row.get(key):
                 raise DataError(f"{where} has no {key}", fix=f"fill in {key}, or leave the row out")
-        _refuse_unknown(where, row)
+        for key, words in known.items():
+            if row[key] not in words:
+                raise DataError(
+                    f"{where}: there is no {key} {row[key]!r}", fix=f"one of: {', '.join(words)}"
+                )
+        if not row["source"].startswith("https://"):
+            source = row["source"]
+            raise DataError(f"{where}: the source is not an address: {source}", fix="https://…")
         yield Figure(
+            **{key: row[key] for key in ("model", "quantisation", "method", "host", "settings")},
+            **{key: row[key] for key in ("date", "source")},
             figure=cast(Kind, row["figure"]),
-            model=row["model"],
-            quantisation=row["quantisation"],
-            method=row["method"],
-            file_gb=_number(where, row, "file_gb"),
-            host=row["host"],
-            value=_number(where, row, "value"),
-            settings=row["settings"],
-            date=row["date"],
-            source=row["source"],
             mark=cast(MarkOfFigure, row["mark"]),
+            file_gb=_number(where, row, "file_gb"),
+            value=_number(where, row, "value"),
         )
-
-
-def _refuse_unknown(where: str, row: Mapping[str, str]) -> None:
-    known = {"figure": get_args(Kind), "mark": get_args(MarkOfFigure), "host": HOSTS}
-    for key, words in {**known, "model": WEIGHTS}.items():
-        if row[key] not in words:
-            raise DataError(
-                f"{where}: there is no {key} {row[key]!r}", fix=f"one of: {', '.join(words)}"
-            )
-    if not row["source"].startswith("https://"):
-        raise DataError(f"{where}: the source is no address: {row['source']}", fix="https://…")
 
 
 @cache
 def figures() -> tuple[Figure, ...]:
-    """The table that ships."""
+    """Return the figures that ship."""
     with FILE.open(encoding="utf-8", newline="") as file:
         return tuple(read_figures(file))
 
 
 def first_guide() -> list[Figure]:
-    """The twelve cells of the first guide's table."""
+    """Return the twelve cells of the first guide's table."""
     return [row for row in figures() if row.settings.startswith(FIRST_GUIDE)]
 
 
 def reached_shares(host: str, *, sparse: bool) -> list[float]:
-    """Shares of the ceiling that measured decoding reaches on a host, lowest first."""
+    """Return the shares of the ceiling that measured decoding reaches on a host, in order."""
     return sorted(
         row.ceiling.share(row.value)
         for row in figures()
@@ -189,7 +182,7 @@ def reached_shares(host: str, *, sparse: bool) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A rate drawn between machines by the roofline; derived, not measured."""
+    """A rate derived from the roofline, not measured."""
 
     tok_per_s: float
     low: float
@@ -199,23 +192,22 @@ class Expected:
 def expect_decode(
     model: str, quantisation: str, host: str, file_gb: float | None = None
 ) -> Expected | None:
-    """What a model should reach on a host: its ceiling × the shares that others reach there.
+    """Derive the rate of a model on a host: its ceiling × the shares that other models reach there.
 
     Returns:
-        By the median share, the lowest and the highest; None where nothing was measured.
+        The rate by the median, lowest and highest share; None if nothing was measured there.
     """
     weights = WEIGHTS[model]
     shares = reached_shares(host, sparse=weights.sparse)
     ceiling = decode_ceiling(HOSTS[host], read_bytes(weights, quantisation, file_gb))
     if not shares or ceiling is None:
         return None
-    low, middle, high = shares[0], statistics.median(shares), shares[-1]
     top = ceiling.tok_per_s
-    return Expected(top * middle, top * low, top * high)
+    return Expected(top * statistics.median(shares), top * shares[0], top * shares[-1])
 
 
 def to_json(chosen: Iterable[Figure]) -> dict[str, Any]:
-    """Figures by what they are of: `rows` are those of decoding."""
+    """Return figures by kind as plain data; `rows` are those of decoding."""
     kinds, listed = {"rows": "decode", "prefill": "prefill", "training": "train"}, list(chosen)
     return {
         name: [row.to_dict() for row in listed if row.figure.startswith(kind)]
@@ -224,7 +216,7 @@ def to_json(chosen: Iterable[Figure]) -> dict[str, Any]:
 
 
 def choose(host: str = "", model: str = "") -> list[Figure]:
-    """Figures of one host, or of models with a part in their name; all without.
+    """Return the figures of one host, of models whose name contains `model`, or all.
 
     Raises:
         RecipeError: There is no such host or model.

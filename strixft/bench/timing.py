@@ -1,28 +1,40 @@
-"""Time of work on a device: warmed up, repeated, median and spread."""
+"""Time of work on a device, and clock, temperature and power meanwhile.
+
+Work is warmed up and repeated; a `Sample` holds its times with their median and spread.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import statistics
+import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
+
+from strixft.catalog.hosts import read_amd_cards
+
 LEAST_TURN_S = 0.1
-"""A turn repeats its work until it lasts this long: the clock and one launch do not count then."""
+"""Seconds that a turn lasts at least, so that the clock and one launch do not matter."""
 
 MOST_CALLS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The same figure, some times."""
+    """Repeated measurements of one quantity."""
 
     values: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median of the values."""
         return statistics.median(self.values)
 
     @property
@@ -31,17 +43,21 @@ class Sample:
         return (max(self.values) - min(self.values)) / self.median if self.median else 0.0
 
     def beside(self, other: Sample) -> float:
-        """By how much this is more than another, turn by turn: the median as a fraction."""
+        """Return by which fraction this exceeds another sample: the median, turn by turn."""
         pairs = zip(self.values, other.values, strict=True)
         return statistics.median(ours / theirs for ours, theirs in pairs) - 1
 
     def per(self, amount: float) -> Sample:
-        """Amount per second, from seconds."""
+        """Return amount per second, from seconds."""
         return Sample(tuple(amount / value for value in self.values))
+
+    def columns(self, name: str) -> dict[str, Any]:
+        """Return the columns of a rate: its median under its name, spread and repeats."""
+        return {name: self.median, "spread": self.spread, "repeats": len(self.values)}
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device == "cuda":
         import torch
 
@@ -49,7 +65,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds_of(work: Callable[[], Any], calls: int, device: str) -> float:
-    """Seconds of one call, from so many in a row."""
+    """Return the seconds of one call, from several in a row."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -59,7 +75,7 @@ def seconds_of(work: Callable[[], Any], calls: int, device: str) -> float:
 
 
 def direct_seconds(work: Callable[[], Any], calls: int, device: str) -> float:
-    """The same with nothing of ours: torch's own events where there is a GPU."""
+    """Return the same by other means: torch's own events where there is a GPU."""
     if device != "cuda":
         start = time.perf_counter_ns()
         for _ in range(calls):
@@ -76,23 +92,11 @@ def direct_seconds(work: Callable[[], Any], calls: int, device: str) -> float:
     return float(first.elapsed_time(last)) / 1e3 / calls
 
 
-def calls_of(work: Callable[[], Any], device: str) -> int:
-    """Warm up, and find how many calls a turn needs."""
-    work()
-    once = seconds_of(work, 2, device)
-    return max(1, min(MOST_CALLS, round(LEAST_TURN_S / max(once, 1e-9))))
-
-
-def take_turns(options: Mapping[str, Callable[[], float]], repeat: int) -> dict[str, Sample]:
-    """Values of some ways to measure; they take turns, so that a busy machine hits all.
-
-    Args:
-        options: Name → one measurement.
-        repeat: Turns.
-    """
-    values: dict[str, list[float]] = {name: [] for name in options}
+def take_turns(measurements: Mapping[str, Callable[[], float]], repeat: int) -> dict[str, Sample]:
+    """Run measurements in turns, so that a busy machine disturbs all of them alike."""
+    values: dict[str, list[float]] = {name: [] for name in measurements}
     for _ in range(repeat):
-        for name, measure in options.items():
+        for name, measure in measurements.items():
             values[name].append(measure())
     return {name: Sample(tuple(found)) for name, found in values.items()}
 
@@ -100,29 +104,109 @@ def take_turns(options: Mapping[str, Callable[[], float]], repeat: int) -> dict[
 def time_work(
     work: Callable[[], Any], device: str, repeat: int, *, check: bool = False
 ) -> dict[str, Sample]:
-    """Seconds of one call: `ours`, and `direct` beside it where a check is asked for."""
-    calls = calls_of(work, device)
-    options = {"ours": lambda: seconds_of(work, calls, device)}
+    """Return the seconds of one call: `ours`, and `direct` beside it if a check is wanted."""
+    work()
+    once = seconds_of(work, 2, device)
+    calls = max(1, min(MOST_CALLS, round(LEAST_TURN_S / max(once, 1e-9))))
+    measurements = {"ours": lambda: seconds_of(work, calls, device)}
     if check:
-        options["direct"] = lambda: direct_seconds(work, calls, device)
-    return take_turns(options, repeat)
+        measurements["direct"] = lambda: direct_seconds(work, calls, device)
+    return take_turns(measurements, repeat)
 
 
-def figures(times: Mapping[str, Sample], amount: float, name: str) -> dict[str, Any]:
-    """Median rate and spread of what `time_work` gave, and how far the direct way is off.
+def rate_columns(times: Mapping[str, Sample], amount: float, name: str) -> dict[str, Any]:
+    """Return the median rate, its spread, and the difference to the direct measurement.
 
     Args:
-        times: Seconds of one call.
-        amount: What one call does, in the unit of the rate.
-        name: The rate's name, with its unit.
+        times: Seconds of one call, as `time_work` returns them.
+        amount: Work of one call, in the unit of the rate.
+        name: Name of the rate, with its unit.
     """
     rate = times["ours"].per(amount)
-    found: dict[str, Any] = {
-        name: rate.median,
-        "spread": rate.spread,
-        "repeats": len(rate.values),
-    }
+    columns = rate.columns(name)
     if "direct" in times:
         direct = times["direct"].per(amount)
-        found |= {f"direct_{name}": direct.median, "off": rate.beside(direct)}
-    return found
+        columns |= {f"direct_{name}": direct.median, "off": rate.beside(direct)}
+    return columns
+
+
+# Sensors.
+
+EVERY_S = 1.0
+
+AMD_SENSORS = {
+    "clock_mhz": ("freq1_input", 1e6),
+    "temperature_c": ("temp1_input", 1e3),
+    "power_w": ("power1_average", 1e6),
+}
+"""Name → file of amdgpu's hwmon and divisor (kernel documentation, gpu/amdgpu/thermal)."""
+
+NVIDIA_QUERY = "--query-gpu=clocks.sm,temperature.gpu,power.draw"
+
+Reading = dict[str, float]
+
+
+def _read_amd(root: Path) -> Reading:
+    reading: Reading = {}
+    for card in read_amd_cards(root)[:1]:
+        for name, (file, scale) in AMD_SENSORS.items():
+            for path in sorted(card.folder.glob(f"hwmon/hwmon*/{file}")):
+                with contextlib.suppress(OSError, ValueError):
+                    reading[name] = int(path.read_text()) / scale
+    return reading
+
+
+def _read_nvidia() -> Reading:
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", NVIDIA_QUERY, "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return dict(zip(AMD_SENSORS, map(float, done.stdout.split(",")), strict=True))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}
+
+
+def _read_cpu() -> Reading:
+    reading: Reading = {}
+    with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
+        if (clock := psutil.cpu_freq()) is not None:
+            reading["clock_mhz"] = clock.current
+    for name, sensors in (psutil.sensors_temperatures() or {}).items():
+        if name in ("k10temp", "coretemp") and sensors:
+            reading["temperature_c"] = sensors[0].current
+    return reading
+
+
+def sensors_of(device: str, root: Path = Path("/")) -> Callable[[], Reading]:
+    """Return a function that reads the sensors of a device."""
+    if device == "cpu":
+        return _read_cpu
+    return (lambda: _read_amd(root)) if read_amd_cards(root) else _read_nvidia
+
+
+@contextlib.contextmanager
+def watched(read: Callable[[], Reading]) -> Iterator[Reading]:
+    """Read sensors every second within the block; the summary is filled at its end.
+
+    It holds the median clock and power and the highest temperature.
+    """
+    readings: list[Reading] = []
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(EVERY_S):
+            readings.append(read())
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    summary: Reading = {}
+    try:
+        yield summary
+    finally:
+        ended.set()
+        thread.join()
+        for name in AMD_SENSORS:
+            if values := [one[name] for one in readings or [read()] if name in one]:
+                value = max(values) if name == "temperature_c" else statistics.median(values)
+                summary[name] = round(value, 1)

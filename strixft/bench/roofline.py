@@ -1,6 +1,6 @@
-"""What a model reads to make one token: its weights by quantisation, and the attention's cache.
+"""The roofline: bytes and FLOP that a model needs for one token, and the highest rate they allow.
 
-Everything here is arithmetic on a `config.json`, or on counts that a model's makers publish.
+Everything here is arithmetic on a `config.json`, or on counts that the makers of a model publish.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ from strixft.support.errors import RecipeError
 from strixft.support.tables import Table, did_you_mean
 
 CACHE_BYTES = 2
-"""A number in the cache, in 16 bit."""
+"""Bytes of a number in the attention cache, in 16 bit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """One model. Parameters, and bytes of cache that a position adds."""
+    """Parameters of one model, and bytes of cache that each position adds."""
 
     name: str
     parameters: float
     read_parameters: float
-    """For one token: without experts that rest, without a table that only looks words up."""
+    """Those used for one token: without inactive experts or an embedding that is only looked up."""
     cache_bytes_per_position: float | None
     source: str
 
     @property
     def sparse(self) -> bool:
-        """A mixture of experts: far fewer weights are read than there are."""
+        """True for a mixture of experts: far fewer weights are read than there are."""
         return self.read_parameters < self.parameters / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantisation:
-    """Bits of a weight, scales included."""
+    """A storage format."""
 
     name: str
     bits: float
+    """Of a weight, scales included."""
     source: str
 
 
@@ -68,23 +69,18 @@ QUANTISATIONS: Table[Quantisation] = Table(
 )
 
 
-def _attention_parameters(config: Mapping[str, Any], head_dim: int) -> int:
-    heads = 2 * (config["num_attention_heads"] + config["num_key_value_heads"])
-    parameters: int = config["hidden_size"] * head_dim * heads
-    return parameters
-
-
 def weights_of(name: str, config: Mapping[str, Any], source: str) -> Weights:
-    """Count a dense or a sparse decoder's parameters; norms and biases do not count.
+    """Count the parameters of a dense or sparse decoder, without norms and biases.
 
     Args:
-        name: What people call the model.
+        name: The model's usual name.
         config: The numbers of its `config.json`.
-        source: Where they stand.
+        source: Their address.
     """
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
-    attention = _attention_parameters(config, head_dim)
+    kv_heads = config["num_key_value_heads"]
+    attention = 2 * hidden * head_dim * (config["num_attention_heads"] + kv_heads)
     expert = 3 * hidden * config["intermediate_size"]
     experts, active = config.get("num_local_experts", 1), config.get("num_experts_per_tok", 1)
     head = config["vocab_size"] * hidden
@@ -93,11 +89,7 @@ def weights_of(name: str, config: Mapping[str, Any], source: str) -> Weights:
         name=name,
         parameters=layers * (attention + experts * expert) + head * (1 if tied else 2),
         read_parameters=layers * (attention + active * expert) + head,
-        cache_bytes_per_position=2
-        * CACHE_BYTES
-        * layers
-        * config["num_key_value_heads"]
-        * head_dim,
+        cache_bytes_per_position=2 * CACHE_BYTES * layers * kv_heads * head_dim,
         source=source,
     )
 
@@ -123,13 +115,8 @@ def _gpt_oss(name: str, layers: int, experts: int) -> Weights:
 
 
 def _counted(name: str, parameters: float, read: float, source: str) -> Weights:
-    return Weights(
-        name=name,
-        parameters=parameters,
-        read_parameters=read,
-        cache_bytes_per_position=None,
-        source=source,
-    )
+    counts = {"parameters": parameters, "read_parameters": read}
+    return Weights(name=name, **counts, cache_bytes_per_position=None, source=source)
 
 
 WEIGHTS: Table[Weights] = Table(
@@ -166,7 +153,11 @@ WEIGHTS: Table[Weights] = Table(
 
 
 def file_bytes(weights: Weights, quantisation: str, file_gb: float | None) -> float:
-    """All weights: the published file's size, else parameters × bits."""
+    """Return the bytes of all weights: the size of the published file, else parameters × bits.
+
+    Raises:
+        RecipeError: Neither the size of the file nor the quantisation is known.
+    """
     if file_gb is not None:
         return file_gb * 1e9
     name = quantisation.removeprefix("UD-")
@@ -179,7 +170,7 @@ def file_bytes(weights: Weights, quantisation: str, file_gb: float | None) -> fl
 
 
 def read_bytes(weights: Weights, quantisation: str, file_gb: float | None = None) -> float:
-    """Weights read for one token, at least: a share of the file."""
+    """Return the fewest bytes of weights that are read for one token: a share of the file."""
     whole = file_bytes(weights, quantisation, file_gb)
     return whole * weights.read_parameters / weights.parameters
 
@@ -187,33 +178,34 @@ def read_bytes(weights: Weights, quantisation: str, file_gb: float | None = None
 Verdict = Literal["plausible", "impossible", "too_low", "does_not_fit"]
 
 TOO_LOW = 0.15
-"""Share of the ceiling under which a figure is doubtful: a wrong setting, or a wrong number."""
+"""Share of the ceiling below which a figure is doubtful: a wrong setting or a wrong number."""
 
 SLACK = 1.5
-"""A limit that was only measured may be passed by this much: another program may do better."""
+"""Factor by which a limit that was only measured may be passed: another program may do better."""
 
 FLOP_PER_TOKEN = {"full": 6, "adapter": 4, "forward": 2}
-"""Per parameter: forward 2, gradient of inputs 2, of weights 2 where they are trained."""
+"""FLOP per parameter: forward 2, gradients of inputs 2, gradients of trained weights 2."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """The highest rate that can be true, and what it costs to make a token."""
+    """The highest possible rate, from a machine's limit and the cost of a token."""
 
     tok_per_s: float
     limit_per_s: float
-    """Bytes or FLOP that the machine does in a second."""
+    """Bytes or FLOP per second of the machine."""
     per_token: float
+    """Bytes or FLOP."""
     unit: Literal["GB", "TFLOP"]
     theory: bool = True
-    """The limit is the chip's own; otherwise one that was measured."""
+    """True if the limit is the chip's own, false if it was measured."""
 
     def share(self, tok_per_s: float) -> float:
-        """Of the ceiling; above 1 it cannot be true."""
+        """Return a rate as a share of the ceiling; above 1 it cannot be true."""
         return tok_per_s / self.tok_per_s
 
     def arithmetic(self, tok_per_s: float | None) -> str:
-        """The division in words, and what the figure would need."""
+        """Write out the division, and the bandwidth or FLOP/s that a rate would need."""
         scale = 1e9 if self.unit == "GB" else 1e12
         text = (
             f"{self.limit_per_s / scale:.4g} {self.unit}/s ÷ {self.per_token / scale:.3g}"
@@ -226,10 +218,10 @@ class Ceiling:
 
 
 def decode_ceiling(host: Host, bytes_per_token: float) -> Ceiling | None:
-    """Of generation; None where nothing is known of the host's memory.
+    """Return the ceiling of generation, or None if the host's memory is unknown.
 
     Args:
-        host: Whose bus, else whose measured bandwidth.
+        host: Its bus counts, else its measured bandwidth.
         bytes_per_token: Weights read, and the cache at the depth in question.
     """
     limit = host.bus_bytes_per_s or host.bandwidth_bytes_per_s
@@ -240,11 +232,11 @@ def decode_ceiling(host: Host, bytes_per_token: float) -> Ceiling | None:
 
 
 def compute_ceiling(host: Host, parameters: float, flop_per_parameter: float) -> Ceiling | None:
-    """Of reading prompts, or of training; None where nothing is known of the matrix units.
+    """Return the ceiling of prefill or training, or None if the matrix units are unknown.
 
     Args:
-        host: Whose peak, else whose best measured rate.
-        parameters: Those that take part in a token.
+        host: Its peak counts, else its best measured rate.
+        parameters: Parameters used for one token.
         flop_per_parameter: A value of `FLOP_PER_TOKEN`.
     """
     peak, flop = host.peak_flop_per_s, parameters * flop_per_parameter
@@ -256,15 +248,15 @@ def compute_ceiling(host: Host, parameters: float, flop_per_parameter: float) ->
 
 
 def judge(tok_per_s: float | None, ceiling: Ceiling, *, fits: bool = True) -> Verdict:
-    """What a figure is worth.
+    """Return the verdict on a published or measured rate.
 
-    A low figure is doubtful only where memory sets the limit; how much of a chip's matrix rate
-    prompts and training reach differs too much.
+    A low rate is doubtful only where memory sets the limit: the share of a chip's matrix rate that
+    prompts and training reach varies too much.
 
     Args:
-        tok_per_s: The figure; None where it does not run.
-        ceiling: Of this model on this host.
-        fits: All weights go into the host's memory.
+        tok_per_s: The rate; None if the model does not run there.
+        ceiling: Ceiling of this model on this host.
+        fits: All weights fit into the host's memory.
     """
     if tok_per_s is None or not fits:
         return "does_not_fit"
