@@ -19,7 +19,7 @@ from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Server
 from strixft.run.open import open_run
 from strixft.servers.client import Client, is_refusal
-from strixft.servers.models import Listed, choose_name, find_model, memory_warning
+from strixft.servers.models import ListedModel, choose_name, find_model, memory_warning
 from strixft.support.errors import HostError, RecipeError
 from strixft.support.files import write_json
 
@@ -80,20 +80,18 @@ def test_a_list_without_models_is_told(data: dict[str, Any]) -> None:
 def test_a_model_that_takes_memory_of_the_gpu_is_warned_about(
     write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    on_gpu = Listed("big", "llamacpp", 5 * 2**30)
-    text = memory_warning("http://localhost:13305", on_gpu)
-    assert text is not None
+    on_gpu = ListedModel("big", "llamacpp", 5 * 2**30)
+    (text,) = memory_warning("http://localhost:13305", on_gpu)
     assert "big on http://localhost:13305 takes GPU memory (5.00 GiB and more)" in text
     assert "in training now" not in text
-    assert memory_warning("http://localhost:1", Listed("small", "flm")) is None
-    assert memory_warning("http://10.0.0.9:1", on_gpu) is None
+    assert memory_warning("http://localhost:1", ListedModel("small", "flm")) == []
+    assert memory_warning("http://10.0.0.9:1", on_gpu) == []
 
     (tmp_path / "recipes").mkdir()
     run = open_run(write_recipe(), "runs/night")
     with run.owned():
         write_json(run.folder / "status.json", {"stage": "train", "state": "running"})
-        busy = memory_warning("http://127.0.0.1:8080", Listed("x"))
-    assert busy is not None
+        (busy,) = memory_warning("http://127.0.0.1:8080", ListedModel("x"))
     assert "does not say what runs it, so it may take GPU memory" in busy
     assert "; in training now: night." in busy
 
@@ -143,24 +141,24 @@ def test_a_server_that_comes_up_late_is_waited_for(tmp_path: Path) -> None:
     ("fault", "problem", "fix", "tries"),
     [
         (Raw(b"oops", 500, "text/plain"), r"answers 500: oops \(3 tries\)", "log", 3),
-        (Raw(GOOD[:25]), r"no JSON that ends: '\{\"choices.* \(3 tries\)", "log", 3),
+        (Raw(GOOD[:25]), r"JSON that does not end: '\{\"choices.* \(3 tries\)", "log", 3),
         (Raw(GOOD[:25], missing_bytes=9), r"was cut off .* \(3 tries\)", "out of memory", 3),
         ([GOOD.decode()[:25], Cut()], r"was cut off .* \(3 tries\)", "out of memory", 3),
         (
             Raw(b"<html>Sign in</html>", kind="text/html"),
-            "answers no JSON but text/html: '<html>Sign in",
+            "does not answer JSON but text/html: '<html>Sign in",
             "right server and port",
             1,
         ),
         (
             Raw(b"data: {}\n\n", kind="text/event-stream"),
-            "answers no JSON but text/event-stream",
+            "does not answer JSON but text/event-stream",
             "right server and port",
             1,
         ),
-        (Raw(b"[]"), "answers no JSON object", "right server and port", 1),
-        (Raw(b'{"ok": true}'), 'no chat completion: {"ok": true}', "OpenAI protocol", 1),
-        (Raw(b'{"choices": []}'), "no chat completion", "OpenAI protocol", 1),
+        (Raw(b"[]"), "does not answer a JSON object", "right server and port", 1),
+        (Raw(b'{"ok": true}'), 'not a chat completion: {"ok": true}', "OpenAI protocol", 1),
+        (Raw(b'{"choices": []}'), "not a chat completion", "OpenAI protocol", 1),
         (Raw(b'{"error": "no memory left"}'), "stops: no memory left", "log", 1),
         (Raw(b"", 401), "answers 401: Unauthorized", "export STRIXFT_API_KEY=", 1),
         (

@@ -9,7 +9,7 @@ from strixft.support.http import ask, base_url, stream
 
 @pytest.mark.parametrize("address", ["ftp://box", "http://", "://", "http://me:word@box"])
 def test_an_address_that_names_no_server_is_refused(address: str) -> None:
-    with pytest.raises(HostError, match="is no server's address") as caught:
+    with pytest.raises(HostError, match="is not a server address") as caught:
         base_url(address)
     assert caught.value.fix.startswith("--server http://localhost:8080")
 
@@ -30,7 +30,7 @@ def test_a_servers_own_error_is_shown() -> None:
 
 def test_an_answer_that_is_no_json_asks_for_the_right_port() -> None:
     with serving({"/a": lambda _: b"<html>hello</html>"}) as (url, _):
-        with pytest.raises(HostError, match="answers no JSON: '<html>hello") as caught:
+        with pytest.raises(HostError, match="does not answer JSON: '<html>hello") as caught:
             ask(f"{url}/a")
         assert "port" in caught.value.fix
 
@@ -49,7 +49,7 @@ def test_an_error_inside_a_stream_ends_it() -> None:
 
 def test_half_a_line_at_the_end_is_no_answer() -> None:
     lines = ['{"n": 1}', '{"n":', Cut()]
-    with serving({"/a": lambda _: lines}) as (url, _), pytest.raises(HostError, match="no JSON"):
+    with serving({"/a": lambda _: lines}) as (url, _), pytest.raises(HostError, match="not end"):
         list(stream(f"{url}/a", {}))
 
 

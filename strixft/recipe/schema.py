@@ -21,7 +21,6 @@ from strixft.catalog.hosts import known_host
 from strixft.catalog.methods import METHODS
 from strixft.formats.table import FORMATS
 from strixft.support.errors import HostError
-from strixft.support.http import base_url
 from strixft.support.tables import did_you_mean
 
 LARGEST = 2**31 - 1
@@ -105,6 +104,8 @@ class Server(_Section):
     @field_validator("server")
     @classmethod
     def _is_address(cls, address: str) -> str:
+        from strixft.support.http import base_url  # httpx: not for recipes without a server
+
         try:
             return base_url(address)
         except HostError as error:

@@ -1,4 +1,4 @@
-"""llama.cpp's own server in a process of its own, for a GGUF file."""
+"""llama.cpp's own server for a GGUF file, in a process of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START_S = 900.0
 """Longest wait for a server that loads its model."""
 
 ENDS_S = 10.0
-"""Longest wait for one that should end."""
+"""Longest wait for a server that should end."""
 
 ANY_TEMPLATE = "chatml"
 """A template of llama.cpp's own, for a file whose template it cannot express."""
@@ -28,6 +28,8 @@ _REFUSED = "chat template parsing error"
 
 LEFT_FREE = 1
 """Cores that llama.cpp leaves alone: its threads wait for each other without sleeping."""
+
+NEWER = "a newer llama.cpp: pip install --upgrade xllamacpp"
 
 
 class TemplateError(StageError):
@@ -51,13 +53,13 @@ def require_runtime() -> None:
 def served(
     model: Path, context_tokens: int, adapter: Path | None = None, chat_template: str = ""
 ) -> Iterator[str]:
-    """The address of a server for a GGUF file; it ends with the block, or with this process.
+    """Give the address of a server that ends with the block, or with this process.
 
     Args:
-        model: The file.
-        context_tokens: Longest prompt and answer.
-        adapter: GGUF file of an adapter that is put on the model.
-        chat_template: Name of one of llama.cpp's own; the file's if not given.
+        model: GGUF file.
+        context_tokens: Longest prompt and answer together.
+        adapter: GGUF file of an adapter to put on the model.
+        chat_template: Name of one of llama.cpp's own; the file's if empty.
 
     Raises:
         HostError: llama.cpp is not installed.
@@ -67,20 +69,19 @@ def served(
     require_runtime()
     command = [sys.executable, "-m", "strixft.servers.llama_cpp", str(model), str(context_tokens)]
     command += [chat_template, *([str(adapter)] if adapter else [])]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            encoding="utf-8",
-        )
+        child = subprocess.Popen(command, stderr=log, **pipes)  # type: ignore[call-overload]
         try:
             yield _address(child, log, model)
         except HostError as error:  # of a request within the block
-            raise _gave_up(child, log, model, error) from error
+            raise _failure(child, log, model, error) from error
         finally:
-            _end(child)
+            try:
+                child.communicate(timeout=ENDS_S)  # closes its standard input: its word to end
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.communicate()
 
 
 def _address(child: subprocess.Popen[str], log: IO[str], model: Path) -> str:
@@ -90,55 +91,39 @@ def _address(child: subprocess.Popen[str], log: IO[str], model: Path) -> str:
     address = next((line.strip() for line in child.stdout if line.startswith("http")), None)
     late = not hangs.is_alive()
     hangs.cancel()
-    if address is None:
-        _refuse_template(log)
-        when = f" within {START_S:.0f} s" if late else ""
-        raise StageError(
-            f"llama.cpp does not start with {model}{when}:{_said(log)}",
-            fix="a newer llama.cpp: pip install --upgrade xllamacpp",
-        )
-    return address
-
-
-def _refuse_template(log: IO[str]) -> None:
-    log.seek(0)
-    lines = log.read().splitlines()
+    if address is not None:
+        return address
+    lines = _lines(log)
     if any(_REFUSED in line for line in lines):
         why = next((line for line in lines if line.startswith("Error: ")), _REFUSED)
         raise TemplateError(
             why.removeprefix("Error: "), fix="llama-server --chat-template-file FILE"
         )
+    when = f" within {START_S:.0f} s" if late else ""
+    raise StageError(f"llama.cpp does not start with {model}{when}:{_last(lines)}", fix=NEWER)
 
 
-def _gave_up(
+def _failure(
     child: subprocess.Popen[str], log: IO[str], model: Path, error: HostError
 ) -> StageError:
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(ENDS_S)  # a connection breaks a moment before its process is gone
     if child.returncode is None:
-        what = f"llama.cpp's server hangs with {model}: {error.problem}"
+        problem = f"llama.cpp's server hangs with {model}: {error.problem}"
     else:
         how = f"exit code {child.returncode}" if child.returncode >= 0 else "killed"
-        what = f"llama.cpp's server ended with {model} ({how}):{_said(log)}"
-    return StageError(
-        what,
-        fix="close other programs, then type the same command again; or a newer llama.cpp:"
-        " pip install --upgrade xllamacpp",
-    )
+        problem = f"llama.cpp's server ended with {model} ({how}):{_last(_lines(log))}"
+    again = "close other programs, then run the same command again"
+    return StageError(problem, fix=f"{again}; or {NEWER}")
 
 
-def _said(log: IO[str]) -> str:
+def _lines(log: IO[str]) -> list[str]:
     log.seek(0)
-    return "".join(f"\n  {line}" for line in log.read().strip().splitlines()[-6:])
+    return log.read().strip().splitlines()
 
 
-def _end(child: subprocess.Popen[str]) -> None:
-    """Close its standard input, the server's word to end; one that does not listen is killed."""
-    try:
-        child.communicate(timeout=ENDS_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.communicate()
+def _last(lines: list[str]) -> str:
+    return "".join(f"\n  {line}" for line in lines[-6:])
 
 
 def main() -> None:

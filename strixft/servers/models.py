@@ -1,4 +1,4 @@
-"""The models of a server: which there are, where they run, and which of them is meant."""
+"""The models of a server: list them, choose one, and tell where it runs."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ OLLAMA_TAG = ":latest"
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedModel:
     """A model as `GET /v1/models` lists it."""
 
     name: str
     recipe: str | None = None
-    """What runs it, where the server says so, as Lemonade does."""
+    """Name of the engine that runs it, where the server tells, as Lemonade does."""
     num_bytes: int | None = None
-    """Of its file, where the server says so, as llama.cpp does."""
+    """Size of its file, where the server tells, as llama.cpp does."""
 
     @property
     def on_npu(self) -> bool | None:
-        """It runs on the NPU; None where the server does not say what runs it."""
+        """Return whether it runs on the NPU; None where the server does not tell."""
         return None if self.recipe is None else self.recipe == NPU
 
 
-def _listed(row: dict[str, Any]) -> Listed:
+def _listed(row: dict[str, Any]) -> ListedModel:
     recipe, meta = row.get("recipe"), row.get("meta")
     size = meta.get("size") if isinstance(meta, dict) else None
-    return Listed(
+    return ListedModel(
         str(row["id"]),
         recipe if isinstance(recipe, str) else None,
         size if isinstance(size, int) else None,
     )
 
 
-def list_models(url: str) -> list[Listed]:
-    """The models that a server offers.
+def list_models(url: str) -> list[ListedModel]:
+    """List the models that a server offers.
 
     Raises:
         HostError: No server answers, or it lists none.
@@ -57,30 +57,29 @@ def list_models(url: str) -> list[Listed]:
     rows = rows if isinstance(rows, list) else []
     found = [_listed(row) for row in rows if isinstance(row, dict) and "id" in row]
     if not found:
-        raise no_models(url)
+        raise _no_models(url)
     return found
 
 
-def no_models(url: str) -> HostError:
-    """The error of a server without a model."""
-    return HostError(f"{url} lists no model", fix="load or pull one, then type it again")
+def _no_models(url: str) -> HostError:
+    return HostError(f"{url} lists no model", fix="load or pull one, then run the command again")
 
 
 def choose_name(url: str, asked: str | None, known: Sequence[str], setting: str) -> str:
-    """The model that is meant: the one asked for, or the only one.
+    """Return the name of the model asked for, or of the only one.
 
     Args:
         url: The server's, for errors.
-        asked: As the user calls it.
-        known: What the server lists.
-        setting: What to type before a name, such as `--model`.
+        asked: Name that the user gives.
+        known: Names that the server lists.
+        setting: Text to type before a name, such as `--model`.
 
     Raises:
         HostError: There is none.
         RecipeError: There is no such model, or none is asked for and there are several.
     """
     if not known:
-        raise no_models(url)
+        raise _no_models(url)
     if not asked and len(known) == 1:
         return known[0]
     same = [name for name in known if asked in (name, name.removesuffix(OLLAMA_TAG))]
@@ -92,8 +91,8 @@ def choose_name(url: str, asked: str | None, known: Sequence[str], setting: str)
     )
 
 
-def find_model(url: str, asked: str | None, setting: str) -> Listed:
-    """The model that is meant: the one asked for, the only one, or the only one for the NPU.
+def find_model(url: str, asked: str | None, setting: str) -> ListedModel:
+    """Find the model asked for, the only one, or the only one for the NPU.
 
     Raises:
         HostError: No server answers, or it has no model.
@@ -106,7 +105,7 @@ def find_model(url: str, asked: str | None, setting: str) -> Listed:
 
 
 def is_local(url: str) -> bool:
-    """The server runs on this machine.
+    """Return whether the server runs on this machine.
 
     >>> is_local("http://localhost:13305"), is_local("http://[::1]:80"), is_local("http://10.1.2.3")
     (True, True, False)
@@ -118,27 +117,28 @@ def is_local(url: str) -> bool:
         return host in ("localhost", platform.node().lower())
 
 
-def training_now() -> list[str]:
-    """Runs of this workspace that are being trained."""
-    states = [(run, run.status()) for run in find_runs()]
-    training = [run for run, status in states if status.get("stage") == "train"]
-    return [run.name for run in training if run.status().get("state") == "running"]
-
-
-def memory_warning(url: str, model: Listed) -> str | None:
-    """What a model takes from a training run on the same machine; None where that is nothing.
+def memory_warning(url: str, model: ListedModel) -> list[str]:
+    """Warn of the memory that a model takes from a training run on the same machine.
 
     Args:
-        url: Of its server.
+        url: Address of its server.
         model: One of its models.
+
+    Returns:
+        One warning, or none for the NPU and for other machines.
     """
     if model.on_npu or not is_local(url):
-        return None
+        return []
     takes = "does not say what runs it, so it may take" if model.on_npu is None else "takes"
     size = "" if model.num_bytes is None else f" ({format_gib(model.num_bytes)} and more)"
-    busy = training_now()
+    states = [(run.name, run.status()) for run in find_runs()]
+    busy = [
+        name
+        for name, status in states
+        if (status.get("stage"), status.get("state")) == ("train", "running")
+    ]
     told = f"; in training now: {', '.join(busy)}" if busy else ""
-    return (
+    return [
         f"{model.name} on {url} {takes} GPU memory{size} from a run that is trained on this machine"
         f" at the same time{told}. A model with recipe {NPU} runs on the NPU."
-    )
+    ]
