@@ -20,7 +20,7 @@ from strixft.app.report import render_report
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import Chat
 from strixft.model.embedded import embedded_file
-from strixft.prepare.originals import Original, require_sendable
+from strixft.prepare.augment import require_sendable
 from strixft.prepare.stage import Prepared, prepare_recipe
 from strixft.prepare.tasks import TASKS, last_exchange, prompt_for
 from strixft.recipe.schema import Augment
@@ -264,10 +264,9 @@ def test_text_is_not_augmented(prepared: Write) -> None:
 
 def test_personal_data_do_not_leave_the_machine() -> None:
     messages = chat("Write to anna@mail.org.", "Done.")["messages"]
-    original = Original("a.jsonl", 1, Chat(messages), {})
-    assert require_sendable(original, leaves=False) == messages
+    assert require_sendable(Chat(messages), leaves=False) == messages
     with pytest.raises(RowFault, match="personal data, and the server is another machine"):
-        require_sendable(original, leaves=True)
+        require_sendable(Chat(messages), leaves=True)
 
 
 def test_masked_data_are_sent_masked(prepared: Write) -> None:

@@ -1,25 +1,17 @@
-"""What people see of prepared data, from the figures alone: notebook and report show the same."""
+"""Show prepared data from the figures alone; notebook and report show the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from strixft.prepare import show
-from strixft.prepare.augment import PROVENANCE, read_augmented
 from strixft.support import html
 from strixft.support.text import visible
 from strixft.support.units import format_number
 
-Figures = Mapping[str, Any]
-
-
-TRAINED_STYLE = f"background:#ffedd5;color:{html.TUNED}"
-
-MASKED_STYLE = f"color:{html.BASE}"
+STYLES = {True: f"background:#ffedd5;color:{html.TUNED}", False: f"color:{html.BASE}"}
+"""Style of tokens that are trained, and of masked ones."""
 
 BOX_STYLE = (
     "white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #cbd5e1;padding:.6rem;"
@@ -27,10 +19,22 @@ BOX_STYLE = (
 )
 
 
-def summary(figures: Figures) -> str:
-    """The counts as a table."""
-    number = format_number
-    packing = figures["packing"]
+def page(figures: Mapping[str, Any]) -> str:
+    """Return the counts, warnings, problems, lengths and examples as HTML.
+
+    Args:
+        figures: Of the stage's `result.json`; older ones have fewer of them.
+    """
+    augmented = _augmented(figures["augment"]) if "augment" in figures else ""
+    warnings = "".join(map(html.warning, figures["notes"]))
+    problems = _problems(figures["problems"]) if figures["problems"] else ""
+    return (
+        _counts(figures) + augmented + warnings + problems + lengths(figures) + _examples(figures)
+    )
+
+
+def _counts(figures: Mapping[str, Any]) -> str:
+    number, packing = format_number, figures["packing"]
     tokens, trained = figures["tokens"], figures["trained_tokens"]
     left_out = {
         "bad rows, left out": figures["rows_bad"],
@@ -42,63 +46,70 @@ def summary(figures: Figures) -> str:
     unused = [
         f"{name} ({number(count)} rows)" for name, count in figures.get("keys_unused", {}).items()
     ]
-    shown = {
-        "format": figures["format"],
-        "loss on": figures["loss_on"],
-        "rows read": number(figures["rows_read"]),
-        "rows for training": number(figures["rows_train"]),
-        "rows held out": number(figures["rows_validation"]),
-        **{name: number(count) for name, count in left_out.items() if count},
-        **({"keys not used": ", ".join(unused)} if unused else {}),
-        "tokens for training": number(tokens),
-        "of these trained": f"{number(trained)} ({trained / max(1, tokens):.0%})",
-        "tokens read": number(figures["tokens_read"]),
-        "longest row": f"{number(figures['longest_tokens'])} tokens",
-        "fill, one chat in a row": f"{packing['fill_without']:.1%} of {packing['max_length']}",
-        "fill, packed": f"{packing['fill']:.1%}, {number(packing['rows'])} rows",
-        "an answer ends with": _ends(figures),
+    # a run of an older version names one end
+    ends = figures.get("answer_ends", {}).get("texts", [figures.get("end_token")])
+    return html.mapping(
+        {
+            "format": figures["format"],
+            "loss on": figures["loss_on"],
+            "rows read": number(figures["rows_read"]),
+            "rows for training": number(figures["rows_train"]),
+            "rows held out": number(figures["rows_validation"]),
+            **{name: number(count) for name, count in left_out.items() if count},
+            **({"keys not used": ", ".join(unused)} if unused else {}),
+            "tokens for training": number(tokens),
+            "of these trained": f"{number(trained)} ({trained / max(1, tokens):.0%})",
+            "tokens read": number(figures["tokens_read"]),
+            "longest row": f"{number(figures['longest_tokens'])} tokens",
+            "fill, one chat in a row": f"{packing['fill_without']:.1%} of {packing['max_length']}",
+            "fill, packed": f"{packing['fill']:.1%}, {number(packing['rows'])} rows",
+            "an answer ends with": ", ".join(filter(None, ends)) or "nothing",
+        }
+    )
+
+
+def _augmented(figures: Mapping[str, Any]) -> str:
+    """Return the counts of rows that a server wrote, and why rows are not used."""
+    where = " on the NPU" if figures["on_npu"] else ""
+    counts = {
+        "rows written by": f"{figures['model']}{where}, {figures['server']}",
+        "task": figures["task"],
+        "training rows sent": format_number(figures["rows_sent"]),
+        "rows asked for": format_number(figures["rows_asked"]),
+        "of these usable": format_number(figures["rows_kept"]),
+        "of these trained": format_number(figures["rows_trained"]),
     }
-    return html.mapping(shown)
+    refused = [
+        [f"{kind.replace('_', ' ')}: {format_number(found['rows'])}", found["first"]]
+        for kind, found in figures["refused"].items()
+    ]
+    markup = "".join(map(html.warning, figures["warnings"])) + html.mapping(counts)
+    return markup + (html.table(refused, ["not used", "the first of them"]) if refused else "")
 
 
-def _ends(figures: Figures) -> str:
-    """Every end; a run of an older version names one."""
-    found = figures.get("answer_ends", {}).get("texts", [figures.get("end_token")])
-    return ", ".join(filter(None, found)) or "nothing"
+def _problems(kinds: Mapping[str, Any]) -> str:
+    return html.table(
+        (
+            [
+                f"{kind.replace('_', ' ')}: {format_number(found['rows'])}, {found['action']}",
+                found["first"],
+            ]
+            for kind, found in kinds.items()
+        ),
+        ["rows to look at", "the first of them"],
+    )
 
 
-def warnings(figures: Figures) -> str:
-    """What somebody should know before training."""
-    return "".join(html.warning(text) for text in figures["notes"])
-
-
-def problems(figures: Figures) -> str:
-    """Each kind of problem: how many rows, what became of them, and the first."""
-    rows = ""
-    for kind, found in figures["problems"].items():
-        words = f"{kind.replace('_', ' ')}: {format_number(found['rows'])}, {found['action']}"
-        first = escape(visible(found["first"]))
-        rows += f'<tr><td style="white-space:nowrap">{escape(words)}</td><td>{first}</td></tr>'
-    head = "<tr><th>rows to look at</th><th>the first of them</th></tr>"
-    return f'<table class="sx">{head}{rows}</table>' if rows else ""
-
-
-def lengths(figures: Figures) -> str:
-    """How long the rows are, with the cut."""
+def lengths(figures: Mapping[str, Any]) -> str:
+    """Return the histogram of the rows' lengths, with the cut, as a picture."""
     found, most = figures["lengths"], figures["packing"]["max_length"]
     figure, axes = html.new_figure()
     edges, width = found["edges"][:-1], found["edges"][1] - found["edges"][0]
     bars: dict[str, Any] = {"width": width * 0.92, "align": "edge"}
     axes.bar(edges, found["rows"], color=html.BASE, label="trained", **bars)
-    if any(found["too_long"]):
-        axes.bar(
-            edges,
-            found["too_long"],
-            bottom=found["rows"],
-            color=html.FAINT,
-            label="too long",
-            **bars,
-        )
+    long = found["too_long"]
+    if any(long):
+        axes.bar(edges, long, bottom=found["rows"], color=html.FAINT, label="too long", **bars)
     if most <= found["edges"][-1] * 1.5:
         axes.axvline(most, color=html.TUNED, linewidth=1.5, label=f"max_length {most}")
     else:
@@ -109,18 +120,11 @@ def lengths(figures: Figures) -> str:
     return html.picture(figure, "rows by their length in tokens")
 
 
-def _runs(runs: list[Any]) -> Iterator[str]:
-    for text, trained in runs:
-        style = TRAINED_STYLE if trained else MASKED_STYLE
-        kind = "sx-trained" if trained else "sx-masked"
-        yield f'<bdi class="{kind}" style="{style}">{escape(visible(text))}</bdi>'
-
-
-def examples(figures: Figures) -> str:
-    """A few rows from the shortest to the longest, masked and trained tokens in two colours."""
+def _examples(figures: Mapping[str, Any]) -> str:
+    """Return rows from the shortest to the longest, masked and trained tokens in two colours."""
     markup = (
-        f'<p>Rows as the model reads them: <span style="{TRAINED_STYLE}">trained</span>,'
-        f' <span style="{MASKED_STYLE}">masked</span>.</p>'
+        f'<p>Rows as the model reads them: <span style="{STYLES[True]}">trained</span>,'
+        f' <span style="{STYLES[False]}">masked</span>.</p>'
     )
     for row in figures["examples"]:
         part = f", part {row['part'] + 1}" if row["part"] else ""
@@ -128,70 +132,12 @@ def examples(figures: Figures) -> str:
         count = f"{row['trained_tokens']} of {row['tokens']} tokens trained"
         if row["runs_left_out"]:
             count += f"; {row['runs_left_out']} stretches in the middle are not shown"
+        runs = "".join(
+            f'<bdi class="sx-{"trained" if trained else "masked"}" style="{STYLES[trained]}">'
+            f"{escape(visible(text))}</bdi>"
+            for text, trained in row["runs"]
+        )
         # <pre> keeps the notebook from reading $…$ as a formula
         markup += html.note(f"{name}: {count}")
-        markup += f'<pre class="sx-row" style="{BOX_STYLE}">{"".join(_runs(row["runs"]))}</pre>'
+        markup += f'<pre class="sx-row" style="{BOX_STYLE}">{runs}</pre>'
     return markup
-
-
-def page(figures: Figures) -> str:
-    """All of it."""
-    return (
-        summary(figures)
-        + (show.summary(figures["augment"]) if "augment" in figures else "")
-        + warnings(figures)
-        + problems(figures)
-        + lengths(figures)
-        + examples(figures)
-    )
-
-
-SHOWN_ROWS = 10
-
-
-def augmented_summary(figures: Mapping[str, Any]) -> str:
-    """The counts, the warnings, and why rows are not used."""
-    where = " on the NPU" if figures["on_npu"] else ""
-    counts = {
-        "rows written by": f"{figures['model']}{where}, {figures['server']}",
-        "task": figures["task"],
-        **{
-            words: format_number(figures[name])
-            for words, name in (
-                ("training rows sent", "rows_sent"),
-                ("rows asked for", "rows_asked"),
-                ("of these usable", "rows_kept"),
-                ("of these trained", "rows_trained"),
-            )
-        },
-    }
-    refused = [
-        [f"{kind.replace('_', ' ')}: {format_number(found['rows'])}", found["first"]]
-        for kind, found in figures["refused"].items()
-    ]
-    markup = "".join(map(html.warning, figures["warnings"])) + html.mapping(counts)
-    return markup + (html.table(refused, ["not used", "the first of them"]) if refused else "")
-
-
-@dataclass(frozen=True)
-class AugmentedRows:
-    """The first written rows with their source, for a notebook.
-
-    Args:
-        path: The file.
-    """
-
-    path: Path
-
-    def rows(self) -> list[list[object]]:
-        """File and row that a row comes from, its request and its answer."""
-        return [
-            [
-                f"{Path(row[PROVENANCE]['source']).name}, row {row[PROVENANCE]['row']}",
-                *(message["content"] for message in row["messages"][-2:]),
-            ]
-            for row in read_augmented(self.path, SHOWN_ROWS)
-        ]
-
-    def _repr_html_(self) -> str:
-        return html.table(self.rows(), ["made of", "request", "answer"])

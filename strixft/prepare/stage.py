@@ -24,10 +24,9 @@ from strixft.data.words import Words, WordsDifferError
 from strixft.formats.sources import fingerprint, ignored_files
 from strixft.model.load import load_config, load_tokenizer
 from strixft.prepare import show
-from strixft.prepare.augment import FILE, augment_rows
-from strixft.prepare.build import Work
-from strixft.prepare.select import Chosen, choose, figures_of
-from strixft.prepare.show import AugmentedRows
+from strixft.prepare.augment import FILE, AugmentedRows, augment_rows
+from strixft.prepare.build import Build
+from strixft.prepare.select import Selection
 from strixft.recipe.schema import Dataset, Recipe
 from strixft.run.folder import Result, Run
 from strixft.support.disk import cache_folder
@@ -44,10 +43,13 @@ PROBLEMS_FILE = "problems.jsonl"
 TRAINED_AS = {"pairs": "chosen", "thumbs": "thumbs-up"}
 """Kind of preference data → the format that reads them as chats."""
 
+LOSS_ON = {"text": "all", "pairs": "completion", "thumbs": "completion"}
+"""Kind of data → `loss_on` that it always has; of a pair both answers are trained."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Result):
-    """What was read, what is left out and why, and what is trained."""
+    """Prepared data: rows read, rows left out and why, rows to train."""
 
     name: ClassVar[str] = "prepare"
     artefacts: ClassVar[tuple[str, ...]] = (ROWS_FILE, ORDER_FILE)
@@ -56,7 +58,12 @@ class Prepared(Result):
         with np.load(self.folder / ORDER_FILE, allow_pickle=False) as order:
             return dict(order)
 
-    def _require_chats(self, dataset: Dataset) -> None:
+    def token_rows(self, dataset: Dataset) -> TokenRows:
+        """Open the token rows on disk, each chat in a row of its own.
+
+        Raises:
+            DataError: They are preference data.
+        """
         form = TRAINED_AS.get(self.figures["kind"])
         if form is not None:
             raise DataError(
@@ -64,19 +71,11 @@ class Prepared(Result):
                 " and this training learns from answers",
                 fix=f"--set dataset.format={form} --run-dir …   trains the preferred answers",
             )
-
-    def token_rows(self, dataset: Dataset) -> TokenRows:
-        """The token rows on disk, each chat in a row of its own.
-
-        Raises:
-            DataError: They are preference data.
-        """
-        self._require_chats(dataset)
         order = self._order()
         return TokenRows.load(self.folder / ROWS_FILE, order["train"], order["validation"])
 
     def packed_rows(self, dataset: Dataset) -> PackedRows:
-        """The training rows packed; `strixft.data.collate` makes batches of them.
+        """Open the training rows packed; `strixft.data.batches.collate` makes batches of them.
 
         Raises:
             DataError: They are preference data.
@@ -87,7 +86,7 @@ class Prepared(Result):
         return PackedRows(rows, packing)
 
     def ends(self, tokenizer: Any) -> Ends:
-        """Return where the model's answers end; found anew for a run of an older version.
+        """Return where the model's answers end; they are found again for a run of an older version.
 
         Args:
             tokenizer: The model's.
@@ -98,11 +97,11 @@ class Prepared(Result):
         return find_ends(tokenizer, written_ends(tokenizer), eos_of_files(tokenizer, offline=True))
 
     def names_of(self, rows: Any, numbers: Iterable[int]) -> list[str]:
-        """Rows by file and number, as a person finds them.
+        """Name rows by file and number, as a person finds them.
 
         Args:
             rows: Token rows, packed or not.
-            numbers: Which of them.
+            numbers: Indices of some of them.
         """
         files = [] if self.inputs["hub"] else self.inputs["files"]
         by_file: dict[int, list[str]] = {}
@@ -115,171 +114,23 @@ class Prepared(Result):
 
     @property
     def augmented(self) -> AugmentedRows | None:
-        """Rows that a server wrote; None where the recipe asks for none."""
+        """Rows that a server wrote; None if the recipe asks for none."""
         return AugmentedRows(self.folder / FILE) if "augment" in self.figures else None
 
     def _repr_html_(self) -> str:
         return show.page(self.figures)
 
 
-def _kind(inputs: Sequence[Input]) -> str:
-    kinds = {one.form.kind for one in inputs}
-    return "chat" if len(kinds) > 1 else kinds.pop()
+def prepare_recipe(run: Run) -> Prepared:
+    """Load, check, format, mask and pack the recipe's data; write them to the run folder.
 
-
-def _loss_on(dataset: Dataset, kind: str) -> str:
-    """Plain text is trained whole; of a pair the two answers are."""
-    fixed = {"text": "all", "pairs": "completion", "thumbs": "completion"}
-    return fixed.get(kind, dataset.loss_on)
-
-
-def _formats(inputs: Sequence[Input]) -> str:
-    return ", ".join(dict.fromkeys(one.form.name for one in inputs))
-
-
-def _encoding_figures(encoder: Encoder, kind: str, work: Work) -> dict[str, Any]:
-    written = [] if kind == "text" else written_ends(encoder.tokenizer)
-    return {
-        "answer_ends": find_ends(encoder.tokenizer, written, encoder.eos).to_dict(),
-        "mask_checked": dict(zip(("rows", "equal"), work.total.checked, strict=True)),
-    }
-
-
-def _notes(figures: dict[str, Any], encoder: Encoder, work: Work) -> list[str]:
-    notes = []
-    kind, checked = figures["kind"], figures["mask_checked"]
-    template = None if kind == "text" else encoder.masker.template
-    if checked["equal"] < checked["rows"]:
-        notes.append(
-            f"In {checked['rows'] - checked['equal']} of {checked['rows']} rows that were checked,"
-            " the trained tokens do not decode to the text that should be trained."
-        )
-    if template is not None and not template.end_token:
-        notes.append(
-            "The chat template ends an answer with nothing; the tokenizer's end token"
-            f" {encoder.tokenizer.eos_token!r} is put after the last answer of each chat."
-        )
-    if template is not None and work.total.tools_as_text:
-        notes.append(
-            "The chat template has no place for tools: functions stand in the system message, and"
-            " calls and results in the turns, as <tool_call> and <tool_response>."
-        )
-    if kind in TRAINED_AS:
-        notes.append(
-            f"These are preferences. To train the preferred answers: --set dataset.format="
-            f"{TRAINED_AS[kind]}"
-        )
-    if figures["leaks"]:
-        notes.append(
-            f"{figures['leaks']} of {figures['rows_validation']} held-out rows ask what a training"
-            " row asks, so the evaluation is too good. To keep them together:"
-            " --set dataset.group_by=question"
-        )
-    if work.total.chats_divided:
-        notes.append(
-            f"{work.total.chats_divided} chats became several rows each: the chat template leaves"
-            " out the reasoning of answers, and each of them is trained whole, in its own row."
-        )
-    return notes
-
-
-def _examples(
-    path: Path, chosen: Chosen, inputs: Sequence[Input], tokenizer: Any
-) -> list[dict[str, Any]]:
-    rows = TokenRows.load(path, chosen.split.train, chosen.split.validation).train
-    shown = [rows[index] for index in spread(chosen.lengths)]
-    return [example(row, tokenizer, inputs[row["file"]].name) for row in shown]
-
-
-def _inputs(
-    recipe: Recipe, inputs: Sequence[Input], folder: Path, tokenizer: Any
-) -> dict[str, Any]:
-    sources = recipe.dataset.sources()
-    source_sha256, files = fingerprint(sources)
-    hub = [one.source for one in inputs if isinstance(one.source, HubSet)]
-    ignored = [name for source in sources for name in ignored_files(source)]
-    if (written := folder / FILE).is_file():
-        size = written.stat().st_size
-        files.append({"path": str(written), "bytes": size, "sha256": digest(written)})
-    return {
-        "source": ", ".join(sources),
-        "source_sha256": source_sha256,
-        "files": files,
-        "hub": [{"name": one.name, "fingerprint": one.fingerprint} for one in hub],
-        "files_ignored": ignored,
-        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
-        "rows_sha256": digest(folder / ROWS_FILE),
-    }
-
-
-def _stream(run: Run | None, work: Work) -> float:
-    """Run the work with a progress bar; returns the seconds it took."""
-    began = told = time.monotonic()
-    process = psutil.Process()
-    with progress_bar(unit=" rows", desc="prepare", mininterval=0.5) as bar:
-        for count in work.run():
-            now = time.monotonic()
-            bar.total = work.rows_expected()
-            bar.update(count - bar.n)
-            if run is not None and now - told > 1:
-                told, rate = now, round(work.total.num_tokens / (now - began))
-                resident = process.memory_info().rss
-                bar.set_postfix(tok_per_s=rate, gib=f"{resident / 2**30:.2f}")
-                run.report_progress(
-                    done=count, total=bar.total, tok_per_s=rate, resident_bytes=resident
-                )
-        bar.total = work.account.rows_read
-        bar.refresh()
-    return time.monotonic() - began
-
-
-def _write_once(
-    recipe: Recipe, inputs: Sequence[Input], folder: Path, encoder: Encoder, run: Run | None
-) -> tuple[Work, Chosen, float]:
-    """One pass over the rows: what was done, what is used of it, and the seconds it took."""
-    rows_path = folder / ROWS_FILE
-    with RowReport(folder / PROBLEMS_FILE, recipe.dataset) as account:
-        with RowWriter(rows_path) as writer:
-            work = Work(recipe.dataset, inputs, encoder, account, writer)
-            seconds = _stream(run, work)
-        account.check(writer.num_rows, inputs)
-        return work, choose(recipe, inputs, account, rows_path, work.sketches), seconds
-
-
-def _write(
-    recipe: Recipe, inputs: Sequence[Input], folder: Path, encoder: Encoder, run: Run | None
-) -> tuple[Work, Chosen, float]:
-    try:
-        return _write_once(recipe, inputs, folder, encoder, run)
-    except WordsDifferError:  # so ask the tokenizer for whole texts, from the start
-        words = encoder.words.distrusted()
-        length = recipe.dataset.max_length
-        encoder = Encoder(encoder.tokenizer, encoder.loss_on, length, words, encoder.eos)
-        return _write_once(recipe, inputs, folder, encoder, run)
-
-
-def _figures(
-    recipe: Recipe, inputs: Sequence[Input], work: Work, chosen: Chosen, seconds: float
-) -> dict[str, Any]:
-    account, encoder, kind = work.account, work.encoder, _kind(inputs)
-    figures: dict[str, Any] = {
-        "format": _formats(inputs),
-        "kind": kind,
-        "loss_on": encoder.loss_on,
-        "rows_read": account.rows_read,
-        "rows_bad": account.rows_bad,
-        "rows_too_long": account.rows_too_long,
-        "rows_left_out": account.rows_left_out,
-        "keys_unused": dict(work.total.unused.most_common()),
-        "tokens_read": work.total.num_tokens + sum(account.long_lengths),
-        **figures_of(chosen, recipe.dataset.max_length, account),
-        **_encoding_figures(encoder, kind, work),
-        "rows_per_s": round(account.rows_read / seconds, 1),
-        "tok_per_s": round(work.total.num_tokens / seconds, 1),
-        "problems": account.kinds,
-    }
-    figures["packing"]["asked"] = recipe.dataset.packing
-    return {**figures, "notes": _notes(figures, encoder, work)}
+    Raises:
+        DataError: The files, or more rows than allowed, are not what the format says.
+    """
+    return run.once(
+        Prepared,
+        lambda folder: prepare_data(run.recipe, folder, load_tokenizer(run.recipe), run),
+    )
 
 
 def prepare_data(
@@ -289,13 +140,13 @@ def prepare_data(
     run: Run | None = None,
     words: Words | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load, check, format, mask, split and pack; the rows go to files in a folder.
+    """Load, check, format, mask, split and pack; write the rows to files in a folder.
 
     Args:
-        recipe: Whose data to prepare.
-        folder: Where the files go.
+        recipe: Names the data and says how to prepare them.
+        folder: Place of the files.
         tokenizer: The model's.
-        run: Told of the progress.
+        run: Gets the progress.
         words: Words of the tokenizer that are known already.
 
     Returns:
@@ -306,37 +157,154 @@ def prepare_data(
     """
     dataset = recipe.dataset
     inputs = open_inputs(dataset, offline=recipe.offline)
-    loss_on = _loss_on(dataset, _kind(inputs))
+    kinds = {one.form.kind for one in inputs}
+    kind = "chat" if len(kinds) > 1 else kinds.pop()
     eos = eos_of_files(tokenizer, offline=recipe.offline)
+    loss_on = LOSS_ON.get(kind, dataset.loss_on)
     encoder = Encoder(tokenizer, loss_on, dataset.max_length, words, eos)
-    work, chosen, seconds = _write(recipe, inputs, folder, encoder, run)
-    written: dict[str, Any] = {}
+    build, selection, seconds = _build_rows(recipe, inputs, folder, encoder, run)
+    augmented: dict[str, Any] = {}
     (folder / FILE).unlink(missing_ok=True)  # of a run that was killed
     if dataset.augment is not None and dataset.augment.enabled:
-        prepared = (chosen.counts, chosen.split)
-        more, written = augment_rows(recipe, inputs, prepared, folder, cache_folder(), run)
+        more, augmented = augment_rows(recipe, inputs, selection, folder, cache_folder(), run)
         before, inputs = len(inputs), [*inputs, *more]
         if more:
-            work, chosen, seconds = _write(recipe, inputs, folder, work.encoder, run)
-        files = chosen.counts["file"][chosen.split.train]
-        written["rows_trained"] = int(np.count_nonzero(files >= before))
-    chosen.save(folder / ORDER_FILE)
-    figures = _figures(recipe, inputs, work, chosen, seconds)
-    figures |= {"augment": written} if written else {}
-    figures["examples"] = _examples(folder / ROWS_FILE, chosen, inputs, tokenizer)
+            build, selection, seconds = _build_rows(recipe, inputs, folder, build.encoder, run)
+        files = selection.columns["file"][selection.split.train]
+        augmented["rows_trained"] = int(np.count_nonzero(files >= before))
+    selection.save(folder / ORDER_FILE)
+    figures = _figures(recipe, kind, build, selection, seconds)
+    figures["notes"] = _notes(figures, build)
+    figures |= {"augment": augmented} if augmented else {}
+    rows = TokenRows.load(folder / ROWS_FILE, selection.split.train, selection.split.validation)
+    shown = [rows.train[index] for index in spread(selection.lengths)]
+    figures["examples"] = [example(row, tokenizer, inputs[row["file"]].name) for row in shown]
     return _inputs(recipe, inputs, folder, tokenizer), figures
 
 
-def prepare_recipe(run: Run) -> Prepared:
-    """Load, check, format, mask and pack the recipe's data; written to the run folder.
+def _build_rows(
+    recipe: Recipe, inputs: Sequence[Input], folder: Path, encoder: Encoder, run: Run | None
+) -> tuple[Build, Selection, float]:
+    """Write the row file and select from it; with the seconds that the rows took."""
+    try:
+        with RowReport(folder / PROBLEMS_FILE, recipe.dataset) as report:
+            with RowWriter(folder / ROWS_FILE) as writer:
+                build = Build(recipe.dataset, inputs, encoder, report, writer)
+                seconds = _run(build, run)
+            report.check(writer.num_rows, inputs)
+            selection = Selection(recipe, inputs, report, folder / ROWS_FILE, build.sketches)
+            return build, selection, seconds
+    except WordsDifferError:  # so ask the tokenizer for whole texts, from the start
+        words, length = encoder.words.distrusted(), recipe.dataset.max_length
+        encoder = Encoder(encoder.tokenizer, encoder.loss_on, length, words, encoder.eos)
+        return _build_rows(recipe, inputs, folder, encoder, run)
 
-    Raises:
-        DataError: The files, or more rows than allowed, are not what the format says.
-    """
-    return run.once(
-        Prepared,
-        lambda folder: prepare_data(run.recipe, folder, load_tokenizer(run.recipe), run),
-    )
+
+def _run(build: Build, run: Run | None) -> float:
+    """Run with a progress bar; return the seconds it took."""
+    began = told = time.monotonic()
+    process = psutil.Process()
+    with progress_bar(unit=" rows", desc="prepare", mininterval=0.5) as bar:
+        for count in build.run():
+            now = time.monotonic()
+            bar.total = build.rows_expected()
+            bar.update(count - bar.n)
+            if run is not None and now - told > 1:
+                told, rate = now, round(build.counts["tokens"] / (now - began))
+                resident = process.memory_info().rss
+                bar.set_postfix(tok_per_s=rate, gib=f"{resident / 2**30:.2f}")
+                run.report_progress(
+                    done=count, total=bar.total, tok_per_s=rate, resident_bytes=resident
+                )
+        bar.total = build.report.rows_read
+        bar.refresh()
+    return time.monotonic() - began
+
+
+def _figures(
+    recipe: Recipe, kind: str, build: Build, selection: Selection, seconds: float
+) -> dict[str, Any]:
+    report, encoder, counts = build.report, build.encoder, build.counts
+    written = [] if kind == "text" else written_ends(encoder.tokenizer)
+    figures: dict[str, Any] = {
+        "format": ", ".join(dict.fromkeys(one.form.name for one in build.inputs)),
+        "kind": kind,
+        "loss_on": encoder.loss_on,
+        "rows_read": report.rows_read,
+        "rows_bad": report.rows_bad,
+        "rows_too_long": report.rows_too_long,
+        "rows_left_out": report.rows_left_out,
+        "keys_unused": dict(build.unused.most_common()),
+        "tokens_read": counts["tokens"] + sum(report.long_lengths),
+        **selection.figures(),
+        "answer_ends": find_ends(encoder.tokenizer, written, encoder.eos).to_dict(),
+        "mask_checked": {"rows": counts["mask_checked"], "equal": counts["mask_equal"]},
+        "rows_per_s": round(report.rows_read / seconds, 1),
+        "tok_per_s": round(counts["tokens"] / seconds, 1),
+        "problems": report.kinds,
+    }
+    figures["packing"]["asked"] = recipe.dataset.packing
+    return figures
+
+
+def _notes(figures: dict[str, Any], build: Build) -> list[str]:
+    """Tell the facts to know before training."""
+    kind, checked, encoder = figures["kind"], figures["mask_checked"], build.encoder
+    template = None if kind == "text" else encoder.masker.template
+    notes: list[tuple[object, str]] = [
+        (
+            checked["equal"] < checked["rows"],
+            f"In {checked['rows'] - checked['equal']} of {checked['rows']} rows that were checked,"
+            " the trained tokens do not decode to the text that should be trained.",
+        ),
+        (
+            template is not None and not template.end_token,
+            "The chat template ends an answer with nothing; the tokenizer's end token"
+            f" {encoder.tokenizer.eos_token!r} is put after the last answer of each chat.",
+        ),
+        (
+            template is not None and build.counts["tools_as_text"],
+            "The chat template has no place for tools: functions stand in the system message, and"
+            " calls and results in the turns, as <tool_call> and <tool_response>.",
+        ),
+        (
+            kind in TRAINED_AS,
+            "These are preferences. To train the preferred answers:"
+            f" --set dataset.format={TRAINED_AS.get(kind)}",
+        ),
+        (
+            figures["leaks"],
+            f"{figures['leaks']} of {figures['rows_validation']} held-out rows ask what a training"
+            " row asks, so the evaluation is too good. To keep them together:"
+            " --set dataset.group_by=question",
+        ),
+        (
+            divided := build.counts["chats_divided"],
+            f"{divided} chats became several rows each: the chat template leaves out the reasoning"
+            " of answers, and each of them is trained whole, in its own row.",
+        ),
+    ]
+    return [text for holds, text in notes if holds]
+
+
+def _inputs(
+    recipe: Recipe, inputs: Sequence[Input], folder: Path, tokenizer: Any
+) -> dict[str, Any]:
+    sources = recipe.dataset.sources()
+    source_sha256, files = fingerprint(sources)
+    hub = [one.source for one in inputs if isinstance(one.source, HubSet)]
+    if (written := folder / FILE).is_file():
+        size = written.stat().st_size
+        files.append({"path": str(written), "bytes": size, "sha256": digest(written)})
+    return {
+        "source": ", ".join(sources),
+        "source_sha256": source_sha256,
+        "files": files,
+        "hub": [{"name": one.name, "fingerprint": one.fingerprint} for one in hub],
+        "files_ignored": [name for source in sources for name in ignored_files(source)],
+        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "rows_sha256": digest(folder / ROWS_FILE),
+    }
 
 
 _RESIZE = (

@@ -1,4 +1,4 @@
-"""What a server is asked to write, and what becomes of a row with it."""
+"""The tasks that a server is given, and the checks of its replies."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Task:
     name: str
     ask: str
     texts: tuple[str, ...]
-    """What the reply holds."""
+    """Names of the texts in a reply."""
     make: Callable[[Sequence[Message], Texts], list[Message]]
     """Messages of the row, which end with an answer, and the texts → messages of the new row."""
     is_new_question: bool
-    """The new row must ask what no other row asks."""
+    """The new row must not ask the same as another row."""
     keeps_numbers: bool = False
     """The answer stays, so every number of the request must."""
 
@@ -42,14 +42,8 @@ class Task:
         return text_schema(**{name: {"minLength": 1} for name in self.texts})
 
 
-def _paraphrased(messages: Sequence[Message], texts: Texts) -> list[Message]:
-    *before, request, answer = messages
-    return [*before, {**request, "content": texts["request"]}, answer]
-
-
-def _answered(messages: Sequence[Message], texts: Texts) -> list[Message]:
-    *before, answer = messages
-    return [*before, {**answer, "content": texts["answer"]}]
+def _with(message: Message, text: str) -> Message:
+    return {**message, "content": text}
 
 
 def _written(messages: Sequence[Message], texts: Texts) -> list[Message]:
@@ -65,7 +59,7 @@ TASKS: Table[Task] = Table(
         ask="Say the request in other words, as somebody else would ask for the same thing. Keep"
         " its language, and every name, number and quotation. Do not answer it.",
         texts=("request",),
-        make=_paraphrased,
+        make=lambda m, texts: [*m[:-2], _with(m[-2], texts["request"]), m[-1]],
         is_new_question=True,
         keeps_numbers=True,
     ),
@@ -74,7 +68,7 @@ TASKS: Table[Task] = Table(
         ask="Write the answer to the request anew: right and complete, in the language and the"
         " form of the answer that is shown.",
         texts=("answer",),
-        make=_answered,
+        make=lambda m, texts: [*m[:-1], _with(m[-1], texts["answer"])],
         is_new_question=False,
     ),
     Task(
@@ -86,15 +80,11 @@ TASKS: Table[Task] = Table(
         is_new_question=True,
     ),
 )
-"""What a recipe's `dataset.augment.task` may name."""
+"""Tasks that a recipe's `dataset.augment.task` may name."""
 
 
 def last_exchange(chat: Chat) -> list[Message] | None:
-    """The messages up to the last answer to a user; None where tools are used or there is none.
-
-    Args:
-        chat: A row.
-    """
+    """Return the messages up to the last answer to a user; None with tools or without one."""
     messages = chat.messages
     if chat.tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages):
         return None
@@ -105,12 +95,12 @@ def last_exchange(chat: Chat) -> list[Message] | None:
 
 
 def prompt_for(task: Task, messages: Sequence[Message], instruction: str | None) -> list[Message]:
-    """What the server is asked about a row.
+    """Build the request to a server about a row.
 
     Args:
-        task: What it should write.
+        task: The task of the server.
         messages: Of the row, up to an answer.
-        instruction: Of the recipe.
+        instruction: Of the recipe, put after the task's own.
     """
     example = json.dumps(dict.fromkeys(task.texts, "…"), ensure_ascii=False)
     told = f"{task.ask}\n{instruction}" if instruction else task.ask
@@ -127,7 +117,7 @@ def prompt_for(task: Task, messages: Sequence[Message], instruction: str | None)
 
 
 def is_copied(text: str) -> bool:
-    """A text holds no word, or a tag of the prompt: the server copied what it was shown.
+    """Check for a text that the server copied: it has no word, or a tag of the prompt.
 
     >>> is_copied("…"), is_copied("Ping it.</request>"), is_copied("Ping it.")
     (True, True, False)
@@ -136,7 +126,7 @@ def is_copied(text: str) -> bool:
 
 
 def lost_numbers(before: str, after: str) -> list[str]:
-    """Numbers of a text that another one lacks.
+    """Return the numbers of a text that another one lacks.
 
     >>> lost_numbers("Ping 10.0.0.7 at 20:00.", "At 20:00, ping 10.0.0.8")
     ['10.0.0.7']
@@ -145,7 +135,7 @@ def lost_numbers(before: str, after: str) -> list[str]:
 
 
 def loses_json(before: str, after: str) -> bool:
-    """A text holds a JSON object, and the one in its place does not.
+    """Check that a text holds a JSON object and the text in its place does not.
 
     >>> loses_json('{"ping": "nas"}', "Ping the nas."), loses_json("Ok.", "Done.")
     (True, False)

@@ -134,8 +134,8 @@ def _decode(text: bytes, url: str, media_type: str = JSON) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise HostError(f"{url} does not answer a JSON object", fix=WRONG_PLACE)
     if said := data.get("error"):
-        text = said.get("message") if isinstance(said, dict) else said
-        raise HostError(f"{url} stops: {text}", fix=LOOK)
+        told = said.get("message") if isinstance(said, dict) else said
+        raise HostError(f"{url} stops: {told}", fix=LOOK)
     return data
 
 
