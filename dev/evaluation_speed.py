@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from strixft.evaluate.general import general_rows
 from strixft.evaluate.generate import generate
-from strixft.evaluate.losses import row_losses
-from strixft.evaluate.measure import ANSWER_ROOM
+from strixft.evaluate.losses import general_rows, row_losses
+from strixft.evaluate.stage import ANSWER_ROOM
 from strixft.evaluate.variants import load_variants
 from strixft.model.load import load_tokenizer
 from strixft.plan.result import Plan
@@ -32,17 +31,19 @@ PHASES = ("loss", "general", "answers")
 
 def phases(run: Run) -> dict[str, Any]:
     """Each phase in batches and, in `one`, row by row."""
-    rows = list(run.require(Prepared).token_rows(run.recipe.dataset).validation)
+    prepared = run.require(Prepared)
+    rows = list(prepared.token_rows(run.recipe.dataset).validation)
     tokenizer, choice = load_tokenizer(run.recipe), run.require(Plan).figures["choice"]
     general, most = general_rows(tokenizer), choice["evaluated_rows"] * choice["max_length"]
     prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
+    ends = prepared.ends(tokenizer)
     room = max(len(row["input_ids"]) - row["prompt_tokens"] for row in rows) + ANSWER_ROOM
 
     def work(model: Any, most_tokens: int) -> dict[str, Any]:
         return {
             "loss": lambda: row_losses(model, rows, most_tokens),
             "general": lambda: row_losses(model, general, most_tokens),
-            "answers": lambda: generate(model, tokenizer, prompts, room, most_tokens),
+            "answers": lambda: generate(model, tokenizer, ends, prompts, room, most_tokens),
         }
 
     return {"rows": len(rows), "batches": lambda m: work(m, most), "one": lambda m: work(m, 1)}
@@ -61,10 +62,10 @@ def main(name: str, turns: int) -> None:
     run = find_run(name)
     made = phases(run)
     print(f"{made['rows']} held-out rows, {torch.get_num_threads()} threads")
-    for side, model in load_variants(run.recipe, run.stage_folder("train") / ADAPTER):
+    for variant, model in load_variants(run.recipe, run.stage_folder("train") / ADAPTER):
         for phase, work in made["batches"](model).items():
             seconds, used = timed(work)
-            print(f"{side:6} {phase:8} {seconds:6.1f} s, {used:6.1f} s of processors", flush=True)
+            print(f"{variant:6} {phase:8} {seconds:6.1f} s, {used:6.1f} s of cores", flush=True)
     print(f"in all {time.perf_counter() - began:.1f} s, {time.process_time():.1f} s of processors")
     for phase in PHASES:
         pairs = [

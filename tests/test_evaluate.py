@@ -18,10 +18,15 @@ from strixft.app.report import render_report
 from strixft.attention.core import EAGER_NAME
 from strixft.data.batches import collate
 from strixft.data.ends import Ends
-from strixft.evaluate.general import LONGEST, general_rows, general_texts
 from strixft.evaluate.generate import generate
-from strixft.evaluate.losses import groups_of, row_losses
-from strixft.evaluate.metrics import METRICS, chosen, paired_change, scores
+from strixft.evaluate.losses import (
+    LONGEST,
+    general_rows,
+    general_texts,
+    groups_of,
+    row_losses,
+)
+from strixft.evaluate.metrics import METRICS, choose_metrics, paired_change, scores
 from strixft.evaluate.stage import check_evaluation, evaluate_recipe
 from strixft.evaluate.variants import load_variant
 from strixft.guard import stage_watches
@@ -130,7 +135,7 @@ def test_weights_count_in_an_interval() -> None:
     ],
 )
 def test_metrics_are_guessed_from_the_references(references: list[str], names: list[str]) -> None:
-    found, why = chosen("auto", references)
+    found, why = choose_metrics("auto", references)
     assert found == names
     assert [line.partition(":")[0] for line in why] == names
     assert all(METRICS[name].because in line for name, line in zip(names, why, strict=True))
@@ -144,7 +149,7 @@ def test_a_metric_without_its_library_is_told(
     with pytest.raises(HostError, match="rouge_l needs a library") as caught:
         check_evaluation(recipe)
     assert caught.value.fix == "pip install 'strixft[eval]'"
-    found, why = chosen("auto", ["a text of at least eight words in all"])
+    found, why = choose_metrics("auto", ["a text of at least eight words in all"])
     assert found == ["exact_match"]
     assert "left out, it needs pip install" in why[1]
 

@@ -14,7 +14,7 @@ from test_train import trained
 
 from strixft.app.compare import Comparison
 from strixft.app.report import render_report
-from strixft.evaluate.judge import Judged, judge_answers, messages_for, read_verdict, summarised
+from strixft.evaluate.judge import Judged, judge_answers, messages_for, read_verdict, sum_up
 from strixft.evaluate.stage import evaluate_recipe
 from strixft.model.embedded import embedded_file
 from strixft.recipe.load import load_recipe
@@ -233,9 +233,9 @@ def test_objects_are_found_in_words() -> None:
 
 
 def test_nothing_to_judge_is_no_division_by_zero() -> None:
-    figures = summarised([], 0, 0)
+    figures = sum_up([], 0, 0)
     assert figures["agreement"] is figures["tuned_preferred"] is figures["first_preferred"] is None
-    assert summarised([], 2, 0)["tuned_preferred"]["share"] == 0.5
+    assert sum_up([], 2, 0)["tuned_preferred"]["share"] == 0.5
 
 
 def test_an_offline_recipe_asks_no_other_machine(judged_recipe: Any, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Greedy answers, many prompts at once."""
+"""Greedy answers, many prompts at once.
+
+Shapes: B prompts, T tokens of the longest.
+"""
 
 from __future__ import annotations
 
@@ -13,43 +16,7 @@ from strixft.evaluate.losses import groups_of
 from strixft.support.progress import progress_bar
 
 AT_ONCE = 16
-"""Prompts in one batch where nothing is said of the memory."""
-
-
-def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts of different lengths as one batch whose ends meet: ids and mask, (B, T)."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
-
-
-@torch.no_grad()
-def _batch(
-    model: Any, tokenizer: Any, ends: Ends, prompts: Sequence[Sequence[int]], most: int
-) -> list[list[int]]:
-    settings = ends.settings(tokenizer)
-    padded = left_padded(prompts, settings["pad_token_id"])
-    ids, mask = (tensor.to(model.device) for tensor in padded)
-    produced = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=most,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        **settings,
-    )
-    answers = (ends.cut(row) for row in produced[:, ids.shape[1] :].tolist())
-    return [_without_padding(answer, settings["pad_token_id"], ends) for answer in answers]
-
-
-def _without_padding(answer: list[int], pad: int, ends: Ends) -> list[int]:
-    """An answer that a text ended has padding after it where others of its batch go on."""
-    while answer and answer[-1] == pad and pad not in ends.token_ids:
-        answer.pop()
-    return answer
+"""Prompts in one batch if the caller gives no limit."""
 
 
 def generate(
@@ -61,15 +28,15 @@ def generate(
     most_tokens: int | None = None,
     look: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """Greedy answers as tokens, up to and with the end token; prompts of like length together.
+    """Answer prompts greedily; an answer's tokens end with its end token.
 
     Args:
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
-        ends: Where its answers end.
+        ends: Ends of its answers.
         prompts: Tokens of each prompt, up to where the answer starts.
         max_new_tokens: Longest answer.
-        most_tokens: Of a batch, padding and answers counted; `AT_ONCE` prompts if not given.
+        most_tokens: Largest batch, padding and answers included; `AT_ONCE` prompts if not given.
         look: Called before each batch.
     """
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
@@ -77,19 +44,52 @@ def generate(
     found: dict[int, list[int]] = {}
     for group in progress_bar(groups_of(lengths, most), unit="batch", desc="answers"):
         look()
-        answers = _batch(
+        answers = _answer_batch(
             model, tokenizer, ends, [prompts[index] for index in group], max_new_tokens
         )
         found |= dict(zip(group, answers, strict=True))
     return [found[index] for index in range(len(prompts))]
 
 
+@torch.no_grad()
+def _answer_batch(
+    model: Any, tokenizer: Any, ends: Ends, prompts: Sequence[Sequence[int]], most: int
+) -> list[list[int]]:
+    settings = ends.settings(tokenizer)
+    pad = settings["pad_token_id"]
+    ids, mask = (tensor.to(model.device) for tensor in left_padded(prompts, pad))
+    produced = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=most,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        **settings,
+    )
+    answers = [ends.cut(row) for row in produced[:, ids.shape[1] :].tolist()]
+    for answer in answers:
+        # an answer that ended with a text is padded while others of its batch go on
+        while answer and answer[-1] == pad and pad not in ends.token_ids:
+            answer.pop()
+    return answers
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return prompts as one batch whose ends meet: ids and mask, both (B, T)."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
 def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """A prompt as the first message of a chat; as plain text where there is no chat template.
+    """Tokenise a prompt as the first message of a chat, or as plain text without a template.
 
     Args:
         tokenizer: The model's.
-        text: What the user says.
+        text: The user's words.
     """
     if not tokenizer.chat_template:
         plain: list[int] = tokenizer(text)["input_ids"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import datasets
@@ -20,11 +20,10 @@ LONGEST = 4096
 """Tokens of a prompt; longer ones lose their beginning."""
 
 LOGIT_BYTES = 8
-"""lm-eval keeps logits of all tokens of a batch, in float32, and their logarithmic softmax."""
+"""Bytes of one logit: lm-eval keeps those of a whole batch in float32, and their log-softmax."""
 
-
-Values = dict[tuple[str, str], dict[int, float]]
-"""Task and metric → number of the row → what it scores."""
+TaskScores = dict[tuple[str, str], dict[int, float]]
+"""Task and metric → number of the row → its score."""
 
 
 @contextlib.contextmanager
@@ -38,7 +37,7 @@ def _offline(offline: bool) -> Iterator[None]:
 
 
 def _manager(asked: Evaluate) -> Any:
-    """What knows tasks: those of the recipe's folder, or all; reading all takes some seconds."""
+    """Build the task manager, of the recipe's folder if that suffices: all take some seconds."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -54,7 +53,7 @@ def _manager(asked: Evaluate) -> Any:
 
 
 def check_tasks(recipe: Recipe) -> Any:
-    """What knows the recipe's tasks; None where it names none. Nothing is downloaded.
+    """Return a manager of the recipe's tasks; None if it names none. Nothing is downloaded.
 
     Raises:
         HostError: lm-eval is not installed.
@@ -76,18 +75,18 @@ def check_tasks(recipe: Recipe) -> Any:
 
 
 def load_tasks(recipe: Recipe) -> Any:
-    """As `check_tasks`, and their data are here, before any model is loaded.
+    """Return the manager of `check_tasks` once the tasks' data are there, before any model is.
 
     Raises:
         HostError: lm-eval is not installed.
-        RecipeError: There is no such task, its data cannot be had, or it would run generated code.
+        RecipeError: No such task, its data cannot be loaded, or it would run generated code.
     """
     manager = check_tasks(recipe)
     for name in recipe.evaluate.tasks:
         try:
             with _offline(recipe.offline):
                 found = manager.load([name])["tasks"]
-        except Exception as error:  # whatever a task's own code raises
+        except Exception as error:  # a task's own code may raise anything
             raise RecipeError(
                 f"evaluate.tasks: {name!r} cannot be loaded: {first_lines(error)}",
                 fix="is the network there, or the task's data in the cache? else leave it out",
@@ -101,11 +100,11 @@ def load_tasks(recipe: Recipe) -> Any:
 
 
 def rows_at_once(plan: Mapping[str, Any], vocabulary: int) -> int:
-    """Rows of a batch whose logits fit beside the weights into the plan's budget.
+    """Return the rows of a batch whose logits fit beside the weights into the plan's budget.
 
     Args:
         plan: The plan's figures.
-        vocabulary: Tokens that the model knows.
+        vocabulary: Number of tokens that the model knows.
     """
     left = plan["host"]["budget_bytes"] - plan["phases"]["evaluate"]["device_bytes"]
     fit: int = left // (LOGIT_BYTES * vocabulary * LONGEST)
@@ -114,12 +113,12 @@ def rows_at_once(plan: Mapping[str, Any], vocabulary: int) -> int:
 
 def run_tasks(
     manager: Any, recipe: Recipe, model: Any, tokenizer: Any, rows_at_once: int
-) -> Values:
-    """The recipe's tasks on one model.
+) -> TaskScores:
+    """Run the recipe's tasks on one model.
 
     Args:
-        manager: What `load_tasks` gave.
-        recipe: Names the tasks, and how many rows of each count.
+        manager: Made by `load_tasks`.
+        recipe: Names the tasks, and the number of rows of each.
         model: In evaluation mode.
         tokenizer: Its tokenizer.
         rows_at_once: Rows of a batch.
@@ -138,36 +137,31 @@ def run_tasks(
             tasks=list(recipe.evaluate.tasks),
             task_manager=manager,
             limit=recipe.evaluate.task_rows,
-            bootstrap_iters=0,  # the interval is ours, over pairs
+            bootstrap_iters=0,  # our interval is over pairs
         )
-    return _values(found["samples"])
-
-
-def _values(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Values:
-    found: Values = {}
-    for task, rows in samples.items():
+    scores: TaskScores = {}
+    for task, rows in found["samples"].items():
         for row in rows:
             for metric in row["metrics"]:
                 score, suffix = row[metric], row["filter"]
                 if isinstance(score, int | float):
                     name = metric if suffix == "none" else f"{metric}, {suffix}"
-                    found.setdefault((task, name), {})[row["doc_id"]] = float(score)
-    return found
+                    scores.setdefault((task, name), {})[row["doc_id"]] = float(score)
+    return scores
 
 
-def compare_tasks(found: Mapping[str, Values], seed: int) -> list[dict[str, Any]]:
-    """Base and tuned in one table: `task`, `metric`, `rows`, `base`, `tuned`, `change`.
+def compare_tasks(by_variant: Mapping[str, TaskScores], seed: int) -> list[dict[str, Any]]:
+    """Return rows of `task`, `metric`, `rows`, `base`, `tuned`, `change`.
 
     Args:
-        found: What `run_tasks` gave, by side.
-        seed: Of the interval's draws.
+        by_variant: Variant → scores of `run_tasks`.
+        seed: Seed of the interval's draws.
     """
     rows = []
-    for (task, metric), base in found["base"].items():
-        tuned = found["tuned"][task, metric]
-        numbers = sorted(base.keys() & tuned.keys())
-        values = {side: [found[side][task, metric][n] for n in numbers] for side in VARIANTS}
-        means = {side: sum(scores) / len(scores) for side, scores in values.items()}
+    for (task, metric), base in by_variant["base"].items():
+        numbers = sorted(base.keys() & by_variant["tuned"][task, metric].keys())
+        values = {v: [by_variant[v][task, metric][n] for n in numbers] for v in VARIANTS}
+        means = {v: sum(scores) / len(scores) for v, scores in values.items()}
         change = paired_change(values["base"], values["tuned"], seed=seed)
         row = {"task": task, "metric": metric, "rows": len(numbers), **means, "change": change}
         rows.append(row)

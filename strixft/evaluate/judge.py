@@ -1,8 +1,8 @@
-"""A model as judge: which of two answers is better, base's or tuned's, asked in both orders.
+"""A model as judge: it prefers one of two answers, base's or tuned's, in both orders.
 
-A judge prefers the answer that stands first, or second (Zheng et al., arXiv:2306.05685). So each
-pair is shown in both orders, and how often the two verdicts agree is told. Whatever goes wrong
-here ends the judging, never the run.
+Judges favour the answer that stands first, or second (Zheng et al., arXiv:2306.05685). So each pair
+is shown in both orders, and the share of pairs with one verdict is told. An error here ends the
+judging, never the run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from strixft.support.units import format_number, format_seconds
 SECTION = "evaluate.judge"
 
 ORDERS = (("base", "tuned"), ("tuned", "base"))
-"""Which answer is shown as A, and which as B."""
+"""Variants shown as A and as B."""
 
 TIE = "tie"
 
@@ -54,19 +54,18 @@ SHOW = """<request>
 {b}
 </answer_B>"""
 
-
-Figures = dict[str, Any]
+SHOWN_ROWS = 8
 
 
 def messages_for(rubric: str, row: Mapping[str, Any], order: Sequence[str]) -> list[Message]:
-    """What the judge is asked about a row.
+    """Build the request to the judge about a row.
 
     Args:
-        rubric: What makes an answer the better one.
+        rubric: The recipe's rule for the better answer.
         row: `request`, `reference`, and the answers `base` and `tuned`.
-        order: Which of them is shown as A and as B.
+        order: Variants shown as A and as B.
     """
-    a, b = (row[side] for side in order)
+    a, b = (row[variant] for variant in order)
     shown = SHOW.format(request=row["request"], reference=row["reference"], a=a, b=b)
     return [
         {"role": "system", "content": ASK.format(rubric=rubric)},
@@ -75,7 +74,7 @@ def messages_for(rubric: str, row: Mapping[str, Any], order: Sequence[str]) -> l
 
 
 def read_verdict(text: str, order: Sequence[str]) -> tuple[str, str] | None:
-    """Which side a reply prefers, or `tie`, and why; None if it does not say.
+    """Return the variant that a reply prefers, or `tie`, and the reason; None without a verdict.
 
     >>> read_verdict('{"reason": "It is right.", "better": "B"}', ("base", "tuned"))
     ('tuned', 'It is right.')
@@ -86,45 +85,42 @@ def read_verdict(text: str, order: Sequence[str]) -> tuple[str, str] | None:
     return None if found is None or better is None else (better, found["reason"])
 
 
-class _UnreadableError(Exception):
-    """A reply without a verdict."""
+def _judge_row(client: Client, judge: Judge, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the verdicts in both orders, or the problem of this row alone.
 
-
-def _verdict(client: Client, judge: Judge, row: Mapping[str, Any], order: Sequence[str]) -> Figures:
-    answer = client.answer(messages_for(judge.rubric, row, order), SCHEMA)
-    found = read_verdict(answer.text, order)
-    if found is None:
-        cut = f"; it was cut after {judge.max_tokens} tokens" if answer.is_cut else ""
-        raise _UnreadableError(f"the reply holds no verdict: {answer.text[:100]!r}{cut}")
-    return {"first": order[0], "better": found[0], "reason": found[1]}
-
-
-def _judged(client: Client, judge: Judge, index: int, row: Mapping[str, Any]) -> Figures:
-    """A row with its verdicts in both orders, or with what went wrong about this row alone."""
-    named = {"index": index, "row": row["row"]}
-    try:
-        return named | {"verdicts": [_verdict(client, judge, row, order) for order in ORDERS]}
-    except _UnreadableError as error:
-        return named | {"problem": redact(str(error))}
-    except StrixftError as error:
-        if not is_refusal(error):
-            raise
-        return named | {"problem": error.problem}
+    Raises:
+        StrixftError: The server answers no row any more.
+    """
+    verdicts = []
+    for order in ORDERS:
+        try:
+            answer = client.answer(messages_for(judge.rubric, row, order), SCHEMA)
+        except StrixftError as error:
+            if not is_refusal(error):
+                raise
+            return {"problem": error.problem}
+        found = read_verdict(answer.text, order)
+        if found is None:
+            cut = f"; it was cut after {judge.max_tokens} tokens" if answer.is_cut else ""
+            problem = f"the reply holds no verdict: {answer.text[:100]!r}{cut}"
+            return {"problem": redact(problem)}
+        verdicts.append({"first": order[0], "better": found[0], "reason": found[1]})
+    return {"verdicts": verdicts}
 
 
 def outcome_of(verdicts: Sequence[Mapping[str, Any]]) -> str:
-    """The side that both orders prefer, a tie in both, or `undecided`."""
+    """Return the variant that both orders prefer, `tie`, or `undecided`."""
     first, second = (verdict["better"] for verdict in verdicts)
     return str(first) if first == second else "undecided"
 
 
-def summarised(rows: Sequence[Figures], rows_same: int, seed: int) -> Figures:
-    """What the verdicts come to.
+def sum_up(rows: Sequence[dict[str, Any]], rows_same: int, seed: int) -> dict[str, Any]:
+    """Sum up the verdicts.
 
     Args:
-        rows: As judged, each with `verdicts` or a `problem`.
-        rows_same: Rows in which both answers are the same; they are ties that nobody was asked.
-        seed: Of the bootstrap.
+        rows: Judged rows, each with `verdicts` or a `problem`.
+        rows_same: Rows whose two answers are the same; they count as ties without a request.
+        seed: Seed of the bootstrap.
 
     Returns:
         Counts; `agreement`, the share of rows in which both orders have one verdict;
@@ -137,7 +133,7 @@ def summarised(rows: Sequence[Figures], rows_same: int, seed: int) -> Figures:
     first = [verdict["better"] == verdict["first"] for verdict in sided]
     scores = [sum(SCORES[verdict["better"]] for verdict in pair) / 2 for pair in pairs]
     scores += [SCORES[TIE]] * rows_same
-    found: Figures = {
+    found: dict[str, Any] = {
         "rows_judged": len(pairs),
         "rows_same": rows_same,
         "rows_failed": len(rows) - len(pairs),
@@ -155,58 +151,44 @@ def summarised(rows: Sequence[Figures], rows_same: int, seed: int) -> Figures:
     return found
 
 
-class _Session:
-    """What is known of the judging so far, so that an error on the way loses nothing."""
-
-    def __init__(self, recipe: Recipe, judge: Judge, answers: Sequence[Mapping[str, Any]]) -> None:
-        self.recipe, self.judge = recipe, judge
-        chosen = answers[: judge.max_rows]
-        self.differing = [(i, row) for i, row in enumerate(chosen) if row["base"] != row["tuned"]]
-        self.rows_same = len(chosen) - len(self.differing)
-        self.rows: list[Figures] = []
-        self.client: Client | None = None
-
-    def run(self, cache: Path) -> None:
-        self.client = Client(self.judge, SECTION, cache, offline=self.recipe.offline)
-        for index, row in progress_bar(self.differing, unit="row", desc="judge"):
-            self.rows.append(_judged(self.client, self.judge, index, row))
-
-    def figures(self, problem: str | None, seconds: float) -> Figures:
-        state = "done" if problem is None else "stopped" if self.rows else "failed"
-        asked = self.client.to_dict() if self.client else {"server": self.judge.server}
-        return {
-            "state": state,
-            "problem": problem,
-            **asked,
-            "warnings": self.client.warnings if self.client else [],
-            "seconds": round(seconds, 3),
-            "rows_asked": len(self.differing),
-            **summarised(self.rows, self.rows_same, self.recipe.train.seed),
-            "rows": self.rows,
-        }
-
-
-def judge_answers(recipe: Recipe, answers: Sequence[Mapping[str, Any]], cache: Path) -> Figures:
-    """Ask the recipe's judge about answers; what goes wrong stands in `problem`.
+def judge_answers(
+    recipe: Recipe, answers: Sequence[Mapping[str, Any]], cache: Path
+) -> dict[str, Any]:
+    """Ask the recipe's judge about answers; an error on the way loses no verdict.
 
     Args:
         recipe: With a judge.
         answers: Rows with `row`, `request`, `reference`, `base` and `tuned`.
         cache: Folder under which replies are kept.
+
+    Returns:
+        Figures; an error that ended the judging stands in `problem`.
     """
-    assert recipe.evaluate.judge is not None
-    session, began = _Session(recipe, recipe.evaluate.judge, answers), time.monotonic()
+    judge, began = recipe.evaluate.judge, time.monotonic()
+    assert judge is not None
+    chosen = answers[: judge.max_rows]
+    differing = [(i, row) for i, row in enumerate(chosen) if row["base"] != row["tuned"]]
+    rows: list[dict[str, Any]] = []
+    client: Client | None = None
     problem = None
     try:
-        session.run(cache)
+        client = Client(judge, SECTION, cache, offline=recipe.offline)
+        for index, row in progress_bar(differing, unit="row", desc="judge"):
+            rows.append({"index": index, "row": row["row"], **_judge_row(client, judge, row)})
     except StrixftError as error:
         problem = f"{error.problem}; {error.fix}"
-    except Exception as error:  # a judge ends no run, whatever its server sends
+    except Exception as error:  # a judge never ends a run, whatever its server sends
         problem = redact(f"{type(error).__name__}: {error}")
-    return session.figures(problem, time.monotonic() - began)
-
-
-SHOWN_ROWS = 8
+    return {
+        "state": "done" if problem is None else "stopped" if rows else "failed",
+        "problem": problem,
+        **(client.to_dict() if client else {"server": judge.server}),
+        "warnings": client.warnings if client else [],
+        "seconds": round(time.monotonic() - began, 3),
+        "rows_asked": len(differing),
+        **sum_up(rows, len(chosen) - len(differing), recipe.train.seed),
+        "rows": rows,
+    }
 
 
 @dataclass(frozen=True)
@@ -214,15 +196,15 @@ class Judged:
     """The verdicts, for notebook and report.
 
     Args:
-        figures: As `judge_answers` gives them.
+        figures: Made by `judge_answers`.
         answers: The rows that were judged.
     """
 
-    figures: Figures
+    figures: dict[str, Any]
     answers: Sequence[Mapping[str, Any]]
 
     def rows(self) -> list[list[str]]:
-        """Name and value of what the verdicts come to."""
+        """Return names and values of the sums."""
         found, counts = self.figures, self.figures["outcomes"]
         where = {True: " on the NPU", False: "", None: ""}[found.get("on_npu")]
         rows = [

@@ -1,8 +1,16 @@
-"""Loss of each row, rows of like length together."""
+"""Loss of each row, and short general texts whose loss tells what was forgotten.
+
+`general.jsonl` was written for this package and has its licence: facts, prose, talk, instructions,
+mathematics, code, data, letters, and four other languages. No recipe trains on it.
+
+Shapes: B rows, T tokens of the longest, K trained tokens of the batch.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import torch
@@ -12,15 +20,10 @@ from strixft.data.batches import collate, on_device
 from strixft.step.update import token_losses
 from strixft.support.progress import progress_bar
 
+GENERAL_TEXTS = "general.jsonl"
 
-def _losses_of(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    device = next(model.parameters()).device
-    batch = on_device(collate(rows), device)
-    losses = token_losses(model, batch)  # (K,)
-    owners = batch["positions"] // batch["input_ids"].shape[1]  # (K,), the row of each token
-    sums: Tensor = torch.zeros(len(rows), device=device).index_add_(0, owners, losses)
-    found: list[float] = (sums / torch.bincount(owners, minlength=len(rows))).tolist()
-    return found
+LONGEST = 32
+"""Tokens read of a general text: enough to tell what was forgotten, and little work."""
 
 
 def row_losses(
@@ -29,29 +32,35 @@ def row_losses(
     most_tokens: int,
     look: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Loss per trained token of each row.
+    """Return the loss per trained token of each row; rows of similar length go together.
 
     Args:
         model: Base or tuned, in evaluation mode.
         rows: Token rows.
-        most_tokens: Of a batch, padding counted.
+        most_tokens: Largest batch in tokens, padding included.
         look: Called before each batch.
     """
-    found: dict[int, float] = {}
+    device = next(model.parameters()).device
+    found = [0.0] * len(rows)
     groups = groups_of([len(row["input_ids"]) for row in rows], most_tokens)
     for group in progress_bar(groups, unit="batch", desc="loss"):
         look()
-        losses = _losses_of(model, [rows[index] for index in group])
-        found |= dict(zip(group, losses, strict=True))
-    return [found[index] for index in range(len(rows))]
+        batch = on_device(collate([rows[index] for index in group]), device)  # ids (B, T)
+        losses = token_losses(model, batch)  # (K,)
+        owners = batch["positions"] // batch["input_ids"].shape[1]  # (K,), the row of each token
+        sums: Tensor = torch.zeros(len(group), device=device).index_add_(0, owners, losses)  # (B,)
+        means = (sums / torch.bincount(owners, minlength=len(group))).tolist()
+        for index, mean in zip(group, means, strict=True):
+            found[index] = mean
+    return found
 
 
 def groups_of(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
-    """Indices of rows that go together, the longest rows first.
+    """Group indices of rows into batches, the longest rows first.
 
     Args:
         lengths: Tokens of each row.
-        most_tokens: Of a batch, padding counted; a row that is longer goes alone.
+        most_tokens: Largest batch, padding included; a row that is longer goes alone.
 
     >>> groups_of([3, 9, 4, 3], most_tokens=9)
     [[1], [2, 0], [3]]
@@ -63,3 +72,23 @@ def groups_of(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
+
+
+def general_texts() -> list[dict[str, str]]:
+    """Return the general texts: `kind`, `text`."""
+    file = resources.files(__package__).joinpath(GENERAL_TEXTS)
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def general_rows(tokenizer: Any) -> list[dict[str, Any]]:
+    """Return the general texts as token rows; all tokens but the first count in the loss.
+
+    Args:
+        tokenizer: The model's.
+    """
+    rows = []
+    for text in general_texts():
+        ids = tokenizer(text["text"])["input_ids"][:LONGEST]
+        # no token stands before the first one to predict it from
+        rows.append({**text, "input_ids": ids, "trained": [False] + [True] * (len(ids) - 1)})
+    return rows

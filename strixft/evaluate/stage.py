@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import psutil
 import torch
+from torch import nn
 
+from strixft.data.ends import Ends
 from strixft.evaluate import show
-from strixft.evaluate.general import general_rows
-from strixft.evaluate.harness import check_tasks, compare_tasks, load_tasks
+from strixft.evaluate.generate import generate, prompt_tokens
+from strixft.evaluate.harness import (
+    TaskScores,
+    check_tasks,
+    compare_tasks,
+    load_tasks,
+    rows_at_once,
+    run_tasks,
+)
 from strixft.evaluate.judge import Judged, judge_answers
-from strixft.evaluate.losses import row_losses
-from strixft.evaluate.measure import Rows, Side, Work, measure
-from strixft.evaluate.metrics import chosen, paired_change, require_libraries, scores
-from strixft.evaluate.variants import VARIANTS, load_variant, load_variants
+from strixft.evaluate.losses import general_rows, row_losses
+from strixft.evaluate.metrics import choose_metrics, paired_change, require_libraries, scores
+from strixft.evaluate.variants import VARIANTS, load_variants
 from strixft.guard.cap import cap
 from strixft.guard.host import device_type
 from strixft.guard.stage_watches import StageWatch
@@ -33,13 +43,15 @@ from strixft.support.errors import DataError
 from strixft.support.files import digest
 from strixft.train.stage import ADAPTER, Trained
 
-__all__ = ["Evaluated", "check_evaluation", "evaluate_recipe", "load_variant", "row_losses"]
-
+ANSWER_ROOM = 8
+"""Tokens an answer may have beyond the longest reference."""
 
 SHOWN_WORST = 5
 
 LARGEST_LOSS = 700.0
 """Above it, a perplexity is larger than any float."""
+
+TokenRows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,83 +65,57 @@ class Evaluated(Result):
 
     @property
     def judged(self) -> Judged | None:
-        """What the judge says; None where the recipe has none."""
+        """Verdicts of the judge; None if the recipe has none."""
         found = self.figures.get("judge")
         return Judged(found, self.figures["answers"]) if found else None
 
 
-def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
-    counts = weights or [1.0] * len(values)
-    return sum(v * w for v, w in zip(values, counts, strict=True)) / sum(counts)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationJob:
+    """The data and limits with which both variants are measured."""
+
+    recipe: Recipe
+    plan: Mapping[str, Any]
+    """Figures of the plan."""
+    tokenizer: Any
+    ends: Ends
+    rows: TokenRows
+    """Held out; they are on disk and read as they are needed."""
+    answered: TokenRows
+    """The first of them, which are answered in full."""
+    general: TokenRows
+    metrics: Sequence[str]
+    tasks: Any
+    """The task manager of lm-eval; None without tasks."""
+    watch: StageWatch
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a batch, as the plan's phases `evaluate` and `generate` assume."""
+        choice = self.plan["choice"]
+        return int(choice["evaluated_rows"] * choice["max_length"])
+
+    @property
+    def needed_bytes(self) -> int:
+        """Device memory that the plan expects."""
+        phases = self.plan["phases"]
+        return max(int(phases[name]["device_bytes"]) for name in ("evaluate", "generate"))
 
 
-def _weights(rows: Rows) -> list[float]:
-    """Trained tokens of each row."""
-    return [float(sum(row["trained"])) for row in rows]
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Measures of one variant."""
 
-
-def _metrics(
-    work: Work, found: Mapping[str, Side]
-) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """The measures of both sides, and the change from base to tuned with its interval."""
-    references = [row["answer"] for row in work.answered]
-    pattern, seed = work.recipe.evaluate.pattern, work.recipe.train.seed
-    losses = {
-        "loss": ({s: found[s].losses for s in VARIANTS}, _weights(work.rows)),
-        "general_loss": ({s: found[s].general for s in VARIANTS}, _weights(work.general)),
-    }
-    answers = {
-        name: ({s: scores(name, found[s].answers, references, pattern) for s in VARIANTS}, None)
-        for name in work.metrics
-    }
-    values: dict[str, tuple[dict[str, list[float]], list[float] | None]] = {**losses, **answers}
-    means = {
-        name: {s: _mean(v[s], counts) for s in VARIANTS} for name, (v, counts) in values.items()
-    }
-    changes = {
-        name: paired_change(v["base"], v["tuned"], counts, seed)
-        for name, (v, counts) in values.items()
-    }
-    perplexity = {s: math.exp(min(loss, LARGEST_LOSS)) for s, loss in means["loss"].items()}
-    return {"loss": means.pop("loss"), "perplexity": perplexity, **means}, changes
-
-
-def _worst(found: Mapping[str, Side], rows: Rows) -> dict[str, Any]:
-    """The rows whose loss rose most, with their text."""
-    pairs = zip(found["base"].losses, found["tuned"].losses, strict=True)
-    rises = sorted(((tuned - base, i) for i, (base, tuned) in enumerate(pairs)), reverse=True)
-    worse = [(rise, index) for rise, index in rises if rise > 0]
-    listed = [
-        {**_told(rows[index]), **{side: found[side].losses[index] for side in VARIANTS}}
-        for _, index in worse[:SHOWN_WORST]
-    ]
-    return {"rows_worse": len(worse), "worst": listed}
-
-
-def _told(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"row": row["row"], "request": row["request"], "reference": row["answer"]}
-
-
-def _general(found: Mapping[str, Side], rows: Rows) -> dict[str, Any]:
-    """Loss on general texts, by kind."""
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    by_kind = {}
-    for kind in kinds:
-        own = [index for index, row in enumerate(rows) if row["kind"] == kind]
-        counts = _weights([rows[index] for index in own])
-        by_kind[kind] = {s: _mean([found[s].general[i] for i in own], counts) for s in VARIANTS}
-    return {"texts": len(rows), "tokens": round(sum(_weights(rows))), "kinds": by_kind}
-
-
-def _side_by_side(texts: Rows, answers: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    return [
-        {**text, **{side: answers[side][index] for side in VARIANTS}}
-        for index, text in enumerate(texts)
-    ]
+    losses: list[float]
+    general: list[float]
+    answers: list[str]
+    prompted: list[str]
+    tasks: TaskScores
+    speed: dict[str, Any]
 
 
 def check_evaluation(recipe: Recipe) -> None:
-    """Say now what would stop the evaluation after a night of training.
+    """Check before a night of training that the evaluation can run.
 
     Raises:
         HostError: A library of the extra `eval` is not installed.
@@ -140,7 +126,7 @@ def check_evaluation(recipe: Recipe) -> None:
 
 
 def require_held_out(prepared: Prepared) -> None:
-    """Say after the preparation what would stop the evaluation after a night of training.
+    """Check after the preparation that there are rows to evaluate on.
 
     Raises:
         DataError: No rows are held out.
@@ -155,76 +141,6 @@ def require_held_out(prepared: Prepared) -> None:
     )
 
 
-def _needed_bytes(plan: Plan) -> int:
-    phases = plan.figures["phases"]
-    return max(int(phases[name]["device_bytes"]) for name in ("evaluate", "generate"))
-
-
-def _memory(plan: Plan) -> dict[str, Any]:
-    on_gpu = device_type() == "cuda"
-    return {
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "planned_bytes": _needed_bytes(plan),
-        "resident_bytes": psutil.Process().memory_info().rss,
-    }
-
-
-def _sides(work: Work, folder: Path) -> dict[str, Side]:
-    if device_type() == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    found = {}
-    model: Any
-    for side, model in load_variants(work.recipe, folder):
-        # lm-eval's tasks generate by the model's own settings
-        model.generation_config.eos_token_id = list(work.ends.token_ids) or None
-        found[side] = measure(work, model)
-        del model  # the next one may need its place
-    return found
-
-
-def _evaluate(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    prepared, trained, plan = run.require(Prepared), run.require(Trained), run.require(Plan)
-    require_held_out(prepared)
-    trained.require_same_base(run.recipe)
-    recipe, rows = run.recipe, prepared.token_rows(run.recipe.dataset).validation
-    references = rows["answer"][: recipe.evaluate.max_rows]
-    names, why = chosen(recipe.evaluate.metrics, references)
-    tokenizer, watch = load_tokenizer(recipe), StageWatch(run)
-    tasks, general = load_tasks(recipe), general_rows(tokenizer)
-    ends = prepared.ends(tokenizer)
-    work = Work(recipe, plan, tokenizer, ends, rows, general, names, tasks, watch)
-    capped = cap(plan.figures["host"]["budget_bytes"], _needed_bytes(plan))
-    with watch.watching_memory() as seen:
-        found = _sides(work, trained.folder / ADAPTER)
-    metrics, changes = _metrics(work, found)
-    told = [_told(row) for row in work.answered]
-    asked = [{"prompt": text} for text in recipe.evaluate.prompts]
-    figures = {
-        "metrics": metrics,
-        "changes": changes,
-        "metrics_because": why,
-        "rows_loss": len(rows),
-        "rows_answered": len(told),
-        "speed": {side: found[side].speed for side in VARIANTS},
-        **_memory(plan),
-        **seen,
-        "cap": capped.says,
-        "general": _general(found, general),
-        "tasks": compare_tasks({s: found[s].tasks for s in VARIANTS}, recipe.train.seed),
-        **_worst(found, rows),
-        "prompts": _side_by_side(asked, {s: found[s].prompted for s in VARIANTS}),
-        "answers": _side_by_side(told, {s: found[s].answers for s in VARIANTS}),
-    }
-    if run.recipe.evaluate.judge is not None:
-        release_memory()  # a judge on the same device needs the room
-        figures["judge"] = judge_answers(run.recipe, figures["answers"], cache_folder())
-    return {"adapter_sha256": _adapter_digest(trained.folder / ADAPTER)}, figures
-
-
-def _adapter_digest(folder: Path) -> dict[str, str]:
-    return {file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))}
-
-
 def evaluate_recipe(run: Run) -> Evaluated:
     """Measure base and tuned on the held-out rows.
 
@@ -232,7 +148,174 @@ def evaluate_recipe(run: Run) -> Evaluated:
         StageError: An earlier stage has not run.
         DataError: No rows are held out.
         HostError: A library of the extra `eval` is not installed.
-        RecipeError: lm-eval has no such task, or its data cannot be had.
+        RecipeError: lm-eval has no such task, or its data cannot be loaded.
         FitError: The host is about to run out of memory.
     """
-    return run.once(Evaluated, lambda folder: _evaluate(run, folder))
+    return run.once(Evaluated, lambda _: _evaluate(run))
+
+
+def _evaluate(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return inputs and figures of the stage."""
+    prepared, trained, plan = run.require(Prepared), run.require(Trained), run.require(Plan)
+    require_held_out(prepared)
+    trained.require_same_base(run.recipe)
+    recipe, adapter = run.recipe, trained.folder / ADAPTER
+    rows = prepared.token_rows(recipe.dataset).validation
+    answered = [rows[index] for index in range(min(len(rows), recipe.evaluate.max_rows))]
+    metrics, because = choose_metrics(recipe.evaluate.metrics, [row["answer"] for row in answered])
+    tokenizer = load_tokenizer(recipe)
+    job = EvaluationJob(
+        recipe=recipe,
+        plan=plan.figures,
+        tokenizer=tokenizer,
+        ends=prepared.ends(tokenizer),
+        rows=rows,
+        answered=answered,
+        general=general_rows(tokenizer),
+        metrics=metrics,
+        tasks=load_tasks(recipe),
+        watch=StageWatch(run),
+    )
+    capped = cap(plan.figures["host"]["budget_bytes"], job.needed_bytes)
+    with job.watch.watching_memory() as seen:
+        measured = _measure_variants(job, adapter)
+    means, changes = _compare(job, measured)
+    on_gpu = device_type() == "cuda"
+    prompts = [{"prompt": text} for text in recipe.evaluate.prompts]
+    figures = {
+        "metrics": means,
+        "changes": changes,
+        "metrics_because": because,
+        "rows_loss": len(rows),
+        "rows_answered": len(answered),
+        "speed": {variant: measured[variant].speed for variant in VARIANTS},
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "planned_bytes": job.needed_bytes,
+        "resident_bytes": psutil.Process().memory_info().rss,
+        **seen,
+        "cap": capped.says,
+        "general": _general(job.general, measured),
+        "tasks": compare_tasks({v: measured[v].tasks for v in VARIANTS}, recipe.train.seed),
+        **_worst(rows, measured),
+        "prompts": _beside(prompts, {v: measured[v].prompted for v in VARIANTS}),
+        "answers": _beside(
+            [_shown(row) for row in answered], {v: measured[v].answers for v in VARIANTS}
+        ),
+    }
+    if recipe.evaluate.judge is not None:
+        release_memory()  # a judge on the same device needs the room
+        figures["judge"] = judge_answers(recipe, figures["answers"], cache_folder())
+    hashes = {file.name: digest(file) for file in sorted(adapter.glob("*.safetensors"))}
+    return {"adapter_sha256": hashes}, figures
+
+
+def _measure_variants(job: EvaluationJob, adapter: Path) -> dict[str, Measured]:
+    if device_type() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    measured = {}
+    model: Any
+    for variant, model in load_variants(job.recipe, adapter):
+        # lm-eval's tasks generate by the model's own settings
+        model.generation_config.eos_token_id = list(job.ends.token_ids) or None
+        measured[variant] = _measure(job, model)
+        del model  # the next one may need its place
+    return measured
+
+
+def _measure(job: EvaluationJob, model: nn.Module) -> Measured:
+    """Measure losses, answers and tasks of one variant."""
+    asked, look, began = job.recipe.evaluate, job.watch.look, time.monotonic()
+
+    def answers(prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+        return generate(model, job.tokenizer, job.ends, prompts, most, job.most_tokens, look=look)
+
+    def decoded(tokens: Sequence[Sequence[int]]) -> list[str]:
+        return [job.ends.text(job.tokenizer, answer).strip() for answer in tokens]
+
+    losses = row_losses(model, job.rows, job.most_tokens, look)
+    loss_seconds = time.monotonic() - began
+    general = row_losses(model, job.general, job.most_tokens, look)
+    prompts = [row["input_ids"][: row["prompt_tokens"]] for row in job.answered]
+    most = max(len(row["input_ids"]) - row["prompt_tokens"] for row in job.answered)
+    answer_began = time.monotonic()
+    tokens = answers(prompts, most + ANSWER_ROOM)
+    count, answer_seconds = sum(map(len, tokens)), time.monotonic() - answer_began
+    own = [prompt_tokens(job.tokenizer, text) for text in asked.prompts]
+    prompted = decoded(answers(own, asked.prompt_answer_tokens))
+    tasks: TaskScores = {}
+    if job.tasks is not None:
+        at_once = rows_at_once(job.plan, len(job.tokenizer))
+        tasks = run_tasks(job.tasks, job.recipe, model, job.tokenizer, at_once)
+    speed = {
+        "answer_tokens": count,
+        "answer_tok_per_s": round(count / answer_seconds, 1),
+        "loss_seconds": round(loss_seconds, 3),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    return Measured(losses, general, decoded(tokens), prompted, tasks, speed)
+
+
+def _trained_tokens(rows: TokenRows) -> list[float]:
+    return [float(sum(row["trained"])) for row in rows]
+
+
+def _compare(
+    job: EvaluationJob, measured: Mapping[str, Measured]
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Return the means of both variants, and the changes with their intervals, by measure."""
+    references = [row["answer"] for row in job.answered]
+    pattern, seed = job.recipe.evaluate.pattern, job.recipe.train.seed
+    values: dict[str, tuple[dict[str, list[float]], list[float] | None]] = {
+        "loss": ({v: measured[v].losses for v in VARIANTS}, _trained_tokens(job.rows)),
+        "general_loss": ({v: measured[v].general for v in VARIANTS}, _trained_tokens(job.general)),
+    }
+    for name in job.metrics:
+        scored = {v: scores(name, measured[v].answers, references, pattern) for v in VARIANTS}
+        values[name] = scored, None
+    means = {
+        name: {v: float(np.average(of[v], weights=weights)) for v in VARIANTS}
+        for name, (of, weights) in values.items()
+    }
+    changes = {
+        name: paired_change(of["base"], of["tuned"], weights, seed)
+        for name, (of, weights) in values.items()
+    }
+    loss = means.pop("loss")
+    perplexity = {v: math.exp(min(loss[v], LARGEST_LOSS)) for v in VARIANTS}
+    return {"loss": loss, "perplexity": perplexity, **means}, changes
+
+
+def _general(rows: TokenRows, measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """Return the loss on general texts by kind."""
+    weights, kinds = _trained_tokens(rows), np.array([row["kind"] for row in rows])
+    by_kind = {}
+    for kind in dict.fromkeys(kinds.tolist()):
+        own = np.where(kinds == kind, weights, 0)  # weights of the texts of this kind
+        by_kind[kind] = {v: float(np.average(measured[v].general, weights=own)) for v in VARIANTS}
+    return {"texts": len(rows), "tokens": round(sum(weights)), "kinds": by_kind}
+
+
+def _worst(rows: TokenRows, measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """Return the rows whose loss rose most, with their text."""
+    pairs = zip(measured["base"].losses, measured["tuned"].losses, strict=True)
+    rises = sorted(((tuned - base, i) for i, (base, tuned) in enumerate(pairs)), reverse=True)
+    worse = [index for rise, index in rises if rise > 0]
+    listed = [
+        {**_shown(rows[index]), **{v: measured[v].losses[index] for v in VARIANTS}}
+        for index in worse[:SHOWN_WORST]
+    ]
+    return {"rows_worse": len(worse), "worst": listed}
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"row": row["row"], "request": row["request"], "reference": row["answer"]}
+
+
+def _beside(
+    texts: Sequence[Mapping[str, Any]], answers: Mapping[str, Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Put the answers of both variants beside the texts that they answer."""
+    return [
+        {**text, **{variant: answers[variant][index] for variant in VARIANTS}}
+        for index, text in enumerate(texts)
+    ]

@@ -1,4 +1,4 @@
-"""Base and tuned, loaded one after the other."""
+"""The variants `base` and `tuned` of a model, loaded one after the other."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ VARIANTS = ("base", "tuned")
 
 
 def answering_backend(config: Any) -> AttentionBackend:
-    """Return the attention that was tried here and is right, for rows that share none.
+    """Return the attention backend that is correct on this device, for rows that are not packed.
 
     Raises:
-        HostError: None is right on this machine.
+        HostError: No backend is correct on this machine.
     """
     heads = architecture_of(config).heads
     return probed_backends(heads, training_host(), packing=False)[0]
 
 
-def load_variant(recipe: Recipe, adapter: Path, side: str) -> nn.Module:
-    """Base or tuned, in evaluation mode.
+def load_variant(recipe: Recipe, adapter: Path, variant: str) -> nn.Module:
+    """Load base or tuned in evaluation mode.
 
     Args:
         recipe: Of the run.
-        adapter: The trained weights.
-        side: One of `VARIANTS`.
+        adapter: Folder of the trained weights.
+        variant: One of `VARIANTS`.
     """
-    *_, (_, model) = load_variants(recipe, adapter, VARIANTS[: VARIANTS.index(side) + 1])
+    *_, (_, model) = load_variants(recipe, adapter, VARIANTS[: VARIANTS.index(variant) + 1])
     return model
 
 
 def load_variants(
-    recipe: Recipe, folder: Path, sides: Sequence[str] = VARIANTS
+    recipe: Recipe, folder: Path, variants: Sequence[str] = VARIANTS
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Base, then tuned.
+    """Yield base, then tuned, each with its name.
 
-    Where all weights were trained, the base is given up before the tuned model is loaded; the
-    caller should do so too.
+    If all weights were trained, the base is given up before the tuned model is loaded; the caller
+    should give it up too.
     """
     device, host = device_type(), find_host(recipe.memory.host)
     dtype = native_dtype(device, bfloat16=host.bfloat16)
@@ -63,7 +63,7 @@ def load_variants(
         return model.eval()
 
     yield "base", ready(model)
-    if "tuned" not in sides:
+    if "tuned" not in variants:
         return
     if METHODS[recipe.method].adapter == "none":
         del model
