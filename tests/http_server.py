@@ -29,9 +29,9 @@ class Raw:
     kind: str = "application/json"
     headers: dict[str, str] = field(default_factory=dict)
     missing_bytes: int = 0
-    """What the head promises and the body does not have."""
+    """Bytes that the head promises and the body does not have."""
     until: threading.Event | None = None
-    """The server says nothing before it is set."""
+    """The server sends nothing before it is set."""
 
 
 def _handler(routes: Mapping[str, Answer], seen: list[tuple[str, Body]]) -> type:

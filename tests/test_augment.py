@@ -40,14 +40,14 @@ Write = Callable[..., Prepared]
 
 
 def part(body: Mapping[str, Any], name: str) -> str:
-    """What stands in a tag of a request."""
+    """Return the text of a tag of a request."""
     found = re.search(rf"<{name}>\n(.*?)\n</{name}>", body["messages"][-1]["content"], re.DOTALL)
     assert found is not None
     return found[1]
 
 
 def politely(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Says a request otherwise."""
+    """Say a request in other words."""
     number = re.findall(r"\d+", part(body, "request"))[-1]
     return completion(json.dumps({"request": f"Could you count from one to {number} for me?"}))
 
@@ -70,8 +70,8 @@ def written(found: Prepared) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (found.folder / "augmented.jsonl").open()]
 
 
-def requests_of(found: Prepared, recipe_dataset: Any, side: str) -> list[str]:
-    return list(getattr(found.token_rows(recipe_dataset), side)["request"])
+def requests_of(found: Prepared, recipe_dataset: Any, part: str) -> list[str]:
+    return list(getattr(found.token_rows(recipe_dataset), part)["request"])
 
 
 def test_a_real_server_writes_rows_that_say_where_they_come_from(prepared: Write) -> None:

@@ -34,7 +34,7 @@ ANSWERS = [
 
 
 def completion(text: str, **more: Any) -> dict[str, Any]:
-    """What an OpenAI-compatible server sends."""
+    """Return an answer as an OpenAI-compatible server sends it."""
     message = {"role": "assistant", "content": text}
     return {"choices": [{"index": 0, "message": message, "finish_reason": "stop", **more}]}
 

@@ -392,9 +392,9 @@ def test_a_chat_too_long_can_be_split_and_its_parts_stay_on_one_side(stage: Stag
     assert figures["rows_too_long"] == 1  # one exchange alone is too long
     (note,) = [p for p in stage.problems() if p["kind"] == "split"]
     assert note["row"] == 7
-    sides = stage.prepared(figures).token_rows(stage.recipe.dataset)
+    both = stage.prepared(figures).token_rows(stage.recipe.dataset)
     parts = [
-        [row["part"] for row in side if row["row"] == 7] for side in (sides.train, sides.validation)
+        [row["part"] for row in rows if row["row"] == 7] for rows in (both.train, both.validation)
     ]
     assert [] in parts
     assert max(parts, key=len) == list(range(len(max(parts, key=len)))) != [0]
@@ -434,15 +434,15 @@ def test_personal_data_are_reported_and_only_touched_on_request(
     assert problem["text"] == (
         "has what looks like an e-mail address: an… (13 characters), and 2 more"
     )
-    sides = stage.prepared(figures).token_rows(stage.recipe.dataset)
-    text = " ".join(row["request"] + row["answer"] for side in (sides.train, sides.validation)
-                    for row in side)  # fmt: skip
+    both = stage.prepared(figures).token_rows(stage.recipe.dataset)
+    text = " ".join(row["request"] + row["answer"] for rows in (both.train, both.validation)
+                    for row in rows)  # fmt: skip
     assert ("anna@mail.org" in text) is (policy == "report")
     assert ("[email]" in text) is (policy == "mask")
     assert figures["rows_left_out"] == (1 if policy == "drop" else 0)
 
 
-def test_a_question_on_both_sides_is_a_leak_that_group_by_mends(stage: Stage) -> None:
+def test_a_question_trained_and_held_out_is_a_leak_that_group_by_mends(stage: Stage) -> None:
     rows = [chat(f"Question {n % 40}?", f"Answer {n}.") for n in range(120)]
     figures = stage.run(rows, validation_fraction=0.3)
     assert figures["leaks"] > 5
@@ -459,10 +459,8 @@ def test_a_question_on_both_sides_is_a_leak_that_group_by_mends(stage: Stage) ->
 def test_rows_of_one_customer_stay_on_one_side(stage: Stage) -> None:
     rows = [{**chat(f"Q{n}?", f"A{n}."), "who": {"id": n % 15}} for n in range(90)]
     figures = stage.run(rows, group_by="who.id", validation_fraction=0.3)
-    sides = stage.prepared(figures).token_rows(stage.recipe.dataset)
-    customers = [
-        {(row - 1) % 15 for row in side["row"]} for side in (sides.train, sides.validation)
-    ]
+    both = stage.prepared(figures).token_rows(stage.recipe.dataset)
+    customers = [{(row - 1) % 15 for row in rows["row"]} for rows in (both.train, both.validation)]
     assert not customers[0] & customers[1]
     assert all(customers)
 

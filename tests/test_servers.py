@@ -58,3 +58,18 @@ def test_a_key_is_sent_where_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None
         assert ask(f"{url}/a") == {"authorization": None}
         monkeypatch.setenv("STRIXFT_API_KEY", "sesame")
         assert ask(f"{url}/a") == {"authorization": "Bearer sesame"}
+
+
+def test_a_server_on_this_machine_is_not_asked_through_a_proxy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    with serving({"/a": lambda _: {"ok": 1}}) as (url, _):
+        assert ask(f"{url}/a") == {"ok": 1}
+
+
+def test_a_character_that_some_take_for_a_line_end_does_not_end_one() -> None:
+    lines = ['data: {"text": "a\u2028b\x85c"}', "data: [DONE]"]
+    with serving({"/a": lambda _: lines}) as (url, _):
+        assert [data["text"] for data in stream(f"{url}/a", {})] == ["a\u2028b\x85c"]

@@ -52,7 +52,7 @@ QUESTION = "question"
 """Value of `group_by` that keeps rows with the same question together."""
 
 Weight = Literal["note", "bad", "too_long", "left_out"]
-"""How a problem counts; `note`: the row is used."""
+"""Count that a problem goes to; `note`: the row is used."""
 
 RawBatch = tuple[int, list[RawRow]]
 """Index of the input, and rows of it."""

@@ -21,7 +21,7 @@ from strixft.data.rows import read_counts
 from strixft.recipe.schema import Recipe
 
 BINS = 40
-"""Of the histogram of lengths."""
+"""Bins of the histogram of lengths."""
 
 
 class Selection:

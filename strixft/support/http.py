@@ -96,11 +96,17 @@ def _open(url: str, body: Mapping[str, Any] | None, timeout: float) -> Iterator[
     headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
     # the certificates of the system, as other programs trust them; httpx brings its own
     verify = ssl.create_default_context() if url.startswith("https") else False
+    options: dict[str, Any] = {
+        "json": body,
+        "headers": headers,
+        "timeout": timeout,
+        "verify": verify,
+    }
+    # a proxy would look for this machine's servers on its own machine
+    trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
     answer, method = None, "GET" if body is None else "POST"
     try:
-        with httpx.stream(
-            method, url, json=body, headers=headers, timeout=timeout, verify=verify
-        ) as answer:
+        with httpx.stream(method, url, trust_env=trust_env, **options) as answer:
             try:
                 answer.raise_for_status()
             except httpx.HTTPStatusError as error:
@@ -134,8 +140,8 @@ def _decode(text: bytes, url: str, media_type: str = JSON) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise HostError(f"{url} does not answer a JSON object", fix=WRONG_PLACE)
     if said := data.get("error"):
-        told = said.get("message") if isinstance(said, dict) else said
-        raise HostError(f"{url} stops: {told}", fix=LOOK)
+        message = said.get("message") if isinstance(said, dict) else said
+        raise HostError(f"{url} stops: {message}", fix=LOOK)
     return data
 
 
