@@ -6,7 +6,6 @@ import ipaddress
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from strixft.run.open import find_runs
@@ -37,16 +36,6 @@ class ListedModel:
         return None if self.recipe is None else self.recipe == NPU
 
 
-def _listed(row: dict[str, Any]) -> ListedModel:
-    recipe, meta = row.get("recipe"), row.get("meta")
-    size = meta.get("size") if isinstance(meta, dict) else None
-    return ListedModel(
-        str(row["id"]),
-        recipe if isinstance(recipe, str) else None,
-        size if isinstance(size, int) else None,
-    )
-
-
 def list_models(url: str) -> list[ListedModel]:
     """List the models that a server offers.
 
@@ -54,8 +43,18 @@ def list_models(url: str) -> list[ListedModel]:
         HostError: No server answers, or it lists none.
     """
     rows = ask(f"{url}/v1/models", timeout=START_S).get("data")
-    rows = rows if isinstance(rows, list) else []
-    found = [_listed(row) for row in rows if isinstance(row, dict) and "id" in row]
+    found = []
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict) and "id" in row:
+            recipe, meta = row.get("recipe"), row.get("meta")
+            size = meta.get("size") if isinstance(meta, dict) else None
+            found.append(
+                ListedModel(
+                    str(row["id"]),
+                    recipe if isinstance(recipe, str) else None,
+                    size if isinstance(size, int) else None,
+                )
+            )
     if not found:
         raise _no_models(url)
     return found

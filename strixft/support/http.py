@@ -96,17 +96,12 @@ def _open(url: str, body: Mapping[str, Any] | None, timeout: float) -> Iterator[
     headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
     # the certificates of the system, as other programs trust them; httpx brings its own
     verify = ssl.create_default_context() if url.startswith("https") else False
-    options: dict[str, Any] = {
-        "json": body,
-        "headers": headers,
-        "timeout": timeout,
-        "verify": verify,
-    }
     # a proxy would look for this machine's servers on its own machine
     trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+    options: dict[str, Any] = {"timeout": timeout, "verify": verify, "trust_env": trust_env}
     answer, method = None, "GET" if body is None else "POST"
     try:
-        with httpx.stream(method, url, trust_env=trust_env, **options) as answer:
+        with httpx.stream(method, url, json=body, headers=headers, **options) as answer:
             try:
                 answer.raise_for_status()
             except httpx.HTTPStatusError as error:
