@@ -186,7 +186,7 @@ def require_sendable(chat: Chat, *, leaves: bool) -> list[Message]:
 
 
 class _RowWriter:
-    """Asks for new rows, and refuses those that are not usable or that the data have already."""
+    """Writer of new rows; it refuses rows that are not usable or that the data have already."""
 
     def __init__(
         self, augment: Augment, seed: int, client: Client, selection: Selection, sketches: bytes

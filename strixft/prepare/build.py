@@ -11,7 +11,7 @@ import gc
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -100,12 +100,8 @@ class _LongFault(RowFault):
         super().__init__(too_long.LONG, f"has {tokens}, max_length is {most}")
 
 
-def _first_of(texts: Sequence[str]) -> str:
-    return f"{texts[0]}, and {len(texts) - 1} more" if len(texts) > 1 else texts[0]
-
-
 class BatchMaker:
-    """Makes token rows of raw rows, one batch at a time.
+    """Maker of token rows from raw rows, one batch at a time.
 
     Args:
         dataset: The recipe's section.
@@ -154,6 +150,18 @@ class BatchMaker:
         problem = Problem(self._input.name, row, kind, text, action, key)
         self._made.problems.append((weight, problem, tokens))
 
+    def _note_kinds(
+        self, row: int, found: Iterable[tuple[str, str]], action: str, weight: Weight = "note"
+    ) -> None:
+        """Note the first text of each kind, and the number of others."""
+        by_kind: dict[str, list[str]] = {}
+        for kind, text in found:
+            by_kind.setdefault(kind, []).append(text)
+        for kind, texts in by_kind.items():
+            more = f", and {len(texts) - 1} more" if len(texts) > 1 else ""
+            self._note(row, kind, texts[0] + more, action, weight)
+            weight = "note"  # a row counts once, however many kinds it has
+
     def _refuse(self, row: int, fault: RowFault) -> None:
         weight: Weight = "left_out" if fault.kind == NOT_WANTED else "bad"
         tokens = 0
@@ -172,11 +180,7 @@ class BatchMaker:
         column = self.dataset.group_by
         group = None if column in (None, QUESTION) else group_of(raw, str(column))
         self._made.unused.update(read.unused - {column})
-        odd: dict[str, list[str]] = {}
-        for kind, text in oddities(read, self._specials):
-            odd.setdefault(kind, []).append(text)
-        for kind, texts in odd.items():
-            self._note(number, kind, _first_of(texts), KEPT)
+        self._note_kinds(number, oddities(read, self._specials), KEPT)
         chat = self._without_personal_data(number, read)
         if chat is None:
             return None
@@ -193,15 +197,13 @@ class BatchMaker:
         """Return the chat as the recipe's policy leaves it; None if the policy drops it."""
         policy = self.dataset.personal_data
         action = {"report": KEPT, "mask": "masked", "drop": LEFT_OUT}[policy]
-        shown: dict[str, list[str]] = {}
-        for text in texts_of(chat):
-            for kind, part in checks.find(text):
-                shown.setdefault(kind, []).append(part)
-        for count, (kind, parts) in enumerate(shown.items()):
-            text = f"has what looks like {checks.NAMES[kind]}: {_first_of(parts)}"
-            # a row counts once, however many kinds of data it has
-            self._note(row, kind, text, action, "note" if policy != "drop" or count else "left_out")
-        if not shown or policy == "report":
+        found = [
+            (kind, f"has what looks like {checks.NAMES[kind]}: {part}")
+            for text in texts_of(chat)
+            for kind, part in checks.find(text)
+        ]
+        self._note_kinds(row, found, action, "left_out" if policy == "drop" else "note")
+        if not found or policy == "report":
             return chat
         return checks.mask_chat(chat) if policy == "mask" else None
 
