@@ -229,7 +229,7 @@ def test_a_full_disk_refuses_before_it_writes(
     monkeypatch.setattr("strixft.support.disk.free_bytes", lambda folder: 10)
     with pytest.raises(HostError, match=r"is full: 0\.00 GiB left") as caught:
         write(checkpoints, 3)
-    assert "what was saved before is whole" in caught.value.problem
+    assert "files saved before are intact" in caught.value.problem
     assert caught.value.fix.startswith("df -h ")
     assert names(tmp_path) == ["checkpoint-2"]
 

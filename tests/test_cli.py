@@ -424,11 +424,11 @@ def test_a_cache_that_is_a_file(
     (tmp_path / "file").touch()
     monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "file"))
     answer = enter(*words)
-    problem = f"the cache {tmp_path / 'file'} is no folder: {tmp_path / 'file'} is a file"
+    problem = f"the cache {tmp_path / 'file'} is not a folder: {tmp_path / 'file'} is a file"
     assert answer.code == 1
     assert answer.err.splitlines()[-2:] == [
         problem,
-        "fix: export STRIXFT_CACHE=…   and a folder that can be written",
+        "fix: export STRIXFT_CACHE=…   with a folder that can be written",
     ]
 
 
@@ -442,7 +442,7 @@ def test_a_page_whose_name_is_a_folder(enter: Type, tmp_path: Path) -> None:
 def test_a_page_over_a_file_of_the_user(enter: Type, tmp_path: Path) -> None:
     (tmp_path / "mine.html").write_text("mine")
     problem, fix = refusal(enter("bench", "published", "--page", "mine.html"), 1)
-    assert problem == "mine.html exists and is no page of strixft"
+    assert problem == "mine.html exists and is not a page of strixft"
     assert fix == "--page mine-2.html"
     assert (tmp_path / "mine.html").read_text() == "mine"
 

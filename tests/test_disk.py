@@ -45,9 +45,9 @@ def test_a_file_where_the_cache_should_be_is_told(
     with pytest.raises(HostError) as caught:
         cache_folder()
     assert caught.value.problem == (
-        f"the cache {tmp_path / 'file' / below} is no folder: {tmp_path / 'file'} is a file"
+        f"the cache {tmp_path / 'file' / below} is not a folder: {tmp_path / 'file'} is a file"
     )
-    assert caught.value.fix == "export STRIXFT_CACHE=…   and a folder that can be written"
+    assert caught.value.fix == "export STRIXFT_CACHE=…   with a folder that can be written"
 
 
 def test_a_cache_that_is_not_there_yet_may_be_made(

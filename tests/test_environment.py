@@ -64,8 +64,8 @@ def test_a_gpu_that_pretends_to_be_another_is_refused(
     with pytest.raises(HostError) as caught:
         find_host("auto")
     assert caught.value.problem == (
-        "HSA_OVERRIDE_GFX_VERSION=11.0.0 is set, and it pretends another GPU: 11.0.0 ends in a"
-        " memory access fault, and every value keeps gfx1151's own kernels away"
+        "HSA_OVERRIDE_GFX_VERSION=11.0.0 is set, and it claims to be another GPU: 11.0.0 ends in"
+        " a memory access fault, and every value keeps gfx1151's own kernels away"
     )
     assert caught.value.fix.startswith("unset HSA_OVERRIDE_GFX_VERSION   here and where it is set:")
     assert caught.value.fix.endswith("then start Python again")

@@ -66,9 +66,9 @@ def test_a_lock_whose_named_owner_has_ended_says_so(tmp_path: Path) -> None:
     with path.open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         path.write_text(json.dumps(asdict(replace(this_process(), pid=2**22 - 1))))
-        with pytest.raises(StageError, match="has ended, but something it started") as caught:
+        with pytest.raises(StageError, match="has ended, but a process that it started") as caught:
             hold(path, tmp_path, 0).__enter__()
-    assert caught.value.fix == f"fuser -v {path}   shows what"
+    assert caught.value.fix == f"fuser -v {path}   shows which"
 
 
 @pytest.fixture

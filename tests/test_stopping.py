@@ -70,8 +70,8 @@ def test_outside_the_main_thread_nothing_is_taken() -> None:
 TWICE = """
 import os, signal, time
 from strixft.support import signals
-stopping.SAME_S = 0.05
-with stopping.on_signals(lambda name: print(name, flush=True)):
+signals.SAME_S = 0.05
+with signals.on_signals(lambda name: print(name, flush=True)):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGINT)

@@ -49,4 +49,4 @@ def test_two_rows_of_one_name_are_refused() -> None:
 
 
 def test_nothing_to_choose_from_is_said() -> None:
-    assert did_you_mean("apple", []) == "there is none to choose"
+    assert did_you_mean("apple", []) == "there is nothing to choose from"

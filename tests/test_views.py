@@ -61,14 +61,14 @@ def test_a_file_that_is_no_page_of_ours_stays(tmp_path: Path, text: str) -> None
     (tmp_path / "notes-2.html").touch()
     with pytest.raises(HostError) as caught:
         html.write_page(path, html.page("A title", "", ""))
-    assert caught.value.problem == f"{path} exists and is no page of strixft"
+    assert caught.value.problem == f"{path} exists and is not a page of strixft"
     assert caught.value.fix == f"--page {tmp_path / 'notes-3.html'}"
     assert path.read_text() == text
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(HostError, match="is no page of strixft") as caught:
+    with pytest.raises(HostError, match="is not a page of strixft") as caught:
         html.write_page(tmp_path / "pipe", "page")
     assert caught.value.fix == f"--page {tmp_path / 'pipe-2'}"
 
@@ -81,9 +81,9 @@ def test_a_page_that_cannot_be_written_says_where(tmp_path: Path) -> None:
         (
             no_folder,
             f"there is no folder {tmp_path / 'missing'}",
-            f"mkdir -p {tmp_path / 'missing'}   and type it again",
+            f"mkdir -p {tmp_path / 'missing'}   and run the command again",
         ),
-        (file, f"{tmp_path / 'file'} is no folder", "--page a.html   writes it here"),
+        (file, f"{tmp_path / 'file'} is not a folder", "--page a.html   writes it here"),
     ):
         with pytest.raises(HostError) as caught:
             html.write_page(place, "page")

@@ -35,9 +35,8 @@ from strixft.support.errors import (
     is_out_of_memory,
 )
 from strixft.support.files import (
-    _known_digest,
-    _version,
     free_aside,
+    known_digest,
     now,
     remove_leftovers,
     versions,
@@ -64,7 +63,7 @@ ENDED_SILENTLY = "its process ended without a word: it was killed, or the machin
 
 def _hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
     paths = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
-    return {str(path.relative_to(folder)): _known_digest(path, _version(path)) for path in paths}
+    return {str(path.relative_to(folder)): known_digest(path) for path in paths}
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -143,7 +142,7 @@ class Result:
         """
         for name, sha256 in self.files.items():
             path = self.folder / name
-            if not path.is_file() or _known_digest(path, _version(path)) != sha256:
+            if not path.is_file() or known_digest(path) != sha256:
                 what = "is not what" if path.is_file() else "is missing, which"
                 raise StageError(
                     f"{path} {what} stage {self.name} wrote",

@@ -1,7 +1,7 @@
-"""Work in a child process, step after step: what crashes or hangs there is found out here.
+"""Work in a child process, step after step, that survives crashes and hangs of the child.
 
-The child writes a line of JSON before and after each step, so what it had found out by then is
-known however it ends.
+The child writes a line of JSON before and after each step, so its earlier results are known however
+it ends.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, Literal
 from strixft.support.errors import is_out_of_memory
 
 START_LIMIT_S = 180.0
-"""How long a child may take to its first step, where steps have a limit: it imports torch."""
+"""Limit until the first step, where steps have a limit: the child imports torch."""
 
 LOOK_S = 0.05
-"""How often the parent looks at the child."""
+"""Interval at which the parent looks at the child."""
 
 KILLED_S = 10.0
-"""How long a killed child may take to end: one that a driver holds may never do."""
+"""Time for a killed child to end: a driver can hold it forever."""
 
 
 Ended = Literal["done", "crashed", "timed out", "no torch"]
@@ -36,18 +36,18 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What a child found out, and how it ended."""
+    """Results of a child, and its end."""
 
     ended: Ended
     steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Figures by step; `problem` where a step failed, `skipped` where it does not apply."""
     at: str = ""
-    """The step it was in when it crashed or ran out of time."""
+    """The step in which it crashed or ran out of time."""
     how: str = ""
-    """Signal or exit code, and the last line it wrote."""
+    """Signal or exit code, and the last line of its output."""
 
     def problem(self, step: str) -> str | None:
-        """What went wrong in a step, or None."""
+        """Return the problem of a step, or None."""
         text = self.steps.get(step, {}).get("problem")
         if text is None and self.at == step:
             return f"{self.ended} ({self.how})"
@@ -62,7 +62,7 @@ def _read_steps(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the line it was writing when it died
+            continue  # an incomplete line: the child died while writing it
         if "begin" in row:
             begun = row["begin"]
         else:
@@ -70,21 +70,18 @@ def _read_steps(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
     return steps, begun
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
-
-
-def _death(code: int, errors: str) -> str:
+def _death(code: int, errors: Path) -> str:
     try:
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     except ValueError:
         cause = f"signal {-code}"
-    return ": ".join(filter(None, (cause, _last_line(errors))))
+    lines = errors.read_text(encoding="utf-8", errors="replace").split("\n")
+    written = [line.strip() for line in lines if line.strip()]
+    return f"{cause}: {written[-1][:300]}" if written else cause
 
 
 def _wait(child: subprocess.Popen[bytes], output: Path, limit_s: float, step_limit_s: float) -> str:
-    """Wait for its end; which limit it ran into, or nothing."""
+    """Wait for the end of the child; the limit that it reached, or an empty text."""
     began = moved = time.monotonic()
     size = 0
     while True:
@@ -100,25 +97,19 @@ def _wait(child: subprocess.Popen[bytes], output: Path, limit_s: float, step_lim
                 return f"{limit:g} s"
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    child.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(KILLED_S)
-
-
 def run_steps(
     command: Sequence[str],
     limit_s: float = float("inf"),
     step_limit_s: float = float("inf"),
     first: str = "import",
 ) -> Probe:
-    """Run a child and collect what it found out.
+    """Run a child and collect its results.
 
     Args:
-        command: What to run; it gets the output file as its last word.
-        limit_s: It is ended after this time.
-        step_limit_s: It is ended when a step takes longer; see also `START_LIMIT_S`.
-        first: What it is at before the first step.
+        command: The child; the output file is appended as its last argument.
+        limit_s: Time after which it is killed.
+        step_limit_s: Time of one step after which it is killed; see also `START_LIMIT_S`.
+        first: Name of the step to report before the first step begins.
     """
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "steps.jsonl", Path(folder) / "errors"
@@ -133,13 +124,15 @@ def run_steps(
             try:
                 limit = _wait(child, output, limit_s, step_limit_s)
             finally:
-                _kill(child)
+                child.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(KILLED_S)
         steps, at = _read_steps(output)
         if limit:
             return Probe(ended="timed out", steps=steps, at=at or first, how=limit)
         if child.returncode == 0 and not at:
             return Probe(ended="done", steps=steps)
-        how = _death(child.returncode, errors.read_text(encoding="utf-8", errors="replace"))
+        how = _death(child.returncode, errors)
     return Probe(ended="crashed", steps=steps, at=at or first, how=how)
 
 
@@ -149,7 +142,7 @@ def _figures_of(work: Callable[[], Figures]) -> Figures:
         figures = work()
     except ImportError as error:
         figures = {"skipped": f"{error.name or error} is not installed"}
-    except Exception as error:  # whatever torch raises is what we came to see
+    except Exception as error:  # errors of torch are results here
         figures = {"problem": f"{type(error).__name__}: {str(error).strip()[:300]}"}
         if is_out_of_memory(error):
             figures["out_of_memory"] = True
@@ -157,14 +150,14 @@ def _figures_of(work: Callable[[], Figures]) -> Figures:
 
 
 def do_steps(output: Path, work: Mapping[str, Callable[[], Figures]]) -> None:
-    """The child's part: do every step, with a line before it and a line after it.
+    """Take every step, in the child, with a line before it and a line after it.
 
-    A step that raises is noted and the next one goes on; a step that kills the process leaves its
-    name behind.
+    A step that raises is recorded, and the next one follows; a step that kills the process leaves
+    its name behind.
 
     Args:
         output: The file that the parent reads.
-        work: What to do, by the names of the steps.
+        work: Functions by the names of the steps.
     """
     with output.open("a", encoding="utf-8") as file:
         for name, do in work.items():

@@ -1,4 +1,4 @@
-"""Room on disk: the cache, how much is left, and errors that mean that none is."""
+"""Disk space: the cache folder, the free space, and the errors of a full disk."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from strixft.support.units import format_gib
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _WORDS = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
-"""How libraries that are not written in Python say it (safetensors 0.7, torch 2.13)."""
+"""Messages of libraries that are not written in Python (safetensors 0.7, torch 2.13)."""
 
 NOTHING_BYTES = 2**20
-"""With less than this left, an error that nobody expected is taken to come of it."""
+"""With less than this left, any unexpected error is put down to the full disk."""
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: `$STRIXFT_CACHE`, or `~/.cache/strixft`.
+    """Return the folder for files that can be made again: `$STRIXFT_CACHE`, or `~/.cache/strixft`.
 
     Raises:
         HostError: A file is in the way.
@@ -31,29 +31,24 @@ def cache_folder() -> Path:
     there = next(path for path in (root, *root.absolute().parents) if os.path.exists(path))
     if not there.is_dir():
         raise HostError(
-            f"the cache {root} is no folder: {there} is a file",
-            fix="export STRIXFT_CACHE=…   and a folder that can be written",
+            f"the cache {root} is not a folder: {there} is a file",
+            fix="export STRIXFT_CACHE=…   with a folder that can be written",
         )
     return root
 
 
 def free_bytes(folder: Path) -> int:
-    """What this user may still write there."""
+    """Return the number of bytes that this user may still write there."""
     return shutil.disk_usage(folder).free
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of the files below a folder."""
+    """Return the size of the files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def is_full(error: BaseException, folder: Path) -> bool:
-    """An error that says, or must come of it, that the disk has no room left.
-
-    Args:
-        error: Any.
-        folder: What was being written to.
-    """
+    """Return whether an error means that the disk of a folder is full."""
     if isinstance(error, StrixftError):
         return False
     if free_bytes(folder) < NOTHING_BYTES:  # torch then also says "unexpected pos 64 vs 0"
@@ -64,22 +59,22 @@ def is_full(error: BaseException, folder: Path) -> bool:
 
 
 def disk_full(folder: Path, needed_bytes: int | None = None) -> HostError:
-    """The error of a disk without room.
+    """Build the error of a full disk.
 
     Args:
-        folder: What should be written to.
-        needed_bytes: What it needs, where that is known.
+        folder: The folder to write to.
+        needed_bytes: The space that the files need, if it is known.
     """
     left = format_gib(free_bytes(folder))
     needed = f", and {format_gib(needed_bytes)} are needed" if needed_bytes else ""
     return HostError(
-        f"the disk of {folder} is full: {left} left{needed}; what was saved before is whole",
-        fix=f"df -h {typed(folder)}; make room, then type the same command again",
+        f"the disk of {folder} is full: {left} left{needed}; files saved before are intact",
+        fix=f"df -h {typed(folder)}; make room, then run the same command again",
     )
 
 
 def require_room(folder: Path, needed_bytes: int) -> None:
-    """Refuse to write where there is no room.
+    """Raise an error if too little space is left.
 
     Raises:
         HostError: Fewer bytes are left than needed.

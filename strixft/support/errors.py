@@ -1,4 +1,4 @@
-"""Errors a user can meet. Each says what is wrong and what to type.
+"""Errors for users: each states the problem and the fix to type.
 
 StrixftError            exit code 1
 ├─ RecipeError   2      the YAML does not describe a run
@@ -8,8 +8,8 @@ StrixftError            exit code 1
 ├─ StageError    1      a stage stopped, or an earlier one has not run yet
 └─ Stopped       0      the user asked a run to stop, and nothing is lost
 
-What comes in from data, models and other libraries may hold anything: tokens and keys are left out
-of an error's text, and control characters are shown by their numbers.
+Texts from data, models and other libraries may hold anything: an error's text leaves out tokens and
+keys, and shows control characters by their numbers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ FIX = "\nfix: "
 
 
 class StrixftError(Exception):
-    """Base of all errors that are shown without a traceback.
+    """Base of all errors that users see without a traceback.
 
     Args:
-        problem: What is wrong, and where.
-        fix: What to type, or what to change in which file.
+        problem: The fault and its place.
+        fix: A command, or a change to a named file.
     """
 
     exit_code = 1
@@ -71,10 +71,10 @@ def error_from_text(name: str, text: str) -> StrixftError | None:
 
     Args:
         name: Class name, such as papermill's `PapermillExecutionError.ename`.
-        text: What `str(error)` gave there.
+        text: The result of `str(error)` there.
 
     Returns:
-        The same error, or None if it is not one of ours.
+        The same error, or None if its class is not one of these.
     """
     ours: list[type[StrixftError]] = [StrixftError, *StrixftError.__subclasses__()]
     classes = {cls.__name__: cls for cls in ours}
@@ -83,7 +83,7 @@ def error_from_text(name: str, text: str) -> StrixftError | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """An allocation failed: in Python, in torch, or in a driver that only says so in words.
+    """Return whether an allocation failed: in Python, in torch, or by a driver's message.
 
     >>> is_out_of_memory(RuntimeError("HIP error: out of memory")), is_out_of_memory(ValueError())
     (True, False)

@@ -1,4 +1,4 @@
-"""Write files so that they are whole or absent, and hash what was written."""
+"""Write files that are complete or absent, and hash them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def own_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write what a folder holds, with a hash of its own."""
+    """Write the list of a folder's contents, with a hash of the list itself."""
     write_json(folder / MANIFEST, {"sha256": own_hash(manifest), **manifest})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a folder should hold.
+    """Read the list of a folder's contents.
 
     Raises:
         ValueError: It is missing or damaged.
@@ -58,20 +58,20 @@ _TEMPORARY = re.compile(r"\..+\.(\d+)(\.ipynb)?")
 
 
 def now() -> str:
-    """UTC time, ISO 8601, to the second."""
+    """Return the UTC time in ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_json(path: Path, data: Mapping[str, Any], *, flush: bool = True) -> None:
-    """Write a mapping without its secrets; see `write_text`."""
+    """Write a mapping as JSON without its secrets; see `write_text`."""
     text = json.dumps(redact_all(data), indent=2, ensure_ascii=False)
     write_text(path, f"{text}\n", flush=flush)
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this thread writes what gets its name when it is whole.
+    """Return the path to write to before the rename to `path`.
 
-    The number is the thread's, of the main thread the process's own; `/proc` knows both.
+    It ends in the number of this thread, which `/proc` lists as it lists processes.
     """
     return path.with_name(f".{path.name}.{threading.get_native_id()}")
 
@@ -85,12 +85,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, flush: bool = True) -> None:
-    """Write by rename, so that a reader sees the old file or the whole new one.
+    """Write by rename, so that a reader sees the old file or the complete new one.
 
     Args:
         path: The file.
-        text: All of it.
-        flush: Wait until it is on disk before the name changes: it is whole after a power cut too.
+        text: Its complete text.
+        flush: Wait for the disk before the rename; the file then survives a power cut.
     """
     temporary = temporary_name(path)
     try:
@@ -105,24 +105,24 @@ def write_text(path: Path, text: str, *, flush: bool = True) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache
-def _known_digest(path: Path, version: tuple[int, int]) -> str:
+def _digest_of_version(path: Path, size: int, changed_ns: int) -> str:
     return digest(path)
 
 
-def _version(path: Path) -> tuple[int, int]:
-    """Size and time of the last change."""
+def known_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, computed again only after the file has changed."""
     stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return _digest_of_version(path, stat.st_size, stat.st_mtime_ns)
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what a result depends on, Python's included."""
+    """Return the installed versions that a result depends on, Python's included."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -131,7 +131,7 @@ def versions() -> dict[str, str]:
 
 
 def free_aside(folder: Path) -> Path:
-    """The first of `<folder>.1`, `<folder>.2`, … that does not exist."""
+    """Return the first of `<folder>.1`, `<folder>.2`, … that does not exist."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1

@@ -1,23 +1,23 @@
-"""Tables and pictures as HTML, for notebooks and for the report. All text is escaped."""
+"""Build tables, pictures and pages as HTML, for notebooks and reports; all text is escaped."""
 
 from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strixft.support.errors import HostError
+from strixft.support.files import write_text
 from strixft.support.text import typed, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, TUNED, BASE, FAINT = "#1f2933", "#c2410c", "#64748b", "#cbd5e1"
-"""One colour a role: text, the tuned model, the base model, helper lines."""
+"""One colour per role: text, the tuned model, the base model, helper lines."""
 
 
 STYLE = """
@@ -40,7 +40,7 @@ def _shown(value: object) -> str:
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
-    """An HTML table.
+    """Build an HTML table.
 
     >>> table([["a", "<b>"]])
     '<table class="sx"><tr><td>a</td><td>&lt;b&gt;</td></tr></table>'
@@ -53,22 +53,22 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
 
 
 def mapping(values: Mapping[str, object]) -> str:
-    """A table of names and values."""
+    """Build a table of names and values."""
     return table(values.items())
 
 
 def note(text: str) -> str:
-    """A paragraph of plain text."""
+    """Build a paragraph of plain text."""
     return f"<p>{_shown(text)}</p>"
 
 
 def warning(text: str) -> str:
-    """A paragraph that should be seen."""
+    """Build a paragraph that stands out."""
     return f'<p class="sx-warning">⚠ {_shown(text)}</p>'
 
 
 def picture(figure: Figure, alt: str) -> str:
-    """A matplotlib figure as an inline picture."""
+    """Build an inline picture of a matplotlib figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight")
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -76,7 +76,7 @@ def picture(figure: Figure, alt: str) -> str:
 
 
 def new_figure(width: float = 6.4, height: float = 2.8) -> tuple[Figure, Any]:
-    """A small figure with one set of axes, drawn without a display. Inches."""
+    """Return a figure of this size in inches, and its axes; it needs no display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -90,53 +90,37 @@ START = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     '<meta name="generator" content="strixft">'
 )
-"""What a page of ours begins with, and by which it is known."""
-
-
-def _is_ours(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(START)) == START.encode()
-
-
-def _free_name(path: Path) -> Path:
-    """The first of `page-2.html`, `page-3.html`, … that does not exist."""
-    number = 2
-    while (free := path.with_stem(f"{path.stem}-{number}")).exists():
-        number += 1
-    return free
+"""First characters of our pages, which identify them."""
 
 
 def _refuse_other(target: Path) -> None:
-    """Raise where something else than a page of ours is, or no folder to write in."""
+    """Raise if something other than a page of ours is there, or the folder does not exist."""
+    folder = target.parent
     if target.is_dir():
         raise HostError(f"{target} is a folder", fix=f"--page {target / 'page.html'}")
-    if target.exists() and not (target.is_file() and _is_ours(target)):
-        fix = f"--page {_free_name(target)}"
-        raise HostError(f"{target} exists and is no page of strixft", fix=fix)
-    if target.parent.exists() and not target.parent.is_dir():
+    if target.exists():
+        if target.is_file():
+            with target.open("rb") as file:
+                if file.read(len(START)) == START.encode():
+                    return
+        number = 2
+        while (free := target.with_stem(f"{target.stem}-{number}")).exists():
+            number += 1
+        raise HostError(f"{target} exists and is not a page of strixft", fix=f"--page {free}")
+    if folder.exists() and not folder.is_dir():
         fix = f"--page {target.name}   writes it here"
-        raise HostError(f"{target.parent} is no folder", fix=fix)
-    if not target.parent.is_dir():
-        fix = f"mkdir -p {target.parent}   and type it again"
-        raise HostError(f"there is no folder {target.parent}", fix=fix)
-
-
-def _write_by_rename(target: Path, html: str) -> None:
-    """A page that is there stays whole until the new one is, and no half of one is left."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise HostError(f"{folder} is not a folder", fix=fix)
+    if not folder.is_dir():
+        fix = f"mkdir -p {typed(folder)}   and run the command again"
+        raise HostError(f"there is no folder {folder}", fix=fix)
 
 
 def write_page(path: Path, html: str) -> Path:
-    """Write a page where a user wants it: over an older one of ours, and over nothing else.
+    """Write a page: over an older page of ours, and over nothing else.
 
     Args:
-        path: Where; `~` is the home folder.
-        html: What `page` gave.
+        path: The file; `~` is the home folder.
+        html: The result of `page`.
 
     Raises:
         HostError: Another file is there, or the place cannot be written.
@@ -144,24 +128,23 @@ def write_page(path: Path, html: str) -> Path:
     target = path.expanduser()
     try:
         _refuse_other(target)
-        _write_by_rename(target, html)
+        write_text(target, html)
     except OSError as error:
         raise HostError(
             f"{target} cannot be written: {error.strerror}",
-            fix=f"ls -ld {typed(target.parent)}   shows whose it is;"
-            " or --page and a file elsewhere",
+            fix=f"ls -ld {typed(target.parent)}   shows whose it is; or --page and another file",
         ) from error
     return target
 
 
 def page(title: str, lead: str, body: str, width_rem: int = 60) -> str:
-    """A page that stands alone.
+    """Build a self-contained page.
 
     Args:
         title: Plain text.
-        lead: Plain text below it.
+        lead: Plain text below the title.
         body: HTML.
-        width_rem: Widest that it gets.
+        width_rem: Largest width.
     """
     return (
         f"{START}<title>{escape(title)}</title><style>{STYLE}</style></head>"

@@ -1,7 +1,7 @@
-"""One owner at a time: a lock that ends with its process, and says which process that is.
+"""A lock with one owner at a time; it ends with its process and names that process.
 
-The kernel drops the lock when the process ends, however it ends. The file names the owner by its
-number and its start time, since numbers are used again.
+The kernel drops the lock when the process ends, however it ends. The file names the owner by number
+and start time, since the kernel reuses numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from strixft.support.text import typed
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 _held: set[int] = set()
-"""Open lock files of this process; a child that is forked meanwhile does not hold them too."""
+"""Open lock files of this process; a forked child does not hold them."""
 
 
 def _forget() -> None:
@@ -41,22 +41,22 @@ class Owner:
 
     pid: int
     start: str | None
-    """Boot of the machine and clock ticks since then; no clock that is set changes it."""
+    """Boot of the machine and clock ticks since then: setting the clock does not change it."""
     host: str
 
     @property
     def is_here(self) -> bool:
-        """It runs, or ran, on this machine."""
+        """Return whether it runs, or ran, on this machine."""
         return self.host == platform.node()
 
     @property
     def is_alive(self) -> bool:
-        """It still runs; of another machine this is not known, and taken to be so."""
+        """Return whether it still runs; a process of another machine is taken to."""
         return not self.is_here or (self.start is not None and _start_of(self.pid) == self.start)
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process started; None if there is none, or only its remains."""
+    """The start of a process; None if it does not exist or is a zombie."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
@@ -66,12 +66,12 @@ def _start_of(pid: int) -> str | None:
 
 
 def this_process() -> Owner:
-    """This process, as an owner."""
+    """Return this process as an owner."""
     return Owner(os.getpid(), _start_of(os.getpid()), platform.node())
 
 
 def read_owner(path: Path) -> Owner | None:
-    """Who holds a lock, or held it when it was killed; None where no one is named."""
+    """Return the process that holds a lock, or was killed holding it; None if none is named."""
     try:
         return Owner(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -86,7 +86,7 @@ def _try_lock(descriptor: int, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        owner = read_owner(path)  # a file system without locks: the owner's name must do
+        owner = read_owner(path)  # a file system without locks: rely on the owner's name
         return owner is None or owner == this_process() or not owner.is_alive
     return True
 
@@ -98,8 +98,8 @@ def _busy(path: Path, what: str) -> StageError:
         return StageError(f"another process{where} is at work on {what}", fix="wait for it")
     if not owner.is_alive:
         return StageError(
-            f"process {owner.pid} has ended, but something it started still holds {what}",
-            fix=f"fuser -v {path}   shows what",
+            f"process {owner.pid} has ended, but a process that it started still holds {what}",
+            fix=f"fuser -v {path}   shows which",
         )
     return StageError(
         f"process {owner.pid} is at work on {what}", fix=f"wait for it, or: strixft stop {what}"
@@ -121,13 +121,13 @@ def hold(path: Path, what: Path, patience_s: float) -> Iterator[None]:
     """Hold a lock.
 
     Args:
-        path: The lock's file; it stays, and names its owner.
-        what: The folder that is locked, for the error.
-        patience_s: How long to wait for an owner that may be about to end.
+        path: The file of the lock; it stays, and names the owner.
+        what: The locked folder, for the error.
+        patience_s: Seconds to wait for an owner that may be about to end.
 
     Raises:
         StageError: Another process holds it.
-        HostError: The file cannot be made.
+        HostError: The file cannot be created.
     """
     descriptor = _open(path)
     _held.add(descriptor)

@@ -1,4 +1,4 @@
-"""Progress bars in a terminal and in a notebook, and lines that leave them whole."""
+"""Progress bars for terminals and notebooks, and lines that do not break them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from tqdm.auto import tqdm
 
 
 def _in_notebook() -> bool:
-    """This process is a kernel; that something has imported its package is not enough."""
     ipython = sys.modules.get("IPython")
-    return ipython is not None and ipython.get_ipython() is not None
+    return ipython is not None and ipython.get_ipython() is not None  # imported alone is not enough
 
 
 def progress_bar(iterable: Any = None, **options: Any) -> Any:
-    """A progress bar of tqdm; silent where standard error is a file or a pipe.
+    """Return a tqdm progress bar; it stays silent where standard error is a file or a pipe.
 
     Args:
-        iterable: What to go through, or None.
-        options: As `tqdm.tqdm` takes them.
+        iterable: The items to iterate over, or None.
+        options: Arguments of `tqdm.tqdm`.
     """
     shown = _in_notebook() or sys.stderr.isatty()
     return tqdm(iterable, disable=not shown, **options)
 
 
 def say(text: str) -> None:
-    """A line on standard error, above a progress bar where there is one."""
+    """Print a line on standard error, above a progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)

@@ -1,7 +1,7 @@
 """Signals that ask a process to stop: SIGINT, SIGTERM and SIGHUP.
 
-The first one asks; what is at work decides how it ends. The same one again ends the process at
-once. Two different ones are one wish: Jupyter and systemd send one after the other.
+The first signal asks the running work to end in its own way. The same signal again ends the process
+at once. Two different signals count as one: Jupyter and systemd send one after the other.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _DIE_WITH_PARENT = 1
 """`PR_SET_PDEATHSIG` of linux/prctl.h."""
 
 SAME_S = 1.0
-"""Within this time the same signal again is the same wish: a terminal sends it to several."""
+"""A repeat within this time counts as the same signal: a terminal sends it to several processes."""
 
 
 class StopNow(BaseException):
-    """A signal ended the work where it stood; not an `Exception`, so that no library keeps it."""
+    """A signal ended the work at once; not an `Exception`, so that libraries do not catch it."""
 
 
 class Signals:
-    """Signals that came in.
+    """A handler of signals that remembers the first.
 
     Args:
-        first: Called with the name of the first.
+        first: Called with the name of the first signal.
     """
 
     def __init__(self, first: Callable[[str], None]) -> None:
@@ -42,7 +42,7 @@ class Signals:
         """Name of the first signal."""
 
     def take(self, number: int, _: FrameType | None = None) -> None:
-        """A signal's handler."""
+        """Handle a signal."""
         name = signal.Signals(number).name
         if self.asked is None:
             self.asked, self._at = name, time.monotonic()
@@ -53,9 +53,9 @@ class Signals:
 
 @contextlib.contextmanager
 def on_signals(first: Callable[[str], None]) -> Iterator[Signals]:
-    """Take signals while a block runs; does nothing outside the main thread.
+    """Handle signals while a block runs; do nothing outside the main thread.
 
-    A signal that is ignored stays so, as `nohup` wants it.
+    A signal that is ignored stays ignored, as `nohup` needs.
 
     Args:
         first: Called with the name of the first signal.
@@ -73,17 +73,17 @@ def on_signals(first: Callable[[str], None]) -> Iterator[Signals]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _stop_now(name: str) -> None:
-    raise StopNow(name)
-
-
 def raised() -> contextlib.AbstractContextManager[Signals]:
-    """In this block the first signal raises `StopNow`."""
-    return on_signals(_stop_now)
+    """Raise `StopNow` at the first signal in this block."""
+
+    def stop_now(name: str) -> None:
+        raise StopNow(name)
+
+    return on_signals(stop_now)
 
 
 def follow_parent() -> None:
-    """In a forked child: its parent alone hears signals, and takes it along when it ends."""
+    """Leave signals to the parent of this forked child, and end together with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to children too
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Rows by name; a miss names the near hit."""
+"""Tables of rows by name; a lookup that misses suggests the nearest name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Row(Protocol):
 
     @property
     def name(self) -> str:
-        """What a recipe calls it."""
+        """The name that a recipe uses."""
 
 
 R = TypeVar("R", bound=Row)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A fix for a word that is not known.
+    """Return the fix for an unknown word.
 
     >>> did_you_mean("qlorra", ["full", "lora", "qlora"])
     "did you mean 'qlora'?"
@@ -30,7 +30,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     names = list(known)
     if not names:
-        return "there is none to choose"
+        return "there is nothing to choose from"
     near = difflib.get_close_matches(word, names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(names)}"
 
@@ -39,8 +39,8 @@ class Table(Mapping[str, R], Generic[R]):
     """An ordered mapping from a row's name to the row.
 
     Args:
-        kind: What a row is, for error texts: "method".
-        rows: The rows, in the order people should see them.
+        kind: Noun for a row in error texts, such as "method".
+        rows: The rows, in the order to show them.
     """
 
     def __init__(self, kind: str, *rows: R) -> None:

@@ -1,4 +1,4 @@
-"""Text from outside as it may be shown: what hides is made visible, what is secret is left out."""
+"""Make text from outside safe to show: reveal hidden characters, leave out secrets."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ _KEY = re.compile(
     r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"  # JSON web tokens
 )
 
+_MARKS = (
+    *("sk-", "hf_", "eyJ", "AKIA", "ASIA", "AIza", "xox", "k_live_", "PRIVATE KEY"),
+    *("github_pat_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_"),
+)
+"""Each match of `_KEY` contains one of these; searching for them first is much faster."""
+
 _ASSIGNED = re.compile(
     r"(?i)\b(?:api[_-]?key|secret[_-]?key|access[_-]?token|auth[_-]?token|passw(?:or)?d)"
     r"""["']?\s*[:=]\s*["']?(?=[^\s"']*\d)[A-Za-z0-9+/_.\-]{12,}"""
@@ -33,15 +39,15 @@ _SECRET_NAME = re.compile(
 )
 
 OWN_KEY = "STRIXFT_API_KEY"
-"""Variable whose value is sent to servers: a secret even if it is made of words."""
+"""Variable with the key for model servers: a secret even if it consists of words."""
 
 _SHORTEST_SECRET = 8
 
 _LONGEST_WORDS = 20
-"""From here on, what is made of words is a pass phrase: no text holds it by chance."""
+"""Words of this length in all are a pass phrase: no text contains it by chance."""
 
 _FEWEST_CHARACTERS = 6
-"""Different ones that a secret has."""
+"""Least number of different characters in a secret."""
 
 _PAIRS = (
     " ab ac ad ag ai al am an ap ar as at ay ba be bl bo ca ce ch ck co ct da de di do ds ea ec"
@@ -50,50 +56,25 @@ _PAIRS = (
     " os ot ou ow pa pe pl po pr qu ra rd re ri ro rs rt se sh si so ss st su ta tc te th ti to"
     " tr ts tt tu ul un ur us ut va ve wa we ze "
 )
-"""Letters that follow each other in English words; of random ones a fifth does."""
+"""Pairs of letters in English words; of random pairs a fifth is among them."""
 
 _LETTERS = re.compile(r"[A-Z]?[a-z]{2,}|[A-Z]{3,}")
 
 SECRET = "[secret]"
 
 
-def _named(match: re.Match[str]) -> str:
-    return f"⟦U+{ord(match[0]):04X}⟧"
-
-
 def visible(text: str) -> str:
-    r"""A text with its control characters and turns of direction shown by their numbers.
+    r"""Show control characters and changes of direction in a text by their numbers.
 
     >>> visible("a\u202eb")
     'a⟦U+202E⟧b'
     """
-    return _UNSEEN.sub(_named, text)
-
-
-def _may_hold_key(text: str) -> bool:
-    """One of these stands in every key; to look for a word is much faster than a pattern."""
-    return (
-        "sk-" in text
-        or "hf_" in text
-        or "eyJ" in text
-        or "AKIA" in text
-        or "ASIA" in text
-        or "AIza" in text
-        or "xox" in text
-        or "k_live_" in text
-        or "PRIVATE KEY" in text
-        or "github_pat_" in text
-        or "ghp_" in text
-        or "gho_" in text
-        or "ghu_" in text
-        or "ghs_" in text
-        or "ghr_" in text
-    )
+    return _UNSEEN.sub(lambda match: f"⟦U+{ord(match[0]):04X}⟧", text)
 
 
 def find_keys(text: str) -> Iterator[re.Match[str]]:
-    """Where a key or a password seems to stand in a text."""
-    if _may_hold_key(text):
+    """Yield the matches of likely keys and passwords in a text."""
+    if any(mark in text for mark in _MARKS):
         yield from _KEY.finditer(text)
     lower = text.lower()
     if "passw" in lower or "token" in lower or "key" in lower:
@@ -107,7 +88,7 @@ def _is_word(letters: str) -> bool:
 
 
 def _looks_random(value: str) -> bool:
-    """A value is too long or too irregular to stand in a text by chance.
+    """Return whether a value is too long or too irregular to occur in a text by chance.
 
     >>> _looks_random("training"), _looks_random("password123"), _looks_random("k7Qz-p0Wv-x3Lt")
     (False, False, True)
@@ -119,10 +100,7 @@ def _looks_random(value: str) -> bool:
 
 
 def _own_secrets() -> list[str]:
-    """Return values of this process's environment that are secret.
-
-    Their names say so, and they are not mere words; what we send ourselves may be.
-    """
+    """Return the values of this environment that are secret by name and not mere words."""
     found = {
         value
         for name, value in os.environ.items()
@@ -135,7 +113,7 @@ def _own_secrets() -> list[str]:
 
 
 def typed(path: object) -> str:
-    """A path as a shell takes it.
+    """Quote a path for a shell.
 
     >>> typed("my runs/a")
     "'my runs/a'"
@@ -149,7 +127,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """A text without this environment's tokens and without what looks like a key.
+    """Remove this environment's tokens, and anything that looks like a key, from a text.
 
     >>> redact("Authorization: hf_" + "a1" * 17)
     'Authorization: [secret]'
@@ -162,7 +140,7 @@ def redact(text: str) -> str:
 
 
 def redact_all(data: Any) -> Any:
-    """Plain data, as JSON holds it, with every text redacted."""
+    """Redact every text in JSON-like data."""
     if isinstance(data, str):
         return redact(data)
     if isinstance(data, dict):

@@ -1,4 +1,4 @@
-"""Units people read: GiB (2**30 bytes), seconds. Numbers inside stay in bytes and seconds."""
+"""Format numbers for people: GiB (2**30 bytes), seconds. Values stay in bytes and seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ GIB = 2**30
 
 
 def format_gib(num_bytes: int | float | None) -> str:
-    """Bytes as GiB; an unknown is a dash.
+    """Format bytes as GiB; unknown is a dash.
 
     >>> format_gib(3 * GIB // 2), format_gib(None)
     ('1.50 GiB', '–')
@@ -17,7 +17,7 @@ def format_gib(num_bytes: int | float | None) -> str:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """A duration in the two units that matter.
+    """Format a duration in its two largest units; unknown is a dash.
 
     >>> format_seconds(5.25), format_seconds(61), format_seconds(7260), format_seconds(None)
     ('5.2 s', '1 min 1 s', '2 h 1 min', '–')
@@ -33,20 +33,18 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_number(value: float | int | None, digits: int = 3) -> str:
-    """A count or a measure; an unknown is a dash.
+    """Format a count or a measurement; unknown is a dash.
 
     >>> format_number(12345), format_number(0.12345), format_number(None)
     ('12,345', '0.123', '–')
     """
     if value is None:
         return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
 def format_figure(value: object) -> str:
-    """A value of any kind in a table: four digits that count, an unknown is a dash.
+    """Format a value for a table: four significant digits; unknown is a dash.
 
     >>> [format_figure(value) for value in (1234567.8, 0.012346, 3, "pp512", None, 212.64)]
     ['1,234,568', '0.01235', '3', 'pp512', '–', '212.6']
