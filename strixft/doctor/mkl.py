@@ -309,6 +309,7 @@ def check_mkl(
         root: Root of the host's `/proc`.
         folder: Place of the library; by default in the cache.
     """
+    folder = folder or cache_folder() / "mkl"
     processor, targets, uses = read_processor(root), find_mkl(prefix), find_blas()
     reason = None
     if not targets:
@@ -321,7 +322,7 @@ def check_mkl(
         reason = f"MKL takes its fast path on this processor by itself ({processor.vendor})."
     if reason is not None:
         return MklReport(processor=processor, uses=uses, says=reason)
-    library = build_hook(folder or cache_folder() / "mkl")
+    library = build_hook(folder)
     measured = tuple(
         MklComparison(target=row, before=measure(row, None), after=measure(row, library))
         for row in targets
