@@ -89,7 +89,7 @@ def load_tasks(recipe: Recipe) -> Any:
         except Exception as error:  # a task's own code may raise anything
             raise RecipeError(
                 f"evaluate.tasks: {name!r} cannot be loaded: {first_lines(error)}",
-                fix="is the network there, or the task's data in the cache? else leave it out",
+                fix="the task needs the network, or its data in the cache; else leave it out",
             ) from error
         if any(getattr(task, "UNSAFE_CODE", False) for task in found.values()):
             raise RecipeError(

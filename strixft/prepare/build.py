@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
 
 from strixft.data import checks, too_long
@@ -364,16 +364,9 @@ class Build:
         Raises:
             HostError: A child process ended.
         """
-        raws = self._raw_batches()
-        for raw in islice(raws, BATCHES_HERE):
-            yield self._take(self._maker.make(*raw))
-        following = list(islice(raws, 1))
-        if not following or num_processes() < 2:
-            for raw in (*following, *raws):
-                yield self._take(self._maker.make(*raw))
-            return
         try:
-            yield from self._run_in_children(following[0], raws)
+            for made in self._made_batches():
+                yield self._take(made)
         except BrokenProcessPool:
             raise HostError(
                 f"a process that prepared data ended after row {self.report.rows_read},"
@@ -381,21 +374,28 @@ class Build:
                 fix="close other programs, and run the command again",
             ) from None
 
-    def _run_in_children(self, first: RawBatch, raws: Iterator[RawBatch]) -> Iterator[int]:
+    def _made_batches(self) -> Iterator[MadeBatch]:
         global _maker
+        raws = self._raw_batches()
+        for raw in islice(raws, BATCHES_HERE):
+            yield self._maker.make(*raw)
+        following = list(islice(raws, 1))
+        if not following or num_processes() < 2:
+            for raw in chain(following, raws):
+                yield self._maker.make(*raw)
+            return
         _maker = self._maker
         gc.freeze()  # a collection in a child would copy pages that it only reads
         waiting: deque[Future[MadeBatch]] = deque()
         context = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(num_processes(), mp_context=context, initializer=_begin_child)
         try:
-            waiting.append(pool.submit(_make, first))
-            for raw in raws:
+            for raw in chain(following, raws):
                 waiting.append(pool.submit(_make, raw))
                 if len(waiting) > AHEAD * num_processes():
-                    yield self._take(waiting.popleft().result())
+                    yield waiting.popleft().result()
             while waiting:
-                yield self._take(waiting.popleft().result())
+                yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
             _maker = None

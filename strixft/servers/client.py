@@ -149,7 +149,7 @@ class Client:
             find_model, self.url, settings.model, f"--set {section}.model= and"
         )
         self.warnings = memory_warning(self.url, self.model)
-        """Facts to know for those who train at the same time."""
+        """Effects on a run that is trained at the same time."""
         self.num_asked = self.num_kept = 0
         """Requests that were sent, and requests that the cache answered."""
 
@@ -250,7 +250,7 @@ def _read(url: str, data: Mapping[str, Any]) -> Answer:
         text, ended = choice["message"].get("content") or "", choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise HostError(
-            f"{url} answers JSON that is not a chat completion: {json.dumps(data)[:300]}",
+            f"{url} answers with JSON that is not a chat completion: {json.dumps(data)[:300]}",
             fix="is it a server that speaks the OpenAI protocol?",
         ) from error
     return Answer(redact(_THOUGHT.sub("", str(text))).strip(), ended == "length", now())

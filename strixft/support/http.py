@@ -122,21 +122,23 @@ def _open(url: str, body: Mapping[str, Any] | None, timeout: float) -> Iterator[
 
 
 def _decode(text: bytes, url: str, media_type: str = JSON) -> dict[str, Any]:
-    """Return a JSON object; raise where something else came, or the server's word of an error."""
+    """Return a JSON object; raise for anything else, and for an error that the server reports."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         shown = text.decode(errors="replace")[:SHOWN]
         if text.lstrip().startswith(b"{"):  # another try may bring the rest of it
             cause = httpx.DecodingError(str(error))
-            raise HostError(f"{url} answers JSON that does not end: {shown!r}", fix=LOOK) from cause
+            raise HostError(f"{url} answers with truncated JSON: {shown!r}", fix=LOOK) from cause
         told = "" if media_type == JSON else f" but {media_type}"
-        raise HostError(f"{url} does not answer JSON{told}: {shown!r}", fix=WRONG_PLACE) from error
+        raise HostError(
+            f"{url} does not answer with JSON{told}: {shown!r}", fix=WRONG_PLACE
+        ) from error
     if not isinstance(data, dict):
-        raise HostError(f"{url} does not answer a JSON object", fix=WRONG_PLACE)
+        raise HostError(f"{url} does not answer with a JSON object", fix=WRONG_PLACE)
     if said := data.get("error"):
         message = said.get("message") if isinstance(said, dict) else said
-        raise HostError(f"{url} stops: {message}", fix=LOOK)
+        raise HostError(f"{url} reports an error: {message}", fix=LOOK)
     return data
 
 
@@ -160,7 +162,9 @@ def ask(
             if time.monotonic() > ends:  # a byte now and then keeps httpx's own limit away
                 raise httpx.ReadTimeout("the answer as a whole is late")
             if len(text) > LARGEST_BYTES:
-                raise HostError(f"{url} answers more than {LARGEST_BYTES // MIB} MiB", fix=LOOK)
+                raise HostError(
+                    f"{url} answers with more than {LARGEST_BYTES // MIB} MiB", fix=LOOK
+                )
     media_type = answer.headers.get("Content-Type", JSON).partition(";")[0].strip().lower()
     return _decode(bytes(text), url, media_type)
 
