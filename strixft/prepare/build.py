@@ -11,9 +11,10 @@ import gc
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Literal
@@ -365,8 +366,9 @@ class Build:
             HostError: A child process ended.
         """
         try:
-            for made in self._made_batches():
-                yield self._take(made)
+            with closing(self._made_batches()) as batches:  # ends the children, whatever happens
+                for made in batches:
+                    yield self._take(made)
         except BrokenProcessPool:
             raise HostError(
                 f"a process that prepared data ended after row {self.report.rows_read},"
@@ -374,7 +376,7 @@ class Build:
                 fix="close other programs, and run the command again",
             ) from None
 
-    def _made_batches(self) -> Iterator[MadeBatch]:
+    def _made_batches(self) -> Generator[MadeBatch, None, None]:
         global _maker
         raws = self._raw_batches()
         for raw in islice(raws, BATCHES_HERE):
