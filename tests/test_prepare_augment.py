@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import EMBEDDED, WriteRecipe, chat, chats
 from http_server import serving
-from test_judge import CHAT, MODELS, completion
+from test_evaluate_judge import CHAT, MODELS, completion
 from typer.testing import CliRunner
 
 from strixft.app.cli import app

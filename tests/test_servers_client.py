@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import WriteRecipe
 from http_server import Cut, Raw, serving
-from test_judge import CHAT, MODELS, completion
+from test_evaluate_judge import CHAT, MODELS, completion
 
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Server
