@@ -37,7 +37,7 @@ def _offline(offline: bool) -> Iterator[None]:
 
 
 def _manager(asked: Evaluate) -> Any:
-    """Build the task manager, of the recipe's folder if that suffices: all take some seconds."""
+    """Build the task manager from the recipe's folder, or from all tasks, which takes seconds."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -75,7 +75,7 @@ def check_tasks(recipe: Recipe) -> Any:
 
 
 def load_tasks(recipe: Recipe) -> Any:
-    """Return the manager of `check_tasks` once the tasks' data are there, before any model is.
+    """Return the manager of `check_tasks` and load the tasks' data, before any model is loaded.
 
     Raises:
         HostError: lm-eval is not installed.

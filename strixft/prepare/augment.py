@@ -75,7 +75,7 @@ def augment_rows(
     cache: Path,
     run: Run | None = None,
 ) -> tuple[list[Input], dict[str, Any]]:
-    """Have a server write rows of training rows, into a file of a folder.
+    """Let a server write new rows from training rows, into a file of a folder.
 
     Args:
         recipe: With `dataset.augment`.

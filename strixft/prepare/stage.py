@@ -86,7 +86,7 @@ class Prepared(Result):
         return PackedRows(rows, packing)
 
     def ends(self, tokenizer: Any) -> Ends:
-        """Return where the model's answers end; they are found again for a run of an older version.
+        """Return the ends of the model's answers; find them again for a run of an older version.
 
         Args:
             tokenizer: The model's.

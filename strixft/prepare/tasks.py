@@ -23,7 +23,7 @@ Reply with one JSON object and nothing else: """
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One way to make a row of a row."""
+    """A way to make a new row from a row."""
 
     name: str
     ask: str
