@@ -20,9 +20,10 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
-from strixft.catalog.hosts import AmdCard, read_amd_cards
+from strixft.catalog.hosts import AmdCard, read_amd_cards, read_meminfo
 from strixft.recipe.schema import Recipe
 from strixft.support.child import Probe, run_steps
+from strixft.support.errors import HostError
 
 PROBE_LIMIT_S = 120.0
 """A first run on a new GPU compiles kernels; it usually takes seconds."""
@@ -193,10 +194,8 @@ class HostView:
     @cached_property
     def memory_total(self) -> int | None:
         """Bytes of RAM that the kernel has, without the VRAM carve-out."""
-        for line in (self.read("/proc/meminfo") or "").splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemTotal" and value.split() and value.split()[0].isdigit():
-                return int(value.split()[0]) * 1024
+        with contextlib.suppress(HostError, ValueError):
+            return read_meminfo(self.root).get("MemTotal")
         return None
 
     @cached_property
