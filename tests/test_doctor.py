@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,22 @@ def _shown(finding: Finding) -> str:
     return f"{finding.status} {finding.check}: {finding.saw} | {finding.fix and finding.fix.text}"
 
 
+Diagnose = Callable[[Recorded], Diagnosis]
+
+
+@pytest.fixture(scope="module")
+def diagnose(tmp_path_factory: pytest.TempPathFactory) -> Diagnose:
+    """Examine a recorded host, once for all tests."""
+    known: dict[str, Diagnosis] = {}
+
+    def examined(host: Recorded) -> Diagnosis:
+        if host.name not in known:
+            known[host.name] = examine(host.view(tmp_path_factory.mktemp("host")))
+        return known[host.name]
+
+    return examined
+
+
 def test_there_are_enough_recorded_hosts() -> None:
     assert len(GOOD) >= 7
     assert len(FAULTY) >= 40
@@ -38,16 +55,16 @@ def test_there_are_enough_recorded_hosts() -> None:
 
 
 @_named(GOOD)
-def test_no_false_alarm_on_a_good_host(host: Recorded, tmp_path: Path) -> None:
-    diagnosis = examine(host.view(tmp_path))
+def test_no_false_alarm_on_a_good_host(host: Recorded, diagnose: Diagnose) -> None:
+    diagnosis = diagnose(host)
     assert [_shown(finding) for finding in diagnosis.to_fix] == []
     assert diagnosis.exit_code == 0
 
 
 @_named(FAULTY)
-def test_the_fault_is_found_and_named_first(host: Recorded, tmp_path: Path) -> None:
+def test_the_fault_is_found_and_named_first(host: Recorded, diagnose: Diagnose) -> None:
     assert host.expect is not None
-    diagnosis = examine(host.view(tmp_path))
+    diagnosis = diagnose(host)
     assert diagnosis.to_fix, "nothing was found"
     first = diagnosis.to_fix[0]
     assert (first.check, first.status) == (host.expect["check"], host.expect["status"]), _shown(
@@ -61,12 +78,8 @@ def test_the_fault_is_found_and_named_first(host: Recorded, tmp_path: Path) -> N
     assert diagnosis.exit_code == (host.expect["status"] == "fail")
 
 
-def test_every_finding_that_is_not_ok_has_fix_and_source(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    seen: list[Finding] = []
-    for host in RECORDED:
-        seen += examine(host.view(tmp_path_factory.mktemp("host"))).findings
+def test_every_finding_that_is_not_ok_has_fix_and_source(diagnose: Diagnose) -> None:
+    seen = [finding for host in RECORDED for finding in diagnose(host).findings]
     to_fix = [finding for finding in seen if finding.status != "ok"]
     assert len(to_fix) >= len(FAULTY)
     assert all(finding.source and finding.why and finding.saw for finding in seen)
@@ -90,9 +103,9 @@ def test_a_check_that_stops_does_not_hide_the_others(tmp_path: Path) -> None:
     assert diagnosis.findings[0].status == "unknown"
 
 
-def test_the_worst_comes_first(tmp_path: Path) -> None:
+def test_the_worst_comes_first(diagnose: Diagnose) -> None:
     host = next(host for host in FAULTY if host.name == "os-release-without-version")
-    ranks = [STATUSES.index(finding.status) for finding in examine(host.view(tmp_path)).findings]
+    ranks = [STATUSES.index(finding.status) for finding in diagnose(host).findings]
     assert ranks == sorted(ranks)
 
 
@@ -221,9 +234,9 @@ def test_the_fix_adds_debian_backports_once(tmp_path: Path) -> None:
 
 @_named([*GOOD[:1], *FAULTY])
 def test_the_fix_script_is_shell_and_changes_nothing_by_itself(
-    host: Recorded, tmp_path: Path
+    host: Recorded, diagnose: Diagnose, tmp_path: Path
 ) -> None:
-    script = fix_script(examine(host.view(tmp_path)))
+    script = fix_script(diagnose(host))
     path = tmp_path / "fixes.sh"
     path.write_text(script)
     subprocess.run(["sh", "-n", path], check=True)
@@ -232,8 +245,8 @@ def test_the_fix_script_is_shell_and_changes_nothing_by_itself(
     assert not re.search(r"^[^#]*(release-upgrade|full-upgrade|bookworm)", script, re.MULTILINE)
 
 
-def test_json_has_the_six_keys(tmp_path: Path) -> None:
-    data = json.loads(json.dumps(examine(FAULTY[0].view(tmp_path)).to_dict()))
+def test_json_has_the_six_keys(diagnose: Diagnose) -> None:
+    data = json.loads(json.dumps(diagnose(FAULTY[0]).to_dict()))
     keys = {"check", "status", "saw", "why", "fix", "source"}
     assert all(set(row) == keys for row in data["findings"])
     assert all(isinstance(value, str) for row in data["findings"] for value in row.values())

@@ -54,7 +54,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def _check(measured: MklComparison) -> None:
-    """What must be true on any processor, and what on AMD's."""
+    """Check what holds on any processor, and what holds on AMD's."""
     assert measured.before.checksum == pytest.approx(measured.after.checksum, rel=1e-9)
     assert measured.after.is_fast
     assert measured.before.is_fast != (HERE.vendor == "AuthenticAMD")

@@ -42,7 +42,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def real() -> Probe:
-    """What torch does here."""
+    """Results of torch on this machine."""
     return run_probe()
 
 

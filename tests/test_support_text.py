@@ -1,4 +1,4 @@
-"""What hides is made visible, what is secret is left out."""
+"""Hidden characters are made visible; secrets are left out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ORDINARY = [
     *("training", "Assistant", "experiment", "password123", "changeme", "minioadmin", "PRODUCTION"),
     *("llama-3.1", "batch_size", "aaaaaaaa", "--------------------", "20261130", "deadbeef"),
 ]
-"""What people give a variable that needs a value, and texts hold."""
+"""Values that people give a variable, and that texts contain by chance."""
 LETTERS = string.ascii_letters + string.digits
 RANDOM: dict[str, Callable[[Callable[[str, int], str]], str]] = {
     "hub": lambda draw: "hf_" + draw(string.ascii_letters, 34),

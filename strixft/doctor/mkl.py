@@ -78,7 +78,7 @@ WORTH_IT = 1.05
 """Smallest speed-up that counts; less is the noise of a shared machine."""
 
 LIMIT_S = 120.0
-"""Of one child process."""
+"""Time limit of one child process."""
 
 
 @dataclass(frozen=True, slots=True)
