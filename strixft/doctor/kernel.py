@@ -60,14 +60,10 @@ def check_platform(view: HostView) -> Finding:
         )
         fix = Fix("install Linux beside Windows or instead of it: Fedora 43, Ubuntu 26.04")
         return Finding("fail" if view.exists("/dev/dxg") else "warn", saw, why, source, fix)
-    where, why = (
-        (
-            "inside a container",
-            "kernel, memory limits and devices are the host's; packages are the container's",
-        )
-        if view.is_container
-        else ("on the machine itself", "everything can be seen from here")
-    )
+    where, why = "on the machine itself", "everything can be seen from here"
+    if view.is_container:
+        where = "inside a container"
+        why = "kernel, memory limits and devices are the host's; packages are the container's"
     return Finding("ok", f"Linux, {view.machine}, {where}", why, source)
 
 

@@ -311,17 +311,16 @@ def check_mkl(
     """
     folder = folder or cache_folder() / "mkl"
     processor, targets, uses = read_processor(root), find_mkl(prefix), find_blas()
-    reason = None
     if not targets:
         blas = ", ".join(f"{name} uses {found}" for name, found in uses.items()) or "nothing found"
-        reason = (
+        says = (
             f"There is no MKL in this environment ({blas}), so there is nothing to fix. ROCm"
             " builds of torch and NumPy's own wheels use OpenBLAS, which knows this processor."
         )
-    elif processor.vendor != "AuthenticAMD":
-        reason = f"MKL takes its fast path on this processor by itself ({processor.vendor})."
-    if reason is not None:
-        return MklReport(processor=processor, uses=uses, says=reason)
+        return MklReport(processor=processor, uses=uses, says=says)
+    if processor.vendor != "AuthenticAMD":
+        says = f"MKL takes its fast path on this processor by itself ({processor.vendor})."
+        return MklReport(processor=processor, uses=uses, says=says)
     library = build_hook(folder)
     measured = tuple(
         MklComparison(target=row, before=measure(row, None), after=measure(row, library))
