@@ -296,7 +296,7 @@ def test_too_few_tokens_are_refused_before_anything_is_asked() -> None:
 
 def test_a_real_llama_server_agrees_with_our_clock() -> None:
     llama = pytest.importorskip("xllamacpp", reason="llama.cpp as a Python package: .[dev]")
-    from strixft.model.embedded import embedded_file
+    from strixft.model.files import embedded_file
 
     settings = llama.CommonParams()
     settings.model.path = str(embedded_file(EMBEDDED))

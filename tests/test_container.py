@@ -22,7 +22,7 @@ from recorded import RECORDED, Recorded
 
 from strixft.doctor.devices import CONTAINER_FLAGS
 from strixft.doctor.packages import ROCM_INDEX, ROCM_TORCH, needed_build
-from strixft.model.embedded import WHEEL
+from strixft.model.files import WHEEL
 
 CONTAINER = REPOSITORY / "container"
 TOOLBOX = CONTAINER / "toolbox.sh"

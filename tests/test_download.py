@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from hub_server import MODEL, Hub, serving_hub
 
-from strixft.model.download import fetch
+from strixft.model.files import fetch
 
 BYTES = 3_000_000
 FETCH = """
 import sys
-import strixft.model.download as download
+import strixft.model.files as files
 if len(sys.argv) > 2:
-    download.free_bytes = lambda folder: int(sys.argv[2])
-print(download.fetch(sys.argv[1], offline=False))
+    files.free_bytes = lambda folder: int(sys.argv[2])
+print(files.fetch(sys.argv[1], offline=False))
 """
 """A process of its own: the hub's address is read when its library is imported."""
 

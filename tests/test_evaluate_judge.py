@@ -16,7 +16,7 @@ from strixft.app.compare import Comparison
 from strixft.app.report import render_report
 from strixft.evaluate.judge import Judged, judge_answers, messages_for, read_verdict, sum_up
 from strixft.evaluate.stage import evaluate_recipe
-from strixft.model.embedded import embedded_file
+from strixft.model.files import embedded_file
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Judge, Recipe
 from strixft.run.folder import Run

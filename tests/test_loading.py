@@ -26,11 +26,10 @@ from transformers import (
 from strixft.attention.core import NAME
 from strixft.catalog.methods import METHODS
 from strixft.model import int8, nf4_cache, weights
-from strixft.model.fingerprint import shard_paths
+from strixft.model.files import shard_paths
 from strixft.model.load import _quantization, load_base, load_config
 from strixft.model.shapes import shape_base
-from strixft.model.shards import Shard
-from strixft.model.stream import streaming, sums_of
+from strixft.model.stream import Shard, streaming, sums_of
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import RecipeError, StageError

@@ -19,7 +19,7 @@ from strixft.app.cli import app
 from strixft.app.report import render_report
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import Chat
-from strixft.model.embedded import embedded_file
+from strixft.model.files import embedded_file
 from strixft.prepare.augment import require_sendable
 from strixft.prepare.stage import Prepared, prepare_recipe
 from strixft.prepare.tasks import TASKS, last_exchange, prompt_for

@@ -16,8 +16,8 @@ import torch
 from conftest import WriteRecipe
 from safetensors.torch import load_file
 
-from strixft.model import fingerprint
-from strixft.model.fingerprint import fingerprint_base, model_folder, refuse_pickles
+from strixft.model import files
+from strixft.model.files import fingerprint_base, model_folder, refuse_pickles
 from strixft.model.load import load_base, load_config
 from strixft.recipe.load import load_recipe
 from strixft.support.errors import RecipeError
@@ -37,8 +37,8 @@ def test_a_model_that_is_not_here_has_no_files() -> None:
 def test_a_large_file_is_known_by_its_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(fingerprint, "SAMPLE_BYTES", 100)
+    monkeypatch.setattr(files, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 100)
     path = tmp_path / "model.safetensors"
     data = bytearray(random.Random(0).randbytes(200_000))
     path.write_bytes(data)

@@ -227,7 +227,7 @@ def real_tokenizer() -> Any:
     """Load the embedded model's tokenizer."""
     from transformers import AutoTokenizer
 
-    from strixft.model.embedded import EMBEDDED
+    from strixft.model.files import EMBEDDED
     from strixft.model.load import model_source
 
     tokenizer = AutoTokenizer.from_pretrained(model_source(next(iter(EMBEDDED))))

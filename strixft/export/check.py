@@ -22,9 +22,9 @@ from strixft.export.widened import in_float32
 from strixft.guard.host import budget_for, device_type, find_host
 from strixft.model.adapter import base_of
 from strixft.model.architecture import auto_class
-from strixft.model.fingerprint import shard_paths
+from strixft.model.files import shard_paths
 from strixft.model.load import load_config, native_dtype
-from strixft.model.shards import Shard
+from strixft.model.stream import Shard
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import StageError
 

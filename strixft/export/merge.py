@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import device_type, find_host
-from strixft.model.fingerprint import beside_weights, shard_paths
+from strixft.model.files import beside_weights, shard_paths
 from strixft.model.int8 import LARGEST
 from strixft.model.load import load_config, native_dtype
 from strixft.model.mergeable import (
@@ -35,7 +35,7 @@ from strixft.model.mergeable import (
     quantised_parameters,
 )
 from strixft.model.shapes import shape_base
-from strixft.model.shards import DTYPES, Entry, Shard
+from strixft.model.stream import DTYPES, Entry, Shard
 from strixft.recipe.schema import Recipe
 from strixft.support.disk import sync
 from strixft.support.errors import StageError

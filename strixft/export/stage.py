@@ -15,7 +15,7 @@ from strixft.export.parity import Prompt, chosen_prompts, greedy_answers, measur
 from strixft.export.result import Exported
 from strixft.guard.stage_watches import StageWatch
 from strixft.model import gguf
-from strixft.model.fingerprint import model_folder, shard_paths
+from strixft.model.files import model_folder, shard_paths
 from strixft.model.load import load_config, load_tokenizer, model_source
 from strixft.plan.exportable import SERVED, require_kinds
 from strixft.run.folder import Run

@@ -24,9 +24,7 @@ from strixft.model.architecture import (
     auto_class,
 )
 from strixft.model.config import first_lines, read_config
-from strixft.model.download import fetch
-from strixft.model.embedded import EMBEDDED, embedded_folder
-from strixft.model.fingerprint import refuse_pickles
+from strixft.model.files import EMBEDDED, embedded_folder, fetch, refuse_pickles
 from strixft.model.shapes import IDLE, NF4, keep_packing, nf4_parameter, shape_base
 from strixft.model.weights import Target, load_weights, require_weights
 from strixft.recipe.schema import Recipe

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from strixft.catalog.methods import METHODS
 from strixft.model.adapter import attach_adapter, base_of
 from strixft.model.config import first_lines
-from strixft.model.fingerprint import model_folder, shard_paths
+from strixft.model.files import model_folder, shard_paths
 from strixft.model.load import load_config, model_source
 from strixft.model.shapes import shape_base
-from strixft.model.shards import Entry, Shard
+from strixft.model.stream import Entry, Shard
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import StageError
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from strixft.model.fingerprint import sampled_hash, shard_paths
+from strixft.model.files import sampled_hash, shard_paths
 from strixft.model.stream import Sums, sums_of
 from strixft.support.disk import free_bytes, is_full, sync
 from strixft.support.errors import StageError

@@ -19,9 +19,8 @@ from torch import nn
 from strixft.model import nf4_cache
 from strixft.model.architecture import auto_class, outside_text
 from strixft.model.config import place_of
-from strixft.model.fingerprint import shard_paths
-from strixft.model.shards import DTYPES, Shard
-from strixft.model.stream import DamagedError, Sums, streaming
+from strixft.model.files import shard_paths
+from strixft.model.stream import DTYPES, DamagedError, Shard, Sums, streaming
 from strixft.support.errors import RecipeError, StageError
 from strixft.support.progress import say
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from strixft.catalog.exports import with_needs
 from strixft.catalog.methods import METHODS
 from strixft.model import gguf
-from strixft.model.fingerprint import model_folder, refuse_pickles
+from strixft.model.files import model_folder, refuse_pickles
 from strixft.model.load import model_source
 from strixft.model.mergeable import _entries, check_merge
 from strixft.recipe.schema import Recipe

@@ -24,7 +24,7 @@ from strixft.guard.host import device_type, find_host, training_host
 from strixft.guard.stage_watches import Watches
 from strixft.model.adapter import attach_adapter, base_of
 from strixft.model.architecture import architecture_of
-from strixft.model.fingerprint import fingerprint_base
+from strixft.model.files import fingerprint_base
 from strixft.model.load import load_base, load_config, model_source, native_dtype
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared, require_known_tokens
