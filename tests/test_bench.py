@@ -115,7 +115,7 @@ def test_sensors_that_are_not_there_are_left_out(tmp_path: Path) -> None:
 @pytest.fixture
 def small_layers(monkeypatch: pytest.MonkeyPatch) -> str:
     """A model of small layers, and short turns."""
-    config = dict(MODELS["Qwen/Qwen3-4B"].sides) | {
+    config = dict(MODELS["Qwen/Qwen3-4B"].text_config) | {
         "hidden_size": 32,
         "intermediate_size": 64,
         "vocab_size": 128,

@@ -72,14 +72,14 @@ def without(name: str) -> dict[str, Any]:
         ("{", "not a valid JSON file"),
         ("", "not a valid JSON file"),
         ("\x00\x01", "not a valid JSON file"),
-        (GOOD | {"model_type": "lama"}, "transformers knows no model type 'lama'"),
+        (GOOD | {"model_type": "lama"}, "transformers does not know the model type 'lama'"),
         (GOOD | {"model_type": 7}, "model_type is missing"),
         (
             GOOD | {"model_type": "own", "auto_map": {"AutoConfig": "x.C"}},
             "runs Python code of its own",
         ),
-        ({"model_type": "t5"}, "a t5 is no model that writes"),
-        (GOOD | {"num_key_value_heads": 3}, "is no multiple of num_key_value_heads, 3"),
+        ({"model_type": "t5"}, "a t5 does not continue text"),
+        (GOOD | {"num_key_value_heads": 3}, "is not a multiple of num_key_value_heads, 3"),
         (GOOD | {"head_dim": 7}, "the size of a head, 7, is not even"),
         (GOOD | {"hidden_size": 65}, "the size of a head, 16.25, is not even"),
         (GEMMA | {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
@@ -133,7 +133,7 @@ def test_rows_that_change_the_positions_of_others_are_warned_about(recipe_of: An
     config = load_config(recipe_of(GOOD | sides | {"rope_scaling": longrope}))
     assert warnings_of(config, 16) == []
     (warning,) = warnings_of(config, 17)
-    assert "more than 16 tokens takes the long factors" in warning
+    assert "more than 16 tokens uses the long factors" in warning
     assert "--set dataset.max_length=16" in warning
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -158,12 +158,15 @@ def test_an_unknown_host_names_the_near_one(recipe_of: Any) -> None:
 
 
 WORDS = [
-    ({"hidden_act": "nosuch"}, "hidden_act: transformers knows no 'nosuch'; "),
-    ({"hidden_act": "sylu"}, "hidden_act: transformers knows no 'sylu'; did you mean 'silu'?"),
+    ({"hidden_act": "nosuch"}, "hidden_act: transformers does not know 'nosuch'; "),
+    ({"hidden_act": "sylu"}, "hidden_act: transformers does not know 'sylu'; did you mean 'silu'?"),
     ({"dtype": "bfloat61"}, "dtype: torch has no 'bfloat61'"),
     ({"torch_dtype": "nn"}, "torch_dtype: torch has no 'nn'"),
-    ({"attention_dropout": 2}, "attention_dropout should be a share below 1, it is 2"),
-    ({"attention_dropout": "half"}, "attention_dropout should be a share below 1, it is 'half'"),
+    ({"attention_dropout": 2}, "attention_dropout should be at least 0 and less than 1, it is 2"),
+    (
+        {"attention_dropout": "half"},
+        "attention_dropout should be at least 0 and less than 1, it is 'half'",
+    ),
     ({"rope_theta": 0}, "rope_theta should be a number above 0, it is 0"),
     ({"rope_theta": -1.5}, "rope_theta should be a number above 0, it is -1.5"),
     ({"rope_theta": "1e4"}, "rope_theta should be a number above 0, it is '1e4'"),
@@ -175,7 +178,10 @@ WORDS = [
         "rope_scaling is of type yarn, and its factor",
     ),
     ({"rope_parameters": [1]}, "rope_parameters should hold settings, it is [1]"),
-    ({"activation_function": "gelo"}, "activation_function: transformers knows no 'gelo'; did you"),
+    (
+        {"activation_function": "gelo"},
+        "activation_function: transformers does not know 'gelo'; did",
+    ),
     ({"text_config": []}, "text_config should hold settings, it is []"),
     ({"text_config": 0}, "text_config should hold settings, it is 0"),
     ({"text_config": [1]}, "text_config should hold settings, it is [1]"),
@@ -286,10 +292,10 @@ def test_a_folder_that_is_not_there_is_told_where_it_would_be(name: str, tmp_pat
     assert recipe.model == os.path.realpath(path.parent / name)
     with pytest.raises(RecipeError) as caught:
         load_config(recipe)
-    assert caught.value.problem == f"model: {recipe.model} is no folder"
+    assert caught.value.problem == f"model: {recipe.model} is not a folder"
     near = "a folder that holds config.json" if name[0] == "~" else "did you mean 'model'?"
     assert caught.value.fix == (
-        f"{near}   (a relative path starts at the recipe's file, of --set where it is typed)"
+        f"{near}   (relative to the recipe's file, or with --set to the current folder)"
     )
 
 

@@ -99,8 +99,8 @@ def test_a_connection_that_breaks_goes_on_within_the_file(hub: Hub, tmp_path: Pa
 def test_a_download_that_never_ends_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
     hub.broken["model-00001-of-00002.safetensors"] = 100
     done = fetched(hub, tmp_path)
-    assert f"HostError: the download of {MODEL} broke off: " in done.stderr
-    assert "fix: type the same command again: what is there stays" in done.stderr
+    assert f"HostError: the download of {MODEL} was interrupted: " in done.stderr
+    assert "fix: run the same command again: completed files are kept" in done.stderr
 
 
 def test_a_download_that_was_stopped_goes_on_with_the_missing_files(

@@ -68,7 +68,7 @@ def test_the_shapes_are_those_of_a_loaded_layer(bias: bool) -> None:
 
 
 def test_a_weight_takes_a_byte_and_a_row_four_more() -> None:
-    config = AutoConfig.for_model(**MODELS["meta-llama/Llama-3.1-8B-Instruct"].sides)
+    config = AutoConfig.for_model(**MODELS["meta-llama/Llama-3.1-8B-Instruct"].text_config)
     model = shape_base(config, METHODS["int8-lora"], torch.bfloat16)
     quantised = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
     assert len(quantised) == 32 * 7

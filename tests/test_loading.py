@@ -29,7 +29,7 @@ from strixft.model import int8, nf4_cache, weights
 from strixft.model.files import shard_paths
 from strixft.model.load import _quantization, load_base, load_config
 from strixft.model.shapes import shape_base
-from strixft.model.stream import Shard, streaming, sums_of
+from strixft.model.stream import Shard, checksums_of, streaming
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import RecipeError, StageError
@@ -223,7 +223,7 @@ def test_the_second_start_reads_what_the_first_one_kept(
 ) -> None:
     recipe, theirs = recipe_of(llama, "qlora", write_recipe), by_transformers(llama, "qlora")
     assert same(load_base(recipe, "cpu", torch.float32), theirs)
-    assert "4-bit weights kept for the next start: " in capsys.readouterr().err
+    assert "4-bit weights cached for the next start: " in capsys.readouterr().err
     assert same(load_base(recipe, "cpu", torch.float32), theirs)
     (kept,) = kept_folders(tmp_path)
     assert read == [llama, kept]
@@ -323,8 +323,8 @@ def test_torn_weights_are_made_again(
     capsys.readouterr()
     assert same(load_base(recipe, "cpu", torch.float32), theirs)
     told = capsys.readouterr().err
-    assert f"4-bit weights in {kept} were torn (" in told
-    assert "4-bit weights kept for the next start" in told
+    assert f"the cached 4-bit weights in {kept} are damaged (" in told
+    assert "4-bit weights cached for the next start" in told
     assert nf4_cache._read(kept).paths
 
 
@@ -349,7 +349,7 @@ def test_without_room_nothing_is_kept_and_a_line_says_so(
 ) -> None:
     monkeypatch.setattr(nf4_cache, "SPARE_BYTES", 10**18)
     load_base(recipe_of(llama, "qlora", write_recipe), "cpu", torch.float32)
-    assert "4-bit weights are not kept: " in capsys.readouterr().err
+    assert "4-bit weights are not cached: " in capsys.readouterr().err
     assert kept_folders(tmp_path) == []
 
 
@@ -557,7 +557,7 @@ def test_other_names_go_to_transformers_with_a_line(
     ours: Any = load_base(recipe_of(folder, "full", write_recipe), "cpu", torch.float32)
     assert same(ours, by_transformers(folder, "full"))
     assert read == []
-    line = "weights are loaded by transformers, not streamed: its files have names of their own\n"
+    line = "transformers loads the weights without streaming: its files have unusual names\n"
     assert line in capsys.readouterr().err
 
 
@@ -584,7 +584,7 @@ def remove_weights(folder: Path, config: Any) -> None:
         (add_adapter, "holds an adapter"),
         (add_code, "code of its own"),
         (add_unknown_type, "of type C64"),
-        (remove_weights, "there is no model.safetensors, nor an index of its parts"),
+        (remove_weights, "there is neither model.safetensors nor its index"),
     ],
 )
 def test_what_is_not_streamed_is_said_and_left_to_transformers(
@@ -598,7 +598,7 @@ def test_what_is_not_streamed_is_said_and_left_to_transformers(
     )
     assert weights.load_weights(str(folder), folder, config, target) is None
     told = capsys.readouterr().err
-    assert told.startswith("weights are loaded by transformers, not streamed: ")
+    assert told.startswith("transformers loads the weights without streaming: ")
     assert words in told
     assert told.count("\n") == 1
 
@@ -608,7 +608,7 @@ def test_a_file_that_ends_too_early_is_named(
 ) -> None:
     folder = shutil.copytree(llama, tmp_path / "cut")
     cut(folder)
-    with pytest.raises(StageError, match=r"\.safetensors is no whole safetensors file") as caught:
+    with pytest.raises(StageError, match=r"\.safetensors is truncated or not a") as caught:
         load_base(recipe_of(folder, "full", write_recipe), "cpu", torch.float32)
     assert caught.value.fix == "download the base model again"
 
@@ -629,7 +629,7 @@ def test_what_was_read_is_not_left_in_the_page_cache(tmp_path: Path) -> None:
     os.fsync(descriptor)
     os.close(descriptor)
     assert resident_pages(path) > 2000
-    sums_of(path)
+    checksums_of(path)
     assert resident_pages(path) == 0
 
 

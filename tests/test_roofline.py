@@ -49,8 +49,8 @@ def test_parameters_are_those_of_the_model(shape: ModelShape) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape.sides))
-    counted = weights_of(shape.name, shape.sides, shape.source)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape.text_config))
+    counted = weights_of(shape.name, shape.text_config, shape.source)
     assert counted.parameters == pytest.approx(model.num_parameters(), rel=1e-3)
     table = model.get_input_embeddings().weight
     looked_up = 0 if model.config.tie_word_embeddings else table.numel()

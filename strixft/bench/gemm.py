@@ -53,7 +53,7 @@ class GemmOptions(Options):
 
 def layer_shapes(model: str, tokens: int) -> dict[str, Shape]:
     """Return the shapes of a model's linear layers, each shape once."""
-    config = MODELS[model].sides
+    config = MODELS[model].text_config
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     layers = {

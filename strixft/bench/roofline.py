@@ -95,7 +95,7 @@ def weights_of(name: str, config: Mapping[str, Any], source: str) -> Weights:
 
 
 def _known(name: str, row: str) -> Weights:
-    return weights_of(name, MODELS[row].sides, MODELS[row].source)
+    return weights_of(name, MODELS[row].text_config, MODELS[row].source)
 
 
 def _gpt_oss(name: str, layers: int, experts: int) -> Weights:

@@ -84,7 +84,7 @@ def bench_config(model: str, layers: int = 0) -> Any:
     """Return the configuration of a model that planning knows; 0 layers means all of them."""
     from transformers import AutoConfig
 
-    config = MODELS[model].sides
+    config = MODELS[model].text_config
     return AutoConfig.for_model(**config | ({"num_hidden_layers": layers} if layers else {}))
 
 

@@ -43,7 +43,7 @@ class ModelShape:
         return CONFIGS / f"{self.name.replace('/', '--')}.json"
 
     @property
-    def sides(self) -> dict[str, Any]:
+    def text_config(self) -> dict[str, Any]:
         """The numbers of its text model."""
         text: dict[str, Any] = {**self.config.get("text_config", self.config)}
         return LEFT_OUT.get(text["model_type"], {}) | text

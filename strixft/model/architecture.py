@@ -1,8 +1,10 @@
-"""What a model is like, asked of the model itself: nothing here goes by a family's name.
+"""The structure of a model, asked of the model itself: nothing here goes by a family's name.
 
 A configuration says little for certain: a window may be off, a list may hold for each layer, the
 text model may lie inside another one. So the model is built on `meta`, without weights, and run
-once; what its layers are made of and what they ask of attention is written down.
+once; the composition of its layers and their calls of attention are recorded.
+
+Shapes: B rows, T tokens, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ from strixft.support.errors import RecipeError
 aten = torch.ops.aten
 
 TOKENS = 8
-"""Of the row that a model is asked with."""
+"""Length of the row that a model is asked with."""
 
 
 # The text part of a model
 
 
 def auto_class(config: Any) -> Any:
-    """Return what builds a model that writes text: transformers' own choice of class.
+    """Return transformers' class that builds a model for writing text.
 
     Wrappers of vision models that have no class for text alone (Mistral 3) are built whole.
     """
@@ -48,55 +50,44 @@ def auto_class(config: Any) -> Any:
 
 def text_decoder(base: Any) -> Any:
     """Return the module that embeds tokens and runs the decoder's layers."""
-    return _decoder_and_layers(base)[0]
+    return base.get_submodule(_layers_place(base)[0])
 
 
 def text_layers(base: Any) -> nn.ModuleList:
     """Return the decoder's layers, in order."""
-    decoder, name = _decoder_and_layers(base)
-    layers: nn.ModuleList = getattr(decoder, name)
+    layers: nn.ModuleList = getattr(text_decoder(base), _layers_place(base)[1])
     return layers
 
 
-_decoders: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], str]] = (
-    weakref.WeakKeyDictionary()
-)
+_places: weakref.WeakKeyDictionary[nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
 
 
-def _decoder_and_layers(base: Any) -> tuple[Any, str]:
-    """Return the innermost module that holds the token embedding and a list of layers.
+def _layers_place(base: Any) -> tuple[str, str]:
+    """Return the path of the text decoder in a model, and the name of its list of layers.
 
-    Looking through a model of many modules takes 10 ms, and each micro-batch asks.
+    The decoder is the innermost module that holds the token embedding and a list of layers.
+    Finding it among many modules takes 10 ms, and each micro-batch asks.
     """
-    known = _decoders.get(base)
-    decoder = known[0]() if known else None
-    if known is None or decoder is None:
-        decoder, name = _find_decoder(base)
-        _decoders[base] = weakref.ref(decoder), name
-        return decoder, name
-    return decoder, known[1]
-
-
-def _find_decoder(base: Any) -> tuple[Any, str]:
-    embedding, found = base.get_input_embeddings(), None
-    for module in base.modules():
-        lists = {n: m for n, m in module.named_children() if isinstance(m, nn.ModuleList)}
-        if lists and any(inner is embedding for inner in module.modules()):
-            found = module, max(lists, key=lambda n: _size(lists[n]))
-    if found is None:
-        raise RecipeError(
-            f"a {type(base).__name__} has no list of layers beside its token embedding",
-            fix="report it with the model's name: strixft cannot follow this model's code",
-        )
-    return found
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    if base not in _places:
+        embedding, found = base.get_input_embeddings(), None
+        for path, module in base.named_modules():
+            lists = {n: m for n, m in module.named_children() if isinstance(m, nn.ModuleList)}
+            if lists and any(inner is embedding for inner in module.modules()):
+                found = (
+                    path,
+                    max(lists, key=lambda n: sum(p.numel() for p in lists[n].parameters())),
+                )
+        if found is None:
+            raise RecipeError(
+                f"a {type(base).__name__} has no list of layers beside its token embedding",
+                fix="report it with the model's name: strixft cannot follow this model's code",
+            )
+        _places[base] = found
+    return _places[base]
 
 
 def takes_positions(decoder: nn.Module) -> bool:
-    """Whether a decoder can be told where in its document a token stands."""
+    """Return whether a decoder accepts the positions of tokens in their documents."""
     return "position_ids" in inspect.signature(decoder.forward).parameters
 
 
@@ -113,14 +104,13 @@ def outside_text(base: Any) -> list[str]:
 
 
 def keep_layers(base: Any, kept: Sequence[int]) -> None:
-    """Leave a model only some of its layers; lists of its configuration follow.
+    """Remove all but some layers of a model; lists of its configuration follow.
 
-    The layers are those of the whole model, so none of them is built by a number that is not its
-    own. `num_hidden_layers` stays: tables that hold a part for each layer keep their size.
+    The whole model is built first, so that no layer is built with a number that is not its own.
+    `num_hidden_layers` stays: tables with a part for each layer keep their size.
     """
-    decoder, name = _decoder_and_layers(base)
-    layers = getattr(decoder, name)
-    setattr(decoder, name, nn.ModuleList([layers[layer] for layer in kept]))
+    decoder, layers = text_decoder(base), text_layers(base)
+    setattr(decoder, _layers_place(base)[1], nn.ModuleList([layers[layer] for layer in kept]))
     configs = (base.config.get_text_config(), decoder.config)
     for config in {id(config): config for config in configs}.values():
         for key, value in list(vars(config).items()):
@@ -142,8 +132,18 @@ class Head:
 _heads: weakref.WeakKeyDictionary[nn.Module, Head | None] = weakref.WeakKeyDictionary()
 
 
+def linear_head(base: Any) -> Head | None:
+    """Return how a model turns hidden states into logits; None if that is not linear.
+
+    The class's own `forward` is run with a small matrix as its head and given hidden states.
+    """
+    if base not in _heads:
+        _heads[base] = _find_head(base)
+    return _heads[base]
+
+
 class _Hidden:
-    """Stands for a decoder's output."""
+    """Stands for a decoder's output: hidden states (B, T, C), and None by any other name."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -153,27 +153,6 @@ class _Hidden:
 
     def __getattr__(self, name: str) -> None:
         return None
-
-
-@contextlib.contextmanager
-def _instead(modules: Sequence[nn.Module], forward: Any) -> Iterator[None]:
-    for module in modules:
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
-
-
-def linear_head(base: Any) -> Head | None:
-    """Return how a model turns hidden states into logits; None where it is not linear.
-
-    The class's own `forward` is run with a small matrix as its head and given hidden states.
-    """
-    if base not in _heads:
-        _heads[base] = _find_head(base)
-    return _heads[base]
 
 
 @torch.no_grad()
@@ -192,41 +171,41 @@ def _find_head(base: Any) -> Head | None:
     base.set_output_embeddings(small)
     try:
         base.training = False
-        with _instead(list(decoders.values()), lambda *_, **__: _Hidden(hidden)):
-            logits: Tensor = base(input_ids=ids, use_cache=False).logits
-    except Exception:  # whatever a class's forward asks for that is not there
+        for decoder in decoders.values():
+            decoder.forward = lambda *_, **__: _Hidden(hidden)
+        logits = base(input_ids=ids, use_cache=False).logits.float()  # (1, T, 8)
+    except Exception:  # whatever a class's forward needs beyond hidden states
         return None
     finally:
+        for decoder in decoders.values():
+            vars(decoder).pop("forward", None)
         base.training = was_training
         base.set_output_embeddings(own)
-    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-    return _head_of(hidden @ small.weight.T, logits.float(), cap)
-
-
-def _head_of(plain: Tensor, logits: Tensor, cap: float | None) -> Head | None:
+    plain = hidden @ small.weight.T  # (1, T, 8)
     scale = float((plain * logits).sum() / plain.square().sum())
     if torch.allclose(logits, plain * scale, rtol=1e-4, atol=1e-5):
         return Head(1.0 if abs(scale - 1) < 1e-5 else scale, None)
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
     if cap and torch.allclose(logits, cap * torch.tanh(plain / cap), rtol=1e-4, atol=1e-5):
         return Head(1.0, cap)
     return None
 
 
-# What its layers are, and what they ask of attention
+# Layers, and their calls of attention
 
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """Keys and values that an attention layer keeps of each token."""
+    """Keys and values that an attention layer caches of each token."""
 
     numbers: int
     window: int | None
-    """Tokens that are kept; None for all."""
+    """Tokens that are cached; None for all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What a model is like."""
+    """The structure of a model."""
 
     heads: Heads
     windows: tuple[int, ...]
@@ -235,7 +214,7 @@ class Architecture:
     """For each layer the number of its kind: layers of one kind are built and run alike."""
     cached: tuple[Cached, ...]
     positions: int | None
-    """Tokens of the longest row, where positions are looked up in a table."""
+    """Tokens of the longest row, if positions are looked up in a table."""
     idle: frozenset[str]
     """Last parts of the names of layers that training does not call: an adapter would not learn."""
 
@@ -244,10 +223,10 @@ _asked: dict[str, Architecture] = {}
 
 
 def architecture_of(config: Any) -> Architecture:
-    """Return what the model of a configuration is like.
+    """Return the structure of the model that a configuration describes.
 
     Raises:
-        RecipeError: No such model can be built, or its code cannot be followed.
+        RecipeError: The model cannot be built, or its code cannot be followed.
     """
     key = config.to_json_string(use_diff=False)
     if key not in _asked:
@@ -256,10 +235,10 @@ def architecture_of(config: Any) -> Architecture:
 
 
 def build_shape(config: Any, dtype: torch.dtype) -> Any:
-    """Build the model of a configuration where torch is told to build it.
+    """Build the model of a configuration on torch's current default device.
 
     Raises:
-        RecipeError: Its sides do not go together.
+        RecipeError: The sizes in the configuration contradict each other.
     """
     own_code = type(config).__module__.startswith("transformers_modules")  # trusted: it has run
     try:
@@ -269,7 +248,7 @@ def build_shape(config: Any, dtype: torch.dtype) -> Any:
             attn_implementation=NAME,
             trust_remote_code=own_code,
         )
-    except Exception as error:  # whatever a model's class raises at sides that do not go together
+    except Exception as error:  # whatever a model's class raises at contradicting sizes
         raise RecipeError(
             f"no {config.model_type} can be built from its config.json: {first_lines(error)}",
             fix="correct config.json, or download the model again",
@@ -282,38 +261,37 @@ def _ask(config: Any) -> Architecture:
     base.train()
     with _called(base) as called:
         calls, tables = _run(base)
-    _require_causal(config, calls)
+    _require_followed(config, calls)
     layers = text_layers(base)
     of_layer = _by_layer(layers, calls)
-    kinds = _number([_signature(layer, of_layer[i]) for i, layer in enumerate(layers)])
+    kinds = _kinds(layers, of_layer)
     if not _can_be_sampled(config, kinds, of_layer):
         kinds = list(range(len(layers)))
+    linear = {_leaf(n) for n, m in text_decoder(base).named_modules() if isinstance(m, nn.Linear)}
     return Architecture(
         heads=_heads_of(base, calls),
         windows=tuple(sorted({call.mask.window for call in calls if call.mask.window})),
         kinds=tuple(kinds),
         cached=tuple(Cached(call.cached_numbers, call.mask.window) for call in calls),
         positions=_longest_row(config, tables),
-        idle=frozenset(_last_parts(base, nn.Linear) - called),
+        idle=frozenset(linear - called),
     )
 
 
-def _last_parts(base: Any, kind: type[nn.Module]) -> set[str]:
-    """Return the last parts of the names of a kind of modules within the text decoder."""
-    modules = text_decoder(base).named_modules()
-    return {name.rpartition(".")[2] for name, module in modules if isinstance(module, kind)}
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 @contextlib.contextmanager
 def _called(base: Any) -> Iterator[set[str]]:
-    """Within this block, note the last parts of the names of modules that are called."""
+    """Collect the last parts of the names of modules that are called while a block runs."""
     found: set[str] = set()
 
     def note(last: str) -> Any:
         return lambda *_: found.add(last)
 
     handles = [
-        module.register_forward_pre_hook(note(name.rpartition(".")[2]))
+        module.register_forward_pre_hook(note(_leaf(name)))
         for name, module in text_decoder(base).named_modules()
     ]
     try:
@@ -323,36 +301,36 @@ def _called(base: Any) -> Iterator[set[str]]:
             handle.remove()
 
 
-class _Tables(TorchDispatchMode):
-    """Notes the tables that a forward pass looks numbers up in."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sides: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten._local_scalar_dense.default and args[0].is_meta:
-            return 1  # models only ask to leave something out
-        if func in _LOOK_UPS:
-            self.sides += _LOOK_UPS[func](*args)
-        return func(*args, **(kwargs or {}))
-
-
 _LOOK_UPS: dict[Any, Any] = {
     aten.embedding.default: lambda table, *_: [table.shape[0]],
     aten.gather.default: lambda table, dim, *_: [table.shape[dim]],
     aten.index_select.default: lambda table, dim, *_: [table.shape[dim]],
     aten.index.Tensor: lambda table, places: [
-        side for side, place in zip(table.shape, places, strict=False) if place is not None
+        size for size, place in zip(table.shape, places, strict=False) if place is not None
     ],
 }
-"""The side of a table that a number is looked up in, by operator."""
+"""Operator that looks numbers up → length of the table, from its arguments."""
+
+
+class _Tables(TorchDispatchMode):
+    """Records the lengths of tables in which a forward pass looks numbers up."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lengths: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
+            return 1  # models only ask to leave something out
+        if func in _LOOK_UPS:
+            self.lengths += _LOOK_UPS[func](*args)
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
 def _run(base: Any) -> tuple[list[AttentionCall], list[int]]:
-    """Run a row through a model; what attention was asked for, and tables that were looked into."""
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    """Run a row through a model; return its calls of attention and the lengths of its tables."""
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")  # (B, T)
     with watching() as calls, _Tables() as tables:
         try:
             decoder = text_decoder(base)
@@ -362,27 +340,38 @@ def _run(base: Any) -> tuple[list[AttentionCall], list[int]]:
             raise
         except Exception as error:  # whatever a model's code does on meta
             raise RecipeError(
-                f"strixft cannot plan a {base.config.model_type}: run without weights, its code"
-                f" says: {first_lines(error)}",
-                fix="report it with what --debug shows; it is strixft's planning that fails, the"
+                f"strixft cannot plan a {base.config.model_type}: its code fails without weights:"
+                f" {first_lines(error)}",
+                fix="report it with the output of --debug; strixft's planning fails here, the"
                 " model may be fine",
             ) from error
-    return calls, tables.sides
+    return calls, tables.lengths
 
 
-def _require_causal(config: Any, calls: Sequence[AttentionCall]) -> None:
+def _require_followed(config: Any, calls: Sequence[AttentionCall]) -> None:
+    """Refuse a model that cannot be trained to continue text, or whose attention is unknown."""
+    kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise RecipeError(
-            f"a {config.model_type} is an encoder with a decoder; what is trained here writes on"
-            " from one text",
-            fix="a model that is a decoder alone",
+            f"a {kind} is an encoder with a decoder; strixft trains models that continue one text",
+            fix="a model with a decoder alone",
         )
     if any(call.mask.kind == "both ways" for call in calls):
         raise RecipeError(
-            f"in this {config.model_type} a token sees those that come after it: it cannot be"
-            " trained to write text on",
+            f"in this {kind} a token sees those that come after it: it cannot be trained to"
+            " continue text",
             fix="a causal language model (or is_decoder: true, use_bidirectional_attention: false"
             " in config.json, if the weights were trained so)",
+        )
+    if any(call.sinks for call in calls):
+        raise RecipeError(
+            f"the attention of {kind} has learned sinks, which strixft cannot compute yet",
+            fix="a model without sinks, such as those of: strixft recipe",
+        )
+    if any(call.mask.kind == "unknown" for call in calls):
+        raise RecipeError(
+            f"a {kind} makes its own attention masks, which strixft cannot follow yet",
+            fix="report it with the model's name",
         )
 
 
@@ -398,30 +387,27 @@ def _by_layer(layers: nn.ModuleList, calls: Sequence[AttentionCall]) -> list[lis
 _OWN_NUMBER = {"layer_idx", "layer_id", "layer_number", "block_idx", "training"}
 
 
-def _signature(layer: nn.Module, calls: Sequence[AttentionCall]) -> tuple[Any, ...]:
-    """Return what a layer is made of: weights, classes, settings, and what it asks of attention."""
-    tensors = [*layer.named_parameters(), *layer.named_buffers()]
-    weights = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
-    modules = tuple((n, type(m).__qualname__, _settings(m)) for n, m in layer.named_modules())
-    return weights, modules, tuple(call.asked for call in calls)
+def _kinds(layers: nn.ModuleList, of_layer: Sequence[Sequence[AttentionCall]]) -> list[int]:
+    """Number the layers by weights, classes, settings and calls of attention."""
+    numbers: dict[Any, int] = {}
+    kinds = []
+    for layer, calls in zip(layers, of_layer, strict=True):
+        tensors = [*layer.named_parameters(), *layer.named_buffers()]
+        weights = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
+        modules = tuple((n, type(m).__qualname__, _settings(m)) for n, m in layer.named_modules())
+        signature = weights, modules, tuple(call.asked for call in calls)
+        kinds.append(numbers.setdefault(signature, len(numbers)))
+    return kinds
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     plain = (int, float, str, bool)
-    return tuple(
-        (name, value)
-        for name, value in vars(module).items()
-        if name not in _OWN_NUMBER and isinstance(value, plain)
-    )
-
-
-def _number(signatures: Sequence[Any]) -> list[int]:
-    numbers: dict[Any, int] = {}
-    return [numbers.setdefault(signature, len(numbers)) for signature in signatures]
+    items = ((n, v) for n, v in vars(module).items() if n not in _OWN_NUMBER)
+    return tuple((name, value) for name, value in items if isinstance(value, plain))
 
 
 def sample_layers(kinds: Sequence[Any]) -> list[int]:
-    """Layers of a deep model that stand for all: first, one of each kind between, last.
+    """Return layers of a deep model that stand for all: first, one of each kind between, last.
 
     >>> sample_layers("rrrrkkkk")
     [0, 1, 4, 7]
@@ -434,7 +420,7 @@ def sample_layers(kinds: Sequence[Any]) -> list[int]:
 def _can_be_sampled(
     config: Any, kinds: Sequence[int], of_layer: Sequence[Sequence[AttentionCall]]
 ) -> bool:
-    """Whether some of the layers, on their own, run as they do in the whole model."""
+    """Return whether some of the layers, on their own, run as they do in the whole model."""
     sampled = sample_layers(kinds)
     if len(sampled) == len(kinds):
         return True
@@ -450,28 +436,27 @@ def _can_be_sampled(
 
 
 def _carries_state(base: Any, calls: Sequence[AttentionCall]) -> bool:
-    """Whether a layer takes anything from the tokens before it but by attention."""
+    """Return whether a layer takes anything from earlier tokens other than by attention."""
     if not calls or not takes_positions(text_decoder(base)):
         return True
     kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
-    named = {kind for kind in kinds if "attention" not in kind or "linear" in kind}
+    named = any("attention" not in kind or "linear" in kind for kind in kinds)
     layers = text_layers(base)
     state = {"A_log", "dt_bias", "time_decay"}
-    has_state = any(n.rpartition(".")[2] in state for n, _ in layers.named_parameters())
-    return bool(named) or has_state or any(isinstance(m, nn.Conv1d) for m in layers.modules())
+    has_state = any(_leaf(name) in state for name, _ in layers.named_parameters())
+    return named or has_state or any(isinstance(m, nn.Conv1d) for m in layers.modules())
 
 
 def _heads_of(base: Any, calls: Sequence[AttentionCall]) -> Heads:
-    config, carries = base.config.get_text_config(), _carries_state(base, calls)
+    model_type, carries = base.config.get_text_config().model_type, _carries_state(base, calls)
     if not calls:
         return Heads(
-            model_type=config.model_type, head_size=64, query_heads=1, key_heads=1,
+            model_type=model_type, head_size=64, query_heads=1, key_heads=1,
             softcap=None, windowed=False, carries_state=True,
         )  # fmt: skip
-    _require_followed(config, calls)
     largest = max(calls, key=lambda call: call.head_size)
     return Heads(
-        model_type=config.model_type,
+        model_type=model_type,
         head_size=largest.head_size,
         query_heads=largest.query_heads,
         key_heads=largest.key_heads,
@@ -483,21 +468,6 @@ def _heads_of(base: Any, calls: Sequence[AttentionCall]) -> Heads:
     )
 
 
-def _require_followed(config: Any, calls: Sequence[AttentionCall]) -> None:
-    if any(call.sinks for call in calls):
-        raise RecipeError(
-            f"the attention of {config.model_type} has learned sinks, which no way of computing it"
-            " here has yet",
-            fix="a model without sinks, such as those of: strixft recipe",
-        )
-    if any(call.mask.kind == "unknown" for call in calls):
-        raise RecipeError(
-            f"a {config.model_type} makes masks of its own for attention, which strixft cannot"
-            " follow yet",
-            fix="report it with the model's name",
-        )
-
-
 def _longest_row(config: Any, tables: Sequence[int]) -> int | None:
     """Return the most tokens a row may have, if positions are looked up in a table."""
     text = config.get_text_config()
@@ -505,5 +475,5 @@ def _longest_row(config: Any, tables: Sequence[int]) -> int | None:
     if not isinstance(most, int):
         return None
     spare = range(most, most + 8)  # OPT has two more, for padding
-    is_table = any(side in spare and side != text.vocab_size for side in tables)
+    is_table = any(size in spare and size != text.vocab_size for size in tables)
     return most if is_table else None

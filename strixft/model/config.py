@@ -24,13 +24,10 @@ MOST = {
     "sliding_window": 2**30,
     "max_position_embeddings": 2**30,
 }
-"""Largest sensible value of each side; the least is 1."""
+"""Largest sensible value of each size; the least is 1."""
 
 OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
-"""May be null: transformers derives them, or does without."""
-
-PER_LAYER = ("intermediate_size",)
-"""May be a list, with a number for each layer: Gemma 3n."""
+"""Sizes that may be null: transformers derives them, or does without."""
 
 NEEDED = (
     "hidden_size",
@@ -39,49 +36,42 @@ NEEDED = (
     "num_attention_heads",
     "intermediate_size",
 )
-"""No default of transformers would be right; `save_pretrained` leaves none of them out."""
-
-NEEDED_INSIDE = ("hidden_size", "num_hidden_layers")
-"""In a `text_config`, from which defaults are left out."""
+"""Sizes for which no default of transformers would be right; `save_pretrained` writes all of them.
+A `text_config` leaves out defaults: only the first two are needed there."""
 
 OLD_NAMES = {
     "hidden_size": ("n_embed",),
     "intermediate_size": ("block_ff_dim", "dense_intermediate_size"),
 }
-"""What transformers 5.23 reads besides `attribute_map`: Bloom and Falcon, LFM2, Inkling."""
+"""Names that transformers 5.23 reads besides `attribute_map`: Bloom and Falcon, LFM2, Inkling."""
 
 HEAD_SIZES = {"head_dim", "kv_channels", "qk_rope_head_dim", "kv_lora_rank"}
-"""Say the size of a head; without them it is the hidden size by the number of heads."""
+"""Settings for the size of a head; without them it is the hidden size by the number of heads."""
 
 SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
-"""Kinds of rotary positions that stretch by a factor."""
+"""Types of rotary positions that stretch by a factor."""
 
 STORED_AS = ("bitsandbytes",)
-"""Quantised checkpoints that can be trained."""
-
-
-_TYPES = sorted({row.sides["model_type"] for row in MODELS.values()})
-"""Types that ship a recipe."""
-
+"""Storage of quantised checkpoints that can be trained."""
 
 Raw = Mapping[str, Any]
+"""A configuration, or the part of it for the text model, as JSON has it."""
 
 
-def _sides(raw: Raw) -> Raw:
-    """The text model's part of a configuration."""
+def _text_part(raw: Raw) -> Raw:
     inner = raw.get("text_config")
     return inner if isinstance(inner, Mapping) else raw
 
 
-def _number_faults(sides: Raw) -> Iterator[str]:
+def _size_faults(text: Raw) -> Iterator[str]:
     for name, most in MOST.items():
-        value = sides.get(name, 1)
+        value = text.get(name, 1)
         if value is None and name in OPTIONAL:
             continue
-        if name == "sliding_window" and sides.get("use_sliding_window") is False:
+        if name == "sliding_window" and text.get("use_sliding_window") is False:
             continue  # Qwen2-MoE writes 0 then
-        is_list = isinstance(value, list) and name in PER_LAYER
-        each = value if is_list and len(value) == sides.get("num_hidden_layers") else [value]
+        per_layer = name == "intermediate_size" and isinstance(value, list)  # Gemma 3n
+        each = value if per_layer and len(value) == text.get("num_hidden_layers") else [value]
         if any(type(one) is not int or not 1 <= one <= most for one in each):
             yield f"{name} should be a whole number from 1 to {most:,}, it is {value!r:.60}"
 
@@ -90,103 +80,83 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _rotary_faults(sides: Raw) -> Iterator[str]:
-    thetas = [sides.get("rope_theta")]
+def _rotary_faults(text: Raw) -> Iterator[str]:
+    thetas = [text.get("rope_theta")]
     for place in ("rope_parameters", "rope_scaling"):
-        rotary = sides.get(place) or {}
+        rotary = text.get(place) or {}
         if not isinstance(rotary, Mapping):
             yield f"{place} should hold settings, it is {rotary!r:.60}"
             continue
         kind, factor = rotary.get("rope_type", rotary.get("type")), rotary.get("factor")
-        if kind in SCALED_BY_FACTOR and not _is_positive(factor):
+        if kind in SCALED_BY_FACTOR and not (_is_number(factor) and factor > 0):
             yield f"{place} is of type {kind}, and its factor is {factor!r:.60}"
         thetas.append(rotary.get("rope_theta"))
     for theta in thetas:
-        if theta is not None and not _is_positive(theta):
+        if theta is not None and not (_is_number(theta) and theta > 0):
             yield f"rope_theta should be a number above 0, it is {theta!r:.60}"
 
 
-def _word_faults(sides: Raw) -> Iterator[str]:
+def _setting_faults(text: Raw) -> Iterator[str]:
     from transformers.activations import ACT2FN
 
     for name in ("hidden_act", "hidden_activation", "activation_function"):
-        value = sides.get(name)
+        value = text.get(name)
         if value is not None and (not isinstance(value, str) or value not in ACT2FN):
-            yield f"{name}: transformers knows no {value!r:.60}; {did_you_mean(str(value), ACT2FN)}"
+            near = did_you_mean(str(value), ACT2FN)
+            yield f"{name}: transformers does not know {value!r:.60}; {near}"
     for name in ("dtype", "torch_dtype"):
-        value = sides.get(name) or "auto"
+        value = text.get(name) or "auto"
         if value != "auto" and not isinstance(getattr(torch, str(value), None), torch.dtype):
             yield f"{name}: torch has no {value!r:.60}"
-
-
-def _dropout_faults(sides: Raw) -> Iterator[str]:
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
-        value = sides.get(name, 0)
+        value = text.get(name, 0)
         if value is not None and (not _is_number(value) or not 0 <= value < 1):
-            yield f"{name} should be a share below 1, it is {value!r:.60}"
+            yield f"{name} should be at least 0 and less than 1, it is {value!r:.60}"
 
 
-def _relation_faults(sides: Raw) -> Iterator[str]:
-    heads, groups = sides.get("num_attention_heads"), sides.get("num_key_value_heads")
+def _relation_faults(text: Raw) -> Iterator[str]:
+    heads, groups = text.get("num_attention_heads"), text.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
-        yield f"num_attention_heads, {heads}, is no multiple of num_key_value_heads, {groups}"
-    kinds, layers = sides.get("layer_types"), sides.get("num_hidden_layers")
+        yield f"num_attention_heads, {heads}, is not a multiple of num_key_value_heads, {groups}"
+    kinds, layers = text.get("layer_types"), text.get("num_hidden_layers")
     if isinstance(kinds, list) and layers and len(kinds) != layers:
         yield f"layer_types has {len(kinds)} entries and num_hidden_layers is {layers}"
-    size = sides.get("head_dim") or 2
-    if isinstance(heads, int) and not sides.keys() & HEAD_SIZES:
-        size = sides.get("hidden_size", 0) / heads
+    size = text.get("head_dim") or 2
+    if isinstance(heads, int) and not text.keys() & HEAD_SIZES:
+        size = text.get("hidden_size", 0) / heads
     if isinstance(size, int | float) and size % 2:
         yield f"the size of a head, {size:g}, is not even, as rotary positions need it"
 
 
-def _faults(raw: Raw) -> list[str]:
-    """What is wrong with a configuration."""
-    sides = _sides(raw)
-    if not isinstance(raw.get("text_config", {}), Mapping | None):
-        return [f"text_config should hold settings, it is {raw['text_config']!r:.60}"]
-    missing = list(_missing(raw))
-    checks = (_number_faults, _rotary_faults, _word_faults, _dropout_faults)
-    numbers = [fault for check in checks for fault in check(sides)]
-    stored = raw.get("quantization_config")
-    kind = stored.get("quant_method") if isinstance(stored, Mapping) else None
-    quantised = (
-        [f"the weights are stored as {kind}, which is not trained"]
-        if (kind is not None and kind not in STORED_AS)
-        else []
-    )
-    return [*missing, *(numbers or _relation_faults(sides)), *quantised]
-
-
 def _missing(raw: Raw) -> Iterator[str]:
-    """Sides of this type that are not there by any name, called as the type calls them."""
-    names = NEEDED_INSIDE if "text_config" in raw else NEEDED
-    known = _text_class(raw["model_type"])
-    sides, saved = _sides(raw), known().to_dict()
-    for name in names:
+    """Yield the needed sizes that no name of this type gives, as the type calls them."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[raw["model_type"]]
+    try:
+        known = type(kind().get_text_config())
+    except ValueError:  # a type with several text models, such as musicgen
+        known = kind
+    text, saved = _text_part(raw), known().to_dict()
+    for name in NEEDED[:2] if "text_config" in raw else NEEDED:
         own = known.attribute_map.get(name, name)  # GPT-2: `n_embd`
         called = {name, own, *OLD_NAMES.get(name, ())}
-        if not called & sides.keys() and {name, own} & saved.keys():
+        if not called & text.keys() and {name, own} & saved.keys():
             yield f"{own} is missing"
 
 
-def _config_class(model_type: str) -> Any:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[model_type]
-
-
-def _text_class(model_type: str) -> Any:
-    """The class of the text model's part; of a type with several, of the whole."""
-    kind = _config_class(model_type)
-    try:
-        return type(kind().get_text_config())
-    except ValueError:  # a type with several text models, such as musicgen
-        return kind
+def _faults(raw: Raw) -> list[str]:
+    text, found = _text_part(raw), []
+    if not isinstance(raw.get("text_config", {}), Mapping | None):
+        return [f"text_config should hold settings, it is {raw['text_config']!r:.60}"]
+    found += _missing(raw)
+    checks = (_size_faults, _rotary_faults, _setting_faults)
+    found += [fault for check in checks for fault in check(text)] or _relation_faults(text)
+    stored = raw.get("quantization_config")
+    kind = stored.get("quant_method") if isinstance(stored, Mapping) else None
+    if kind is not None and kind not in STORED_AS:
+        found.append(f"the weights are stored as {kind}, which strixft cannot train")
+    return found
 
 
 def _check_type(raw: Raw, place: str) -> None:
@@ -197,24 +167,27 @@ def _check_type(raw: Raw, place: str) -> None:
     )
 
     model_type = raw.get("model_type")
+    shipped = sorted({row.text_config["model_type"] for row in MODELS.values()})
     if not isinstance(model_type, str):
-        fix = f'"model_type": "llama" in {place}, or whatever the model is'
-        raise RecipeError(f"{place}: model_type is missing", fix=fix)
+        raise RecipeError(
+            f"{place}: model_type is missing",
+            fix=f'"model_type": "llama" in {place}, or the type that the model has',
+        )
     if model_type not in CONFIG_MAPPING:
         raise RecipeError(
-            f"{place}: transformers knows no model type {model_type!r}",
-            fix=f"{did_you_mean(model_type, _TYPES)}; or a model that transformers knows",
+            f"{place}: transformers does not know the model type {model_type!r}",
+            fix=f"{did_you_mean(model_type, shipped)}; or a model that transformers knows",
         )
     is_wrapper = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_wrapper:
         raise RecipeError(
-            f"{place}: a {model_type} is no model that writes text on from text",
-            fix=f"a causal language model, such as one of: {', '.join(_TYPES)}",
+            f"{place}: a {model_type} does not continue text",
+            fix=f"a causal language model, such as one of: {', '.join(shipped)}",
         )
 
 
 def check_raw(raw: Any, place: str) -> None:
-    """Refuse a configuration that no training step can be built from.
+    """Refuse a configuration from which no training step can be built.
 
     Args:
         raw: The JSON document.
@@ -224,7 +197,7 @@ def check_raw(raw: Any, place: str) -> None:
         RecipeError: With every fault found.
     """
     if not isinstance(raw, Mapping):
-        raise RecipeError(f"{place} holds no settings", fix=f"write {place} anew")
+        raise RecipeError(f"{place} holds no settings", fix=f"write {place} again")
     if "auto_map" in raw:
         return  # its own code says what it is
     _check_type(raw, place)
@@ -237,27 +210,27 @@ def check_raw(raw: Any, place: str) -> None:
 
 
 def place_of(source: str) -> str:
-    """What to call a model's configuration in errors."""
+    """Return the name of a model's configuration in errors."""
     return str(Path(source) / "config.json") if Path(source).is_dir() else source
 
 
 def first_lines(error: Exception) -> str:
-    """An error's text in one line."""
+    """Return an error's text as one line of at most 300 letters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_config(source: str, *, offline: bool, trust_remote_code: bool = False) -> Any:
-    """The configuration of a folder or hub id, checked.
+    """Read and check the configuration of a folder or hub id.
 
     Args:
-        source: What transformers loads.
+        source: A folder or hub id.
         offline: Never ask the network.
         trust_remote_code: Run the code that came with the model.
 
     Raises:
-        RecipeError: It is no model that can be trained.
-        OSError: It cannot be read.
-        ValueError: It needs code of its own.
+        RecipeError: The model cannot be trained.
+        OSError: The file cannot be read.
+        ValueError: The model needs code of its own.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -271,7 +244,7 @@ def read_config(source: str, *, offline: bool, trust_remote_code: bool = False) 
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source, local_files_only=offline)
     except RecursionError:
-        raise RecipeError(f"{place} is nested too deeply", fix=f"write {place} anew") from None
+        raise RecipeError(f"{place} is nested too deeply", fix=f"write {place} again") from None
     check_raw(raw, place)
     try:
         return AutoConfig.from_pretrained(
@@ -286,16 +259,16 @@ def read_config(source: str, *, offline: bool, trust_remote_code: bool = False) 
 
 
 def _longrope_switch(config: Any) -> int | None:
-    """Tokens beyond which LongRoPE takes its long factors; None where there is no LongRoPE."""
+    """Return the tokens beyond which LongRoPE uses its long factors; None without LongRoPE."""
     rotary = getattr(config, "rope_parameters", None) or {}
-    for one in (rotary, *rotary.values()):  # a kind of layers may have its own
+    for one in (rotary, *rotary.values()):  # each type of layer may have its own
         if isinstance(one, Mapping) and one.get("rope_type") == "longrope":
             return one.get("original_max_position_embeddings")
     return None
 
 
 def warnings_of(config: Any, max_length: int) -> list[str]:
-    """What a configuration says against rows of this length, in sentences."""
+    """Return sentences about rows of this length that the model was not trained for."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     switch = _longrope_switch(text)
@@ -303,13 +276,13 @@ def warnings_of(config: Any, max_length: int) -> list[str]:
     if positions and max_length > positions:
         found.append(
             f"rows of {max_length:,} tokens are longer than the {positions:,} positions that the"
-            " model was trained for: it runs, and does not know what lies beyond them"
-            f" (--set dataset.max_length={positions})"
+            " model was trained for: training runs, but the model does not know the positions"
+            f" beyond them (--set dataset.max_length={positions})"
         )
     if switch and max_length > switch:
         found.append(
-            f"a chat of more than {switch:,} tokens takes the long factors of LongRoPE, and"
-            " transformers then takes them for all chats of its micro-batch: short ones are trained"
-            f" otherwise than they are answered (--set dataset.max_length={switch})"
+            f"a chat of more than {switch:,} tokens uses the long factors of LongRoPE, and"
+            " transformers then uses them for all chats of its micro-batch: short chats are trained"
+            f" with other factors than they are answered (--set dataset.max_length={switch})"
         )
     return found

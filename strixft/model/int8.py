@@ -1,9 +1,9 @@
 """Linear layers over a frozen base of 8-bit integers.
 
 The storage is LLM.int8's (arXiv:2208.07339), as bitsandbytes' `load_in_8bit` makes it: one byte a
-weight and a float32 scale a row. The product is written in operators whose results all have shapes
-known beforehand, and keeps nothing for backward: bitsandbytes' own keeps its input, also where the
-layer is to be computed again.
+weight and a float32 scale a row. The product uses operators whose results all have shapes known
+beforehand, and saves no activation for backward: bitsandbytes' own saves its input, even if the
+layer will be recomputed.
 
 Shapes: N tokens, C channels in, D channels out.
 """
@@ -22,20 +22,19 @@ OUTLIERS = 32
 that need it in a model of 13B (section 3.2)."""
 
 LARGEST = 127
-"""Of the integers; a row's scale is the largest value it had."""
-
+"""Largest of the integers; a row's scale is the largest value it had."""
 
 _int8 = torch.ops.bitsandbytes
 
 
 def _weight(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in a float type."""
+    """Return the weight (D, C) in a float type, from integers (D, C) and scales (D,)."""
     weight = integers.to(dtype)
     return weight.mul_((scales / LARGEST).unsqueeze(-1).to(dtype))
 
 
 def _product(x: Tensor, integers: Tensor, scales: Tensor) -> Tensor:
-    """Product of x (N, C) and the transposed weight (D, C)."""
+    """Return the product (N, D) of x (N, C) and the transposed weight (D, C)."""
     columns = x.abs().amax(0).topk(min(OUTLIERS, x.shape[1])).indices
     unrounded = (
         x.index_select(1, columns) @ _weight(integers.index_select(1, columns), scales, x.dtype).T
@@ -68,13 +67,13 @@ class Int8Linear(Linear8bitLt):  # type: ignore[misc]
     scales: Tensor
 
     def forward(self, x: Tensor) -> Tensor:  # (…, C)
-        """The product, in the dtype of the input."""
+        """Return the product (…, D) in the dtype of the input."""
         y: Tensor = _Int8Linear.apply(x, self.weight, self.scales)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 
 def use_own_product(model: nn.Module) -> None:
-    """Give the 8-bit layers that transformers loaded the product of this module."""
+    """Make the 8-bit layers that transformers loaded use the product of this module."""
     layers: list[Any] = [layer for layer in model.modules() if type(layer) is Linear8bitLt]
     for layer in layers:
         scales = layer.weight.SCB
@@ -84,7 +83,7 @@ def use_own_product(model: nn.Module) -> None:
 
 
 def shape_layer(linear: nn.Linear) -> nn.Module:
-    """An 8-bit layer of this shape on `meta`."""
+    """Return an 8-bit layer of this shape on `meta`."""
     layer = Int8Linear(
         linear.in_features,
         linear.out_features,

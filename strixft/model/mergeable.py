@@ -1,7 +1,8 @@
-"""Which tensors of a checkpoint make up which parameters, and whether a merge can go back.
+"""The tensors of a checkpoint that make up each parameter, and whether a merge can go back.
 
-transformers renames, stacks, splits and turns tensors while it loads them. Its own rules are asked
-here, so that a name in the files is matched to a parameter exactly as loading matches it.
+transformers renames, stacks, splits and transposes tensors while it loads them. Its own rules are
+asked here, so that a name in the files is matched to a parameter exactly as loading matches it.
+Shapes: those of the files and of the model, whatever they are.
 """
 
 from __future__ import annotations
@@ -25,12 +26,10 @@ from strixft.recipe.schema import Recipe
 from strixft.support.errors import StageError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Types of weights that an update can be added to."""
+"""Types of weights to which an update can be added."""
 
 PACKED = ("U8", "I8")
-"""Types of weights that bitsandbytes has quantised; what it needs to undo it stands beside them."""
-
-_ADAPTER_ALONE = "--set 'export.to=[gguf-lora]'   (the adapter alone)"
+"""Types of weights that bitsandbytes has quantised; its scales stand beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +39,17 @@ class Group:
     target: str
     """The parameter; of several, the first."""
     transform: Any = None
-    """transformers' `WeightConverter`; None where a tensor is the parameter as it stands."""
+    """transformers' `WeightConverter`; None if a tensor is the parameter as it stands."""
     names: list[str] = field(default_factory=list)
-    """In the files, in the order in which they are loaded."""
+    """Names in the files, in the order in which they are loaded."""
     patterns: list[str] = field(default_factory=list)
-    """Of the transform, one for each name."""
+    """Patterns of the transform, one for each name."""
 
     def convert(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         """Return the parameters that loading makes of the tensors.
 
         Args:
-            tensors: By their names in the files.
+            tensors: By their names in the files, in the shapes of the files.
             model: The model they are loaded into.
         """
         if self.transform is None:
@@ -63,13 +62,13 @@ class Group:
 
 
 def groups_of(model: Any, names: Iterable[str]) -> list[Group]:
-    """Return the tensors that are loaded into a model, grouped by what they become.
+    """Group the tensors that are loaded into a model by the parameters they become.
 
     Follows `convert_and_load_state_dict_in_model` of transformers.
 
     Args:
         model: On any device.
-        names: Of the tensors in the files.
+        names: Names of the tensors in the files.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -130,8 +129,8 @@ def quantised_parameters(config: Any, base: str, dtype: torch.dtype) -> set[str]
 
     Args:
         config: The model's configuration.
-        base: How the method keeps the base.
-        dtype: What it computes in.
+        base: The method's storage of the base.
+        dtype: Type in which it computes.
     """
     if base == "native":
         return set()
@@ -144,66 +143,61 @@ def quantised_parameters(config: Any, base: str, dtype: torch.dtype) -> set[str]
     }
 
 
-def local_entries(recipe: Recipe) -> dict[str, Entry] | None:
-    """Return the tensors that a model's files have by their headers; None if they are not here."""
-    folder = model_folder(model_source(recipe.model))
-    paths = shard_paths(folder) if folder else []
-    if not paths or not all(path.is_file() for path in paths):
-        return None
-    found: dict[str, Entry] = {}
-    for path in paths:
-        with Shard(path) as shard:
-            found |= shard.entries
-    return found
+def base_entries(recipe: Recipe) -> dict[str, Entry] | None:
+    """Return the tensors in the files of a recipe's model, by name; None if they are unknown.
 
-
-def _entries(recipe: Recipe) -> dict[str, Entry] | None:
-    """The tensors in a model's files; headers alone are read from the hub."""
+    Only headers are read, from this machine or from the hub.
+    """
     from huggingface_hub import get_safetensors_metadata, is_offline_mode
 
-    here = local_entries(recipe)
-    if here is not None or recipe.offline or is_offline_mode():
-        return here
+    folder = model_folder(model_source(recipe.model))
+    paths = shard_paths(folder) if folder else []
+    found: dict[str, Entry] = {}
+    if paths and all(path.is_file() for path in paths):
+        for path in paths:
+            with Shard(path) as shard:
+                found |= shard.entries
+        return found
+    if recipe.offline or is_offline_mode():
+        return None
     try:
         files = get_safetensors_metadata(recipe.model).files_metadata.values()
-    except Exception:  # of the HTTP client, which is another one in each version
+    except Exception:  # the HTTP client's own, which differs between versions
         return None
     rows = [row for file in files for row in file.tensors.items()]
     return {name: Entry(row.dtype, tuple(row.shape), *row.data_offsets) for name, row in rows}
 
 
-def _empty(entry: Entry, parameter: Tensor) -> Tensor:
-    """A tensor on `meta`; a packed one has the shape of its parameter."""
-    shape = tuple(parameter.shape) if entry.dtype in PACKED else entry.shape
-    return torch.empty(shape, device="meta")
-
-
 def _made_by(
     group: Group, entries: Mapping[str, Entry], model: Any, known: Mapping[str, Tensor]
 ) -> list[str]:
-    """Names of the parameters that a group becomes, of those that are known.
+    """Return the names of the parameters that a group becomes.
 
     Raises:
         ValueError: They cannot be changed through the files.
     """
+    tensors = {}
     for name in group.names:
-        if entries[name].dtype not in (*FLOATS, *PACKED):
-            raise ValueError(f"{name} is stored as {entries[name].dtype}")
-    tensors = {name: _empty(entries[name], known[group.target]) for name in group.names}
+        entry = entries[name]
+        if entry.dtype not in (*FLOATS, *PACKED):
+            raise ValueError(f"{name} is stored as {entry.dtype}")
+        packed = entry.dtype in PACKED  # then the file's shape is that of the bytes
+        shape = tuple(known[group.target].shape) if packed else entry.shape
+        tensors[name] = torch.empty(shape, device="meta")
     made = group.convert(tensors, model)
     for name, tensor in made.items():
         if known[name].shape != tensor.shape:
             sizes = f"{list(known[name].shape)} in the model, {list(tensor.shape)} in the files"
-            raise ValueError(f"{name} is {sizes}: they are another model's")
+            raise ValueError(f"{name} is {sizes}: they belong to different models")
     if sum(row.numel() for row in tensors.values()) != sum(row.numel() for row in made.values()):
-        raise ValueError(f"{group.target} is not made of the same numbers as {group.names[0]}")
+        raise ValueError(f"{group.target} does not consist of the numbers of {group.names[0]}")
     return list(made)
 
 
 def groups_for(
     model: Any, entries: Mapping[str, Entry], wanted: Collection[str]
 ) -> list[tuple[Group, list[str]]]:
-    """Return the groups that become parameters to be changed, with all that they become.
+    """Return the groups that become the wanted parameters, each with all parameters it becomes.
 
     Args:
         model: The base.
@@ -211,7 +205,7 @@ def groups_for(
         wanted: Names of the parameters.
 
     Raises:
-        StageError: The files do not hold one of them, or hold it so that it cannot be changed.
+        StageError: A parameter is missing in the files, or cannot be changed through them.
     """
     found, faults, missing, known = [], [], set(wanted), model.state_dict()
     for group in groups_of(model, own_names(entries)):
@@ -227,7 +221,7 @@ def groups_for(
         why = f"; {faults[0]}" if faults else ""
         raise StageError(
             f"nothing in the files of the base becomes {sorted(missing)[0]}{why}",
-            fix=_ADAPTER_ALONE,
+            fix="--set 'export.to=[gguf-lora]'   (the adapter alone)",
         )
     return found
 
@@ -236,11 +230,11 @@ def check_merge(recipe: Recipe, entries: Mapping[str, Entry]) -> None:
     """Run a merge dry: on names and shapes, with an adapter that does not exist yet.
 
     Args:
-        recipe: What is to be trained.
+        recipe: The recipe to be trained.
         entries: The tensors in the files of the base.
 
     Raises:
-        StageError: It would fail.
+        StageError: The merge would fail.
     """
     method = METHODS[recipe.method]
     if method.adapter == "none":

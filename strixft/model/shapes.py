@@ -1,4 +1,7 @@
-"""The model without weights, on `meta`, with the storage that its method gives them."""
+"""The model without weights, on `meta`, with the storage that its method gives them.
+
+Shapes: C channels in, D channels out.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,7 @@ from strixft.model.architecture import (
 )
 
 IDLE = "strixft_idle"
-"""Of a base: its architecture's `idle`, so that whoever attaches an adapter leaves these out."""
-
+"""Attribute of a base with its architecture's `idle` layers, which get no adapter."""
 
 _NESTED = "bnb_4bit_use_double_quant"
 
@@ -27,10 +29,10 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", _NESTED: True}
 
 
 def keep_packing(model: nn.Module) -> None:
-    """Let 4-bit layers keep the bytes that are trained on, saved and merged.
+    """Stop 4-bit layers from repacking the bytes that are trained on, saved and merged.
 
-    bitsandbytes 0.50 packs them anew in evaluation on a CPU with AVX512-BF16: it rounds the scales
-    to bf16 and fails at input sizes that are no multiple of 64 (`Linear4bit.forward`).
+    bitsandbytes 0.50 packs them again in evaluation on a CPU with AVX512-BF16: it rounds the scales
+    to bf16 and fails at input sizes that are not multiples of 64 (`Linear4bit.forward`).
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -40,11 +42,11 @@ def keep_packing(model: nn.Module) -> None:
 
 
 def nf4_parameter(packed: torch.Tensor, state: Any) -> Any:
-    """The weight of a loaded 4-bit layer.
+    """Return the weight of a loaded 4-bit layer.
 
     Args:
-        packed: What `quantize_4bit` gave.
-        state: Scales and shape, as it gave them.
+        packed: Two weights a byte, uint8 (C · D / 2, 1), from `quantize_4bit`.
+        state: Scales and shape, from there too.
     """
     import bitsandbytes as bnb
 
@@ -54,7 +56,7 @@ def nf4_parameter(packed: torch.Tensor, state: Any) -> Any:
 
 
 def _meta_nf4(linear: nn.Linear, dtype: torch.dtype, nested: bool) -> nn.Module:
-    """A 4-bit layer of this shape without storage; nested: its scales are quantised too."""
+    """Return a 4-bit layer of this shape on `meta`; nested: its scales are quantised too."""
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
 
@@ -96,7 +98,7 @@ def _meta_nf4(linear: nn.Linear, dtype: torch.dtype, nested: bool) -> nn.Module:
 def _store_quantised(
     model: nn.Module, method: Method, dtype: torch.dtype, stored: Mapping[str, Any]
 ) -> None:
-    """Replace the layers that are quantised; a checkpoint that is says itself which are not."""
+    """Replace the layers that are quantised; a quantised checkpoint lists those that are not."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -119,14 +121,14 @@ def shape_base(
     buffers: bool = False,
     layers: Sequence[int] | None = None,
 ) -> nn.Module:
-    """The base model as shapes on `meta`: nothing is loaded, nothing is allocated.
+    """Build the base model as shapes on `meta`: nothing is loaded or allocated.
 
     Args:
         config: The model's configuration.
-        method: How the base is kept.
-        dtype: What it computes in.
-        buffers: What no checkpoint holds, such as rotary frequencies, is real.
-        layers: Only these of the decoder's layers; all if not given.
+        method: Storage of the base.
+        dtype: Type in which it computes.
+        buffers: Make real what checkpoints do not hold, such as rotary frequencies.
+        layers: Only these of the decoder's layers; default: all.
     """
     from accelerate import init_empty_weights
 

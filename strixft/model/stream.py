@@ -1,4 +1,9 @@
-"""Safetensors files, read piece by piece straight to a device, past the page cache."""
+"""Safetensors files, read piece by piece, straight to a device and past the page cache.
+
+Where device and host share memory, a file that is mapped and copied to the device lies there twice,
+and the kernel takes its pages back one by one. So files are read into a buffer that is used again,
+and what was read leaves the page cache at once.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,7 +39,17 @@ DTYPES = {
 }
 """Names of types in a file's header."""
 
+PIECE_BYTES = 16 * 2**20
+"""Read at once. A device gets its tensors through one such piece of host memory per thread."""
+
+Checksums = Mapping[str, int]
+"""CRC-32 of the bytes of each tensor."""
+
 _AGAIN = "download the base model again"
+
+
+class DamagedError(StageError):
+    """A tensor differs from what was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,45 +57,35 @@ class Entry:
     """A tensor of a file."""
 
     dtype: str
-    """One of `DTYPES`, or one that is not known here."""
+    """One of `DTYPES`, or a type that strixft does not read."""
     shape: tuple[int, ...]
     start: int
-    """Of its first byte, counted from the begin of the file."""
+    """Offset of its first byte in the file."""
     size_bytes: int
 
 
-class Shard:
+class Shard(contextlib.AbstractContextManager["Shard"]):
     """One safetensors file, open for reading.
 
     Args:
         path: The file.
 
     Raises:
-        StageError: It is none, or not whole.
+        StageError: It is truncated or not a safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.first, self.entries = _read_header(path)
-        """Where the header ends, and the tensors by name, in the order of their places."""
+        self.entries = _read_header(path)
+        """The tensors by name, in the order of their offsets."""
         self._file = path.open("rb", buffering=0)
 
-    def __enter__(self) -> Shard:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._drop(0, 0)  # what was read ahead, and pages that two tensors share
         self._file.close()
 
     def read(self, buffer: Tensor, start: int) -> None:
-        """Fill a buffer on the host, (bytes,) in uint8, from a place of the file.
-
-        Safe to call from several threads.
+        """Fill a host buffer, uint8 (bytes,), from an offset of the file; from any thread.
 
         Raises:
             StageError: The file ends before.
@@ -95,68 +99,29 @@ class Shard:
         self._drop(start, done)
 
     def _drop(self, start: int, size_bytes: int) -> None:
-        """Take a stretch out of the page cache; 0 bytes are all up to the end."""
+        """Drop a stretch from the page cache; 0 bytes mean up to the end."""
         os.posix_fadvise(self._file.fileno(), start, size_bytes, os.POSIX_FADV_DONTNEED)
 
 
-def _read_header(path: Path) -> tuple[int, dict[str, Entry]]:
+def _read_header(path: Path) -> dict[str, Entry]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt"):  # checks places and sizes; touches no tensor
+        with safe_open(path, framework="pt"):  # checks offsets and sizes; touches no tensor
             pass
     except SafetensorError as error:
-        raise StageError(f"{path} is no whole safetensors file: {error}", fix=_AGAIN) from None
+        raise StageError(
+            f"{path} is truncated or not a safetensors file: {error}", fix=_AGAIN
+        ) from None
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
-    first = 8 + size
-    rows = sorted(header.items(), key=lambda row: row[1]["data_offsets"])
-    return first, {name: _entry(first, row) for name, row in rows}
-
-
-def _entry(first: int, row: dict[str, list[int]]) -> Entry:
-    start, end = row["data_offsets"]
-    return Entry(str(row["dtype"]), tuple(row["shape"]), first + start, end - start)
-
-
-PIECE_BYTES = 16 * 2**20
-"""Read at once. A device gets its tensors through one such piece of host memory per thread."""
-
-Sums = Mapping[str, int]
-"""CRC-32 of tensors' bytes, by name."""
-
-
-class DamagedError(StageError):
-    """A tensor is not what was written."""
-
-
-class StreamedTensor:
-    """A tensor of a file, as transformers takes it from `safetensors`' own reader.
-
-    Args:
-        reader: Reads it.
-        shard: Its file.
-        name: Of the tensor.
-    """
-
-    def __init__(self, reader: Reader, shard: Shard, name: str) -> None:
-        self._reader, self._shard, self._name = reader, shard, name
-        self.entry: Entry = shard.entries[name]
-
-    def get_dtype(self) -> str:
-        """The type's name in the file's header."""
-        return self.entry.dtype
-
-    def get_shape(self) -> list[int]:
-        """The sizes."""
-        return list(self.entry.shape)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        """The tensor on its device; with `...` all of it, else the part of that index."""
-        whole = self._reader.read(self._shard, self._name)
-        return whole if index is ... else whole[index]
+    entries = {}
+    for name, row in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = row["data_offsets"]
+        entries[name] = Entry(row["dtype"], tuple(row["shape"]), 8 + size + start, end - start)
+    return entries
 
 
 class Reader:
@@ -165,83 +130,103 @@ class Reader:
     Args:
         device: Where they go.
         bar: Counts bytes.
-        sums: What the bytes should add up to; not checked where it is None.
+        checksums: Expected checksums; None to skip the check.
     """
 
-    def __init__(self, device: str, bar: Any, sums: Sums | None) -> None:
-        self._device, self._bar, self._sums = torch.device(device), bar, sums
+    def __init__(self, device: str, bar: Any, checksums: Checksums | None) -> None:
+        self._device, self._bar, self._checksums = torch.device(device), bar, checksums
         self._of_thread, self._lock = threading.local(), threading.Lock()
 
     def read(self, shard: Shard, name: str) -> Tensor:
-        """A tensor on the device.
+        """Return a tensor of a file, in its stored shape and type, on the device.
 
         Raises:
-            StageError: Its file ends before.
-            DamagedError: It does not add up.
+            StageError: The file ends before.
+            DamagedError: The checksum differs.
         """
-        entry, sum_ = shard.entries[name], 0
+        entry, checksum = shard.entries[name], 0
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device=self._device)
         flat = tensor.view(-1).view(torch.uint8)
         for start in range(0, len(flat), PIECE_BYTES):
             target = flat[start : start + PIECE_BYTES]
-            sum_ = self._read_piece(shard, entry.start + start, target, sum_)
-        if self._sums is not None and self._sums.get(name) != sum_:
+            on_host = target.device.type == "cpu"
+            piece = target if on_host else self._staging()[: len(target)]
+            shard.read(piece, entry.start + start)
+            if not on_host:
+                target.copy_(piece)
+            if self._checksums is not None:
+                checksum = zlib.crc32(piece.numpy().data, checksum)
+            with self._lock:
+                self._bar.update(len(target))
+        if self._checksums is not None and self._checksums.get(name) != checksum:
             raise DamagedError(
-                f"{name} in {shard.path} is not what was written", fix="type the same command again"
+                f"{name} in {shard.path} is not what was written", fix="run the same command again"
             )
         return tensor
 
-    def _read_piece(self, shard: Shard, start: int, target: Tensor, sum_: int) -> int:
-        """Read a piece; returns the sum with it."""
-        on_host = target.device.type == "cpu"
-        piece = target if on_host else self._staging()[: len(target)]
-        shard.read(piece, start)
-        if not on_host:
-            target.copy_(piece)
-        with self._lock:
-            self._bar.update(len(target))
-        return sum_ if self._sums is None else zlib.crc32(piece.numpy().data, sum_)
-
     def _staging(self) -> Tensor:
+        """Return this thread's piece of host memory, uint8 (PIECE_BYTES,)."""
         if not hasattr(self._of_thread, "piece"):
             self._of_thread.piece = torch.empty(PIECE_BYTES, dtype=torch.uint8)
         piece: Tensor = self._of_thread.piece
         return piece
 
 
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor of a file with the methods of safetensors' slices, which transformers calls."""
+
+    reader: Reader
+    shard: Shard
+    name: str
+
+    def get_dtype(self) -> str:
+        """Return the type's name in the file's header."""
+        return self.shard.entries[self.name].dtype
+
+    def get_shape(self) -> list[int]:
+        """Return the sizes."""
+        return list(self.shard.entries[self.name].shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Return the tensor on its device: all of it for `...`, else the part of that index."""
+        whole = self.reader.read(self.shard, self.name)
+        return whole if index is ... else whole[index]
+
+
 @contextlib.contextmanager
 def streaming(
-    paths: Sequence[Path], device: str, sums: Sums | None = None
+    paths: Sequence[Path], device: str, checksums: Checksums | None = None
 ) -> Iterator[dict[str, StreamedTensor]]:
-    """All tensors of some files, read when they are asked for, with a progress bar.
+    """Lend all tensors of some files, read when they are asked for, with a progress bar.
 
     Args:
         paths: Safetensors files.
         device: Where the tensors go.
-        sums: What the bytes of each tensor should add up to.
+        checksums: Expected checksums; None to skip the check.
 
     Raises:
-        StageError: A file is not whole, or a tensor's type is not known.
+        StageError: A file is truncated.
     """
     with contextlib.ExitStack() as stack:
         shards = [stack.enter_context(Shard(path)) for path in paths]
         total = sum(entry.size_bytes for shard in shards for entry in shard.entries.values())
         options = {"unit": "iB", "unit_scale": True, "unit_divisor": 1024}  # so: 3.2GiB/s
         bar = stack.enter_context(progress_bar(total=total, desc="weights", **options))
-        reader = Reader(device, bar, sums)
+        reader = Reader(device, bar, checksums)
         yield {
             name: StreamedTensor(reader, shard, name) for shard in shards for name in shard.entries
         }
 
 
-def sums_of(path: Path) -> dict[str, int]:
-    """CRC-32 of each tensor of a file, by name."""
-    found, piece = {}, torch.empty(PIECE_BYTES, dtype=torch.uint8)
+def checksums_of(path: Path) -> dict[str, int]:
+    """Return the CRC-32 of each tensor of a file."""
+    found, buffer = {}, torch.empty(PIECE_BYTES, dtype=torch.uint8)
     with Shard(path) as shard:
         for name, entry in shard.entries.items():
             found[name] = 0
             for start in range(0, entry.size_bytes, PIECE_BYTES):
-                part = piece[: min(PIECE_BYTES, entry.size_bytes - start)]
-                shard.read(part, entry.start + start)
-                found[name] = zlib.crc32(part.numpy().data, found[name])
+                piece = buffer[: min(PIECE_BYTES, entry.size_bytes - start)]
+                shard.read(piece, entry.start + start)
+                found[name] = zlib.crc32(piece.numpy().data, found[name])
     return found

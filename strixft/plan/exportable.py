@@ -9,7 +9,7 @@ from strixft.catalog.methods import METHODS
 from strixft.model import gguf
 from strixft.model.files import model_folder, refuse_pickles
 from strixft.model.load import model_source
-from strixft.model.mergeable import _entries, check_merge
+from strixft.model.mergeable import base_entries, check_merge
 from strixft.recipe.schema import Recipe
 from strixft.servers.llama_cpp import require_runtime
 from strixft.support.errors import RecipeError, StageError
@@ -39,7 +39,7 @@ def require_kinds(recipe: Recipe, kinds: Collection[str]) -> None:
 def _merge_warnings(recipe: Recipe) -> list[str]:
     """Why what is trained cannot be merged, or why that is not known."""
     refuse_pickles(model_source(recipe.model))
-    entries = _entries(recipe)
+    entries = base_entries(recipe)
     if entries is None:
         why = "the files of the base are not on this machine: whether it can be merged is not known"
         return [f"{why} (hf download {recipe.model})"]
