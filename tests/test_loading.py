@@ -513,7 +513,7 @@ def test_the_plan_of_ready_made_weights_has_their_shapes(
 @pytest.mark.parametrize(
     ("settings", "method", "words", "fix"),
     [
-        (NF4, "lora", "stored as nf4, and method lora keeps them as native", "method: qlora"),
+        (NF4, "lora", "stored as nf4, and method lora stores them as native", "method: qlora"),
         ({"load_in_8bit": True}, "qlora", "stored as int8", "method: int8-lora"),
         (
             NF4 | {"bnb_4bit_quant_type": "fp4"},

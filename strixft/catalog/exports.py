@@ -1,4 +1,4 @@
-"""`KINDS`: what can be made of a trained run, and `QUANTISATIONS` of a GGUF file, as data."""
+"""`KINDS` of export of a trained run, and `QUANTISATIONS` of a GGUF file, as data."""
 
 from __future__ import annotations
 
@@ -8,37 +8,39 @@ from strixft.support.tables import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
-    """One thing that a server can use."""
+class ExportKind:
+    """One form of a trained model that a server can use."""
 
     name: str
     needs: tuple[str, ...] = ()
-    """Kinds that are made before it."""
+    """Kinds from which it is made."""
     why: str
 
 
-KINDS: Table[Kind] = Table(
+KINDS: Table[ExportKind] = Table(
     "export",
-    Kind(name="merged", why="a model folder for transformers, vLLM and llama.cpp's converter"),
-    Kind(name="gguf", needs=("merged",), why="one file for llama.cpp and all that is built on it"),
-    Kind(name="gguf-lora", why="the adapter alone, for a server that has the base as GGUF"),
-    Kind(name="ollama", needs=("merged", "gguf"), why="a Modelfile beside the GGUF file"),
-    Kind(
+    ExportKind(name="merged", why="a model folder for transformers, vLLM, llama.cpp's converter"),
+    ExportKind(
+        name="gguf", needs=("merged",), why="one file for llama.cpp and programs built on it"
+    ),
+    ExportKind(name="gguf-lora", why="the adapter alone, for a server that has the base as GGUF"),
+    ExportKind(name="ollama", needs=("merged", "gguf"), why="a Modelfile beside the GGUF file"),
+    ExportKind(
         name="lemonade",
         needs=("merged", "gguf"),
         why="the smallest GGUF file in a folder of its own, and the command for it",
     ),
-    Kind(name="vllm", needs=("merged",), why="the command that serves the merged folder"),
+    ExportKind(name="vllm", needs=("merged",), why="the command that serves the merged folder"),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantisation:
-    """How a GGUF file stores its weights, and how much it must answer like the trained model."""
+    """Storage of a GGUF file's weights, and the agreement with the trained model that it owes."""
 
     name: str
     bits: float
-    """Of a weight, about."""
+    """Approximate bits of a weight."""
     least_top1: float
     """Share of positions at which it must choose the trained model's token."""
     least_greedy: float
@@ -54,11 +56,11 @@ QUANTISATIONS: Table[Quantisation] = Table(
     Quantisation(name="q5_k_m", bits=5.7, least_top1=0.92, least_greedy=0.65),
     Quantisation(name="q4_k_m", bits=4.9, least_top1=0.88, least_greedy=0.5),
 )
-"""The bounds are ours: what a user should not lose without being told."""
+"""GGUF storage by name. The bounds are ours: a larger loss should not stay unnoticed."""
 
 
 def with_needs(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """Kinds and what they need, in the order in which they are made.
+    """Return kinds and the kinds they need, in the order in which they are made.
 
     >>> with_needs(("ollama",))
     ('merged', 'gguf', 'ollama')

@@ -1,14 +1,14 @@
 """`HOSTS`: memory and rates of a machine, one row each, every number with its source.
 
-`this_host()` reads the machine it runs on. Roots of `/proc` and `/sys` can be given, so that a
-recorded machine can be read as well. Below torch: nothing here needs it.
+`this_host()` reads this machine. The root of `/proc` and `/sys` can be given, so that a recorded
+machine can be read as well. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,62 +36,64 @@ class Sourced:
     source: str
 
 
-NO_WORKSPACE = Sourced(value=0, mark="derived", source="CPU libraries allocate outside torch")
+def _measured(value: float, source: str) -> Sourced:
+    return Sourced(value=value, mark="measured", source=source)
 
-NOTHING_OUTSIDE = Sourced(value=0, mark="derived", source="a CPU has no context")
 
-HIP_CONTEXT = Sourced(
-    value=700 * MIB, mark="measured", source="600–700 MB, unslothai/unsloth commit 300292b2f0"
+def _vendor(value: float, source: str) -> Sourced:
+    return Sourced(value=value, mark="vendor", source=source)
+
+
+def _derived(value: float, source: str) -> Sourced:
+    return Sourced(value=value, mark="derived", source=source)
+
+
+NO_WORKSPACE = _derived(0, "CPU libraries allocate outside torch")
+
+NOTHING_OUTSIDE = _derived(0, "a CPU has no context")
+
+HIP_CONTEXT = _measured(700 * MIB, "600–700 MB, unslothai/unsloth commit 300292b2f0")
+
+HIP_WORKSPACE = _derived(
+    108 * MIB, "hipBLAS 32 MiB + hipBLASLt 76 MiB, torch 2.14 ATen/cuda/CublasHandlePool.cpp"
 )
 
-HIP_WORKSPACE = Sourced(
-    value=108 * MIB,
-    mark="derived",
-    source="hipBLAS 32 MiB + hipBLASLt 76 MiB, torch 2.14 ATen/cuda/CublasHandlePool.cpp",
+CUDA_WORKSPACE = _measured(
+    64 * MIB,
+    "alive after training beyond all tensors, H200, torch 2.11, dev/LOG.md 2026-11-23",
 )
 
-CUDA_WORKSPACE = Sourced(
-    value=64 * MIB,
-    mark="measured",
-    source="alive after training beyond all tensors, H200, torch 2.11, dev/LOG.md 2026-11-23",
-)
-
-LAUNCH = Sourced(
-    value=25.5e-6,
-    mark="derived",
-    source="time ÷ launches of compiled steps that wait for them, QLoRA and LoRA alike, on an H200,"
+LAUNCH = _derived(
+    25.5e-6,
+    "time ÷ launches of compiled steps that wait for them, QLoRA and LoRA alike, on an H200,"
     " docs/plan-accuracy.md; not measured on other hosts",
 )
 
-UNPACK = Sourced(
-    value=0.4,
-    mark="derived",
-    source="bitsandbytes on an H200, 1.5 ps a weight: what a micro-batch takes whatever its rows,"
+UNPACK = _derived(
+    0.4,
+    "bitsandbytes on an H200, 1.5 ps a weight, in any micro-batch whatever its rows,"
     " docs/plan-accuracy.md; not measured on other hosts",
 )
 
-COMPILED_UNPACK = Sourced(
-    value=0.7,
-    mark="measured",
-    source="14,336 × 4,096 on an H200, 28,672 × 8,192 has 0.77, docs/performance.md;"
+COMPILED_UNPACK = _measured(
+    0.7,
+    "14,336 × 4,096 on an H200, 28,672 × 8,192 has 0.77, docs/performance.md;"
     " not measured on other hosts",
 )
 
-GAP = Sourced(
-    value=1.25e-6,
-    mark="derived",
-    source="compiled steps of 2 to 16 rows on an H200, QLoRA and LoRA alike, docs/plan-accuracy.md;"
+GAP = _derived(
+    1.25e-6,
+    "compiled steps of 2 to 16 rows on an H200, QLoRA and LoRA alike, docs/plan-accuracy.md;"
     " not measured on other hosts",
 )
 
-PYTHON = Sourced(
-    value=14e-3,
-    mark="derived",
-    source="LoRA and QLoRA of a 1B, 1 × 1024 tokens, beyond their launches, on an H200:"
+PYTHON = _derived(
+    14e-3,
+    "LoRA and QLoRA of a 1B, 1 × 1024 tokens, beyond their launches, on an H200:"
     " python dev/small_run.py qlora lora, 2026-11-30; not measured on other hosts",
 )
 
-NO_LAUNCH = Sourced(value=0, mark="derived", source="a CPU computes where it launches")
+NO_LAUNCH = _derived(0, "a CPU computes where it launches")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,186 +104,149 @@ class Host:
     device: Literal["cuda", "cpu"]
     """Device type in torch's terms; a ROCm device is `cuda` too."""
     unified: bool
-    """Device memory is the host's own memory, so the host's reserve comes off it."""
+    """Device memory is the host's own memory, so the host's reserve is subtracted from it."""
     memory_bytes: Sourced
-    """What a process may use before the host's reserve is taken off."""
+    """Memory that a process may use before the host's reserve is subtracted."""
     bfloat16: bool
     """Matrix products in bf16 run at full rate."""
     architecture: str = ""
-    """Of the GPU, such as `gfx1151`; empty where nothing depends on it."""
+    """Architecture of the GPU, such as `gfx1151`; empty if nothing depends on it."""
     here: bool = False
-    """It is this machine, so what runs on it can be tried before it is used."""
+    """It is this machine, so everything can be tried on it before it is used."""
     workspace_bytes: Sourced = NO_WORKSPACE
-    """What BLAS keeps inside torch's allocator once it has run."""
+    """Memory that BLAS keeps inside torch's allocator once it has run."""
     driver_bytes: Sourced | None = None
-    """What the driver gives of unified memory; the host's reserve does not come off it."""
+    """Unified memory that the driver gives; the host's reserve is not subtracted from it."""
     outside_bytes: Sourced = NOTHING_OUTSIDE
     """Device memory that a process takes outside torch's allocator: the context, code objects."""
     bandwidth_bytes_per_s: Sourced | None = None
     matmul_flop_per_s: Mapping[str, Sourced] = field(default_factory=dict)
     """Rate of large square products by dtype."""
     launch_s: Sourced = LAUNCH
-    """What an operator takes the processor to launch, Python included."""
+    """Processor time to launch an operator, Python included."""
     python_s: Sourced = PYTHON
-    """What a micro-batch takes the processor besides its launches."""
+    """Processor time of a micro-batch besides its launches."""
     unpack_share: Sourced = UNPACK
     """Share of the bandwidth at which 4-bit matrices are written out to be multiplied."""
     compiled_unpack_share: Sourced = COMPILED_UNPACK
-    """The same where a compiled layer's own kernel does it."""
+    """The same share for the kernel of a compiled layer."""
     gap_s: Sourced = GAP
-    """What passes on the device between the end of one kernel and the work of the next."""
+    """Time on the device between the end of one kernel and the work of the next."""
     bus_bytes_per_s: Sourced | None = None
-    """What the memory bus can move at most, by its width and clock."""
+    """Most that the memory bus can move, by its width and clock."""
     peak_flop_per_s: Sourced | None = None
-    """What the matrix units can do at most, dense, in 16 bit."""
+    """Most that the matrix units can do, dense, in 16 bit."""
     quirks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a run may use, and where that was read."""
+    """Memory that a run may use, and its origin."""
 
     num_bytes: int
     source: str
 
 
-_GUIDE = "ROCm/TheRock#5314 (4096³, forward layout, hipBLASLt)"
-
 _SPARK = "huggingface/kernels PR #283"
 
-_STRIX_BUS = Sourced(value=256e9, mark="derived", source="256 bit × 8000 MT/s")
-
-_STRIX_PEAK = Sourced(
-    value=59.4e12,
-    mark="derived",
-    source="512 FLOP × 40 CU × 2.9 GHz, lhl/strix-halo-testing: llm-bench/README.md",
+_STRIX_HALO_128 = Host(
+    name="strix-halo-128",
+    device="cuda",
+    unified=True,
+    memory_bytes=_derived(
+        125 * GIB, "MemTotal of a 128 GB board with a 0.5 GiB carve-out and GTT raised"
+    ),
+    bfloat16=True,
+    architecture=STRIX_HALO,
+    workspace_bytes=HIP_WORKSPACE,
+    outside_bytes=HIP_CONTEXT,
+    bandwidth_bytes_per_s=_measured(212.6e9, "lhl/strix-halo-testing: hardware-test/README.md"),
+    matmul_flop_per_s={
+        "bfloat16": _measured(32.4e12, "ROCm/TheRock#5314 (4096³, forward layout, hipBLASLt)"),
+        "float32": _measured(3.1e12, "ROCm/ROCm#5807"),
+    },
+    bus_bytes_per_s=_derived(256e9, "256 bit × 8000 MT/s"),
+    peak_flop_per_s=_derived(
+        59.4e12, "512 FLOP × 40 CU × 2.9 GHz, lhl/strix-halo-testing: llm-bench/README.md"
+    ),
+    quirks=("over-commit can freeze the host instead of raising an error",),
 )
 
+_H200 = Host(
+    name="h200-141",
+    device="cuda",
+    unified=False,
+    memory_bytes=_measured(143771 * MIB, "nvidia-smi, H200"),
+    bfloat16=True,
+    workspace_bytes=CUDA_WORKSPACE,
+    bandwidth_bytes_per_s=_measured(4.25e12, "strixft bench bandwidth, torch 2.11"),
+    matmul_flop_per_s={
+        "bfloat16": _measured(
+            680e12, "strixft bench gemm, 8192³, torch 2.11: 664 to 697 on five cards at 700 W"
+        )
+    },
+    bus_bytes_per_s=_vendor(4.8e12, "H200 datasheet"),
+    peak_flop_per_s=_vendor(989e12, "H200 datasheet"),
+)
 
 HOSTS: Table[Host] = Table(
     "host",
-    Host(
-        name="strix-halo-128",
-        device="cuda",
-        unified=True,
-        memory_bytes=Sourced(
-            value=125 * GIB,
-            mark="derived",
-            source="MemTotal of a 128 GB board with a 0.5 GiB carve-out and GTT raised",
-        ),
-        bfloat16=True,
-        architecture=STRIX_HALO,
-        workspace_bytes=HIP_WORKSPACE,
-        outside_bytes=HIP_CONTEXT,
-        bandwidth_bytes_per_s=Sourced(
-            value=212.6e9, mark="measured", source="lhl/strix-halo-testing: hardware-test/README.md"
-        ),
-        matmul_flop_per_s={
-            "bfloat16": Sourced(value=32.4e12, mark="measured", source=_GUIDE),
-            "float32": Sourced(value=3.1e12, mark="measured", source="ROCm/ROCm#5807"),
-        },
-        bus_bytes_per_s=_STRIX_BUS,
-        peak_flop_per_s=_STRIX_PEAK,
-        quirks=("over-commit can freeze the host instead of raising an error",),
-    ),
-    Host(
+    _STRIX_HALO_128,
+    replace(
+        _STRIX_HALO_128,
         name="strix-halo-64",
-        device="cuda",
-        unified=True,
-        memory_bytes=Sourced(
-            value=62 * GIB,
-            mark="derived",
-            source="as strix-halo-128, for a 64 GB board",
-        ),
-        bfloat16=True,
-        architecture=STRIX_HALO,
-        workspace_bytes=HIP_WORKSPACE,
-        outside_bytes=HIP_CONTEXT,
-        bandwidth_bytes_per_s=Sourced(
-            value=212.6e9, mark="derived", source="same memory bus as strix-halo-128"
-        ),
-        matmul_flop_per_s={
-            "bfloat16": Sourced(value=32.4e12, mark="derived", source="same chip"),
-        },
-        bus_bytes_per_s=_STRIX_BUS,
-        peak_flop_per_s=_STRIX_PEAK,
-        quirks=("over-commit can freeze the host instead of raising an error",),
+        memory_bytes=_derived(62 * GIB, "as strix-halo-128, for a 64 GB board"),
+        bandwidth_bytes_per_s=_derived(212.6e9, "same memory bus as strix-halo-128"),
+        matmul_flop_per_s={"bfloat16": _derived(32.4e12, "same chip")},
     ),
     Host(
         name="dgx-spark",
         device="cuda",
         unified=True,
-        memory_bytes=Sourced(value=121 * GIB, mark="measured", source="JustVugg/colibri#136"),
+        memory_bytes=_measured(121 * GIB, "JustVugg/colibri#136"),
         bfloat16=True,
         workspace_bytes=CUDA_WORKSPACE,
-        bandwidth_bytes_per_s=Sourced(value=218e9, mark="measured", source=_SPARK),
-        matmul_flop_per_s={"bfloat16": Sourced(value=92e12, mark="measured", source=_SPARK)},
-        bus_bytes_per_s=Sourced(value=273e9, mark="vendor", source="DGX Spark datasheet"),
+        bandwidth_bytes_per_s=_measured(218e9, _SPARK),
+        matmul_flop_per_s={"bfloat16": _measured(92e12, _SPARK)},
+        bus_bytes_per_s=_vendor(273e9, "DGX Spark datasheet"),
     ),
     Host(
         name="v100-32",
         device="cuda",
         unified=False,
-        memory_bytes=Sourced(value=32510 * MIB, mark="vendor", source="Tesla V100 SXM2 32 GB"),
+        memory_bytes=_vendor(32510 * MIB, "Tesla V100 SXM2 32 GB"),
         bfloat16=False,
         workspace_bytes=CUDA_WORKSPACE,
-        bandwidth_bytes_per_s=Sourced(value=900e9, mark="vendor", source="V100 datasheet"),
+        bandwidth_bytes_per_s=_vendor(900e9, "V100 datasheet"),
         matmul_flop_per_s={
-            "float16": Sourced(value=95e12, mark="measured", source="lablup/mlxcel#1654"),
-            "float32": Sourced(value=14e12, mark="measured", source="lablup/mlxcel#1654"),
+            "float16": _measured(95e12, "lablup/mlxcel#1654"),
+            "float32": _measured(14e12, "lablup/mlxcel#1654"),
         },
-        bus_bytes_per_s=Sourced(value=900e9, mark="vendor", source="V100 datasheet"),
-        peak_flop_per_s=Sourced(value=125e12, mark="vendor", source="V100 datasheet"),
+        bus_bytes_per_s=_vendor(900e9, "V100 datasheet"),
+        peak_flop_per_s=_vendor(125e12, "V100 datasheet"),
         quirks=("no bf16 in hardware: fp16 with loss scaling",),
     ),
-    Host(
+    replace(
+        _H200,
         name="h100-80",
-        device="cuda",
-        unified=False,
-        memory_bytes=Sourced(
-            value=81559 * MIB, mark="measured", source="nvidia-smi, H100 80GB HBM3"
-        ),
-        bfloat16=True,
-        workspace_bytes=CUDA_WORKSPACE,
-        bandwidth_bytes_per_s=Sourced(value=3.35e12, mark="vendor", source="H100 SXM datasheet"),
-        matmul_flop_per_s={
-            "bfloat16": Sourced(value=680e12, mark="derived", source="as an H200, the same chip")
-        },
-        bus_bytes_per_s=Sourced(value=3.35e12, mark="vendor", source="H100 SXM datasheet"),
-        peak_flop_per_s=Sourced(value=989e12, mark="vendor", source="H100 SXM datasheet"),
+        memory_bytes=_measured(81559 * MIB, "nvidia-smi, H100 80GB HBM3"),
+        bandwidth_bytes_per_s=_vendor(3.35e12, "H100 SXM datasheet"),
+        matmul_flop_per_s={"bfloat16": _derived(680e12, "as an H200, the same chip")},
+        bus_bytes_per_s=_vendor(3.35e12, "H100 SXM datasheet"),
+        peak_flop_per_s=_vendor(989e12, "H100 SXM datasheet"),
     ),
-    Host(
-        name="h200-141",
-        device="cuda",
-        unified=False,
-        memory_bytes=Sourced(value=143771 * MIB, mark="measured", source="nvidia-smi, H200"),
-        bfloat16=True,
-        workspace_bytes=CUDA_WORKSPACE,
-        bandwidth_bytes_per_s=Sourced(
-            value=4.25e12, mark="measured", source="strixft bench bandwidth, torch 2.11"
-        ),
-        matmul_flop_per_s={
-            "bfloat16": Sourced(
-                value=680e12,
-                mark="measured",
-                source="strixft bench gemm, 8192³, torch 2.11: 664 to 697 on five cards at 700 W",
-            )
-        },
-        bus_bytes_per_s=Sourced(value=4.8e12, mark="vendor", source="H200 datasheet"),
-        peak_flop_per_s=Sourced(value=989e12, mark="vendor", source="H200 datasheet"),
-    ),
+    _H200,
 )
-
 
 THIS_MACHINE = ("auto", "cpu")
 """Names that stand for this machine, and for its CPU alone."""
 
 
 def known_host(name: str) -> str:
-    """A host's name, if there is such a host.
+    """Return a host's name after checking that the host exists.
 
     Raises:
-        RecipeError: There is none.
+        RecipeError: There is no such host.
     """
     names = [*THIS_MACHINE, *HOSTS]
     if name not in names:
@@ -290,7 +255,7 @@ def known_host(name: str) -> str:
 
 
 def budget(host: Host, reserve_gib: float) -> Budget:
-    """What a run may use on a host: its memory, less the reserve where memory is shared.
+    """Return the memory that a run may use: the host's, less the reserve if memory is unified.
 
     Raises:
         FitError: Nothing is left.
@@ -314,10 +279,10 @@ def budget(host: Host, reserve_gib: float) -> Budget:
 
 
 def read_meminfo(root: Path = Path("/")) -> dict[str, int]:
-    """`/proc/meminfo` in bytes; lines that hold no number of KiB are left out.
+    """Return `/proc/meminfo` in bytes, without lines that have no number of KiB.
 
     Raises:
-        HostError: There is none.
+        HostError: The file cannot be read.
     """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -331,7 +296,7 @@ def read_meminfo(root: Path = Path("/")) -> dict[str, int]:
 
 
 def _read_text(path: Path) -> str:
-    """A small file of the kernel; empty where it is absent or unreadable."""
+    """Return a small file of the kernel, or an empty text if it cannot be read."""
     try:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -340,18 +305,18 @@ def _read_text(path: Path) -> str:
 
 def _read_int(path: Path) -> int | None:
     text = _read_text(path)
-    return int(text) if text.isdecimal() and text.isascii() else None  # "max" is no number
+    return int(text) if text.isdecimal() and text.isascii() else None  # not "max"
 
 
 _CGROUPS = {
     "": ("", "memory.max", "memory.current", ""),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 }
-"""By controller, as `/proc/self/cgroup` has it: folder, limit, use, prefix in `memory.stat`."""
+"""Controller in `/proc/self/cgroup` → folder, files with limit and use, prefix in `memory.stat`."""
 
 
 def _cgroup_left(root: Path) -> tuple[int, Path] | None:
-    """What the tightest limit on this process leaves it, and the file with that limit.
+    """Return the bytes that the tightest limit on this process leaves, and the file with the limit.
 
     A limit on any control group above the process's own holds for it too.
     """
@@ -368,9 +333,9 @@ def _cgroup_left(root: Path) -> tuple[int, Path] | None:
 
 
 def _left_in(folder: Path, limit: str, current: str, prefix: str) -> list[tuple[int, Path]]:
-    """What the limit of one control group leaves; nothing where it has none.
+    """Return the bytes that the limit of a control group leaves; empty if it has no limit.
 
-    Files in the page cache count as used, and are dropped before anything is killed.
+    Files in the page cache count as used, but are dropped before anything is killed.
     """
     most, used = _read_int(folder / limit), _read_int(folder / current)
     if most is None or used is None:
@@ -381,7 +346,7 @@ def _left_in(folder: Path, limit: str, current: str, prefix: str) -> list[tuple[
 
 
 def available_host_memory(root: Path = Path("/")) -> Sourced:
-    """What the kernel says a new process could still take, or a control group's limit leaves.
+    """Return the memory that a new process could take, by the kernel or a control group's limit.
 
     Raises:
         HostError: The kernel does not say.
@@ -399,15 +364,9 @@ def available_host_memory(root: Path = Path("/")) -> Sourced:
     return Sourced(value=available, mark="read here", source="MemAvailable of /proc/meminfo")
 
 
-def _amd_cards(root: Path) -> list[Path]:
-    devices = (root / "sys/class/drm").glob("card*/device")
-    amd = [device for device in devices if _read_text(device / "vendor") == AMD_VENDOR]
-    return sorted(amd, key=lambda device: (len(device.parent.name), device.parent.name))
-
-
 @dataclass(frozen=True, slots=True)
 class AmdCard:
-    """One AMD display device and its memory, in bytes; None where a file cannot be read."""
+    """One AMD display device and its memory, in bytes; None if a file cannot be read."""
 
     folder: Path
     device_id: str
@@ -419,48 +378,50 @@ class AmdCard:
 
     @property
     def is_strix_halo(self) -> bool:
-        """The GPU of a Strix Halo chip, gfx1151."""
+        """Whether it is the GPU of a Strix Halo chip, gfx1151."""
         return self.device_id == STRIX_HALO_DEVICE
 
 
 def read_amd_cards(root: Path = Path("/")) -> list[AmdCard]:
-    """AMD display devices in the order of their numbers."""
+    """Return the AMD display devices in the order of their numbers."""
+    devices = (root / "sys/class/drm").glob("card*/device")
+    amd = [device for device in devices if _read_text(device / "vendor") == AMD_VENDOR]
+    amd.sort(key=lambda device: (len(device.parent.name), device.parent.name))
     names = ("gtt_total", "gtt_used", "vram_total", "vram_used")
     return [
         AmdCard(
-            folder,
-            _read_text(folder / "device"),
-            *(_read_int(folder / f"mem_info_{name}") for name in names),
+            device,
+            _read_text(device / "device"),
+            *(_read_int(device / f"mem_info_{name}") for name in names),
         )
-        for folder in _amd_cards(root)
+        for device in amd
     ]
 
 
 def amd_memory(root: Path = Path("/")) -> tuple[Sourced, bool] | None:
-    """Free device memory of the first AMD card, and whether it is the host's own memory.
+    """Return the free device memory of the first AMD card, and whether it is the host's memory.
 
-    GTT larger than VRAM: the driver places device memory in GTT (kernel commit 759e764), which is
-    system memory. Otherwise it is the VRAM carve-out, which the host does not see.
+    If GTT is larger than VRAM, the driver places device memory in GTT (kernel commit 759e764),
+    which is system memory. Otherwise it is the VRAM carve-out, which the host does not see.
     """
-    for device in _amd_cards(root):
-        names = ("gtt_total", "gtt_used", "vram_total", "vram_used")
-        read = {name: _read_int(device / f"mem_info_{name}") for name in names}
-        if any(value is None for value in read.values()):
+    for card in read_amd_cards(root):
+        gtt, gtt_used, vram, vram_used = (
+            card.gtt_total, card.gtt_used, card.vram_total, card.vram_used
+        )  # fmt: skip
+        if gtt is None or gtt_used is None or vram is None or vram_used is None:
             continue
-        gtt, gtt_used, vram, vram_used = (read[name] or 0 for name in names)
-        if vram >= gtt:
-            source = f"{device}/mem_info_vram_total − used"
-            return Sourced(value=vram - vram_used, mark="read here", source=source), False
-        source = f"{device}/mem_info_gtt_total − used"
-        return Sourced(value=gtt - gtt_used, mark="read here", source=source), True
+        unified = vram < gtt
+        source = f"{card.folder}/mem_info_{'gtt' if unified else 'vram'}_total − used"
+        free = gtt - gtt_used if unified else vram - vram_used
+        return Sourced(value=free, mark="read here", source=source), unified
     return None
 
 
 def this_host(root: Path = Path("/"), *, device: str = "cpu") -> Host:
-    """The machine this runs on, read now.
+    """Read this machine.
 
     Args:
-        root: Where `/proc` and `/sys` are found.
+        root: Folder that holds `/proc` and `/sys`.
         device: Device type that torch offers, `cuda` or `cpu`; this module does not ask torch.
     """
     if device == "cuda" and (found := amd_memory(root)) is not None:

@@ -1,4 +1,4 @@
-"""`METHODS`: how the base is stored and what is trained, as data."""
+"""`METHODS`: storage of the base and trained weights of each method, as data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from strixft.support.tables import Table
 
 BITSANDBYTES = "bitsandbytes>=0.50,<0.51"
-"""What stores weights in 4 bits; before 0.50 garbage came back on RDNA (its PR #1885)."""
+"""Stores weights in 4 bits; versions before 0.50 return garbage on RDNA (its PR #1885)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,10 +17,10 @@ class Method:
 
     name: str
     base: Literal["native", "nf4", "int8"]
-    """How the base is kept in memory: in the device's own dtype, in 4-bit NF4 blocks, or in 8-bit
-    integers with a scale a row."""
+    """Storage of the base: the device's own dtype, 4-bit NF4 blocks, or 8-bit integers with a scale
+    for each row."""
     adapter: Literal["none", "lora", "dora"]
-    """What is trained beside the frozen base; `none` trains every weight of the base."""
+    """Weights trained beside the frozen base; `none` trains every weight of the base."""
     why: str
     source: str
 

@@ -1,6 +1,6 @@
-"""`MODELS`: models whose `config.json` comes with the package; most are reconstructed.
+"""`MODELS`: models whose `config.json` comes with the package; most files are reconstructed.
 
-`strixft/configs/README.md` says which were compared with a public copy.
+`configs/README.md` beside this file says which were compared with a public copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEFT_OUT = {
         "head_dim": 256,
     }
 }
-"""What a file leaves out, by type: transformers 5.23, `Gemma3TextConfig`."""
+"""Defaults that a file leaves out, by type: transformers 5.23, `Gemma3TextConfig`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +39,12 @@ class ModelShape:
 
     @property
     def path(self) -> Path:
-        """Its file."""
+        """Path to its file."""
         return CONFIGS / f"{self.name.replace('/', '--')}.json"
 
     @property
     def text_config(self) -> dict[str, Any]:
-        """The numbers of its text model."""
+        """Settings of its text model, with the defaults that the file leaves out."""
         text: dict[str, Any] = {**self.config.get("text_config", self.config)}
         return LEFT_OUT.get(text["model_type"], {}) | text
 

@@ -1,6 +1,6 @@
-"""Rates of this machine: what `strixft bench` measured here, else those of its chip in `HOSTS`.
+"""Rates of this machine: measured here by `strixft bench`, else those of its chip in `HOSTS`.
 
-Below torch. The measured ones stand in `hosts.json` of the data folder, by device.
+Nothing here needs torch. `hosts.json` of the data folder holds the measured rates by device.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ FOLDER = "STRIXFT_DATA"
 
 
 def data_folder() -> Path:
-    """Where measurements are kept: the folder of `FOLDER`, or `~/.local/share/strixft`."""
+    """Return the folder of measurements: that of `FOLDER`, or `~/.local/share/strixft`."""
     share = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share"))
     return Path(os.environ.get(FOLDER) or share / "strixft")
 
 
 def hosts_file() -> Path:
-    """Where the measured rates stand."""
+    """Return the file with the measured rates."""
     return data_folder() / "hosts.json"
 
 
 def cpu_name(root: Path = Path("/")) -> str:
-    """What the kernel calls the processor."""
+    """Return the kernel's name of the processor."""
     try:
         text = (root / "proc/cpuinfo").read_text()
     except OSError:
@@ -55,7 +55,7 @@ def cpu_name(root: Path = Path("/")) -> str:
 
 
 def device_name(host: Host, root: Path = Path("/")) -> str:
-    """By what the rates of a device are found again: its name, or its number on the PCI bus."""
+    """Return the key of a device's rates: its name, or its number on the PCI bus."""
     if host.device == "cpu":
         return cpu_name(root)
     cards = read_amd_cards(root)
@@ -63,7 +63,7 @@ def device_name(host: Host, root: Path = Path("/")) -> str:
 
 
 def row_of(host: Host, root: Path = Path("/")) -> Host | None:
-    """The row of `HOSTS` with the same chip; None where there is none."""
+    """Return the row of `HOSTS` with the same chip, or None."""
     if host.name in HOSTS:
         return HOSTS[host.name]
     if host.device == "cpu":
@@ -93,7 +93,7 @@ def _read() -> dict[str, Any]:
 
 
 def measured_rates(device: str) -> dict[str, Any]:
-    """Measured rates of a device, as `Host` takes them; empty where there are none.
+    """Return the measured rates of a device by their names in `Host`; empty if there are none.
 
     Raises:
         HostError: The file cannot be read.
@@ -109,15 +109,15 @@ def measured_rates(device: str) -> dict[str, Any]:
 def write_rates(
     device: str, bandwidth: Sourced | None = None, matmul: Mapping[str, Sourced] | None = None
 ) -> Path:
-    """Keep measured rates of a device; those that are not given stay as they are.
+    """Save measured rates of a device; other rates of it do not change.
 
     Args:
-        device: As `device_name` gives it.
+        device: As `device_name` returns it.
         bandwidth: Bytes per second.
         matmul: FLOP per second by dtype.
 
     Raises:
-        HostError: The file of another version is in the way.
+        HostError: The file belongs to another version.
     """
     hosts = _read()
     row = hosts.setdefault(device, {})
@@ -133,10 +133,10 @@ def write_rates(
 
 
 def with_rates(host: Host, root: Path = Path("/")) -> Host:
-    """A host with the rates measured here, else with those of the same chip in `HOSTS`.
+    """Return a host with the rates measured here, else with those of the same chip in `HOSTS`.
 
     Raises:
-        HostError: The measured ones cannot be read.
+        HostError: The measured rates cannot be read.
     """
     row = row_of(host, root)
     known = {}

