@@ -68,7 +68,7 @@ def without(name: str) -> dict[str, Any]:
         (without("hidden_size"), "hidden_size is missing"),
         (without("num_hidden_layers"), "num_hidden_layers is missing"),
         ({}, "model_type is missing"),
-        ([GOOD], "holds no settings"),
+        ([GOOD], "has no settings"),
         ("{", "not a valid JSON file"),
         ("", "not a valid JSON file"),
         ("\x00\x01", "not a valid JSON file"),

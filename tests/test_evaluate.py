@@ -337,7 +337,7 @@ def test_prompts_of_ones_own_are_answered_side_by_side(
     [
         ({"prompts": "nowhere.txt"}, "evaluate.prompts: .*nowhere.txt cannot be read"),
         ({"prompts": ["What?", " "]}, "evaluate.prompts: holds an empty prompt"),
-        ({"task_folder": "nowhere"}, "evaluate.task_folder: .*nowhere is no folder"),
+        ({"task_folder": "nowhere"}, "evaluate.task_folder: .*nowhere is not a folder"),
     ],
 )
 def test_what_is_not_there_is_told_at_once(

@@ -175,7 +175,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"export.gguf": []}, "export.gguf: should name at least one quantisation"),
     (
         {"evaluate.pattern": "("},
-        "evaluate.pattern: is no regular expression: missing ), unterminated subpattern at"
+        "evaluate.pattern: is not a regular expression: missing ), unterminated subpattern at"
         " position 0",
     ),
     ({"offline": "perhaps"}, "offline: should be true or false, it is 'perhaps'"),
@@ -324,16 +324,16 @@ def test_a_tab_is_named_with_its_line(write: Callable[[str], Path]) -> None:
 def test_a_file_without_settings_is_refused(write: Callable[[str], Path], content: str) -> None:
     path = write(content)
     error = refusal(path)
-    assert error.problem == f"{path} holds no settings"
+    assert error.problem == f"{path} has no settings"
     assert error.fix == "strixft recipe demo   shows one"
 
 
 @pytest.mark.parametrize(
     ("lines", "fault"),
     [
-        ("model: other\n", "line 3: the key 'model' stands twice"),
-        ("train:\n  seed: 1\n  seed: 1\n", "line 5: the key 'seed' stands twice"),
-        ("train: {seed: 1, seed: 1}\n", "line 3: the key 'seed' stands twice"),
+        ("model: other\n", "line 3: the key 'model' appears twice"),
+        ("train:\n  seed: 1\n  seed: 1\n", "line 5: the key 'seed' appears twice"),
+        ("train: {seed: 1, seed: 1}\n", "line 3: the key 'seed' appears twice"),
     ],
 )
 def test_a_key_that_stands_twice_is_refused_with_its_line(
@@ -447,7 +447,7 @@ def test_an_override_that_is_not_yaml_is_refused() -> None:
 
 
 def test_a_key_twice_in_the_value_of_an_override_is_refused() -> None:
-    with pytest.raises(RecipeError, match="the key 'r' stands twice"):
+    with pytest.raises(RecipeError, match="the key 'r' appears twice"):
         parse_override("lora={r: 1, r: 2}")
 
 

@@ -82,7 +82,7 @@ def test_a_source_that_says_nothing_is_refused(source: str, tmp_path: Path) -> N
 
 def test_a_mapping_names_columns_of_a_format() -> None:
     with pytest.raises(
-        RecipeError, match="'promt' is no column of a format; did you mean 'prompt'"
+        RecipeError, match="'promt' is not a column of a format; did you mean 'prompt'"
     ):
         check_recipe(
             {"model": "m", "dataset": {"source": "x", "columns": {"promt": "a"}}}, name="r"

@@ -197,7 +197,7 @@ def check_raw(raw: Any, place: str) -> None:
         RecipeError: With every fault found.
     """
     if not isinstance(raw, Mapping):
-        raise RecipeError(f"{place} holds no settings", fix=f"write {place} again")
+        raise RecipeError(f"{place} has no settings", fix=f"write {place} again")
     if "auto_map" in raw:
         return  # its own code says what it is
     _check_type(raw, place)

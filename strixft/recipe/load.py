@@ -1,7 +1,6 @@
-"""The recipe: what one run does, as a YAML file checked before anything else happens.
+"""Read a recipe: the YAML file that describes one run, checked before anything else happens.
 
-Unknown keys are refused, all faults are reported together, and every setting has one docstring,
-from which `strixft recipe --explain` and `--schema` are made.
+Unknown keys are refused, and all faults are reported together.
 """
 
 from __future__ import annotations
@@ -15,24 +14,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from strixft.formats import sources
 from strixft.recipe.find import find_recipe
-from strixft.recipe.schema import Evaluate, Recipe, Source, as_section, explain, shown
-from strixft.support.errors import FIX, RecipeError
+from strixft.recipe.schema import Recipe, Source, as_section, explain, shown
+from strixft.support.errors import RecipeError, StrixftError
 from strixft.support.tables import did_you_mean
 
 NEAR = 0.8
-"""How alike two names of settings are that are taken for one, 0 to 1."""
+"""Least similarity of two names of settings to be taken for one, 0 to 1."""
 
 SHOWN_FAULTS = 20
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML whose keys are text and stand once; a date is text."""
+    """Safe YAML whose keys are text and appear once; a date is text."""
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -40,9 +37,9 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key, _ in node.value:
         problem = None
         if key.tag != yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG:
-            problem = "a key should be text; a number, a list or a merge (<<) is none"
+            problem = "a key should be text, not a number, a list or a merge (<<)"
         elif key.value in seen:
-            problem = f"the key {key.value!r} stands twice"
+            problem = f"the key {key.value!r} appears twice"
         if problem:
             raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
         seen.add(key.value)
@@ -71,10 +68,10 @@ def _parse_yaml(text: str, *, name: str, fix: str) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of a recipe file as they stand there.
+    """Return the settings of a recipe file, unchecked.
 
     Raises:
-        RecipeError: The file cannot be read, is not YAML, or holds no settings.
+        RecipeError: The file cannot be read, is not YAML, or has no settings.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -84,16 +81,16 @@ def read_settings(path: Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise RecipeError(
-            f"{path} cannot be read: {error.strerror}", fix=f"ls -l {path}   shows whose it is"
+            f"{path} cannot be read: {error.strerror}", fix=f"ls -l {path}   shows its owner"
         ) from error
     data = _parse_yaml(text, name=str(path), fix=f"correct {path}")
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} holds no settings", fix="strixft recipe demo   shows one")
+        raise RecipeError(f"{path} has no settings", fix="strixft recipe demo   shows some")
     return data
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`train.learning_rate=2e-4` as key and value.
+    """Split `train.learning_rate=2e-4` into key and value.
 
     >>> parse_override("train.epochs=3")
     ('train.epochs', 3)
@@ -108,10 +105,12 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def parse_overrides(overrides: object) -> dict[str, Any]:
-    """Overrides of a notebook: a mapping of dotted keys, or its JSON text (papermill's `-p`).
+    """Return the overrides of a notebook: a mapping of dotted keys, or its JSON text.
+
+    papermill's `-p` passes text.
 
     Raises:
-        RecipeError: They are neither.
+        RecipeError: The overrides are neither.
     """
     fix = """-p overrides '{"train.learning_rate": 2e-4}'"""
     if isinstance(overrides, str):
@@ -138,7 +137,7 @@ def _override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
             )
         place: Any = result
         for section in sections:
-            if place.get(section) is None:  # `judge: null` is a section that is not there yet
+            if place.get(section) is None:  # `judge: null` is a section to be created
                 place[section] = {}
             place = place[section]
             if not isinstance(place, dict):
@@ -169,26 +168,26 @@ WANTED = {
     "model_type": "a section",
     "string_type": "text",
 }
-"""pydantic's name of a fault → what would be right."""
+"""pydantic's name of a fault → the correct value."""
 
 
 def _section(section: Any, key: str | int) -> Any:
-    """The section behind a key of a section; None where there is a plain setting or nothing."""
+    """Return the section behind a key of a section; None for a plain setting or an unknown key."""
     field = section.model_fields.get(key) if section else None
     return as_section(field.annotation) if field else None
 
 
 def _items(section: Any, key: str | int) -> Any:
-    """The section of which a key of a section holds a list; None where it holds none."""
+    """Return the section in the list behind a key of a section, or None."""
     field = section.model_fields.get(key) if section else None
     lists = [kind for kind in get_args(field.annotation) if get_args(kind)] if field else []
     return next((found for kind in lists if (found := as_section(get_args(kind)[0]))), None)
 
 
 def _walk(location: Sequence[str | int]) -> tuple[list[str], Any]:
-    """Keys and indices on the way to a setting, and the section that the last is looked up in.
+    """Return the keys and indices that lead to a setting, and the section that holds it.
 
-    The branch of a union, which pydantic adds, is no part of the way.
+    pydantic adds branches of unions to a location; they are left out.
     """
     inner: Any = Recipe
     section = items = None
@@ -201,11 +200,6 @@ def _walk(location: Sequence[str | int]) -> tuple[list[str], Any]:
     return parts, section
 
 
-def _place(location: Sequence[str | int]) -> str:
-    """Dotted key, and the index of a list."""
-    return ".".join(_walk(location)[0])
-
-
 def _near_setting(location: Sequence[str | int]) -> str:
     word, (_, section) = location[-1], _walk(location)
     elsewhere = [key for key, *_ in explain() if key.endswith(f".{word}")]
@@ -215,15 +209,18 @@ def _near_setting(location: Sequence[str | int]) -> str:
 
 
 def _fault(place: str, errors: Sequence[Mapping[str, Any]]) -> str:
-    """One fault as text; a union has one error for each of its branches."""
+    """Return one fault as text; a union has one error for each of its branches."""
     first = errors[0]
     if first["type"] == "extra_forbidden":
         return f"{place}: there is no such setting; {_near_setting(first['loc'])}"
     if first["type"] == "missing":
         return f"{place}: is missing"
+    if first["type"] == "value_error":  # one of ours
+        error = first["ctx"]["error"]
+        own = isinstance(error, StrixftError)
+        return f"{place}: {f'{error.problem}; {error.fix}' if own else error}"
     if first["type"] not in WANTED:
-        text = first["msg"].removeprefix("Value error, ").replace(FIX, "; ")
-        return f"{place}: {text}"
+        return f"{place}: {first['msg']}"
     wanted = [WANTED[row["type"]].format_map(row.get("ctx", {})) for row in errors]
     return f"{place}: should be {' or '.join(wanted)}, it is {shown(first['input'])}"
 
@@ -231,21 +228,21 @@ def _fault(place: str, errors: Sequence[Mapping[str, Any]]) -> str:
 def _faults(error: ValidationError) -> list[str]:
     by_place: dict[str, list[Mapping[str, Any]]] = {}
     for row in error.errors(include_url=False):
-        by_place.setdefault(_place(row["loc"]), []).append(row)
-    # a list's item says more than the list
+        by_place.setdefault(".".join(_walk(row["loc"])[0]), []).append(row)
     outer = {place[:end] for place in by_place for end, sign in enumerate(place) if sign == "."}
+    # the fault of a list's item says more than that of the list
     return [_fault(place, rows) for place, rows in by_place.items() if place not in outer]
 
 
 def check_recipe(data: Mapping[str, Any], *, name: str) -> Recipe:
-    """A recipe from plain data.
+    """Build a recipe from plain data.
 
     Args:
         data: The settings.
-        name: What to call it in errors, usually the file.
+        name: Its name in errors, usually the file.
 
     Raises:
-        RecipeError: With every fault found.
+        RecipeError: With all faults.
     """
     try:
         return Recipe.model_validate(data)
@@ -261,19 +258,11 @@ def check_recipe(data: Mapping[str, Any], *, name: str) -> Recipe:
         ) from None
 
 
-def _located(source: str | list[Source], folder: Path) -> str | list[Source]:
-    """Sources as absolute paths or ids of the hub."""
-    if isinstance(source, str):
-        return sources.resolve(source, folder)
-    return [
-        one.model_copy(update={"source": sources.resolve(one.source, folder)}) for one in source
-    ]
-
-
 def _model(name: str, folder: Path) -> str:
-    """A model's folder as an absolute path: beside the recipe, or where the command is typed.
+    """Return a model's folder as an absolute path: beside the recipe, or in the current folder.
 
-    What can only be a path starts at the recipe, there or not; other names may be the hub's.
+    A name that can only be a path is relative to the recipe even if nothing is there; other names
+    may be the hub's.
     """
     places = [place / os.path.expanduser(name) for place in (folder, Path.cwd())]
     found = [place for place in places if os.path.isdir(place)]
@@ -283,7 +272,7 @@ def _model(name: str, folder: Path) -> str:
 
 
 def _prompts(prompts: list[str] | str, folder: Path) -> list[str]:
-    """Prompts as a list: a file's lines become part of the recipe."""
+    """Return prompts as a list: a file's lines become part of the recipe."""
     if not isinstance(prompts, str):
         return prompts
     path = folder / Path(prompts).expanduser()
@@ -297,56 +286,60 @@ def _prompts(prompts: list[str] | str, folder: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _evaluation(asked: Evaluate, folder: Path) -> Evaluate:
-    """The section with its files found.
-
-    Raises:
-        RecipeError: One is not there.
-    """
-    tasks = asked.task_folder
-    if tasks is not None:
-        tasks = str((folder / Path(tasks).expanduser()).resolve())
-        if not os.path.isdir(tasks):
-            raise RecipeError(
-                f"evaluate.task_folder: {tasks} is no folder",
-                fix="evaluate.task_folder: a folder that holds YAML files of lm-eval",
-            )
-    return asked.model_copy(
-        update={"prompts": _prompts(asked.prompts, folder), "task_folder": tasks}
-    )
+def _task_folder(name: str | None, folder: Path) -> str | None:
+    if name is None:
+        return None
+    found = (folder / Path(name).expanduser()).resolve()
+    if not os.path.isdir(found):
+        raise RecipeError(
+            f"evaluate.task_folder: {found} is not a folder",
+            fix="evaluate.task_folder: a folder that holds YAML files of lm-eval",
+        )
+    return str(found)
 
 
 def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe file, checked, with overrides put in and its data file found.
+    """Read and check a recipe file, apply overrides, and resolve the paths in it.
 
     Args:
         name_or_path: `demo`, `recipes/demo.yaml` or any path.
         overrides: Values by dotted key, such as `{"train.learning_rate": 2e-4}`.
 
     Raises:
-        RecipeError: No such file, not YAML, or settings that do not describe a run.
+        RecipeError: The file does not exist or is not YAML, or its settings do not describe a run.
     """
     path = find_recipe(name_or_path)
     recipe = check_recipe(_override(read_settings(path), overrides or {}), name=str(path))
-    source = _located(recipe.dataset.source, path.parent)
-    here = Path.cwd() if "model" in (overrides or {}) else path.parent
+    folder, dataset, evaluate = path.parent, recipe.dataset, recipe.evaluate
+    source: str | list[Source]
+    if isinstance(dataset.source, str):
+        source = sources.resolve(dataset.source, folder)
+    else:
+        source = [
+            one.model_copy(update={"source": sources.resolve(one.source, folder)})
+            for one in dataset.source
+        ]
+    files = {
+        "prompts": _prompts(evaluate.prompts, folder),
+        "task_folder": _task_folder(evaluate.task_folder, folder),
+    }
     return recipe.model_copy(
         update={
-            "model": _model(recipe.model, here),
-            "dataset": recipe.dataset.model_copy(update={"source": source}),
-            "evaluate": _evaluation(recipe.evaluate, path.parent),
+            "model": _model(recipe.model, Path.cwd() if "model" in (overrides or {}) else folder),
+            "dataset": dataset.model_copy(update={"source": source}),
+            "evaluate": evaluate.model_copy(update=files),
         }
     )
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The complete recipe as YAML."""
+    """Return the complete recipe as YAML."""
     text: str = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
     return text
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
+    """Return nested settings by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         dotted = f"{prefix}{key}"

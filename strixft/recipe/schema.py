@@ -1,4 +1,7 @@
-"""The schema of a recipe: each setting with its default, bounds and reason."""
+"""The schema of a recipe: each setting with its default, bounds and reason.
+
+The docstring under a setting is its text in `strixft recipe --explain` and in the JSON schema.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from types import UnionType
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -54,52 +58,55 @@ class _Section(BaseModel):
         return value
 
 
-class Source(_Section):
-    """One of several sources of rows."""
-
-    source: str
-    """File, folder, pattern of files, or data set of the hub."""
-    weight: float = Field(default=1, gt=0)
-    """Times that one pass takes the source's rows: 2 each twice, 0.5 half of them."""
-    split: str = "train"
-    """Which split of a data set of the hub."""
-    format: str | None = None
-    """Shape of its rows, where it differs from `dataset.format`."""
-    columns: dict[str, str] | None = None
-    """Names of its columns, where they differ from `dataset.columns`."""
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str | None) -> str | None:
-        return name if name in (None, "auto") else FORMATS[str(name)].name
-
-    @field_validator("columns")
-    @classmethod
-    def _our_columns(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
-        return _check_columns(columns)
+def _known_format(name: str) -> str:
+    return name if name == "auto" else FORMATS[name].name
 
 
-def _check_columns(columns: dict[str, str] | None) -> dict[str, str] | None:
+def _known_columns(columns: dict[str, str]) -> dict[str, str]:
     known = {name for form in FORMATS.values() for s in form.shapes for name in s | form.optional}
-    for name in columns or {}:
+    for name in columns:
         if name not in known:
             raise ValueError(
-                f"{name!r} is no column of a format; {did_you_mean(name, sorted(known))}"
+                f"{name!r} is not a column of a format; {did_you_mean(name, sorted(known))}"
             )
     return columns
 
 
+Format = Annotated[str, AfterValidator(_known_format)]
+
+Columns = Annotated[dict[str, str], AfterValidator(_known_columns)]
+
+Metric = Literal[
+    "loss", "exact_match", "json_valid", "json_equal", "number", "pattern", "chrf", "rouge_l"
+]
+
+
+class Source(_Section):
+    """One of several sources of rows."""
+
+    source: str
+    """File, folder, glob pattern, or data set on the hub."""
+    weight: float = Field(default=1, gt=0)
+    """How often one epoch uses the source: 2 uses each row twice, 0.5 uses half of the rows."""
+    split: str = "train"
+    """Split of a data set on the hub."""
+    format: Format | None = None
+    """Format of its rows, if it differs from `dataset.format`."""
+    columns: Columns | None = None
+    """Names of its columns, if they differ from `dataset.columns`."""
+
+
 class Server(_Section):
-    """A model behind a server that speaks the OpenAI protocol."""
+    """A model behind a server with the OpenAI protocol."""
 
     server: str
-    """Address of a server: Lemonade, FastFlowLM, llama.cpp, Ollama, vLLM or like it."""
+    """Address of a server: Lemonade, FastFlowLM, llama.cpp, Ollama, vLLM or similar."""
     model: str | None = None
-    """As the server calls it; not needed where it has one model, or one for the NPU."""
+    """The server's name for the model; not needed if it has one model, or one for the NPU."""
     timeout_s: float = Field(default=120, gt=0, le=3600)
-    """How long one answer may take, loading the model included."""
+    """Longest time for one answer in seconds, including the time to load the model."""
     max_tokens: int = Field(default=1024, ge=16, le=2**16)
-    """Longest answer in tokens, reasoning included."""
+    """Longest answer in tokens, including reasoning."""
 
     @field_validator("server")
     @classmethod
@@ -113,74 +120,70 @@ class Server(_Section):
 
 
 class Judge(Server):
-    """A model that says which of two answers is better."""
+    """A model that decides which of two answers is better."""
 
     rubric: str = (
         "The better answer is right and does what the request asks. Of two right answers the better"
         " one is complete, has the form that the reference has, and says nothing else."
     )
-    """What makes an answer the better one."""
+    """Instructions for the judge: the properties of a better answer."""
     max_rows: int = Field(default=50, ge=1)
-    """Held-out rows that are judged, each in both orders."""
+    """Number of held-out rows to judge; each pair of answers is judged in both orders."""
 
 
 class Augment(Server):
     """Rows that a server writes from training rows; held-out rows are never sent."""
 
     enabled: bool = False
-    """Write and train them; `strixft prepare --augment` sets it."""
+    """Write these rows and train on them; `strixft prepare --augment` sets it."""
     task: Literal["paraphrase", "answer", "write"] = "paraphrase"
-    """`paraphrase` says a request otherwise and keeps its answer; `answer` answers anew; `write`
-    makes a new request and answer like the row's."""
+    """`paraphrase` rewords the request and keeps the answer; `answer` writes a new answer; `write`
+    makes a new request and answer similar to the row's."""
     instruction: str | None = None
-    """What else the server is told, such as a language or a tone."""
+    """Additional instruction for the server, such as a language or a tone."""
     per_row: int = Field(default=1, ge=1, le=100)
-    """Rows that are asked for each training row."""
+    """New rows to request for each training row."""
     max_rows: int = Field(default=200, ge=1)
-    """Training rows that are sent, chosen by the seed."""
+    """Number of training rows to send; the seed chooses them."""
     temperature: float = Field(default=0.7, ge=0, le=2)
-    """How much the rows that are written for one training row differ."""
+    """Sampling temperature; higher values make the new rows of one training row differ more."""
 
 
 class Dataset(_Section):
-    """Where the rows come from and what is trained of them."""
+    """The source of the rows, and the part of them to train on."""
 
     source: str | list[Source]
-    """File, folder or pattern, relative to the recipe's file; a data set of the hub; or a list of
-    `{source, weight}`."""
-    format: str = "auto"
-    """Shape of a row: `auto` looks at the columns."""
-    columns: dict[str, str] = Field(default={})
+    """File, folder or glob pattern, relative to the recipe's file; a data set on the hub; or a list
+    of `{source, weight}`."""
+    format: Format = "auto"
+    """Format of a row; `auto` detects it from the columns."""
+    columns: Columns = Field(default={})
     """Our name of a column → its name in the data, or a dotted path into it."""
     ignore: list[str] = Field(default=[])
-    """Keys of rows, messages and calls that are left out on purpose, wherever they stand."""
+    """Keys of rows, messages and calls to leave out, wherever they occur."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
-    """Tokens that count: every assistant turn, the last one only, or the whole text."""
+    """Tokens that count in the loss: every assistant turn, only the last one, or the whole text."""
     max_length: int = Field(default=4096, ge=8, le=2**20)
     """Longest row in tokens."""
     too_long: Literal["drop", "truncate", "split", "error"] = "drop"
-    """What happens to longer rows; only `truncate` trains an answer that lost its end."""
+    """Treatment of longer rows; only `truncate` trains on answers that lost their end."""
     max_bad_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Share of bad rows that is left out with a report; more of them fail the stage."""
+    """Fraction of bad rows that may be left out, with a report; with more, the stage fails."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """What happens to rows that say exactly what an earlier one says."""
+    """Treatment of rows with exactly the same content as an earlier row."""
     near_duplicates: Literal["ignore", "report", "drop"] = "ignore"
-    """The same for rows that share most of their words with an earlier one."""
+    """Treatment of rows that share most of their words with an earlier row."""
     personal_data: Literal["report", "mask", "drop"] = "report"
-    """What happens to text that looks like a key, an e-mail address or a phone number."""
+    """Treatment of text that looks like a key, an e-mail address or a phone number."""
     packing: bool = True
-    """Several chats in one row of `max_length`, none of which sees another."""
+    """Put several chats into one row of `max_length`; no chat sees another."""
     group_by: str | None = None
-    """A column whose rows stay on one side of the split; `question`: rows that ask the same."""
+    """Column whose rows stay on one side of the split; `question` keeps rows with the same question
+    together."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of rows held out for evaluation, chosen by a hash of their content."""
+    """Fraction of rows held out for evaluation, chosen by a hash of their content."""
     augment: Augment | None = None
-    """More training rows, written by a server."""
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        return name if name == "auto" else FORMATS[name].name
+    """Additional training rows that a server writes."""
 
     @field_validator("source")
     @classmethod
@@ -189,14 +192,8 @@ class Dataset(_Section):
             raise ValueError("names nothing to read")
         return source
 
-    @field_validator("columns")
-    @classmethod
-    def _our_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        _check_columns(columns)
-        return columns
-
     def sources(self) -> list[str]:
-        """The sources by name, one or several."""
+        """Return the sources by name, one or several."""
         several = self.source if isinstance(self.source, list) else []
         return [one.source for one in several] or [str(self.source)]
 
@@ -205,11 +202,11 @@ class Lora(_Section):
     """The adapter; ignored by `method: full`."""
 
     r: int = Field(default=16, ge=1)
-    """Rank: more learns more and costs more memory."""
+    """Rank: a higher rank learns more and costs more memory."""
     alpha: int = Field(default=32, ge=1)
     """Strength: the adapter's output is scaled by alpha / r."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Layers that get an adapter; all linear ones learn best (arXiv:2305.14314)."""
+    """Layers that get an adapter; all linear layers learn best (arXiv:2305.14314)."""
 
     @field_validator("target_modules")
     @classmethod
@@ -220,37 +217,40 @@ class Lora(_Section):
 
 
 class Train(_Section):
-    """How the weights are updated."""
+    """The updates of the weights."""
 
     epochs: float = Field(default=2, gt=0)
-    """Passes over the training rows; a fraction stops early."""
+    """Passes over the training rows; a fraction stops within a pass."""
     learning_rate: float = Field(default=1e-4, gt=0, lt=1)
     """Peak learning rate, reached after the warm-up."""
     tokens_per_update: int | Literal["auto"] = "auto"
-    """Trained tokens in one update; `auto` aims at 200 updates in all."""
+    """Trained tokens in one update; `auto` aims at 200 updates in total."""
     micro_batch: int | Literal["auto"] = "auto"
-    """Rows in one forward pass; `auto`: of plans as fast but for 0.5 %, the one of least memory."""
+    """Rows in one forward pass; of the plans within 0.5 % of the fastest, `auto` chooses the one
+    with the least memory."""
     recompute: int | Literal["auto", "none", "elementwise", "all"] = "auto"
-    """Layers whose activations are computed again in backward; `elementwise` norms and activations
-    of all, and no product; `auto` by the plan, and elementwise where layers are compiled."""
+    """Number of layers whose activations are computed again in backward; `elementwise` recomputes
+    norms and activation functions of all layers but no matrix product; `auto` follows the plan, and
+    is elementwise if layers are compiled."""
     attention: str = "auto"
-    """How attention is computed; `auto` is the fastest that is right on the device."""
+    """Attention backend; `auto` is the fastest that computes correctly on the device."""
     compile: Literal["auto", "layers", "none"] = "auto"
-    """Run decoder layers as generated kernels; `auto` does on a GPU where rows are packed."""
+    """Compile the decoder layers into generated kernels; `auto` does so on a GPU for packed
+    rows."""
     optimizer: Literal["adamw"] = "adamw"
-    """AdamW with float32 masters: 12 bytes for a weight that is trained in bf16, 16 in float32."""
+    """AdamW with float32 masters: 12 bytes for a weight trained in bf16, 16 in float32."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the updates in which the learning rate rises; the first one learns too."""
+    """Fraction of the updates in which the learning rate rises, starting above zero."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
     save_every_minutes: float = Field(default=30, gt=0)
-    """Most work that a crash can lose."""
+    """Minutes between checkpoints: the most work that a crash can lose."""
     seed: int = Field(default=0, ge=0)
-    """Seed of adapter initialisation and row order."""
+    """Seed of the adapter's initial weights and of the order of rows."""
 
     @field_validator("tokens_per_update", "micro_batch", "recompute")
     @classmethod
@@ -262,41 +262,27 @@ class Train(_Section):
 
 
 class Evaluate(_Section):
-    """Base against tuned on the held-out rows."""
+    """Comparison of base and tuned model on the held-out rows."""
 
-    metrics: (
-        Literal["auto"]
-        | list[
-            Literal[
-                "loss",
-                "exact_match",
-                "json_valid",
-                "json_equal",
-                "number",
-                "pattern",
-                "chrf",
-                "rouge_l",
-            ]
-        ]
-    ) = "auto"
-    """Measures besides the loss; `auto` looks at the references."""
+    metrics: Literal["auto"] | list[Metric] = "auto"
+    """Metrics besides the loss; `auto` chooses them by the reference answers."""
     pattern: str = ".+"
-    """Regular expression of the metric `pattern`: what it finds must be the reference's."""
+    """Regular expression of the metric `pattern`: its match must equal that in the reference."""
     max_rows: int = Field(default=200, ge=1)
-    """Held-out rows that are answered in full; the loss counts all of them."""
+    """Number of held-out rows to answer; the loss uses all of them."""
     prompts: list[str] | str = Field(default=[])
-    """Prompts of your own, which base and tuned answer side by side: a list, or a text file with
-    one a line, relative to the recipe's file."""
+    """Your own prompts, answered by base and tuned model side by side: a list, or a text file with
+    one prompt a line, relative to the recipe's file."""
     prompt_answer_tokens: int = Field(default=256, ge=1, le=2**16)
-    """Longest answer to one of them."""
+    """Longest answer to one of these prompts, in tokens."""
     tasks: list[str] = Field(default=[])
     """Tasks of lm-eval by name, such as `arc_easy`; needs the extra `eval`."""
     task_rows: int = Field(default=200, ge=1)
     """Most rows of each task."""
     task_folder: str | None = None
-    """Folder with lm-eval tasks of your own (YAML), relative to the recipe's file."""
+    """Folder with your own lm-eval tasks (YAML), relative to the recipe's file."""
     judge: Judge | None = None
-    """A model that compares the answers of base and tuned."""
+    """A model that compares the answers of base and tuned model."""
 
     @field_validator("prompts")
     @classmethod
@@ -311,17 +297,19 @@ class Evaluate(_Section):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from None
+            raise ValueError(f"is not a regular expression: {error}") from None
         return pattern
 
 
 class Export(_Section):
-    """What a server needs of the result."""
+    """Forms of the result for servers."""
 
-    to: list[str] = Field(default=[])
-    """Kinds of export (merged, gguf, gguf-lora, ollama, lemonade, vllm); empty skips the stage."""
+    to: list[str] = Field(
+        default=[],
+        description=f"Kinds of export ({', '.join(KINDS)}); an empty list skips the stage.",
+    )
     gguf: list[str] = Field(default=["f16", "q8_0"])
-    """How GGUF files store their weights; each is compared with the trained model."""
+    """Storage of the weights in GGUF files; each file is compared with the trained model."""
 
     @field_validator("to")
     @classmethod
@@ -337,17 +325,12 @@ class Export(_Section):
 
 
 class Memory(_Section):
-    """Which machine the run must fit."""
+    """The machine whose memory the run must fit."""
 
-    host: str = "auto"
+    host: Annotated[str, AfterValidator(known_host)] = "auto"
     """This machine (`auto`), its CPU alone (`cpu`), or a row of the host table."""
     reserve_gib: float = Field(default=16, ge=0)
-    """What the host keeps for itself where device and host share memory."""
-
-    @field_validator("host")
-    @classmethod
-    def _known_host(cls, name: str) -> str:
-        return known_host(name)
+    """GiB that the host keeps for itself if device and host share memory."""
 
 
 class Recipe(_Section):
@@ -355,8 +338,7 @@ class Recipe(_Section):
 
     model: str
     """Hub id, folder (relative to the recipe's file), or `embedded:smollm2-135m`."""
-    method: str = "lora"
-    """What is trained: a row of the method table."""
+    method: str = Field(default="lora", description=f"Training method: {', '.join(METHODS)}.")
     dataset: Dataset
     lora: Lora = Lora()
     train: Train = Train()
@@ -364,9 +346,9 @@ class Recipe(_Section):
     export: Export = Export()
     memory: Memory = Memory()
     offline: bool = False
-    """Never ask the network; what is not on disk is an error."""
+    """Never use the network; anything that is not on disk is an error."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model; only `true` after somebody has read it."""
+    """Run Python code that comes with the model; set it to `true` only after reading the code."""
 
     @field_validator("method")
     @classmethod
@@ -374,12 +356,12 @@ class Recipe(_Section):
         return METHODS[name].name
 
     def to_dict(self) -> dict[str, Any]:
-        """The complete recipe as plain data."""
+        """Return the complete recipe as plain data."""
         return self.model_dump(mode="json")
 
 
 def shown(value: object) -> str:
-    """A value in few words; a list or a section may be huge behind YAML's anchors."""
+    """Return a value in few words; a list or a section may be huge behind YAML's anchors."""
     if isinstance(value, Mapping):
         return "a section"
     if isinstance(value, list):
@@ -389,20 +371,20 @@ def shown(value: object) -> str:
 
 
 def as_section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, or may hold; None of a plain setting."""
+    """Return the section that a field holds or may hold; None for a plain setting."""
     kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
     return found[0] if found else None
 
 
 def explain(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Each setting: dotted key, default, reason."""
+    """Yield each setting: dotted key, default, reason."""
     for name, field in model.model_fields.items():
-        section = as_section(field.annotation)
+        section, reason = as_section(field.annotation), " ".join((field.description or "").split())
         if section and not field.is_required() and field.default is None:
-            yield f"{prefix}{name}", "null", " ".join((field.description or "").split())
+            yield f"{prefix}{name}", "null", reason
         if section:
             yield from explain(section, f"{prefix}{name}.")
         else:
             default = "required" if field.is_required() else json.dumps(field.default)
-            yield f"{prefix}{name}", default, " ".join((field.description or "").split())
+            yield f"{prefix}{name}", default, reason
