@@ -19,7 +19,7 @@ from strixft.guard.advice import finite_again, less_memory, loss_spikes
 from strixft.guard.cap import cap, cap_of
 from strixft.guard.hang import HangWatch
 from strixft.guard.stage_watches import sleep_inhibited
-from strixft.guard.watch import Counters, MemoryWatch, level_of, read_counters, what_grew
+from strixft.guard.watch import Counters, MemoryWatch, growth, level_of, read_counters
 from strixft.recipe.load import check_recipe
 from strixft.support.errors import FitError, StrixftError
 
@@ -103,11 +103,11 @@ def counters(**values: Any) -> Counters:
     return Counters(**usual | values)
 
 
-def test_what_grew_is_named_with_its_size() -> None:
+def test_growth_is_named_with_its_size() -> None:
     now = counters(
         available_bytes=60 * GIB, gtt_used_bytes=30 * GIB, process_bytes=GIB, swap_used_bytes=GIB
     )
-    assert what_grew(counters(), now) == (
+    assert growth(counters(), now) == (
         "device memory in GTT +30.00 GiB, this process +1.00 GiB, swap +1.00 GiB,"
         " other programs +10.00 GiB"
     )
@@ -181,7 +181,9 @@ def test_a_recorded_machine_that_fills_is_stopped(tmp_path: Path) -> None:
 
 def test_a_host_that_is_nearly_full_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     heard = Heard(root_with(tmp_path, strix_halo(118)), 16)
-    with pytest.raises(FitError, match=r"the host has 7\.00 GiB left, and 16\.00 GiB are"):
+    with pytest.raises(
+        FitError, match=r"has 7\.00 GiB left, and its reserve is 16\.00 GiB"
+    ):
         heard.watch.require_reserve()
 
 
@@ -326,7 +328,7 @@ def test_settings_that_are_used_up_are_not_advised() -> None:
 def test_advice_follows_the_known_causes() -> None:
     known: dict[str, Any] = {"is_float16": False, "model_type": "llama"}
     first = finite_again(RECIPE, 1, device="cpu", **known)
-    assert first.endswith("the base itself: no weight had been changed yet")
+    assert first.endswith("another base: no weight had been changed yet")
     later = finite_again(RECIPE, 7, device="cpu", **known)
     assert "--set train.learning_rate=1e-05" in later
     gemma = finite_again(RECIPE, 7, device="cuda", is_float16=True, model_type="gemma3_text")

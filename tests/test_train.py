@@ -401,7 +401,7 @@ def end_and_finish(recipe: Path, folder: Path, number: signal.Signals) -> tuple[
     status = run.status()
     assert status["state"] == ("failed" if number is signal.SIGKILL else "stopped")
     if number is not signal.SIGKILL:
-        assert f"{number.name} came, update " in status["problem"]
+        assert f"received {number.name}, update " in status["problem"]
     trained(run)
     return run, errors
 

@@ -1,4 +1,4 @@
-"""What to type after a run ended for memory, or for a number that is none."""
+"""Advice after a run ended because of memory or a number that is not finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ATTENTION_SWITCH = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
 
 
 def _less_memory(recipe: Recipe, plan: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Part of the peak that a setting lessens, the setting's key, and its value."""
+    """Yield a part of the plan's peak, and the key and value of a setting that reduces it."""
     choice, method = plan["choice"], METHODS[recipe.method]
     if choice["micro_batch_rows"] > 1:
         yield "activations", "train.micro_batch", 1
@@ -30,10 +30,10 @@ def _less_memory(recipe: Recipe, plan: Mapping[str, Any]) -> Iterator[tuple[str,
 
 
 def less_memory(recipe: Recipe, plan: Mapping[str, Any]) -> str:
-    """The two settings that help most, judged by the parts of the plan's peak.
+    """Return the two settings that help most, judged by the parts of the plan's peak.
 
     Args:
-        recipe: What ran.
+        recipe: The recipe that ran.
         plan: The plan's figures.
     """
     found = list(_less_memory(recipe, plan))
@@ -45,14 +45,14 @@ def less_memory(recipe: Recipe, plan: Mapping[str, Any]) -> str:
 def finite_again(
     recipe: Recipe, update: int, *, device: str, is_float16: bool, model_type: str
 ) -> str:
-    """What to try when a loss or a gradient is no finite number, by known causes.
+    """Return remedies for a loss or gradient that is not finite, by known causes.
 
     Args:
-        recipe: What ran.
-        update: Which update; before the first one the weights are the base's own.
+        recipe: The recipe that ran.
+        update: Number of the update; in the first one the weights are the base's own.
         device: `cpu` or `cuda`.
         is_float16: The base computes in float16.
-        model_type: As in the model's `config.json`.
+        model_type: Type in the model's `config.json`.
     """
     tries = ["look at the rows above"]
     if device == "cuda":
@@ -63,38 +63,36 @@ def finite_again(
     if is_float16:
         tries.append("float16 overflows above 65504: a host with bfloat16")
     if update == 1:
-        tries.append("the base itself: no weight had been changed yet")
+        tries.append("another base: no weight had been changed yet")
     else:
-        rate = recipe.train.learning_rate / 10
-        key = "train.learning_rate"
+        rate, key = recipe.train.learning_rate / 10, "train.learning_rate"
         tries.append(f"a lower rate: add --set {key}={rate:g} {begin_again([key])}")
     return "\n     or ".join(tries)
 
 
 BEFORE = 20
-"""Updates that say what is usual."""
+"""Updates whose losses are the usual ones for the next."""
 
-LEAST = 5
+LEAST_BEFORE = 5
 
-TIMES = 6.0
-"""Median deviations above the median of what came before."""
+SPIKE_DEVIATIONS = 6.0
+"""Height of a spike above the median of the usual losses, in median deviations."""
 
 LEAST_RISE = 0.1
-"""A smaller rise is none, in shares of the median."""
+"""Smallest rise that counts, relative to the median."""
 
 
 def loss_spikes(losses: Sequence[float]) -> list[int]:
-    """Updates, counted from 1, whose loss stands far above those before.
+    """Return the updates, counted from 1, whose loss is far above those before.
 
     >>> loss_spikes([2.0, 1.9, 1.8, 1.8, 1.7, 1.7, 6.0, 1.6])
     [7]
     """
     found = []
-    for index in range(LEAST, len(losses)):
+    for index in range(LEAST_BEFORE, len(losses)):
         before = losses[max(0, index - BEFORE) : index]
         usual = statistics.median(before)
         spread = statistics.median(abs(loss - usual) for loss in before)
-        rise = losses[index] - usual
-        if rise > TIMES * spread and rise > LEAST_RISE * usual:
+        if losses[index] - usual > max(SPIKE_DEVIATIONS * spread, LEAST_RISE * usual):
             found.append(index + 1)
     return found

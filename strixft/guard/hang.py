@@ -1,7 +1,7 @@
-"""A device that hangs never comes back by itself; somebody has to notice.
+"""Detect a device that hangs, which never recovers by itself.
 
-Two watches, since a call that hangs may hold Python's lock: a thread that leaves word, and the C
-thread of `faulthandler`, which only dumps the stacks and ends the process.
+There are two watches, since a call that hangs may hold Python's lock: a thread that writes the
+reason down, and the C thread of `faulthandler`, which only dumps the stacks and ends the process.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from strixft.support.errors import HostError
 from strixft.support.units import format_seconds
 
 TIMES_MEDIAN = 10
+"""Times the median of a micro-batch that count as a hang."""
 
 LEAST_S = 120.0
-"""A compilation for a new shape may take a minute or two on a slow host."""
+"""Shortest wait: a compilation for a new shape may take a minute or two on a slow host."""
 
 FIRST = 3
 """Micro-batches before the median counts; the first ones compile and warm up."""
 
 GRACE_S = 30.0
-"""How much later the C thread ends the process, if the other has not."""
+"""Delay until the C thread ends the process if the other has not."""
 
 
 class HangWatch(threading.Thread):
-    """Acts when no micro-batch has ended within ten times the median.
+    """Acts if no micro-batch ends within ten times the median.
 
     Args:
-        stacks: Where the stacks of all threads are written.
+        stacks: File for the stacks of all threads.
         leave: Called with the error; should end the process.
         least_s: Shortest wait.
-        grace_s: How much later the process is ended in any case.
+        grace_s: Delay until the process is ended in any case.
     """
 
     def __init__(
@@ -55,13 +56,12 @@ class HangWatch(threading.Thread):
         self._ended = threading.Event()
 
     def __enter__(self) -> HangWatch:
-        """Start watching."""
         self._file = self._stacks.open("w")
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop watching; the file stays if stacks are in it."""
+        """Stop watching; the file stays if it has stacks."""
         self.pause()
         self._ended.set()
         self.join()
@@ -70,42 +70,39 @@ class HangWatch(threading.Thread):
             self._stacks.unlink()
 
     def limit_s(self) -> float | None:
-        """How long a micro-batch may take; None as long as too few are known."""
+        """Return the longest time for a micro-batch; None until enough have ended."""
         if len(self._seconds) < FIRST:
             return None
         return max(self._least_s, TIMES_MEDIAN * statistics.median(self._seconds))
 
     def beat(self) -> None:
-        """A micro-batch has ended."""
+        """Note the end of a micro-batch."""
         now = time.monotonic()
         if self._last is not None:
             self._seconds.append(now - self._last)
         self._last = now
         limit = self.limit_s()
         if limit is not None:
-            wait = limit + self._grace_s
-            faulthandler.dump_traceback_later(wait, exit=True, file=self._file)
+            faulthandler.dump_traceback_later(limit + self._grace_s, exit=True, file=self._file)
 
     def pause(self) -> None:
-        """What comes now is no micro-batch."""
+        """Stop the clock until the next micro-batch ends."""
         self._last = None
         faulthandler.cancel_dump_traceback_later()
 
     def run(self) -> None:
-        """Look, until the watch is ended."""
+        """Check until the watch ends."""
         while not self._ended.wait(min(1.0, self._least_s / 4)):
             last, limit = self._last, self.limit_s()
             if last is None or limit is None:
                 continue
             if time.monotonic() - last > limit:
                 faulthandler.dump_traceback(file=self._file, all_threads=True)
-                self._leave(self._error(limit))
+                error = HostError(
+                    f"the device hangs: no micro-batch ended within {format_seconds(limit)};"
+                    f" the stacks are in {self._stacks}",
+                    fix="sudo dmesg | grep -i amdgpu   shows the driver's messages; restart the"
+                    " machine if the device stays away, then run the same command again",
+                )
+                self._leave(error)
                 return
-
-    def _error(self, limit: float) -> HostError:
-        return HostError(
-            f"the device hangs: no micro-batch ended within {format_seconds(limit)};"
-            f" the stacks are in {self._stacks}",
-            fix="sudo dmesg | grep -i amdgpu   shows what the driver says; restart the machine if"
-            " the device stays away, then type the same command again",
-        )

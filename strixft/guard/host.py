@@ -1,4 +1,4 @@
-"""Which device and host a run is for, and what it may use there."""
+"""The device and host of a run, and the memory that it may use there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from strixft.support.errors import HostError
 
 
 def device_type() -> str:
-    """`cuda` where torch has a GPU (ROCm's too), else `cpu`; `STRIXFT_DEVICE` overrules it."""
+    """Return `cuda` if torch has a GPU (ROCm's too), else `cpu`; `STRIXFT_DEVICE` overrides it."""
     asked = os.environ.get("STRIXFT_DEVICE")
     return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -46,52 +46,45 @@ def _discrete_gpu() -> Host:
     )
 
 
-def _refuse_override() -> None:
-    """An error where ROCm is told to take the GPU for another one."""
-    value = os.environ.get(OVERRIDE)
-    if value is not None and torch.version.hip is not None:
+def _this_gpu() -> Host:
+    if torch.version.hip is None:
+        return _discrete_gpu()
+    override = os.environ.get(OVERRIDE)
+    if override is not None:  # ROCm would take the GPU for another one
         raise HostError(
-            f"{OVERRIDE}={value} is set, and {OVERRIDE_WHY}",
+            f"{OVERRIDE}={override} is set, and {OVERRIDE_WHY}",
             fix=f"unset {OVERRIDE}   here and where it is set:"
             f" grep -rn {OVERRIDE} ~/.profile ~/.bashrc /etc/environment /etc/profile.d;"
             " then start Python again",
         )
-
-
-def _architecture() -> str:
-    """In ROCm's terms, such as `gfx1151`; empty on other GPUs."""
-    name = getattr(torch.cuda.get_device_properties(0), "gcnArchName", "")
-    return str(name).partition(":")[0]
-
-
-def _this_gpu() -> Host:
-    _refuse_override()
-    amd = this_host(device="cuda") if torch.version.hip is not None else None
-    found = amd if amd is not None and amd.device == "cuda" else _discrete_gpu()
-    return replace(found, architecture=_architecture())
+    amd = this_host(device="cuda")
+    return amd if amd.device == "cuda" else _discrete_gpu()
 
 
 def find_host(name: str) -> Host:
-    """The host a recipe or `--host` names: a row of the table, or this machine.
+    """Return the host with a name: a row of the table, or this machine.
 
     Args:
         name: `auto` (this machine), `cpu` (its CPU alone), or a row of `HOSTS`.
 
     Raises:
-        HostError: ROCm is told to take this GPU for another one.
+        HostError: An environment variable makes ROCm take this GPU for another one.
     """
     if known_host(name) in HOSTS:
         return HOSTS[name]
-    on_cpu = name == "cpu" or device_type() == "cpu"
-    found = this_host(device="cpu") if on_cpu else _this_gpu()
+    if name == "cpu" or device_type() == "cpu":
+        return replace(with_rates(this_host(device="cpu")), here=True)
+    found = _this_gpu()
+    architecture = getattr(torch.cuda.get_device_properties(0), "gcnArchName", "")  # ROCm's alone
+    found = replace(found, architecture=str(architecture).partition(":")[0])
     return replace(with_rates(found), here=True)
 
 
 def training_host() -> Host:
-    """The device of this machine that training uses."""
+    """Return this machine with the device that training uses."""
     return find_host("auto" if device_type() == "cuda" else "cpu")
 
 
 def budget_for(memory: Memory, host: Host) -> Budget:
-    """What a run may use on a host."""
+    """Return the memory that a run may use on a host."""
     return budget(host, memory.reserve_gib)

@@ -1,4 +1,4 @@
-"""Everything that watches over a stage, started and ended together."""
+"""The watches over a stage, started and ended together."""
 
 from __future__ import annotations
 
@@ -17,33 +17,30 @@ from strixft.support.errors import StrixftError
 from strixft.support.signals import Signals, on_signals
 from strixft.support.units import GIB
 
-STACKS = "stacks.txt"
-
 ROOT = Path("/")
-"""Where `/proc` and `/sys` are found."""
+"""Folder that holds `/proc` and `/sys`."""
 
 
 class StageWatch:
     """Watches over the host's memory during a stage, and says when the stage should end.
 
     Args:
-        run: Whose stage it is.
-        looks: The stage calls `look` or `is_asked` again and again; if not, this process ends
-            where it would be asked to, and the stage begins again next time.
+        run: The run of the stage.
+        looks: The stage calls `look` or `is_asked` again and again; otherwise this process ends
+            itself instead of being asked to, and the stage begins again next time.
     """
 
     def __init__(self, run: Run, *, looks: bool = True) -> None:
         self.run = run
         self.warnings: list[str] = []
         self.asked: StrixftError | None = None
-        """Why the host needs the stage to end."""
+        """Reason for the host to end the stage."""
         ask = self._ask if looks else run.leave
-        self.memory = MemoryWatch(
-            _reserve_bytes(run), warn=self.warn, ask=ask, leave=run.leave, root=ROOT
-        )
+        reserve = round(run.recipe.memory.reserve_gib * GIB) if training_host().unified else 0
+        self.memory = MemoryWatch(reserve, warn=self.warn, ask=ask, leave=run.leave, root=ROOT)
 
     def warn(self, text: str) -> None:
-        """Tell the user of something that does not end the stage."""
+        """Warn the user of something that does not end the stage."""
         self.warnings.append(text)
         self.run.tell(warnings=self.warnings)
 
@@ -51,7 +48,7 @@ class StageWatch:
         self.asked = error
 
     def look(self) -> None:
-        """Raise what the host asks for; between two batches of a stage that saves nothing.
+        """Raise the host's error, if any; a stage without checkpoints calls this between batches.
 
         Raises:
             FitError: The host is about to run out of memory.
@@ -64,7 +61,7 @@ class StageWatch:
         """Watch while a block runs.
 
         Yields:
-            What was seen, complete after the block.
+            Figures, complete after the block.
 
         Raises:
             FitError: The host has too little memory left to begin.
@@ -81,37 +78,37 @@ class StageWatch:
 
 
 class Watches(StageWatch):
-    """What asks a training to stop, and what was seen meanwhile."""
+    """The watches that can ask a training to stop, and their figures."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.signals: Signals | None = None
-        self.hang = HangWatch(run.stage_folder("train") / STACKS, run.leave)
+        self.hang = HangWatch(run.stage_folder("train") / "stacks.txt", run.leave)
 
     def is_asked(self) -> bool:
-        """Somebody wants the training to stop."""
+        """Return whether the training should stop."""
         return self.asked is not None or bool(self.signals and self.signals.asked)
 
     def stop_error(self, update: int, updates: int) -> StrixftError:
-        """Why the training stopped, and what is on disk.
+        """Return the error of a training that stopped, with its state on disk.
 
         Args:
-            update: The last one that is finished.
-            updates: Of the whole training.
+            update: The last finished update.
+            updates: Updates of the whole training.
         """
         saved = f"update {update} of {updates} is saved" if update else "no update was finished"
         if self.asked is not None:
             fix = f"{self.asked.fix}\n     or with more memory free: {self.run.resume_command}"
             return type(self.asked)(f"{self.asked.problem}; {saved}", fix=fix)
         asked = self.signals.asked if self.signals else None
-        return self.run.stopped(f"{asked} came, {saved}")
+        return self.run.stopped(f"received {asked}, {saved}")
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[dict[str, Any]]:
         """Watch while a block runs.
 
         Yields:
-            What was seen, complete after the block.
+            Figures, complete after the block.
 
         Raises:
             FitError: The host has too little memory left to begin.
@@ -121,40 +118,32 @@ class Watches(StageWatch):
             yield seen
 
 
-def _reserve_bytes(run: Run) -> int:
-    """The recipe's reserve where device and host share memory, else none."""
-    here = training_host()
-    return round(run.recipe.memory.reserve_gib * GIB) if here.unified else 0
-
-
 COMMAND = ("--what=sleep:idle", "--who=strixft", "--why=training a model", "--mode=block", "cat")
-"""`cat` ends when this process does, however it ends, and the lock with it."""
+"""`cat` ends when this process does, in whatever way, and the lock with it."""
 
 REFUSED_S = 0.2
+"""Time after which systemd is taken to have accepted the lock."""
 
 
 @contextlib.contextmanager
 def sleep_inhibited() -> Iterator[bool]:
-    """Keep the machine awake while a block runs, where systemd is there.
+    """Keep the machine awake while a block runs, if it has systemd.
 
     Yields:
-        Whether it is kept awake.
+        Whether the machine is kept awake.
     """
     program = shutil.which("systemd-inhibit")
     if program is None:
         yield False
         return
-    quiet = subprocess.DEVNULL
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command = [program, *COMMAND]
     with subprocess.Popen(
-        [program, *COMMAND],
-        stdin=subprocess.PIPE,
-        stdout=quiet,
-        stderr=quiet,
-        start_new_session=True,
+        command, stdin=subprocess.PIPE, start_new_session=True, **quiet
     ) as process:
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(REFUSED_S)  # it ends at once where no systemd answers
+                process.wait(REFUSED_S)  # it ends at once if no systemd answers
             yield process.poll() is None
         finally:
             process.terminate()

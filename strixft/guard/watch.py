@@ -1,4 +1,4 @@
-"""A thread that reads the host's memory twice a second, and acts before the host freezes."""
+"""A thread that reads the host's memory twice a second and acts before the host freezes."""
 
 from __future__ import annotations
 
@@ -18,115 +18,8 @@ Level = Literal["calm", "warn", "stop", "exit"]
 EVERY_S = 0.5
 
 STALLED_PERCENT = 25.0
-"""Below the reserve, this much waiting for memory counts as half of it: the kernel is thrashing."""
-
-
-def level_of(counters: Counters, reserve_bytes: int) -> Level:
-    """What the host's memory calls for.
-
-    Args:
-        counters: Read now.
-        reserve_bytes: What the host keeps for itself.
-    """
-    left = counters.left_bytes
-    if left >= reserve_bytes:
-        return "calm"
-    if left < reserve_bytes / 4:
-        return "exit"
-    stalled = (counters.stalled_percent or 0) >= STALLED_PERCENT
-    return "stop" if stalled or left < reserve_bytes / 2 else "warn"
-
-
-class MemoryWatch(threading.Thread):
-    """Warns below the reserve, asks for a stop at half of it, leaves at once at a quarter.
-
-    Args:
-        reserve_bytes: What the host keeps for itself; 0 watches nothing.
-        warn: Called once, with the text, when the reserve is reached.
-        ask: Called once, with the error, when the run should stop.
-        leave: Called once, with the error, when the process must end now.
-        root: Where `/proc` and `/sys` are found.
-        every_s: Time between two looks.
-    """
-
-    def __init__(
-        self,
-        reserve_bytes: int,
-        *,
-        warn: Callable[[str], None],
-        ask: Callable[[FitError], None],
-        leave: Callable[[FitError], None],
-        root: Path = Path("/"),
-        every_s: float = EVERY_S,
-    ) -> None:
-        super().__init__(name="memory watch", daemon=True)
-        self._reserve, self._root, self._every_s = reserve_bytes, root, every_s
-        self._acts = {
-            "warn": lambda now: warn(self._words(now)),
-            "stop": lambda now: ask(self._error(now)),
-            "exit": lambda now: leave(self._error(now)),
-        }
-        self._before = read_counters(root)
-        self._ended = threading.Event()
-        self.least_left_bytes = self._before.left_bytes
-        """The least that the host had left so far."""
-
-    def require_reserve(self) -> None:
-        """Refuse to begin where the host has less left than would stop the run.
-
-        Raises:
-            FitError: Less than half of the reserve is left.
-        """
-        if level_of(self._before, self._reserve) in ("stop", "exit"):
-            raise FitError(
-                f"the host has {format_gib(self._before.left_bytes)} left, and"
-                f" {format_gib(self._reserve)} are its reserve",
-                fix="close other programs, or --set memory.reserve_gib=… with a new --run-dir",
-            )
-
-    def __enter__(self) -> MemoryWatch:
-        """Start watching."""
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop watching."""
-        self._ended.set()
-        self.join()
-
-    def run(self) -> None:
-        """Look, until the watch is ended; each level acts once."""
-        while self._acts and not self._ended.wait(self._every_s):
-            self.look()
-
-    def look(self) -> Level:
-        """Read the counters once and act."""
-        try:
-            now = read_counters(self._root)
-        except HostError:  # a look that fails is no reason to end a run
-            return "calm"
-        self.least_left_bytes = min(self.least_left_bytes, now.left_bytes)
-        level = level_of(now, self._reserve)
-        act = self._acts.pop(level, None)
-        if act is not None:
-            act(now)
-        return level
-
-    def _words(self, now: Counters) -> str:
-        stalled = now.stalled_percent or 0
-        waits = f"; every process waited for memory {stalled:.0f} % of the time" if stalled else ""
-        return (
-            f"the host has {format_gib(now.left_bytes)} left of its reserve of"
-            f" {format_gib(self._reserve)}{waits}; since the start grew:"
-            f" {what_grew(self._before, now)}"
-        )
-
-    def _error(self, now: Counters) -> FitError:
-        return FitError(
-            f"stopped before the host runs out of memory: {self._words(now)}",
-            fix="close other programs, or --set memory.reserve_gib, train.micro_batch=1 or a"
-            " smaller dataset.max_length with a new --run-dir",
-        )
+"""Share of time in which every process waits for memory: more than that, with less than the reserve
+left, the kernel is thrashing, and the watch asks for a stop."""
 
 
 _FULL = re.compile(r"^full avg10=([\d.]+)", re.MULTILINE)
@@ -136,11 +29,11 @@ _RESIDENT = re.compile(r"^VmRSS:\s*(\d+) kB", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """Memory of the host at one moment, in bytes; None where the kernel does not say."""
+    """Memory of the host at one moment, in bytes; None if the kernel does not say."""
 
     total_bytes: int
     available_bytes: int
-    """What a new process could take."""
+    """Memory that a new process could take."""
     swap_used_bytes: int
     gtt_used_bytes: int | None
     vram_used_bytes: int | None
@@ -151,7 +44,7 @@ class Counters:
 
     @property
     def left_bytes(self) -> int:
-        """What the host has left: the worse of the kernel's word and what the GPU leaves.
+        """Memory that the host has left: by the kernel, or less if the GPU leaves less.
 
         A driver may or may not count device memory as used (ggml-org/llama.cpp PR #20472,
         ROCm/ROCm#5444).
@@ -176,10 +69,10 @@ def read_counters(root: Path = Path("/")) -> Counters:
     """Read all counters.
 
     Args:
-        root: Where `/proc` and `/sys` are found.
+        root: Folder that holds `/proc` and `/sys`.
 
     Raises:
-        HostError: The kernel does not say what is available.
+        HostError: The kernel does not say how much memory is available.
     """
     info, cards = read_meminfo(root), read_amd_cards(root)
     stalled = _match(_FULL, root / "proc/pressure/memory")
@@ -195,8 +88,8 @@ def read_counters(root: Path = Path("/")) -> Counters:
     )
 
 
-def what_grew(before: Counters, now: Counters) -> str:
-    """What took the memory that was there before, in words."""
+def growth(before: Counters, now: Counters) -> str:
+    """Name the users of memory that grew, with their growth."""
     names = {
         "device memory in GTT": "gtt_used_bytes",
         "device memory in VRAM": "vram_used_bytes",
@@ -210,4 +103,110 @@ def what_grew(before: Counters, now: Counters) -> str:
     }
     grown["other programs"] = taken - max(grown["this process"], grown["device memory in GTT"], 0)
     parts = [f"{words} +{format_gib(size)}" for words, size in grown.items() if size >= 2**20 * 64]
-    return ", ".join(parts) or "nothing by more than 0.06 GiB"
+    return ", ".join(parts) or "none above 0.06 GiB"
+
+
+def level_of(counters: Counters, reserve_bytes: int) -> Level:
+    """Return how serious the state of the host's memory is.
+
+    Args:
+        counters: The state.
+        reserve_bytes: Memory that the host keeps for itself.
+    """
+    left = counters.left_bytes
+    if left >= reserve_bytes:
+        return "calm"
+    if left < reserve_bytes / 4:
+        return "exit"
+    stalled = (counters.stalled_percent or 0) >= STALLED_PERCENT
+    return "stop" if stalled or left < reserve_bytes / 2 else "warn"
+
+
+class MemoryWatch(threading.Thread):
+    """Warns below the reserve, asks for a stop at half of it, leaves at once at a quarter.
+
+    Args:
+        reserve_bytes: Memory that the host keeps for itself; 0 turns the watch off.
+        warn: Called once, with the text, when the reserve is reached.
+        ask: Called once, with the error, when the run should stop.
+        leave: Called once, with the error, when the process must end now.
+        root: Folder that holds `/proc` and `/sys`.
+        every_s: Time between two readings.
+    """
+
+    def __init__(
+        self,
+        reserve_bytes: int,
+        *,
+        warn: Callable[[str], None],
+        ask: Callable[[FitError], None],
+        leave: Callable[[FitError], None],
+        root: Path = Path("/"),
+        every_s: float = EVERY_S,
+    ) -> None:
+        super().__init__(name="memory watch", daemon=True)
+        self._reserve, self._root, self._every_s = reserve_bytes, root, every_s
+        self._acts = {
+            "warn": lambda now: warn(self._words(now)),
+            "stop": lambda now: ask(self._error(now)),
+            "exit": lambda now: leave(self._error(now)),
+        }
+        self._before = read_counters(root)
+        self._ended = threading.Event()
+        self.least_left_bytes = self._before.left_bytes
+        """Least memory that the host has had left so far."""
+
+    def require_reserve(self) -> None:
+        """Refuse to begin if the host has less left than would stop the run.
+
+        Raises:
+            FitError: Less than half of the reserve is left.
+        """
+        if level_of(self._before, self._reserve) in ("stop", "exit"):
+            raise FitError(
+                f"the host has {format_gib(self._before.left_bytes)} left, and its reserve is"
+                f" {format_gib(self._reserve)}",
+                fix="close other programs, or --set memory.reserve_gib=… with a new --run-dir",
+            )
+
+    def __enter__(self) -> MemoryWatch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        """Check until the watch ends; each level acts once."""
+        while self._acts and not self._ended.wait(self._every_s):
+            self.look()
+
+    def look(self) -> Level:
+        """Read the counters once and act."""
+        try:
+            now = read_counters(self._root)
+        except HostError:  # a reading that fails does not end a run
+            return "calm"
+        self.least_left_bytes = min(self.least_left_bytes, now.left_bytes)
+        level = level_of(now, self._reserve)
+        act = self._acts.pop(level, None)
+        if act is not None:
+            act(now)
+        return level
+
+    def _words(self, now: Counters) -> str:
+        stalled = now.stalled_percent or 0
+        waits = f"; every process waited for memory {stalled:.0f} % of the time" if stalled else ""
+        return (
+            f"the host has {format_gib(now.left_bytes)} left of its reserve of"
+            f" {format_gib(self._reserve)}{waits}; growth since the start:"
+            f" {growth(self._before, now)}"
+        )
+
+    def _error(self, now: Counters) -> FitError:
+        return FitError(
+            f"stopped before the host runs out of memory: {self._words(now)}",
+            fix="close other programs, or --set memory.reserve_gib, train.micro_batch=1 or a"
+            " smaller dataset.max_length with a new --run-dir",
+        )

@@ -80,6 +80,10 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
 def _rotary_faults(text: Raw) -> Iterator[str]:
     thetas = [text.get("rope_theta")]
     for place in ("rope_parameters", "rope_scaling"):
@@ -88,11 +92,11 @@ def _rotary_faults(text: Raw) -> Iterator[str]:
             yield f"{place} should hold settings, it is {rotary!r:.60}"
             continue
         kind, factor = rotary.get("rope_type", rotary.get("type")), rotary.get("factor")
-        if kind in SCALED_BY_FACTOR and not (_is_number(factor) and factor > 0):
+        if kind in SCALED_BY_FACTOR and not _is_positive(factor):
             yield f"{place} is of type {kind}, and its factor is {factor!r:.60}"
         thetas.append(rotary.get("rope_theta"))
     for theta in thetas:
-        if theta is not None and not (_is_number(theta) and theta > 0):
+        if theta is not None and not _is_positive(theta):
             yield f"rope_theta should be a number above 0, it is {theta!r:.60}"
 
 
@@ -146,10 +150,10 @@ def _missing(raw: Raw) -> Iterator[str]:
 
 
 def _faults(raw: Raw) -> list[str]:
-    text, found = _text_part(raw), []
+    text = _text_part(raw)
     if not isinstance(raw.get("text_config", {}), Mapping | None):
         return [f"text_config should hold settings, it is {raw['text_config']!r:.60}"]
-    found += _missing(raw)
+    found = list(_missing(raw))
     checks = (_size_faults, _rotary_faults, _setting_faults)
     found += [fault for check in checks for fault in check(text)] or _relation_faults(text)
     stored = raw.get("quantization_config")

@@ -160,7 +160,7 @@ def _write(model: Any, root: Path, inputs: Inputs) -> None:
         return
     try:
         _save(model, temporary)
-        files = {}
+        files: dict[str, dict[str, Any]] = {}
         for path in shard_paths(temporary):
             sync(path)  # reading it afterwards takes it out of the page cache
             files[path.name] = {"bytes": path.stat().st_size, "sums": checksums_of(path)}
@@ -195,7 +195,7 @@ def _remove_replaced(root: Path, newest: Path, inputs: Inputs) -> None:
             continue
         try:
             before = read_manifest(folder)["inputs"]
-            replaced = all(before[name] == inputs[name] for name in ("model", "device", "dtype"))
+            replaced = all(before[key] == inputs[key] for key in ("model", "device", "dtype"))
         except (ValueError, KeyError, TypeError):
             replaced = True
         if replaced:
