@@ -193,12 +193,12 @@ def test_a_run_name_that_is_taken(enter: Type, write_recipe: WriteRecipe) -> Non
     answer = enter("prepare", path, "--run-dir", "taken", "--set", "dataset.max_length=64")
     problem, fix = refusal(answer, 2)
     assert problem == (
-        f"{Path.cwd()}/taken is taken by a run of another recipe; these keys differ:\n"
+        f"{Path.cwd()}/taken belongs to a run of another recipe; these keys differ:\n"
         "  dataset.max_length: 256 there, 64 here"
     )
     assert fix == (
-        f"--run-dir {Path.cwd()}/taken-2   for a run of its own; or, with strixft run,"
-        " --from prepare   does prepare and what follows again"
+        f"--run-dir {Path.cwd()}/taken-2   for a new run; or, with strixft run,"
+        " --from prepare   repeats prepare and the later stages"
     )
 
 

@@ -181,9 +181,7 @@ def test_a_recorded_machine_that_fills_is_stopped(tmp_path: Path) -> None:
 
 def test_a_host_that_is_nearly_full_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     heard = Heard(root_with(tmp_path, strix_halo(118)), 16)
-    with pytest.raises(
-        FitError, match=r"has 7\.00 GiB left, and its reserve is 16\.00 GiB"
-    ):
+    with pytest.raises(FitError, match=r"has 7\.00 GiB left, and its reserve is 16\.00 GiB"):
         heard.watch.require_reserve()
 
 

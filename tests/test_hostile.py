@@ -68,7 +68,7 @@ def test_data_stay_text_in_the_report(write_recipe: WriteRecipe, tmp_path: Path)
 def test_a_recipes_name_never_leaves_the_folder_of_runs(tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
     for name in ("..yaml", "...yaml"):
-        with pytest.raises(RecipeError, match="is no name for a run"):
+        with pytest.raises(RecipeError, match="is not a name for a run"):
             run_folder(tmp_path / name, None)
     assert run_folder(tmp_path / "mine.yaml", None) == tmp_path / "runs" / "mine"
 

@@ -50,7 +50,7 @@ def test_a_change_that_something_done_depends_on_is_refused(recipe: Path, tmp_pa
     prepare_recipe(run)
     with pytest.raises(RecipeError, match=r"dataset\.max_length") as caught:
         open_run(recipe, run.folder, {"dataset.max_length": 16})
-    assert "--from prepare   does prepare and what follows again" in caught.value.fix
+    assert "--from prepare   repeats prepare and the later stages" in caught.value.fix
     assert open_run(recipe, run.folder) == run
 
 
@@ -82,7 +82,7 @@ def test_a_stage_refuses_a_recipe_that_was_changed_under_it(recipe: Path, tmp_pa
     open_run(recipe, run.folder, {"train.epochs": 7})
     with pytest.raises(StageError, match=r"recipe\.yaml has changed since") as caught:
         prepare_recipe(run)
-    assert caught.value.fix == "type the same command again"
+    assert caught.value.fix == "run the same command again"
 
 
 def test_the_command_after_a_refusal_can_be_typed(
@@ -153,9 +153,9 @@ def test_rows_that_changed_since_are_not_read(tiny_run: Run, name: str) -> None:
     path.write_bytes(data)
     with pytest.raises(StageError) as caught:
         tiny_run.require(Prepared)
-    assert caught.value.problem == f"{path} is not what stage prepare wrote"
+    assert caught.value.problem == f"{path} has changed since stage prepare wrote it"
     assert caught.value.fix == (
-        f"bring it back, or: strixft run {tiny_run.folder}/recipe.yaml"
+        f"restore it, or: strixft run {tiny_run.folder}/recipe.yaml"
         f" --run-dir {tiny_run.folder} --from prepare"
     )
     path.unlink()

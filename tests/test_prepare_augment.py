@@ -319,8 +319,8 @@ def test_the_flag_is_a_setting_of_the_recipe(
     assert isinstance(without.exception, RecipeError)
     assert "dataset.augment.enabled: True there, False here" in without.exception.problem
     assert without.exception.fix == (
-        f"--run-dir {tmp_path / 'run-2'}   for a run of its own; or, with strixft run,"
-        " --from prepare   does prepare and what follows again"
+        f"--run-dir {tmp_path / 'run-2'}   for a new run; or, with strixft run,"
+        " --from prepare   repeats prepare and the later stages"
     )
     none = type_in(app, ["prepare", str(write_recipe("none", rows=ROWS)), "--augment"])
     assert "dataset.augment.server: is missing" in str(none.exception)

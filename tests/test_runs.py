@@ -274,7 +274,7 @@ def test_a_process_that_ended_without_a_word_has_failed(run: Run, start: Start) 
     assert run.status()["state"] == "running"
     kill(process)
     assert run.status()["state"] == "failed"
-    assert run.status()["problem"].startswith("its process ended without a word")
+    assert run.status()["problem"].startswith("its process ended without a message")
     assert run.last_error("prepare") is None
 
 
@@ -285,7 +285,7 @@ def test_a_stage_that_a_signal_ended_is_stopped(run: Run) -> None:
 
     with pytest.raises(Stopped, match="stage prepare ended by SIGTERM") as caught:
         run.once(Prepared, work)
-    assert caught.value.fix == f"{run.resume_command}   goes on"
+    assert caught.value.fix == f"{run.resume_command}   resumes it"
     assert run.status()["state"] == "stopped"
     assert not run.is_done("prepare")
 
@@ -343,7 +343,7 @@ def test_a_damaged_result_says_which_file_and_what_to_type(run: Run, text: str) 
     with pytest.raises(StageError) as caught:
         Prepared.load(folder)
     assert caught.value.problem.startswith(
-        f"{folder}/result.json is not what stage prepare writes: "
+        f"{folder}/result.json is not a result of stage prepare: "
     )
     assert caught.value.fix == f"mv {folder} {folder}.1   and run the stage again"
 
@@ -390,13 +390,13 @@ def test_a_run_that_is_taken_names_the_keys_that_differ(recipe: Path, run: Run) 
     with pytest.raises(RecipeError) as caught:
         open_run(recipe, run.folder, {"train.epochs": 4, "lora.r": 8})
     assert caught.value.problem == (
-        f"{run.folder} is taken by a run of another recipe; these keys differ:\n"
+        f"{run.folder} belongs to a run of another recipe; these keys differ:\n"
         "  lora.r: 16 there, 8 here\n"
         "  train.epochs: 3.0 there, 4.0 here"
     )
     assert caught.value.fix == (
-        f"--run-dir {run.folder}-2   for a run of its own; or, with strixft run,"
-        " --from plan   does plan and what follows again"
+        f"--run-dir {run.folder}-2   for a new run; or, with strixft run,"
+        " --from plan   repeats plan and the later stages"
     )
 
 
@@ -475,7 +475,7 @@ def test_a_run_folder_that_cannot_be_made_says_why(recipe: Path, tmp_path: Path)
     folder = tmp_path / "rows.jsonl" / "run"
     with pytest.raises(RecipeError) as caught:
         open_run(recipe, folder)
-    assert caught.value.problem == f"the run folder {folder} cannot be made: Not a directory"
+    assert caught.value.problem == f"the run folder {folder} cannot be created: Not a directory"
     assert caught.value.fix == "--run-dir and a folder that can be written"
 
 

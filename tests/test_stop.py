@@ -66,7 +66,7 @@ def processes() -> Iterator[list[Process]]:
 def test_a_run_that_nobody_works_on_cannot_be_stopped(tiny_run: Run) -> None:
     with pytest.raises(StageError, match=f"no process works on {tiny_run.folder}") as caught:
         stop_run(tiny_run)
-    assert caught.value.fix == "strixft runs   shows the state of each"
+    assert caught.value.fix == "strixft runs   shows the state of each run"
 
 
 def test_the_command_stops_a_training(
@@ -83,7 +83,7 @@ def test_the_command_stops_a_training(
     told = json.loads(out)
     assert told["state"] == "stopped"
     assert " is saved" in told["why"]
-    assert errors.rstrip().endswith("goes on")
+    assert errors.rstrip().endswith("resumes it")
     assert list(folder.glob("train/checkpoints/checkpoint-*/manifest.json"))
 
 
@@ -100,7 +100,7 @@ def test_a_signal_to_a_run_through_notebooks_reaches_the_kernel(
     status = find_run(folder).status()
     assert (status["stage"], status["state"]) == ("train", "stopped")
     assert f"then: strixft run {folder}" not in errors
-    assert f"strixft run {folder}/recipe.yaml --run-dir {folder}   goes on" in errors
+    assert f"strixft run {folder}/recipe.yaml --run-dir {folder}   resumes it" in errors
     assert list(folder.glob("train/checkpoints/checkpoint-*/manifest.json"))
     assert (folder / "train/30-train.ipynb").is_file()
     assert find_run(folder).workers() == []

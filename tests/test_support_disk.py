@@ -96,6 +96,5 @@ def test_what_stands_in_the_way_of_a_stage_is_named(tiny_run: Run, name: str) ->
         f"stage prepare of {tiny_run.folder} cannot use {path}: "
     )
     assert caught.value.fix == (
-        f"ls -ld {path}   shows what is there, and whose it is; after that:"
-        f" {tiny_run.resume_command}"
+        f"ls -ld {path}   shows what is there, and its owner; after that: {tiny_run.resume_command}"
     )

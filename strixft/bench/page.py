@@ -363,7 +363,7 @@ def _prediction(name: str, host: str) -> list[Any]:
     if recipe.model in MODELS and rate is not None:
         model = MODELS[recipe.model]
         flop = FLOP_PER_TOKEN["full" if recipe.method == "full" else "adapter"]
-        parameters = weights_of(recipe.model, model.sides, model.source).read_parameters
+        parameters = weights_of(recipe.model, model.text_config, model.source).read_parameters
         ceiling = compute_ceiling(HOSTS[host], parameters, flop)
         share = ceiling and ceiling.share(rate)
     return [

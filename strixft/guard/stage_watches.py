@@ -42,7 +42,7 @@ class StageWatch:
     def warn(self, text: str) -> None:
         """Warn the user of something that does not end the stage."""
         self.warnings.append(text)
-        self.run.tell(warnings=self.warnings)
+        self.run.set_status(warnings=self.warnings)
 
     def _ask(self, error: StrixftError) -> None:
         self.asked = error
@@ -136,10 +136,9 @@ def sleep_inhibited() -> Iterator[bool]:
     if program is None:
         yield False
         return
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command = [program, *COMMAND]
+    command, quiet, pipe = [program, *COMMAND], subprocess.DEVNULL, subprocess.PIPE
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, start_new_session=True, **quiet
+        command, stdin=pipe, stdout=quiet, stderr=quiet, start_new_session=True
     ) as process:
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):

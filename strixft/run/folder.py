@@ -2,9 +2,9 @@
 
 <run>/recipe.yaml   the complete recipe
 <run>/status.json   stage, state, pid, started, updated, progress
-<run>/.lock         the process that works on it, or did so last
+<run>/.lock         the process that works on it, or the last one that did
 <run>/<stage>/      artefacts, the executed notebook, and result.json, written last by rename:
-                    it exists, so the stage is done
+                    the stage is done if it exists
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -26,12 +26,11 @@ from strixft.support import html
 from strixft.support.disk import disk_full, is_full
 from strixft.support.environment import seen_by_torch
 from strixft.support.errors import (
-    FIX,
     FitError,
     StageError,
     Stopped,
     StrixftError,
-    error_from_text,
+    error_of,
     is_out_of_memory,
 )
 from strixft.support.files import (
@@ -51,38 +50,34 @@ STAGES = ("prepare", "plan", "train", "evaluate", "export")
 """Stages in their order; each is a notebook, a folder of the run, and a verb `<stage>_recipe`."""
 
 OWNER_ENDS_S = 10.0
-"""How long to wait for a process that owns the run and is about to end."""
+"""Longest wait for a process that owns the run and is about to end."""
 
 LAST_WORDS_S = 1.0
+"""Time for a process that must end at once to write the reason down."""
 
 LOCK, DRIVER = ".lock", ".driver"
-"""Locks of a run: of the process that does a stage, and of the one that goes through the stages."""
+"""Locks of a run: of the process that does a stage, and of the one that runs the stages."""
 
-ENDED_SILENTLY = "its process ended without a word: it was killed, or the machine went down"
-
-
-def _hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
-    paths = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
-    return {str(path.relative_to(folder)): known_digest(path) for path in paths}
+ENDED_SILENTLY = "its process ended without a message: it was killed, or the machine went down"
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe of a run folder."""
+    """Read the recipe of a run folder."""
     path = folder / "recipe.yaml"
     return check_recipe(read_settings(path), name=str(path))
 
 
 def resume_command(folder: Path) -> str:
-    """What to type so that the run of a folder goes on."""
+    """Return the command that resumes the run in a folder."""
     return f"strixft run {typed(folder / 'recipe.yaml')} --run-dir {typed(folder)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a stage found; `result.json` of its folder."""
+    """The result of a stage; `result.json` of its folder."""
 
     name: ClassVar[str] = ""
-    """The stage; each stage's module has its own subclass that knows how to show itself."""
+    """The stage; each stage has its own subclass, which displays itself."""
     artefacts: ClassVar[tuple[str, ...]] = ()
     """Patterns of the files that later stages read."""
 
@@ -92,30 +87,30 @@ class Result:
     versions: dict[str, str]
     host: dict[str, Any]
     inputs: dict[str, Any]
-    """What the figures depend on, with hashes."""
+    """Everything that the figures depend on, with hashes."""
     figures: dict[str, Any]
     files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of what later stages read, by the file's path in the stage's folder."""
+    """SHA-256 of the files that later stages read, by path in the stage's folder."""
 
     def is_final(self) -> bool:
-        """The stage is done with this result; otherwise it runs again next time."""
+        """Return whether the stage is done with this result; otherwise it runs again next time."""
         return True
 
     def _repr_html_(self) -> str:
-        """The figures, for a notebook or the report; stages show more."""
+        """Return the figures for a notebook or the report; stages show more."""
         return html.mapping(self.figures)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in `result.json`."""
+        """Return plain data, as in `result.json`."""
         data = {key: value for key, value in asdict(self).items() if key != "folder"}
         return {"stage": self.name, **data}
 
     @classmethod
     def load(cls: type[R], folder: Path) -> R | None:
-        """The stage's result, or None as long as it is not done.
+        """Read the stage's result; return None until the stage is done.
 
         Raises:
-            StageError: The file is not what a stage writes.
+            StageError: The file is damaged.
         """
         path = folder / "result.json"
         if not path.is_file():
@@ -129,31 +124,30 @@ class Result:
                     raise ValueError(f"it has no {name}")
         except (ValueError, TypeError, KeyError) as error:
             raise StageError(
-                f"{path} is not what stage {folder.name} writes: {error}",
+                f"{path} is not a result of stage {folder.name}: {error}",
                 fix=f"mv {typed(folder)} {typed(free_aside(folder))}   and run the stage again",
             ) from error
         return found
 
     def require_whole(self) -> None:
-        """Refuse files that are not what the stage wrote.
+        """Require the files of the stage to be as it wrote them.
 
         Raises:
-            StageError: With the first of them.
+            StageError: A file is missing or has changed.
         """
         for name, sha256 in self.files.items():
             path = self.folder / name
             if not path.is_file() or known_digest(path) != sha256:
-                what = "is not what" if path.is_file() else "is missing, which"
+                fault = "has changed since" if path.is_file() else "is missing:"
                 raise StageError(
-                    f"{path} {what} stage {self.name} wrote",
-                    fix=f"bring it back, or: {resume_command(self.folder.parent)}"
-                    f" --from {self.name}",
+                    f"{path} {fault} stage {self.name} wrote it",
+                    fix=f"restore it, or: {resume_command(self.folder.parent)} --from {self.name}",
                 )
 
 
 R = TypeVar("R", bound=Result)
 
-Work = Callable[[Path], tuple[dict[str, Any], dict[str, Any]]]
+StageWork = Callable[[Path], tuple[dict[str, Any], dict[str, Any]]]
 """Does a stage in its folder; returns inputs and figures."""
 
 
@@ -166,23 +160,23 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """Name of the folder."""
         return self.folder.name
 
     def stage_folder(self, stage: str) -> Path:
-        """Folder of a stage."""
+        """Return the folder of a stage."""
         return self.folder / stage
 
     def is_done(self, stage: str) -> bool:
-        """The stage has its result."""
+        """Return whether a stage has its result."""
         return (self.stage_folder(stage) / "result.json").is_file()
 
-    def once(self, result: type[R], work: Work) -> R:
-        """Do a stage, or give back what it found when it was done before.
+    def once(self, result: type[R], work: StageWork) -> R:
+        """Do a stage, or return its result if it is already done.
 
         Args:
             result: The stage's result class; its `name` is the stage.
-            work: Does it; gets the stage's folder, returns inputs and figures.
+            work: Does the stage in its folder; returns inputs and figures.
         """
         folder = self.stage_folder(result.name)
         if (done := result.load(folder)) is not None:
@@ -190,23 +184,21 @@ class Run:
         with self.owned():
             if (done := result.load(folder)) is not None:  # by the owner that was waited for
                 return done
-            self._require_own_recipe()
+            path = self.folder / "recipe.yaml"
+            if path.is_file() and read_recipe(self.folder) != self.recipe:
+                raise StageError(
+                    f"{path} has changed since this run was opened",
+                    fix="run the same command again",
+                )
             with self._status(result.name), self.translate_errors(result.name):
                 found = self._do(result, work)
             if not found.is_final():
-                self.tell(state="failed", problem=f"stage {result.name} refuses", fix=None)
+                self.set_status(state="failed", problem=f"stage {result.name} refuses", fix=None)
             return found
-
-    def _require_own_recipe(self) -> None:
-        path = self.folder / "recipe.yaml"
-        if path.is_file() and read_recipe(self.folder) != self.recipe:
-            raise StageError(
-                f"{path} has changed since this run was opened", fix="type the same command again"
-            )
 
     @contextlib.contextmanager
     def translate_errors(self, stage: str) -> Iterator[None]:
-        """A signal, a full disk and missing memory end a stage with an error of ours."""
+        """Turn a signal, a full disk and missing memory into errors with a fix."""
         try:
             with raised():
                 yield
@@ -220,44 +212,44 @@ class Run:
             if is_out_of_memory(error):
                 raise FitError(
                     f"stage {stage} of {self.folder} has no memory left: {error}",
-                    fix="close other programs, then type the same command again",
+                    fix="close other programs, then run the same command again",
                 ) from error
             if isinstance(error, OSError) and error.filename is not None:
-                raise self._in_the_way(stage, error) from error
+                place = error.filename2 or error.filename
+                raise StageError(
+                    f"stage {stage} of {self.folder} cannot use {place}: {error.strerror}",
+                    fix=f"ls -ld {typed(place)}   shows what is there, and its owner; after that:"
+                    f" {self.resume_command}",
+                ) from error
             raise
-
-    def _in_the_way(self, stage: str, error: OSError) -> StageError:
-        """The error of a file or folder that a stage cannot use."""
-        place = error.filename2 or error.filename
-        return StageError(
-            f"stage {stage} of {self.folder} cannot use {place}: {error.strerror}",
-            fix=f"ls -ld {typed(place)}   shows what is there, and whose it is; after that:"
-            f" {self.resume_command}",
-        )
 
     @property
     def last_stage(self) -> str:
-        """Where a run ends when nobody says: with the export, if the recipe names one."""
+        """Last stage by default: the export if the recipe names one, else the evaluation."""
         return "export" if self.recipe.export.to else "evaluate"
 
     @property
     def resume_command(self) -> str:
-        """What to type so that the run goes on."""
+        """Command that resumes the run."""
         return resume_command(self.folder)
 
     def stopped(self, how: str) -> Stopped:
-        """The clean end that a user asked for.
+        """Return the error of a clean end that a user asked for.
 
         Args:
-            how: What ended, and what is on disk.
+            how: Its cause, and the state on disk.
         """
-        return Stopped(f"{self.folder} is stopped: {how}", fix=f"{self.resume_command}   goes on")
+        return Stopped(
+            f"{self.folder} is stopped: {how}", fix=f"{self.resume_command}   resumes it"
+        )
 
-    def _do(self, result: type[R], work: Work) -> R:
+    def _do(self, result: type[R], work: StageWork) -> R:
         folder = self.stage_folder(result.name)
         folder.mkdir(parents=True, exist_ok=True)
         started, clock = now(), time.monotonic()
         inputs, figures = work(folder)
+        artefacts = {path for kind in result.artefacts for path in folder.glob(kind)}
+        files = sorted(path for path in artefacts if path.is_file())
         found = result(
             folder=folder,
             started=started,
@@ -270,7 +262,7 @@ class Run:
             },
             inputs=inputs,
             figures=figures,
-            files=_hashes(folder, result.artefacts),
+            files={str(p.relative_to(folder)): known_digest(p) for p in files},
         )
         if found.is_final():
             write_json(folder / "result.json", found.to_dict())
@@ -278,7 +270,7 @@ class Run:
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Hold the run's lock, as every process does that writes into a stage.
+        """Hold the run's lock, as every process that writes into a stage must.
 
         Raises:
             StageError: Another process works on this run.
@@ -289,24 +281,24 @@ class Run:
             yield
 
     def driven(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the lock of what goes through the stages.
+        """Hold the lock of the process that runs the stages.
 
         Raises:
-            StageError: Another process does so.
+            StageError: Another process runs them.
             HostError: The folder cannot be written.
         """
         return hold(self.folder / DRIVER, self.folder, OWNER_ENDS_S)
 
     def workers(self) -> list[Owner]:
-        """Processes at work on this run: what goes through the stages first."""
+        """Return the processes at work on this run, the one that runs the stages first."""
         owners = [read_owner(self.folder / name) for name in (DRIVER, LOCK)]
         return [owner for owner in owners if owner and owner.is_alive]
 
     def require(self, result: type[R]) -> R:
-        """What an earlier stage found.
+        """Return the result of an earlier stage.
 
         Raises:
-            StageError: It has not run yet, or its files are not what it wrote.
+            StageError: The stage has not run yet, or its files have changed.
         """
         found = result.load(self.stage_folder(result.name))
         if found is None:
@@ -318,9 +310,9 @@ class Run:
         return found
 
     def status(self) -> dict[str, Any]:
-        """`status.json`, or a new run's; its state is `unreadable` if it is damaged.
+        """Return `status.json`, or a new run's; the state of a damaged file is `unreadable`.
 
-        A stage whose process has ended without a word has failed, whatever is written there.
+        A stage whose process has ended without a message has failed, whatever the file says.
         """
         path = self.folder / "status.json"
         if not path.is_file():
@@ -338,17 +330,14 @@ class Run:
         return dict(status)
 
     def report_progress(self, **progress: Any) -> None:
-        """Put a stage's progress into `status.json` for whoever watches; no reason to fail.
+        """Put a stage's progress into `status.json` for other programs.
 
-        It does not wait for the disk: what a power cut takes of it is of no use afterwards.
+        It does not wait for the disk: progress is of no use after a power cut.
         """
-        self._tell({"progress": progress}, flush=False)
+        self.set_status(flush=False, progress=progress)
 
-    def tell(self, **values: Any) -> None:
-        """Put values into `status.json`, if there is room for it."""
-        self._tell(values, flush=True)
-
-    def _tell(self, values: Mapping[str, Any], *, flush: bool) -> None:
+    def set_status(self, *, flush: bool = True, **values: Any) -> None:
+        """Put values into `status.json` if the disk has room."""
         with contextlib.suppress(OSError):
             self._write_status({**self.status(), **values}, flush=flush)
 
@@ -358,44 +347,49 @@ class Run:
     def leave(self, error: StrixftError) -> None:
         """End this process at once, with the reason in `status.json` and on standard error.
 
-        A host without memory may not even write that: then the process ends without it.
+        On a host without memory even that may fail: then the process ends without it.
         """
         last = threading.Timer(LAST_WORDS_S, os._exit, (error.exit_code,))
         last.daemon = True
         last.start()
-        self.tell(state="failed", **_told(error))
+        self.set_status(state="failed", **_as_status(error))
         os.write(2, f"{error}\n".encode())
         os._exit(error.exit_code)
 
     def last_error(self, stage: str) -> StrixftError | None:
-        """The error that a stage's process left in `status.json` before it ended."""
-        status = self.status()
-        if (status.get("stage"), status.get("state")) != (stage, "failed"):
+        """Return the error of ours that ended a stage's process, from `status.json`."""
+        found = self.status()
+        if (found.get("stage"), found.get("state")) != (stage, "failed") or not found.get("fix"):
             return None
-        return error_from_text(status.get("error", ""), f"{status['problem']}{FIX}{status['fix']}")
+        parts = {"fix": found["fix"], "settings": found.get("settings")}
+        return error_of(found.get("error", ""), found["problem"], **parts)
 
     @contextlib.contextmanager
     def _status(self, stage: str) -> Iterator[None]:
         status: dict[str, Any] = {"stage": stage, "pid": os.getpid(), "started": now()}
-        with contextlib.suppress(OSError):  # a full disk is told by the work itself
+        with contextlib.suppress(OSError):  # the work itself reports a full disk
             self._write_status({**status, "state": "running"})
         try:
             yield
         except BaseException as error:
             state = "stopped" if isinstance(error, Stopped) else "failed"
-            self.tell(state=state, **_told(error))
+            self.set_status(state=state, **_as_status(error))
             raise
         self._write_status({**status, "state": "done"})
 
 
-def _told(error: BaseException) -> dict[str, Any]:
-    """An error as `status.json` has it."""
-    problem, fix = getattr(error, "problem", str(error)), getattr(error, "fix", None)
-    return {"error": type(error).__name__, "problem": redact(problem)[:2000], "fix": fix}
+def _as_status(error: BaseException) -> dict[str, Any]:
+    """Return an error as `status.json` has it; `last_error` is the way back."""
+    return {
+        "error": type(error).__name__,
+        "problem": redact(getattr(error, "problem", str(error)))[:2000],
+        "fix": getattr(error, "fix", None),
+        "settings": getattr(error, "settings", {}),
+    }
 
 
 def chosen_stages(first: str | None, last: str | None) -> tuple[str, ...]:
-    """The stages from the first to the last, both included.
+    """Return the stages from the first to the last, both included.
 
     Raises:
         StageError: There is no such stage, or the last comes before the first.

@@ -1,4 +1,4 @@
-"""Run folders: found, opened, and given another recipe as long as nothing done depends on it."""
+"""Run folders: found, opened, and given another recipe if no finished stage depends on it."""
 
 from __future__ import annotations
 
@@ -29,44 +29,44 @@ READ_BY = {
     "evaluate": "evaluate",
     "export": "export",
 }
-"""Section of a recipe → the first stage whose result depends on it; of `offline` none does."""
+"""Section of a recipe → the first stage whose result depends on it; none depends on `offline`."""
 
 
 def run_folder(recipe: Path, run_dir: str | Path | None) -> Path:
-    """Where a recipe's run lies: `run_dir`, or `runs/<recipe>` of the workspace.
+    """Return the folder of a recipe's run: `run_dir`, or `runs/<recipe>` of the workspace.
 
     Raises:
         RecipeError: The recipe's name would lead out of `runs/`.
     """
     if not run_dir and not recipe.stem.strip("."):
-        raise RecipeError(f"{recipe.name!r} is no name for a run", fix="--run-dir and a folder")
+        raise RecipeError(f"{recipe.name!r} is not a name for a run", fix="--run-dir and a folder")
     given = Path(os.path.expanduser(run_dir)) if run_dir else Path("runs") / recipe.stem
     return workspace() / given  # an absolute path stays what it is
 
 
 def free_name(folder: Path) -> Path:
-    """The first of `<folder>-2`, `<folder>-3`, … that does not exist."""
+    """Return the first of `<folder>-2`, `<folder>-3`, … that does not exist."""
     number = 2
     while (free := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
     return free
 
 
-def changed_settings(old: Recipe, new: Recipe) -> list[str]:
-    """Dotted keys whose values differ."""
+def _changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return settings that differ: dotted key → old and new value."""
     before, after = flatten(old.to_dict()), flatten(new.to_dict())
-    keys = sorted(before.keys() | after.keys())
-    return [key for key in keys if before.get(key) != after.get(key)]
+    both = {key: (before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys())}
+    return {key: values for key, values in both.items() if values[0] != values[1]}
 
 
 def first_reader(keys: Iterable[str]) -> str | None:
-    """The first stage whose result depends on one of these settings; None if none does."""
+    """Return the first stage whose result depends on one of these settings, or None."""
     readers = {READ_BY.get(key.partition(".")[0]) for key in keys}
     return next((stage for stage in STAGES if stage in readers), None)
 
 
 def begin_again(keys: Iterable[str]) -> str:
-    """The option of `strixft run` that does again what depends on these settings.
+    """Return the option of `strixft run` that repeats the stages that depend on these settings.
 
     >>> begin_again(["train.epochs", "evaluate.max_rows"])
     '--from plan'
@@ -76,28 +76,27 @@ def begin_again(keys: Iterable[str]) -> str:
 
 
 def stages_from(stage: str) -> tuple[str, ...]:
-    """A stage and those that follow."""
+    """Return a stage and those that follow."""
     return STAGES[STAGES.index(stage) :]
 
 
 def _refuse_other(folder: Path, old: Recipe, new: Recipe) -> None:
-    before, after = flatten(old.to_dict()), flatten(new.to_dict())
-    keys = changed_settings(old, new)
-    listed = "".join(f"\n  {k}: {before.get(k)!r} there, {after.get(k)!r} here" for k in keys)
-    stage = first_reader(keys)
-    again = f"; or, with strixft run, --from {stage}   does {stage} and what follows again"
+    changes = _changes(old, new)
+    listed = "".join(f"\n  {key}: {a!r} there, {b!r} here" for key, (a, b) in changes.items())
+    stage = first_reader(changes)
+    again = f"; or, with strixft run, --from {stage}   repeats {stage} and the later stages"
     raise RecipeError(
-        f"{folder} is taken by a run of another recipe; these keys differ:{listed}",
-        fix=f"--run-dir {typed(free_name(folder))}   for a run of its own{again if stage else ''}",
+        f"{folder} belongs to a run of another recipe; these keys differ:{listed}",
+        fix=f"--run-dir {typed(free_name(folder))}   for a new run{again if stage else ''}",
     )
 
 
 def _take_recipe(folder: Path, recipe: Recipe, first: str | None) -> None:
-    """Let a run go on with a changed recipe, if nothing that is done depends on the change."""
+    """Let a run continue with a changed recipe if no finished stage depends on the change."""
     old, run = read_recipe(folder), Run(folder, recipe)
     if old == recipe:
         return
-    reader = first_reader(changed_settings(old, recipe))
+    reader = first_reader(_changes(old, recipe))
     if first is not None and reader in (None, *stages_from(first)):
         set_aside(run, stages_from(first))
     elif reader is not None and any(map(run.is_done, stages_from(reader))):
@@ -113,7 +112,7 @@ def _refuse_other_data(folder: Path, recipe: Recipe) -> None:
     try:
         now_there, _ = fingerprint(recipe.dataset.sources())
     except DataError:
-        return  # moved or deleted: what was prepared from it stays
+        return  # moved or deleted: the prepared rows stay
     if done.inputs["source_sha256"] != now_there:
         raise DataError(
             f"{', '.join(recipe.dataset.sources())} has changed since {folder} was prepared",
@@ -135,12 +134,12 @@ def open_run(
         recipe: Name or path of the recipe.
         run_dir: The folder; `runs/<recipe>` of the workspace if not given.
         overrides: Values by dotted key, or their JSON text.
-        first: This stage and the later ones will be done again, so what only they depend on
+        first: This stage and the later ones will be repeated, so settings that only they depend on
             may have changed.
 
     Raises:
-        RecipeError: No such recipe, faults in it, or the folder holds a run of another one, with
-            stages done that depend on what differs.
+        RecipeError: The recipe does not exist or has faults, or the folder holds a run of another
+            recipe with finished stages that depend on the difference.
         DataError: The folder was prepared from other data.
     """
     run_dir = _as_typed("run_dir", run_dir)
@@ -162,17 +161,17 @@ def open_run(
 
 
 def _as_typed(name: str, given: Any) -> Any:
-    """A path; `-p run_dir 20261125` of papermill gives a number."""
-    if isinstance(given, bool | float):  # 1e5, 2.10 and True cannot be told from what they became
+    """Return a path as text; `-p run_dir 20261125` of papermill passes a number."""
+    if isinstance(given, bool | float):  # 1e5, 2.10 and True could have been other texts
         raise RecipeError(
             f"{name} is {given!r}, which papermill's -p makes of a text that looks like it",
-            fix=f"-r {name} …   gives the text as it is typed",
+            fix=f"-r {name} …   passes the text as it is typed",
         )
     return str(given) if isinstance(given, int) else given
 
 
 def _require_utf8(*paths: Path) -> None:
-    """Notebooks name them, and are UTF-8."""
+    """Refuse paths that notebooks, which are UTF-8, cannot name."""
     for path in paths:
         if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
             raise RecipeError(
@@ -181,7 +180,7 @@ def _require_utf8(*paths: Path) -> None:
 
 
 def _is_new(folder: Path) -> bool:
-    """Nothing is there, or only what a start left that was killed at once."""
+    """Return whether the folder is absent or has only leftovers of a start that was killed."""
     if not folder.exists():
         return True
     ours = (LOCK, DRIVER)
@@ -191,7 +190,7 @@ def _is_new(folder: Path) -> bool:
 
 
 def _create(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe of a new run; of two that start at once, the second finds it there."""
+    """Write the recipe of a new run; of two that start together, the second finds it there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with hold(folder / LOCK, folder, OWNER_ENDS_S):
@@ -201,13 +200,13 @@ def _create(folder: Path, recipe: Recipe) -> None:
                 _refuse_other(folder, other, recipe)
     except OSError as error:
         raise RecipeError(
-            f"the run folder {folder} cannot be made: {error.strerror}",
+            f"the run folder {folder} cannot be created: {error.strerror}",
             fix="--run-dir and a folder that can be written",
         ) from error
 
 
 def find_run(name_or_path: str | Path) -> Run:
-    """A run by its folder or by its name under `runs/`.
+    """Return a run by its folder or by its name under `runs/`.
 
     Raises:
         StageError: There is no such run.
@@ -219,12 +218,12 @@ def find_run(name_or_path: str | Path) -> Run:
 
 
 def run_folders() -> list[Path]:
-    """Folders of all runs of the workspace, by name."""
+    """Return the folders of all runs of the workspace, by name."""
     return sorted(path.parent for path in (workspace() / "runs").glob("*/recipe.yaml"))
 
 
 def find_runs() -> list[Run]:
-    """All runs of the workspace whose recipe can be read, by name."""
+    """Return all runs of the workspace whose recipe can be read, by name."""
     found = []
     for folder in run_folders():
         with contextlib.suppress(StrixftError):  # one damaged file should not hide the other runs
@@ -233,7 +232,7 @@ def find_runs() -> list[Run]:
 
 
 def list_runs() -> list[dict[str, Any]]:
-    """Each run of the workspace: name, `status.json`, folder; of a damaged one the problem."""
+    """Return name, `status.json` and folder of each run of the workspace, damaged ones included."""
     runs = {run.folder: run.status() for run in find_runs()}
     damaged = {"stage": None, "state": "unreadable"}
     rows = [(folder, runs.get(folder, damaged)) for folder in run_folders()]
@@ -241,7 +240,7 @@ def list_runs() -> list[dict[str, Any]]:
 
 
 def set_aside(run: Run, stages: tuple[str, ...]) -> None:
-    """Rename the folders of these stages to `<stage>.N`, so that they are done again.
+    """Rename the folders of these stages to `<stage>.N`, so that they are repeated.
 
     Raises:
         StageError: Another process works on this run.

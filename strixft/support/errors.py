@@ -14,6 +14,9 @@ keys, and shows control characters by their numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from strixft.support.text import redact, visible
 
 FIX = "\nfix: "
@@ -25,12 +28,16 @@ class StrixftError(Exception):
     Args:
         problem: The fault and its place.
         fix: A command, or a change to a named file.
+        settings: Settings that the fix changes, by dotted key.
     """
 
     exit_code = 1
 
-    def __init__(self, problem: str, *, fix: str) -> None:
+    def __init__(
+        self, problem: str, *, fix: str, settings: Mapping[str, Any] | None = None
+    ) -> None:
         self.problem, self.fix = visible(redact(problem)), visible(redact(fix))
+        self.settings = dict(settings or {})
         super().__init__(f"{self.problem}{FIX}{self.fix}")
 
 
@@ -76,10 +83,21 @@ def error_from_text(name: str, text: str) -> StrixftError | None:
     Returns:
         The same error, or None if its class is not one of these.
     """
+    problem, found, fix = text.rpartition(FIX)
+    return error_of(name, problem, fix=fix) if found else None
+
+
+def error_of(name: str, problem: str, **parts: Any) -> StrixftError | None:
+    """Build the error of a class by its name, or None if it is not one of ours.
+
+    Args:
+        name: Class name.
+        problem: As for `StrixftError`.
+        parts: `fix` and `settings`, as for `StrixftError`.
+    """
     ours: list[type[StrixftError]] = [StrixftError, *StrixftError.__subclasses__()]
     classes = {cls.__name__: cls for cls in ours}
-    problem, found, fix = text.rpartition(FIX)
-    return classes[name](problem, fix=fix) if name in classes and found else None
+    return classes[name](problem, **parts) if name in classes else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

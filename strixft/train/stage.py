@@ -76,7 +76,7 @@ class Trained(Result):
             raise StageError(
                 f"the adapter was trained on another base model: {', '.join(changed)} of"
                 f" {recipe.model} changed since",
-                fix=f"bring it back, or: {resume_command(run)} --from train",
+                fix=f"restore it, or: {resume_command(run)} --from train",
             )
         return found
 
