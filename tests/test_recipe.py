@@ -325,7 +325,7 @@ def test_a_file_without_settings_is_refused(write: Callable[[str], Path], conten
     path = write(content)
     error = refusal(path)
     assert error.problem == f"{path} has no settings"
-    assert error.fix == "strixft recipe demo   shows one"
+    assert error.fix == "strixft recipe demo   shows a recipe"
 
 
 @pytest.mark.parametrize(

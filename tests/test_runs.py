@@ -252,7 +252,7 @@ from strixft.support.errors import FitError
 from strixft.run.open import find_run
 run = find_run(sys.argv[1])
 with run.owned(), run._status("train"):
-    run.leave(FitError("no memory \\x1b[2J", fix="buy some"))
+    run.leave(FitError("no memory \\x1b[2J", fix="buy some", settings={"lora.r": 4}))
 """
 
 
@@ -265,6 +265,7 @@ def test_a_process_that_must_leave_at_once_says_why(run: Run) -> None:
     error = run.last_error("train")
     assert isinstance(error, FitError)
     assert (error.problem, error.fix) == ("no memory ⟦U+001B⟧[2J", "buy some")
+    assert error.settings == {"lora.r": 4}
     assert run.last_error("plan") is None
 
 

@@ -259,5 +259,6 @@ def quantise(source: Path, target: Path, kind: str) -> None:
         raise StageError(
             f"llama-quantize cannot write {target.name}: {done.stderr.strip()[-300:]}",
             fix="--set export.gguf=[f16,q8_0]",
+            settings={"export.gguf": ["f16", "q8_0"]},
         )
     temporary.rename(target)

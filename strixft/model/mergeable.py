@@ -222,6 +222,7 @@ def groups_for(
         raise StageError(
             f"nothing in the files of the base becomes {sorted(missing)[0]}{why}",
             fix="--set 'export.to=[gguf-lora]'   (the adapter alone)",
+            settings={"export.to": ["gguf-lora"]},
         )
     return found
 

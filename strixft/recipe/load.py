@@ -85,7 +85,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         ) from error
     data = _parse_yaml(text, name=str(path), fix=f"correct {path}")
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} has no settings", fix="strixft recipe demo   shows some")
+        raise RecipeError(f"{path} has no settings", fix="strixft recipe demo   shows a recipe")
     return data
 
 
