@@ -159,7 +159,7 @@ def test_rows_that_changed_since_are_not_read(tiny_run: Run, name: str) -> None:
         f" --run-dir {tiny_run.folder} --from prepare"
     )
     path.unlink()
-    with pytest.raises(StageError, match=f"{name} is missing, which stage prepare wrote"):
+    with pytest.raises(StageError, match=f"{name} is missing: stage prepare wrote"):
         tiny_run.require(Prepared)
 
 
@@ -168,7 +168,7 @@ def test_a_result_without_what_it_is_about_is_damaged(tiny_run: Run, key: str) -
     prepare_recipe(tiny_run)
     path = tiny_run.folder / "prepare" / "result.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: {}}))
-    with pytest.raises(StageError, match=f"not what stage prepare writes: it has no {key}"):
+    with pytest.raises(StageError, match=f"not a result of stage prepare: it has no {key}"):
         tiny_run.require(Prepared)
 
 
@@ -193,7 +193,7 @@ def test_a_run_folder_may_be_a_number(recipe: Path, tmp_path: Path) -> None:
 def test_a_run_folder_that_was_typed_otherwise_is_refused(recipe: Path, given: object) -> None:
     with pytest.raises(RecipeError, match=f"run_dir is {given!r}, which papermill") as caught:
         open_run(recipe, given)  # type: ignore[arg-type]
-    assert caught.value.fix == "-r run_dir …   gives the text as it is typed"
+    assert caught.value.fix == "-r run_dir …   passes the text as it is typed"
 
 
 def test_a_name_that_is_not_utf_8_is_refused(recipe: Path, tmp_path: Path) -> None:
