@@ -13,6 +13,20 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from strixft.data.load import Input, Problem, read_row
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import Chat
+
+
+def read_rows(one: Input) -> Iterator[tuple[int, Chat] | Problem]:
+    """The rows of an input as chats with their numbers, or the problem of each."""
+    for number, raw, _ in one.raw_rows():
+        try:
+            yield number, read_row(one, raw)
+        except RowFault as fault:
+            yield Problem(one.name, number, fault.kind, fault.problem, key=fault.key)
+
+
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(
     ["null", "NaN", "007", "1,5", '"', "'", "\n", "\r\n", "{}", "[]", "é", "😀", "مرحبا", "\u2028"]
 )

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from strixft.data import checks, words
 from strixft.data.checks import any_of, check_chat, oddities, texts_of
 from strixft.data.duplicates import (
-    Sketches,
     content_hash,
     first_of_each,
     leaks,
+    near_duplicates,
     question_hash,
     sketch,
     split_rows,
@@ -243,14 +243,11 @@ def test_texts_that_share_most_words_are_near_and_others_are_not() -> None:
     changed = texts[17].split()
     changed[60] = "other"
     texts += [" ".join(changed), texts[33].upper(), " ".join(rng.choices(vocabulary, k=120)), ""]
-    sketches = Sketches()
-    for text in texts:
-        sketches.add(sketch(text))
-    found = sketches.near().tolist()
-    assert len(sketches) == len(texts)
+    found = near_duplicates(b"".join(map(sketch, texts))).tolist()
+    assert len(found) == len(texts)
     assert found[:200] == list(range(200))
     assert found[200:] == [17, 33, 202, 203]
-    assert Sketches().near().tolist() == []
+    assert near_duplicates(b"").tolist() == []
 
 
 def test_a_held_out_row_that_asks_what_a_training_row_asks_is_a_leak() -> None:
@@ -383,7 +380,7 @@ def test_words_that_lie_are_found_out(tokenizer: Any) -> None:
     known = Words(tokenizer.backend_tokenizer)
     texts = [f"row {n} says something" for n in range(100)]
     known.encode_batch(texts)
-    known._later["something"] = np.array([1, 2, 3], dtype=np.int32).tobytes()
+    known._known[" something"] = np.array([1, 2, 3], dtype=np.int32).tobytes()
     with pytest.raises(WordsDifferError):
         known.encode_batch(texts)
     assert known.distrusted().encode_batch(texts)[5].ids == (
@@ -394,14 +391,14 @@ def test_words_that_lie_are_found_out(tokenizer: Any) -> None:
 def test_no_more_words_are_remembered_than_are_worth_it(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(words, "MOST_WORDS", 50)
+    monkeypatch.setattr(words, "MOST_CHARACTERS", 2000)
     known = Words(tokenizer.backend_tokenizer)
     for start in range(0, 4000, 200):
-        known.encode_batch(
-            [f"number {n} {'y' * 80}{n} {'and so on ' * 20}" for n in range(start, start + 40)]
-        )
-    assert len(known._first) + len(known._later) < 200
-    assert max(map(len, (*known._first, *known._later))) <= words.LONGEST_WORD
+        known.encode_batch([f"number {n} {'and so on ' * 20}" for n in range(start, start + 40)])
+        assert sum(map(len, known._known)) < 2400
+    before = len(known._known)
+    known.encode_batch(["y" * 80 + str(number) for number in range(40)])
+    assert len(known._known) <= before  # words that long are not remembered
 
 
 # Rows that are too long.

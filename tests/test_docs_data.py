@@ -4,7 +4,7 @@ import re
 
 from conftest import REPOSITORY
 
-from strixft.formats.sources import KINDS
+from strixft.formats.sources import FILE_KINDS
 from strixft.formats.table import FORMATS
 from strixft.recipe.schema import Dataset
 
@@ -12,7 +12,7 @@ PAGE = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def test_every_format_and_ending_is_explained() -> None:
-    for name in (*FORMATS, *KINDS):
+    for name in (*FORMATS, *FILE_KINDS):
         assert f"`{name}`" in PAGE
 
 

@@ -317,19 +317,19 @@ def test_tools_of_a_message_are_those_of_the_chat() -> None:
         (
             {"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]},
             "bad_tool_call",
-            "the arguments of a call in message 1 is not JSON (the key 'a' stands twice in one"
+            "the arguments of a call in message 1 is not JSON (the key 'a' appears twice in one"
             ' object): \'{"a": 1, "a": 2}\'',
         ),
         (
             {"tool_calls": [{"name": "f", "arguments": {"day": datetime.date(2026, 1, 2)}}]},
             "bad_tool_call",
-            "a call of message 1: f.day is a date, which is no JSON value; save it as text:"
+            "a call of message 1: f.day is a date, which is not a JSON value; save it as text:"
             " datetime.date(2026, 1, 2)",
         ),
         (
             {"tool_calls": [{"name": "f", "arguments": {"x": [float("nan")]}}]},
             "bad_tool_call",
-            "a call of message 1: f.x is nan, which is no JSON value",
+            "a call of message 1: f.x is nan, which is not a JSON value",
         ),
         (
             {"tool_calls": [{"name": "f", "arguments": {"x": "\ud83d"}}]},
@@ -364,7 +364,7 @@ def test_tools_of_a_message_are_those_of_the_chat() -> None:
         (
             {"content": "<think>a</think>x", "reasoning": "b"},
             "two_values",
-            "content of message 1 has reasoning in its text and other beside it",
+            "content of message 1 has reasoning in its text and other in a key",
         ),
         (
             {"content": "", "reasoning": "b"},

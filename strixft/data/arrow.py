@@ -1,28 +1,39 @@
 """Rows of Arrow tables, as they were before Arrow gave all of them the same keys.
 
 Arrow keeps mappings as structs: every row gets the keys of all rows, null where it had none. In
-Parquet and in Arrow files a null in a struct cannot be told from a key that is not there, so it is
-left out. Nulls in lists, in maps and in JSON text are what somebody wrote.
+Parquet and in Arrow files a null in a struct looks like a key that is not there, so it is left out.
+Nulls in lists, in maps and in JSON text were written by the author.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from strixft.data.streams import MAX_ROW_BYTES, too_large
+from strixft.data.streams import (
+    ARROW,
+    MAX_RATIO,
+    MAX_ROW_BYTES,
+    RATIO_COUNTS_FROM,
+    RawRow,
+    too_large,
+)
 from strixft.formats.faults import RowFault, parse_json, shown
-from strixft.formats.messages import Row
+from strixft.formats.messages import DataRow
+from strixft.formats.sources import SourceFile
 from strixft.support.errors import DataError
 
 Change = Callable[[Any], Any]
 
+ROWS_AT_ONCE = 64
+
 
 def _change(kind: pa.DataType) -> Change | None:
-    """Return what turns a value of an Arrow type into what JSON would hold; None: it is that."""
+    """Return what turns a value of an Arrow type into JSON's; None where it is that already."""
     if isinstance(kind, pa.JsonType):  # how `datasets` keeps values of several types
         return lambda value: parse_json(value, "not_json", "a value")
     if pa.types.is_struct(kind):
@@ -41,14 +52,13 @@ def _change(kind: pa.DataType) -> Change | None:
 
 
 def _mapping(change: Change | None, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Return an Arrow map, of which `to_pylist` makes pairs."""
     made = {key: one if one is None or change is None else change(one) for key, one in pairs}
     if len(made) < len(pairs):
         raise RowFault("not_json", f"has a map with a key twice: {shown(pairs)}")
     return made
 
 
-def _rows(table: Any, changes: dict[str, Change]) -> Iterator[Row]:
+def _rows(table: Any, changes: dict[str, Change]) -> Iterator[DataRow]:
     for row in table.to_pylist():
         for name, change in changes.items():
             if row[name] is not None:
@@ -56,13 +66,7 @@ def _rows(table: Any, changes: dict[str, Change]) -> Iterator[Row]:
         yield row
 
 
-def rows_of(table: Any, changes: dict[str, Change]) -> Iterator[Row | RowFault]:
-    """The rows of a table or a batch; a fault for each that cannot be read.
-
-    Args:
-        table: A `pyarrow.Table` or `pyarrow.RecordBatch`.
-        changes: What `changes_of` gave for its schema.
-    """
+def _rows_or_faults(table: Any, changes: dict[str, Change]) -> Iterator[DataRow | RowFault]:
     try:
         if table.nbytes <= MAX_ROW_BYTES:
             yield from list(_rows(table, changes))
@@ -79,11 +83,12 @@ def rows_of(table: Any, changes: dict[str, Change]) -> Iterator[Row | RowFault]:
             yield fault
 
 
-def changes_of(schema: pa.Schema, name: str) -> dict[str, Change]:
-    """What `rows_of` changes in the columns of a table.
+def rows_of(tables: Iterable[Any], schema: pa.Schema, name: str) -> Iterator[RawRow]:
+    """Yield the rows of tables or batches, numbered from 1.
 
     Args:
-        schema: Of the table.
+        tables: Each a `pyarrow.Table` or `pyarrow.RecordBatch`.
+        schema: Of all of them.
         name: Of the file, for the error.
 
     Raises:
@@ -94,5 +99,69 @@ def changes_of(schema: pa.Schema, name: str) -> dict[str, Change]:
         raise DataError(
             f"{name} has the column {twice!r} twice", fix="give each column its own name"
         )
-    changes = {field.name: _change(field.type) for field in schema}
-    return {column: change for column, change in changes.items() if change is not None}
+    changes = {field.name: change for field in schema if (change := _change(field.type))}
+    number = 0
+    for table in tables:
+        for row in _rows_or_faults(table, changes):
+            number += 1
+            yield RawRow(number, row, table.nbytes // table.num_rows)
+
+
+def _to_the_end(rows: Iterator[RawRow], file: SourceFile, kind: str) -> Iterator[RawRow]:
+    number = 0
+    try:
+        for raw in rows:
+            number = raw.number
+            yield raw
+    except (pa.ArrowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(
+            f"{file.name} is not {kind} that can be read after row {number}: {first}",
+            fix="copy or download it again",
+        ) from None
+
+
+def read_parquet(file: SourceFile) -> Iterator[RawRow]:
+    """Return the rows of a Parquet file.
+
+    Raises:
+        DataError: It cannot be read to its end, or unpacks to far more than its size.
+    """
+
+    def rows() -> Iterator[RawRow]:
+        with pq.ParquetFile(file.path) as parquet:
+            about = parquet.metadata
+            groups = map(about.row_group, range(about.num_row_groups))
+            unpacked = sum(group.total_byte_size for group in groups)
+            if unpacked > max(RATIO_COUNTS_FROM, MAX_RATIO * file.path.stat().st_size):
+                raise DataError(
+                    f"{file.name} unpacks to more than {MAX_RATIO} times its size, as a bomb does",
+                    fix="look at it; save it with less compression if it is what it should be",
+                )
+            batches = parquet.iter_batches(ROWS_AT_ONCE, use_threads=False)
+            yield from rows_of(batches, parquet.schema_arrow, file.name)
+
+    return _to_the_end(rows(), file, "Parquet")
+
+
+def read_arrow(file: SourceFile) -> Iterator[RawRow]:
+    """Return the rows of an Arrow file, as `datasets` saves them.
+
+    Raises:
+        DataError: It cannot be read to its end.
+    """
+
+    def rows() -> Iterator[RawRow]:
+        with pa.memory_map(str(file.path)) as source:
+            is_file = source.read(len(ARROW)) == ARROW
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            every = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            batches = (
+                batch.slice(start, ROWS_AT_ONCE)
+                for batch in every
+                for start in range(0, batch.num_rows, ROWS_AT_ONCE)
+            )
+            yield from rows_of(batches, reader.schema, file.name)
+
+    return _to_the_end(rows(), file, "an Arrow file")

@@ -1,4 +1,6 @@
-"""Batches: token rows of one length, and where in them the trained tokens are.
+"""Make batches: token rows of one length, and the places of their trained tokens.
+
+B rows, T tokens, K trained tokens, N documents.
 
 Rows of one chat each are padded on the right. Attention is causal, so a real token never sees the
 padding, and no mask is needed; the loss is taken only at the positions listed. Packed rows hold
@@ -13,27 +15,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 Batch = dict[str, Any]
 """`input_ids` (B, T); `positions` (K,): flat places in (B, T) whose next token is trained;
-`labels` (K,): that next token; `num_tokens`: those without padding, a number,
-so that nobody waits for the device to tell it. Packed rows have besides `position_ids` (B, T),
-which restart at each document; `cu_seq_lens` (N + 1,), int32: where the documents begin in the rows
-laid end to end, and the end, repeated where there are fewer than N; and `longest`, a number that no
+`labels` (K,): that next token; `num_tokens`: those without padding, a plain number, so that
+reading it does not wait for the device. Packed rows also have `position_ids` (B, T), which restart
+at each document; `cu_seq_lens` (N + 1,), int32: the beginnings of the documents in the rows laid
+end to end, and the end, repeated where there are fewer than N; and `longest`, a number that no
 document exceeds."""
-
 
 PAD = 0
 """Any token id: padding is never attended by a real token and never trained."""
 
-Ints = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True, slots=True)
 class PackedShape:
-    """What all packed micro-batches of a run share, so that they can have one shape."""
+    """The one shape that all packed micro-batches of a run are filled up to."""
 
     length: int
     """T."""
@@ -45,23 +43,17 @@ class PackedShape:
     """B; a micro-batch of fewer rows is filled up with padding. 0 leaves it as it is."""
 
     def empty_row(self) -> list[int]:
-        """Return lengths of the documents that a row of padding counts as."""
+        """Return the lengths of the documents that a row of padding counts as."""
         whole, rest = divmod(self.length, self.longest)
         return [self.longest] * whole + ([rest] if rest else [])
-
-
-def _pieces(lengths: Any, width: int) -> Ints:
-    """Lengths of a packed row's documents and its padding, which add up to its width."""
-    rest = width - int(np.sum(lengths))
-    return np.array([*lengths, rest] if rest else lengths, dtype=np.int64)
 
 
 def _packed(
     rows: Sequence[Mapping[str, Any]], shape: PackedShape | None, width: int, missing: int
 ) -> Batch:
     empty = shape.empty_row() if shape is not None else []
-    pieces = np.concatenate([*(_pieces(row["lengths"], width) for row in rows), *[empty] * missing])
-    pieces = pieces.astype(np.int64)
+    padded = ([*row["lengths"], width - int(np.sum(row["lengths"]))] for row in rows)
+    pieces = np.array([n for row in (*padded, *[empty] * missing) for n in row if n], np.int64)
     ends = np.cumsum(pieces)
     positions = np.arange(ends[-1]) - np.repeat(ends - pieces, pieces)
     longest, documents = int(pieces.max()), len(pieces)
@@ -77,12 +69,12 @@ def _packed(
 
 
 def collate(rows: Sequence[Mapping[str, Any]], shape: PackedShape | None = None) -> Batch:
-    """One batch of token rows, or of packed rows.
+    """Return one batch of token rows, or of packed rows.
 
     Args:
         rows: Each with `input_ids` and `trained` of one length; packed ones also with `lengths` of
             their documents.
-        shape: What to fill packed rows up to; they are just as large as they must be if not given.
+        shape: Filled up to by packed rows; they are as small as possible without one.
     """
     ids = [np.asarray(row["input_ids"]) for row in rows]
     width = shape.length if shape is not None else max(map(len, ids))
@@ -104,7 +96,7 @@ def collate(rows: Sequence[Mapping[str, Any]], shape: PackedShape | None = None)
 
 
 def on_device(batch: Batch, device: str | torch.device) -> Batch:
-    """The batch with its tensors on a device; its numbers stay with the process.
+    """Return the batch with its tensors on a device; its numbers stay with the process.
 
     Copies to a GPU leave from pinned memory, so that they wait for nothing launched before them.
     """
@@ -125,7 +117,7 @@ def shape_batch(
     device: str,
     packed: PackedShape | None = None,
 ) -> Batch:
-    """A batch of these shapes whose values do not matter.
+    """Return a batch of these shapes whose values do not matter.
 
     Args:
         num_rows: B.

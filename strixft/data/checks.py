@@ -1,4 +1,4 @@
-"""What is wrong, or odd, with a chat before any template or tokenizer sees it."""
+"""Check chats before any template or tokenizer sees them: faults, oddities, personal data."""
 
 from __future__ import annotations
 
@@ -14,29 +14,26 @@ from strixft.support.text import find_keys
 _HIDDEN = re.compile(
     "[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
 )
-"""Control characters, marks that turn the direction of writing, and byte-order marks in text."""
+"""Control characters, marks that turn the direction of writing, and byte-order marks."""
 
 _PLACEHOLDER = re.compile(r"<(?:image|audio|video)>")
-"""What LLaVA's data and others write where a picture or a sound belongs."""
+"""Texts in place of a picture or a sound, as LLaVA's data and others have them."""
 
 _CONTROLS = bytes(code for code in (*range(32), 127) if code not in b"\t\n\r")
 
 
-def _check_turns(messages: Sequence[Message]) -> None:
-    before: Message | None = None
+def _check_messages(messages: Sequence[Message]) -> None:
+    before = ""
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         if role in ("user", "assistant"):
             if not message["content"].strip() and "tool_calls" not in message:
                 raise RowFault("empty_turn", f"message {number}, the {role}'s, is empty")
-            if before is not None and before["role"] == role:
+            if before == role:
                 raise RowFault(
                     "same_role_twice", f"messages {number - 1} and {number} are both the {role}'s"
                 )
-        before = message
-
-
-def _check_answer(messages: Sequence[Message]) -> None:
+        before = role
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise RowFault("no_answer", "no message is the assistant's, so there is nothing to train")
@@ -54,12 +51,11 @@ def check_chat(chat: Chat) -> None:
         return
     for messages in (chat.messages, chat.rejected):
         if messages is not None:
-            _check_turns(messages)
-            _check_answer(messages)
+            _check_messages(messages)
 
 
 def _words(value: object) -> Iterator[str]:
-    """Every text in a JSON value, names of its keys aside."""
+    """Yield every text in a JSON value, names of its keys aside."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
@@ -68,23 +64,22 @@ def _words(value: object) -> Iterator[str]:
 
 
 def _said(message: Message) -> list[str]:
-    """Every text of a message: its content, and the arguments of its calls."""
+    """Return the content of a message, and the texts in the arguments of its calls."""
     calls = message.get("tool_calls", ())
     return [message["content"], *(w for c in calls for w in _words(c["function"]["arguments"]))]
 
 
 def texts_of(chat: Chat) -> list[str]:
-    """Every text of a chat."""
+    """Return every text of a chat."""
     if chat.text is not None:
         return [chat.text]
     return [text for message in (*chat.messages, *(chat.rejected or ())) for text in _said(message)]
 
 
 def _may_hide(text: str) -> bool:
-    """Something may be hidden in a text; deleting bytes is much faster than a pattern."""
     if not text.isascii():
         return True
-    plain = text.encode()
+    plain = text.encode()  # deleting bytes is much faster than a pattern
     return len(plain.translate(None, _CONTROLS)) < len(plain)
 
 
@@ -98,7 +93,7 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def _nulls(value: object, path: str = "") -> Iterator[str]:
-    """Paths to the nulls in a JSON value."""
+    """Yield the paths to the nulls in a JSON value."""
     if value is None:
         yield path
     elif isinstance(value, dict):
@@ -117,7 +112,7 @@ def _null(functions: Iterable[Message], part: str, where: str) -> Iterator[tuple
 
 
 def oddities(chat: Chat, specials: re.Pattern[str] | None) -> Iterator[tuple[str, str]]:
-    """What somebody should know of a chat that is used all the same: a kind and a text.
+    """Yield oddities of a chat that is used all the same: a kind and a text each.
 
     Args:
         chat: A checked chat.
@@ -152,7 +147,7 @@ _PHONE = re.compile(
 )
 
 _DIGITS = re.compile(r"(?<!\w)\d[\d ().+/-]{6,}\d")
-"""Where a phone number may stand; most texts have no such place."""
+"""Places where a phone number may stand; most texts have none."""
 
 
 def _emails(text: str) -> Iterator[re.Match[str]]:
@@ -171,13 +166,13 @@ def _phones(text: str) -> Iterator[re.Match[str]]:
                 yield match
 
 
-KINDS = {"secret": find_keys, "email": _emails, "phone": _phones}
+_FINDERS = {"secret": find_keys, "email": _emails, "phone": _phones}
 
 NAMES = {"secret": "a key", "email": "an e-mail address", "phone": "a phone number"}
 
 
 def masked(text: str) -> str:
-    """What was found, as it may be shown: its start and its length.
+    """Return personal data as they may be shown: start and length.
 
     >>> masked("anna@mail.org")
     'an… (13 characters)'
@@ -186,17 +181,17 @@ def masked(text: str) -> str:
 
 
 def find(text: str) -> list[tuple[str, str]]:
-    """What looks personal in a text: kind, and how it may be shown."""
-    return [(kind, masked(match[0])) for kind, seek in KINDS.items() for match in seek(text)]
+    """Return what looks personal in a text: kind, and form in which it may be shown."""
+    return [(kind, masked(match[0])) for kind, seek in _FINDERS.items() for match in seek(text)]
 
 
 def mask_text(text: str) -> str:
-    """The text with `[secret]`, `[email]` and `[phone]` in place of what was found.
+    """Return the text with `[secret]`, `[email]` and `[phone]` in place of personal data.
 
     >>> mask_text("Write to anna@mail.org.")
     'Write to [email].'
     """
-    for kind, seek in KINDS.items():
+    for kind, seek in _FINDERS.items():
         for match in reversed(list(seek(text))):
             text = f"{text[: match.start()]}[{kind}]{text[match.end() :]}"
     return text
@@ -216,7 +211,7 @@ def _mask_messages(messages: list[Message]) -> list[Message]:
 
 
 def mask_chat(chat: Chat) -> Chat:
-    """A chat with what looks personal masked, in calls too."""
+    """Return a chat whose personal data are masked, in calls too."""
     return replace(
         chat,
         messages=_mask_messages(chat.messages),

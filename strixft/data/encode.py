@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,10 @@ from strixft.data.template import ChatTemplate
 from strixft.data.whole import squeezed
 from strixft.data.words import Encoding, Words
 from strixft.formats.faults import RowFault
-from strixft.formats.messages import Chat, Message
+from strixft.formats.messages import Chat
 from strixft.support.errors import DataError
 
 Tokens = npt.NDArray[np.int32]
-
 Flags = npt.NDArray[np.bool_]
 
 CHECKED_ROWS = 256
@@ -27,27 +26,47 @@ CHECKED_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One chat, or one part of it, as tokens."""
+    """One chat, or one part of it, as tokens, and the row that it comes from."""
 
     input_ids: Tokens
     trained: Flags
-    """Whether each token counts in the loss."""
+    """True for each token that counts in the loss."""
     prompt_tokens: int
     """Tokens before the last answer."""
     request: str
     """Text of the message before the last answer."""
     answer: str
     """Text of the last answer."""
+    rejected: TokenRow | None = None
+    """The chat with the answer that was not preferred."""
+    label: bool | None = None
+    file: int = 0
+    """Index of the input."""
+    row: int = 0
+    part: int = 0
+    """0, or the number of the part of a row that became several."""
+    content: int = 0
+    """Hash of all that the row says; `question` of what it asks, `group` of what stays together."""
+    question: int = 0
+    group: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class TooLong:
-    """A text so long that nobody needs to count its tokens."""
+class TooLong(RowFault):
+    """A chat, or a part of it, has more tokens than `max_length`.
 
-    least_tokens: int
+    Args:
+        num_tokens: Its tokens.
+        max_length: The most that it may have.
+        is_least: Nobody counted them: there are at least so many.
+    """
+
+    def __init__(self, num_tokens: int, max_length: int, *, is_least: bool = False) -> None:
+        count = f"at least {num_tokens}" if is_least else f"{num_tokens}"
+        super().__init__("too_long", f"has {count} tokens, max_length is {max_length}")
+        self.num_tokens = num_tokens
 
 
 Encoded = list[TokenRow | TooLong] | RowFault
@@ -79,8 +98,8 @@ class Encoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError(
-                f"the tokenizer of {tokenizer.name_or_path} has no fast version, so nobody knows"
-                " which characters its tokens stand for",
+                f"the tokenizer of {tokenizer.name_or_path} has no fast version, so the places of"
+                " its tokens in a text are not known",
                 fix="use a model with a tokenizer.json",
             )
         backend.no_truncation()
@@ -88,17 +107,20 @@ class Encoder:
         self.tokenizer = tokenizer
         self.words = Words(backend) if words is None else words
         self.loss_on = loss_on
+        self.max_length = max_length
         self.eos = eos
         self._maskers: dict[bool, Masker] = {}
-        self._start_of_text: str = tokenizer.bos_token if _adds_bos(tokenizer) else ""
-        self._longest_token = 1 if max_length is None else longest_token(tokenizer)
+        bos = tokenizer.bos_token_id
+        begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        self._start_of_text: str = tokenizer.bos_token if begins else ""
+        self._longest_token = 1 if max_length is None else max(map(len, tokenizer.get_vocab()))
         self.most_characters = max_length and max_length * self._longest_token
         """Longer texts surely have more tokens than `max_length`."""
         self.mask_checked = self.mask_equal = 0
 
     @property
     def masker(self) -> Masker:
-        """Finds what is trained of chats.
+        """The masker for chats without tools.
 
         Raises:
             DataError: The tokenizer has no chat template that can be used.
@@ -106,7 +128,7 @@ class Encoder:
         return self._masker_for(with_tools=False)
 
     def _masker_for(self, *, with_tools: bool) -> Masker:
-        """As transformers chooses among several templates: rows with tools may have their own."""
+        # as transformers chooses among several templates: rows with tools may have their own
         named = self.tokenizer.chat_template
         with_tools = with_tools and isinstance(named, dict) and "tool_use" in named
         if with_tools not in self._maskers:
@@ -117,7 +139,7 @@ class Encoder:
         return self._maskers[with_tools]
 
     def text_piece(self, text: str, *, begins: bool = True, ends: bool = True) -> Piece:
-        """Plain text, between the tokens with which the model's texts begin and end.
+        """Return plain text between the tokens with which the model's texts begin and end.
 
         Args:
             text: May have these tokens already.
@@ -128,79 +150,67 @@ class Encoder:
         start = start if begins and not text.lstrip().startswith(start) else ""
         if end and text.rstrip().endswith(end):
             text, end = text.rstrip(), ""  # a line end after it would be trained
-        end = end if ends else ""
-        whole = f"{start}{text}{end}"
-        middle = len(start) + len(text) // 2  # evaluation continues the first half
-        return Piece(
-            whole, [(0, len(whole))], middle, text[: len(text) // 2], text[len(text) // 2 :]
-        )
-
-    def _pieces(self, chat: Chat, messages: Sequence[Message]) -> list[Piece]:
-        if chat.text is not None:
-            return [self.text_piece(chat.text)]
-        masker = self._masker_for(with_tools=chat.tools is not None)
-        return masker.pieces(messages, chat.tools)
+        whole = f"{start}{text}{end if ends else ''}"
+        half = len(text) // 2  # evaluation continues the first half
+        return Piece(whole, [(0, len(whole))], len(start) + half, text[:half], text[half:])
 
     def writes_as_text(self, chat: Chat) -> bool:
         """Check that the template has no place for the chat's functions or calls."""
         if chat.text is not None:
             return False
-        template = self._masker_for(with_tools=chat.tools is not None).template
-        return template.writes_as_text(chat.messages, chat.tools)
+        return self._masker_for(with_tools=chat.tools is not None).template.writes_as_text(chat)
 
     def pieces(self, chat: Chat, *, rejected: bool = False) -> list[Piece] | RowFault:
-        """The texts of a chat with what is trained of them, or why there are none."""
-        messages = (chat.rejected or []) if rejected else chat.messages
+        """Return the texts of a chat with what is trained of them, or why there are none."""
+        if rejected:
+            chat = replace(chat, messages=chat.rejected or [])
         try:
-            return self._pieces(chat, messages)
+            if chat.text is not None:
+                return [self.text_piece(chat.text)]
+            return self._masker_for(with_tools=chat.tools is not None).pieces(chat)
         except RowFault as fault:
             return fault
 
-    def tokenize(self, found: Sequence[list[Piece] | RowFault]) -> list[Any]:
-        """What the tokenizer makes of the texts of many chats."""
-        texts = [piece.text for piece in _flat(found) if not self._is_huge(piece)]
-        return self.words.encode_batch(texts)
-
-    def rows(
-        self, found: Sequence[list[Piece] | RowFault], encodings: Sequence[Any]
-    ) -> list[Encoded]:
-        """Token rows of many chats, in order, or the fault of a chat that has none.
+    def rows(self, found: Sequence[list[Piece] | RowFault]) -> list[Encoded]:
+        """Return token rows of many chats, in order, or the fault of a chat that has none.
 
         Args:
             found: What `pieces` gave for each.
-            encodings: What `tokenize` made of them.
         """
-        stream = iter(encodings)
+        every = [one for pieces in found if not isinstance(pieces, RowFault) for one in pieces]
+        texts = [piece.text for piece in every if not self._is_huge(piece)]
+        stream = iter(self.words.encode_batch(texts))
         return [
             pieces
             if isinstance(pieces, RowFault)
             else [
-                TooLong(len(piece.text) // self._longest_token)
-                if self._is_huge(piece)
-                else self._row(piece, next(stream))
+                self._huge(piece) if self._is_huge(piece) else self._row(piece, next(stream))
                 for piece in pieces
             ]
             for pieces in found
         ]
 
     def encode(self, chats: Sequence[Chat]) -> list[Encoded]:
-        """Token rows of chats, from text to tokens in one go."""
-        found = [self.pieces(chat) for chat in chats]
-        return self.rows(found, self.tokenize(found))
+        """Return token rows of chats, from text to tokens in one go."""
+        return self.rows([self.pieces(chat) for chat in chats])
 
     def _is_huge(self, piece: Piece) -> bool:
         return self.most_characters is not None and len(piece.text) > self.most_characters
 
+    def _huge(self, piece: Piece) -> TooLong:
+        least = len(piece.text) // self._longest_token
+        return TooLong(least, self.max_length or 0, is_least=True)
+
     def _row(self, piece: Piece, encoding: Any) -> TokenRow:
-        input_ids = np.array(encoding.ids, dtype=np.int32)
-        trained = np.zeros(len(input_ids), dtype=np.bool_)
+        input_ids = np.array(encoding.ids, dtype=np.int32)  # (T,)
+        trained = np.zeros(len(input_ids), dtype=np.bool_)  # (T,)
         first = 0
         for span in piece.spans:
-            first, end = token_span(encoding, piece.text, span)
+            first, end = _token_span(encoding, piece.text, span)
             trained[first:end] = True
-        trained[:1] = False  # nothing stands before the first token to predict it from
+        trained[:1] = False  # no token before the first one predicts it
         if piece.prompt_end != piece.spans[-1][0]:
-            first, _ = token_span(encoding, piece.text, (piece.prompt_end, len(piece.text)))
+            first, _ = _token_span(encoding, piece.text, (piece.prompt_end, len(piece.text)))
         if self.mask_checked < CHECKED_ROWS:
             self._check(piece, input_ids[trained])
         return TokenRow(input_ids, trained, max(1, first), piece.request, piece.answer)
@@ -217,30 +227,11 @@ class Encoder:
         self.mask_equal += squeezed(decoded) == squeezed(meant)
 
 
-def _flat(found: Sequence[list[Piece] | RowFault]) -> list[Piece]:
-    return [piece for pieces in found if not isinstance(pieces, RowFault) for piece in pieces]
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-
-
-def longest_token(tokenizer: Any) -> int:
-    """Most characters that one token stands for."""
-    return max(map(len, tokenizer.get_vocab()))
-
-
-def token_span(encoding: Any, text: str, span: Span) -> tuple[int, int]:
-    """The tokens of a span of characters, half-open.
+def _token_span(encoding: Any, text: str, span: Span) -> tuple[int, int]:
+    """Return the tokens of a span of characters, both half-open.
 
     A token that begins before the span with spaces alone belongs to it: the model writes them with
     the answer. One that begins with other characters does not.
-
-    Args:
-        encoding: What the tokenizer made of the text.
-        text: The text.
-        span: Characters, half-open.
     """
     start, end = span
     first = _token_from(encoding, start, end)
@@ -254,7 +245,7 @@ def token_span(encoding: Any, text: str, span: Span) -> tuple[int, int]:
 
 
 def _cuts_token(encoding: Any, text: str, place: int) -> bool:
-    """A place lies within a token, behind some of its characters that are no spaces."""
+    """Check that a place lies within a token, behind characters of it that are not spaces."""
     if isinstance(encoding, Encoding):
         start = encoding.starts_at(place)
     else:
@@ -264,10 +255,6 @@ def _cuts_token(encoding: Any, text: str, place: int) -> bool:
 
 
 def _token_from(encoding: Any, place: int, end: int) -> int | None:
-    """The first token at a character or after it; tokenizers may leave spaces out."""
-    while place < end:
-        token: int | None = encoding.char_to_token(place)
-        if token is not None:
-            return token
-        place += 1
-    return None
+    """Return the first token at a character or after it; tokenizers may leave spaces out."""
+    tokens = (encoding.char_to_token(at) for at in range(place, end))
+    return next((token for token in tokens if token is not None), None)

@@ -1,4 +1,4 @@
-"""Where an answer ends: found once, at prepare, and used wherever answers are written."""
+"""Find the ends of answers: once, at prepare, and used wherever answers are written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Everything at which an answer is over."""
+    """Tokens and texts at which an answer is over."""
 
     token_ids: tuple[int, ...]
     """Tokens that end an answer; the one that is trained comes first."""
@@ -24,12 +24,12 @@ class Ends:
         return list(self.texts[len(self.token_ids) :])
 
     def to_dict(self) -> dict[str, Any]:
-        """The figure of the stage `prepare`."""
+        """Return the figure of the stage `prepare`."""
         return {"token_ids": list(self.token_ids), "texts": list(self.texts)}
 
     @classmethod
     def of(cls, figure: Mapping[str, Any]) -> Ends:
-        """The ends that a figure tells."""
+        """Return the ends of a figure."""
         return cls(tuple(figure["token_ids"]), tuple(figure["texts"]))
 
     def settings(self, tokenizer: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Ends:
 
 
 def _opens(text: str, end: str) -> int:
-    """Characters at the end of a text with which another may begin."""
+    """Return the number of characters at the end of a text with which another may begin."""
     sizes = range(min(len(text), len(end) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(end[:size])), 0)
 
@@ -79,7 +79,7 @@ def find_ends(tokenizer: Any, written: Iterable[str], settings: Iterable[int] = 
 
     Args:
         tokenizer: The model's.
-        written: What its chat templates write after the last answer.
+        written: Texts of its chat templates after the last answer (`template.written_ends`).
         settings: EOS tokens of its files.
     """
     ids: list[int] = []
@@ -87,7 +87,7 @@ def find_ends(tokenizer: Any, written: Iterable[str], settings: Iterable[int] = 
     known = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     for text in filter(None, written):
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if tokens and tokens[-1] in known:  # whatever stands before it, it comes last
+        if tokens and tokens[-1] in known:  # it ends the text, whatever comes before it
             ids += [token for token in (tokens[0], tokens[-1]) if token in known]
         else:
             strings.append(text)
@@ -111,8 +111,8 @@ def eos_of_files(tokenizer: Any, *, offline: bool) -> list[int]:
     source = tokenizer.name_or_path
     known = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     config = _json(source, "config.json", offline)
-    sides = [config, config.get("text_config")]
-    named = [token for side in sides if isinstance(side, Mapping) for token in _ids(side)]
+    configs = [config, config.get("text_config")]
+    named = [token for one in configs if isinstance(one, Mapping) for token in _ids(one)]
     generation = _json(source, "generation_config.json", offline)
     return [*_ids(generation), *(token for token in named if token in known)]
 

@@ -1,4 +1,4 @@
-"""The rows of a data set as chats, with a problem for each that is none.
+"""Open the sources of a recipe, and read their rows as chats.
 
 Every source is a file, a folder, a pattern or a data set of the hub; every file of it has a format
 of its own, unless the recipe names one.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from strixft.data.arrow import changes_of, rows_of
+from strixft.data.arrow import rows_of
 from strixft.data.checks import check_chat
-from strixft.data.readers import RawRow, raw_rows
-from strixft.data.streams import close_quote, to_utf8
+from strixft.data.readers import raw_rows
+from strixft.data.streams import RawRow, close_quote, to_utf8
 from strixft.formats.detect import fitting, suggest_columns
 from strixft.formats.faults import RowFault, shown
-from strixft.formats.messages import Chat, Row
+from strixft.formats.messages import Chat, DataRow
 from strixft.formats.sources import HUB, SourceFile, find_files, is_hub
 from strixft.formats.table import FORMATS, Format
 from strixft.recipe.schema import Dataset, Source
@@ -26,7 +27,7 @@ from strixft.support.errors import DataError
 LOOKED_AT = 1000
 """Rows that are looked at for one that shows the format."""
 
-ROWS_OF = {
+HOLDS = {
     "jsonl": "put one JSON object per line into it",
     "json": "put an array of JSON objects into it, or one object per line",
     "csv": "put a line of column names into it, and rows with as many cells",
@@ -34,25 +35,21 @@ ROWS_OF = {
     "arrow": "put rows into it",
     "text": "put paragraphs into it, with a blank line between them",
 }
-"""Kind of a file → what it should hold."""
+"""Kind of a file → the fix for one without rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A row that is left out or that somebody should look at, and why."""
+    """A row that is left out, or that the user should look at, and the reason."""
 
     file: str
     row: int
-    """The line, or the position in an array or Parquet file, from 1."""
+    """Its line, or its position in an array or Parquet file, from 1."""
     kind: str
     text: str
     action: str = "left out"
     key: str | None = None
     """Key without which the row could be used."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, one line of `problems.jsonl`."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.file.rpartition('/')[2]}, row {self.row}: {self.text}"
@@ -60,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One file, or one data set of the hub, and how its rows are read."""
+    """One file, or one data set of the hub, and its format."""
 
     source: SourceFile | HubSet
     form: Format
@@ -79,7 +76,7 @@ class Input:
         return self.source.name
 
     def raw_rows(self) -> Iterator[RawRow]:
-        """Rows as they stand there: number, row or fault, and about how many bytes it takes."""
+        """Return the rows as they are in the source."""
         return _raw_rows(self.source)
 
 
@@ -88,7 +85,7 @@ def _raw_rows(source: SourceFile | HubSet) -> Iterator[RawRow]:
 
 
 def value_at(row: Any, path: str) -> Any:
-    """What a dotted path leads to; None where it leads nowhere.
+    """Return the value at a dotted path; None where it leads nowhere.
 
     >>> value_at({"runs": [{"output": "ok"}]}, "runs.0.output")
     'ok'
@@ -103,13 +100,8 @@ def value_at(row: Any, path: str) -> Any:
     return None
 
 
-def renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """A row with its columns under our names.
-
-    Args:
-        row: As it stands in the file.
-        columns: Our name → a column there, or a dotted path into one.
-    """
+def _renamed(row: DataRow, columns: Mapping[str, str]) -> DataRow:
+    """Return a row with its columns under our names: our name → a path there."""
     if not columns:
         return row
     used = {theirs if theirs in row else theirs.partition(".")[0] for theirs in columns.values()}
@@ -117,63 +109,61 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return {**others, **{ours: value_at(row, theirs) for ours, theirs in columns.items()}}
 
 
-def _fix_of_first(source: SourceFile | HubSet, row: int, kind: str) -> str:
-    """What to type where no row of a source can be read; of the first one, its fault."""
-    if kind == "open_quote":
-        return close_quote(source.name, row)
-    if kind == "not_utf8" and (convert := to_utf8(source.name)):
-        return convert
-    return ROWS_OF.get(source.kind if isinstance(source, SourceFile) else "", ROWS_OF["jsonl"])
-
-
-def _first_row(source: SourceFile | HubSet) -> tuple[int, Row]:
-    """The first row that can be read.
+def _first_row(source: SourceFile | HubSet) -> tuple[int, DataRow]:
+    """Return the first row that can be read, and its number.
 
     Raises:
         DataError: There is none.
     """
-    first: tuple[int, RowFault] | None = None
-    count = 0
-    for count, (number, row, _) in enumerate(_raw_rows(source), start=1):
-        if not isinstance(row, RowFault):
-            return number, row
-        first = first or (number, row)
-        if count >= LOOKED_AT:
-            break
-    if first is None:
-        raise DataError(f"{source.name} holds no rows", fix=_fix_of_first(source, 1, "no_rows"))
+    looked_at = list(islice(_until_good(source), LOOKED_AT))
+    if looked_at and not isinstance(looked_at[-1].row, RowFault):
+        return looked_at[-1].number, looked_at[-1].row
+    fix = HOLDS.get(source.kind if isinstance(source, SourceFile) else "jsonl", HOLDS["jsonl"])
+    if not looked_at:
+        raise DataError(f"{source.name} holds no rows", fix=fix)
+    number, fault, _ = looked_at[0]
+    assert isinstance(fault, RowFault)
+    if fault.kind == "open_quote":
+        fix = close_quote(source.name, number)
+    if fault.kind == "not_utf8":
+        fix = to_utf8(source.name) or fix
+    count = len(looked_at)
     more = f"; none of the first {count} rows can be read" if count > 1 else ""
-    raise DataError(
-        f"{source.name}, row {first[0]}: {first[1].problem}{more}",
-        fix=_fix_of_first(source, first[0], first[1].kind),
-    )
+    raise DataError(f"{source.name}, row {number}: {fault.problem}{more}", fix=fix)
+
+
+def _until_good(source: SourceFile | HubSet) -> Iterator[RawRow]:
+    for raw in _raw_rows(source):
+        yield raw
+        if not isinstance(raw.row, RowFault):
+            return
 
 
 def _set_format(forms: list[Format]) -> str:
     return "   or   ".join(f"--set dataset.format={form.name}" for form in forms)
 
 
-def _columns(row: Row) -> str:
+def _columns(row: DataRow) -> str:
     return ", ".join(shown(column, 40) for column in list(row)[:30])
 
 
-def _no_format(name: str, number: int, row: Row) -> DataError:
-    mapping = suggest_columns(row)
+def _no_format(name: str, number: int, row: DataRow) -> DataError:
+    mapping = suggest_columns(row) or dict.fromkeys(("prompt", "completion"), "…")
     known = "; ".join(
         f"{form.name} ({', '.join(sorted(form.columns))})"
         for form in FORMATS.values()
         if form.detected
     )
-    if mapping:
-        written = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
-        fix = f"--set 'dataset.columns={{{written}}}'"
-    else:
-        fix = f"--set 'dataset.columns={{prompt: …, completion: …}}'   formats are {known}"
-    return DataError(f"{name}, row {number}: no format has the columns {_columns(row)}", fix=fix)
+    written = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
+    more = f"   formats are {known}" if "…" in mapping.values() else ""
+    return DataError(
+        f"{name}, row {number}: no format has the columns {_columns(row)}",
+        fix=f"--set 'dataset.columns={{{written}}}'{more}",
+    )
 
 
 def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, str]) -> Format:
-    """The format that the recipe names, or the one that the first row's columns show.
+    """Return the format that the recipe names, or the one that the first row's columns show.
 
     Args:
         source: A file or a data set.
@@ -186,7 +176,7 @@ def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, st
     number, raw = _first_row(source)
     if name != "auto":
         return FORMATS[name]
-    row = renamed(raw, columns)
+    row = _renamed(raw, columns)
     empty = dict.fromkeys(row, "")  # the first row may have a null where others have their chat
     forms = fitting(row, frozenset(columns)) or fitting(empty, frozenset(columns))
     if len(forms) == 1:
@@ -201,9 +191,9 @@ def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, st
 
 
 def expected_rows(one: Input) -> str:
-    """The fix for an input of which no row can be used: its columns, and what its format reads."""
+    """Return the fix for an input without a usable row: its columns, and those of its format."""
     number, raw = _first_row(one.source)
-    fits = fitting(renamed(raw, one.columns), frozenset(one.columns))
+    fits = fitting(_renamed(raw, one.columns), frozenset(one.columns))
     named = ", ".join(f"{name}: …" for name in sorted(one.form.columns))
     other = f"--set 'dataset.columns={{{named}}}'   or another dataset.format"
     typed = other if one.form in fits or not fits else _set_format(fits)
@@ -213,47 +203,33 @@ def expected_rows(one: Input) -> str:
     )
 
 
-def sources_of(dataset: Dataset) -> list[Source]:
-    """The sources of a recipe, one or several, each with what it does not say itself filled in."""
-    given = dataset.source
-    several = given if isinstance(given, list) else [Source(source=given)]
-    return [
-        source.model_copy(
-            update={
-                "format": source.format or dataset.format,
-                "columns": dataset.columns if source.columns is None else source.columns,
-            }
-        )
-        for source in several
-    ]
-
-
 def open_inputs(dataset: Dataset, *, offline: bool = False) -> list[Input]:
-    """Every file and data set of a recipe, in order, with its format.
+    """Return every file and data set of a recipe, in order, with its format.
 
     Raises:
         DataError: One is missing or empty, or no format fits it.
     """
     inputs = []
-    for source in sources_of(dataset):
+    given = dataset.source
+    for source in given if isinstance(given, list) else [Source(source=given)]:
+        name = source.format or dataset.format
+        columns = (dataset.columns if source.columns is None else source.columns) or {}
         found: list[SourceFile] | list[HubSet] = (
             [open_hub(source.source, source.split, offline=offline)]
             if is_hub(source.source)
             else find_files(source.source)
         )
-        columns = source.columns or {}
-        for one in found:
-            form = find_format(one, source.format or "auto", columns)
-            inputs.append(
-                Input(
-                    one,
-                    form,
-                    columns,
-                    source.weight,
-                    ignored=frozenset(dataset.ignore),
-                    detected=source.format in (None, "auto"),
-                )
+        inputs += [
+            Input(
+                one,
+                find_format(one, name, columns),
+                columns,
+                source.weight,
+                ignored=frozenset(dataset.ignore),
+                detected=name == "auto",
             )
+            for one in found
+        ]
     kinds = {one.form.kind: one for one in inputs}
     if len(kinds) > 1 and set(kinds) != {"chat", "text"}:
         listed = ", ".join(f"{one.name} ({one.form.name})" for one in kinds.values())
@@ -264,7 +240,7 @@ def open_inputs(dataset: Dataset, *, offline: bool = False) -> list[Input]:
     return inputs
 
 
-def _check_format(one: Input, row: Row) -> None:
+def _check_format(one: Input, row: DataRow) -> None:
     """Refuse a row whose columns show another format than the first row's, or several."""
     fits = [form.name for form in fitting(row, frozenset(one.columns))]
     if fits and fits != [one.form.name]:
@@ -275,16 +251,16 @@ def _check_format(one: Input, row: Row) -> None:
         )
 
 
-def read_row(one: Input, raw: Row | RowFault) -> Chat:
-    """A row of an input as a checked chat.
+def read_row(one: Input, raw: DataRow | RowFault) -> Chat:
+    """Return a row of an input as a checked chat.
 
     Raises:
-        RowFault: It is none.
+        RowFault: It cannot be used.
     """
     if isinstance(raw, RowFault):
         raise raw
     try:
-        row = renamed(raw, one.columns)
+        row = _renamed(raw, one.columns)
         if one.detected:
             _check_format(one, row)
         chat = one.form.to_chat(row, one.ignored)
@@ -294,8 +270,8 @@ def read_row(one: Input, raw: Row | RowFault) -> Chat:
     return chat
 
 
-def group_of(raw: Row, column: str) -> str:
-    """The value whose rows stay on one side of the split.
+def group_of(raw: DataRow, column: str) -> str:
+    """Return the value that a row shares with those that the split keeps with it.
 
     Raises:
         RowFault: The row has none.
@@ -306,20 +282,7 @@ def group_of(raw: Row, column: str) -> str:
     return str(value)
 
 
-def read_rows(one: Input) -> Iterator[tuple[int, Chat] | Problem]:
-    """The rows of an input as checked chats with their numbers; a problem for each that is none.
-
-    Args:
-        one: What to read.
-    """
-    for number, raw, _ in one.raw_rows():
-        try:
-            yield number, read_row(one, raw)
-        except RowFault as fault:
-            yield Problem(one.name, number, fault.kind, fault.problem, key=fault.key)
-
-
-ROWS_AT_ONCE = 256
+HUB_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,25 +296,20 @@ class HubSet:
     @property
     def fingerprint(self) -> str:
         """Changes when the data set does."""
-        return str(self.rows_on_disk._fingerprint)
+        return str(self.rows_on_disk._fingerprint)  # no public name; remove when there is one
 
-    def rows(self) -> Iterator[tuple[int, Row | RowFault, int]]:
-        """The rows, numbered from 1."""
-        number = 0
+    def rows(self) -> Iterator[RawRow]:
+        """Return the rows, numbered from 1."""
         rows = self.rows_on_disk.with_format("arrow")
-        changes = changes_of(rows.data.schema, self.name)
-        for table in rows.iter(ROWS_AT_ONCE):
-            for row in rows_of(table, changes):
-                number += 1
-                yield number, row, table.nbytes // table.num_rows
+        return rows_of(rows.iter(HUB_ROWS_AT_ONCE), rows.data.schema, self.name)
 
 
 def open_hub(source: str, split: str, *, offline: bool) -> HubSet:
-    """A data set of the hub; from the cache alone where there is no network.
+    """Open a data set of the hub; from the cache alone where there is no network.
 
     Args:
         source: `hub:owner/name`, or `hub:owner/name:subset`.
-        split: Which of its splits.
+        split: Name of one of its splits.
         offline: Never ask the network.
 
     Raises:

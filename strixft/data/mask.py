@@ -1,4 +1,4 @@
-"""Which characters of a rendered chat are trained, found by rendering, for any chat template.
+"""Find the characters of a rendered chat that are trained, by rendering, for any chat template.
 
 The chat is rendered twice: as it is, and with a marker on both sides of each answer. Where both
 renderings agree but for the markers, the markers show where the template put each answer. What is
@@ -16,41 +16,39 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from strixft.data.template import ChatTemplate, Form, shared_length
+from strixft.data.template import ChatTemplate, shared_length
 from strixft.data.whole import check_calls, check_tools, lacking, left_out, squeezed
 from strixft.formats.faults import RowFault
-from strixft.formats.messages import REASONING, Message
+from strixft.formats.messages import REASONING, Chat, Message
 from strixft.support.errors import DataError
 
 Span = tuple[int, int]
 """Half-open [start, end) in characters."""
 
 Places = dict[int, int]
-"""Where a marker stands in the plain text: twice the message's index, and one more for the end."""
+"""Marker → its place in the plain text. The marker before message i is 2 i, the one after 2 i + 1.
+"""
 
 
 _AREAS = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 """Private-use characters; markers come from the first area that the chat does not use."""
 
 _MARKERS = [re.compile(f"[{chr(first)}-{chr(last)}]") for first, last in _AREAS]
-
 MOST_ANSWERS = (_AREAS[0][1] - _AREAS[0][0]) // 2
 
 _BEGUN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
-
 _OPEN_TAG = re.compile(r"(<[^<>\s]+>)\s*$")
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One row to be: a text, and what of it is trained."""
+    """The text of a row, and the spans of it that are trained."""
 
     text: str
     spans: list[Span]
     prompt_end: int
-    """Where the last trained answer starts."""
+    """First character of the last trained answer."""
     request: str
     """Text of the message before that answer."""
     answer: str
@@ -71,7 +69,7 @@ def _marked(messages: Sequence[Message], first: int) -> list[Message]:
 
 
 def _unmark(text: str, area: int) -> tuple[str, Places]:
-    """A text without its markers, and where in it each of them stood, if it stands there once."""
+    """Return a text without its markers, and the places of those that it has once."""
     parts, places, last, length = [], Places(), 0, 0
     for match in _MARKERS[area].finditer(text):
         marker = ord(match[0]) - _AREAS[area][0]
@@ -88,7 +86,7 @@ def _free_area(text: str) -> int:
 
 
 class Masker:
-    """Finds what is trained of a chat.
+    """Finds the spans of a chat that are trained.
 
     Args:
         template: The model's chat template.
@@ -119,39 +117,38 @@ class Masker:
         self._end_of_text = "" if template.end_token else end_of_text
         self._ends = template.ends if template.end_token else [*eos, *template.ends]
 
-    def pieces(self, messages: Sequence[Message], tools: Any = None) -> list[Piece]:
-        """The rows that a chat becomes: one, or more where the template rewrites answers.
+    def pieces(self, chat: Chat) -> list[Piece]:
+        """Return the rows that a chat becomes: one, or more where the template rewrites answers.
 
         Raises:
-            RowFault: The template refuses the chat, leaves something of it out, or hides where its
-                answers stand.
+            RowFault: The template refuses the chat, leaves something of it out, or hides the place
+                of an answer.
         """
-        if len(messages) > MOST_ANSWERS:
+        if len(chat.messages) > MOST_ANSWERS:
             raise RowFault("too_many_turns", f"has more than {MOST_ANSWERS} messages")
-        form, text = self._chosen(messages, tools)
-        messages, tools = form.messages, form.tools
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        form, text = self._chosen(chat)
+        answers = [i for i, m in enumerate(form.messages) if m["role"] == "assistant"]
         if self.loss_on == "all":
             # the prompt that evaluation gives is that of the last answer all the same
             last = self._pieces(form, text, answers[-1:])[-1]
-            if last.text.startswith(text.rstrip()) or answers[-1] == len(messages) - 1:
+            if last.text.startswith(text.rstrip()) or answers[-1] == len(form.messages) - 1:
                 return [replace(last, spans=[(0, len(last.text))])]
             self._require_all(form, text)
             return [replace(last, text=text, spans=[(0, len(text))], prompt_end=1)]
         wanted = answers[-1:] if self.loss_on == "completion" else answers
-        wanted = [i for i in wanted if messages[i].get("train", True)]
+        wanted = [i for i in wanted if form.messages[i].get("train", True)]
         if not wanted:
             raise RowFault("nothing_to_train", "the last answer is marked as not to be trained")
         return self._pieces(form, text, wanted)
 
-    def _chosen(self, messages: Sequence[Message], tools: Any) -> tuple[Form, str]:
-        """The first form in which the template shows reasoning, calls and functions of the chat.
+    def _chosen(self, chat: Chat) -> tuple[Chat, str]:
+        """Return the first form in which the template shows reasoning, calls and functions.
 
         Raises:
             RowFault: There is none.
         """
         fault: RowFault | None = None
-        for form in self.template.forms(messages, tools):
+        for form in self.template.forms(chat):
             try:
                 text = self.template.render(form.messages, form.tools)
                 check_tools(form.tools, text)
@@ -164,22 +161,19 @@ class Masker:
         assert fault is not None
         raise fault
 
-    def _check_reasoning(self, form: Form) -> None:
+    def _check_reasoning(self, form: Chat) -> None:
         """Refuse a form whose keys for reasoning the template does not read."""
         given = [i for i, m in enumerate(form.messages) if REASONING[0] in m]
         if not given:
             return
-        turn = self._turn(form, given[-1])
-        if squeezed(form.messages[given[-1]][REASONING[0]]) not in squeezed(turn):
-            raise left_out(form.messages, given[-1], "the reasoning of ")
+        last, render = given[-1], self.template.render
+        text = render(form.messages[: last + 1], form.tools)
+        before = render(form.messages[:last], form.tools) if last else ""
+        turn = text[shared_length(before, text) :]
+        if squeezed(form.messages[last][REASONING[0]]) not in squeezed(turn):
+            raise left_out(form.messages, last, "the reasoning of ")
 
-    def _turn(self, form: Form, index: int) -> str:
-        """What a message adds to the chat before it."""
-        text = self.template.render(form.messages[: index + 1], form.tools)
-        before = self.template.render(form.messages[:index], form.tools) if index else ""
-        return text[shared_length(before, text) :]
-
-    def _pieces(self, form: Form, text: str, wanted: Sequence[int]) -> list[Piece]:
+    def _pieces(self, form: Chat, text: str, wanted: Sequence[int]) -> list[Piece]:
         places = self._places(form, text)
         is_whole = lacking(form.messages, text, places) is None
         spans: dict[int, Span] = {}
@@ -197,12 +191,7 @@ class Masker:
         shared = [self._shared(form.messages, text, spans)] if spans else []
         return [*shared, *own]
 
-    def _require_all(self, form: Form, text: str, *, prompt: bool = False) -> None:
-        """Refuse a chat of which a message is not shown.
-
-        Raises:
-            RowFault: It names the message.
-        """
+    def _require_all(self, form: Chat, text: str, *, prompt: bool = False) -> None:
         places = self._places(form, text, prompt=prompt)
         missing = lacking(form.messages, text, places)
         if missing is not None:
@@ -216,27 +205,23 @@ class Masker:
             ordered[-1] = (ordered[-1][0], len(text))
         return Piece(text, ordered, ordered[-1][0], *_exchange(messages, last))
 
-    def _places(self, form: Form, text: str, *, prompt: bool = False) -> Places | None:
-        """Where the markers of each message stand in the plain text; None if they change it."""
+    def _places(self, form: Chat, text: str, *, prompt: bool = False) -> Places | None:
+        """Return the places of the markers of each message; None if they change the text."""
         area = _free_area(text)
         shown = _marked(form.messages, _AREAS[area][0])
         try:
             plain, places = _unmark(self.template.render(shown, form.tools, prompt=prompt), area)
         except RowFault:  # of a template that looks into what is said
             return None
-        return places if plain == text else None  # a marker that stands twice is still in `plain`
+        return places if plain == text else None  # a second copy of a marker is still in `plain`
 
     def _in_place(
         self, messages: Sequence[Message], index: int, text: str, places: Places | None
     ) -> Span | None:
-        """What is trained of an answer where it stands whole in the chat; None otherwise.
-
-        After the result of a tool, templates may open an answer in other words than after a
-        question, or not at all.
-        """
+        """Return the trained span of an answer that the chat shows whole; None otherwise."""
         message = messages[index]
         if index and messages[index - 1]["role"] == "tool":
-            return None
+            return None  # templates may open it in other words than after a question, or not at all
         if places is None or message.get("tool_calls") or REASONING[0] in message:
             return None
         opened, closed = places.get(2 * index), places.get(2 * index + 1)
@@ -262,15 +247,15 @@ class Masker:
                     return closed + len(written)
         return None
 
-    def _as_last(self, form: Form, index: int) -> Piece:
-        """The chat up to an answer, as the model would have seen it, and the answer.
+    def _as_last(self, form: Chat, index: int) -> Piece:
+        """Return the chat up to an answer, as the model would have seen it, and the answer.
 
         Raises:
-            RowFault: The template leaves something out, or hides where the answer stands.
+            RowFault: The template leaves something out, or hides the place of the answer.
         """
         message, render = form.messages[index], self.template.render
-        asked = Form(form.messages[:index], form.tools)
-        upto = Form(form.messages[: index + 1], form.tools)
+        asked = replace(form, messages=form.messages[:index])
+        upto = replace(form, messages=form.messages[: index + 1])
         prompt = render(asked.messages, form.tools, prompt=True)
         text = render(upto.messages, form.tools).rstrip()
         turn = shared_length(render(asked.messages, form.tools), text)
@@ -288,7 +273,7 @@ class Masker:
         return Piece(text, [(start, len(text))], start, *_exchange(form.messages, index))
 
     def _written(self, messages: Sequence[Message], index: int, prompt: str) -> str:
-        """An answer in the model's own words, where the template would leave some of them out."""
+        """Return an answer's own words, where the template would leave some of them out."""
         message = messages[index]
         if message.get("tool_calls") or REASONING[0] in message:
             raise left_out(messages, index, "some of ")
@@ -299,11 +284,11 @@ class Masker:
         lead = self.template.frames[0].lead
         return (lead if lead.isspace() else "") + content + self.template.end_token
 
-    def _opened(self, upto: Form, text: str, prompt: str) -> int:
-        """Where an answer starts that does not follow the prompt: its marker shows it.
+    def _opened(self, upto: Chat, text: str, prompt: str) -> int:
+        """Return the start of an answer that does not follow the prompt: its marker shows it.
 
-        Where the template moves the marker away, or writes reasoning before it, it is where prompt
-        and chat part.
+        Where the template moves the marker away, or writes reasoning before it, the answer starts
+        where prompt and chat part.
         """
         if REASONING[0] in upto.messages[-1]:
             return _parting(prompt, text)
@@ -317,14 +302,14 @@ class Masker:
 
 
 def _parting(prompt: str, text: str) -> int:
-    """Where a text parts from a prompt; tags and tokens that begin alike part as a whole."""
+    """Return the place where a text parts from a prompt; tags that begin alike part as a whole."""
     shared = shared_length(prompt, text)
     tag = _BEGUN_TAG.search(text, 0, shared)
     return tag.start() if tag else shared
 
 
 def _shows(message: Message, turn: str) -> bool:
-    """A rendered turn has all of a message's words, spaces aside."""
+    """Check that a rendered turn has all of a message's words, spaces aside."""
     flat = squeezed(turn)
     calls = message.get("tool_calls") or []
     named = all(call["function"]["name"] in turn for call in calls)
@@ -332,7 +317,7 @@ def _shows(message: Message, turn: str) -> bool:
 
 
 def _told(message: Message) -> Iterator[str]:
-    """A message in one part, or its reasoning and its answer, which templates set apart."""
+    """Yield a message in one part, or its reasoning and its answer, which templates set apart."""
     reasoning, tag, answer = message["content"].partition("</think>")
     yield squeezed(reasoning.replace("<think>", "") if tag else message["content"])
     yield squeezed(answer)
@@ -340,5 +325,5 @@ def _told(message: Message) -> Iterator[str]:
 
 
 def _exchange(messages: Sequence[Message], index: int) -> tuple[str, str]:
-    """An answer, and the message before it."""
+    """Return the message before an answer, and the answer."""
     return messages[index - 1]["content"] if index else "", messages[index]["content"]

@@ -1,8 +1,8 @@
-"""Several documents in one row, so that no memory and no time go to padding.
+"""Pack several documents into one row, so that neither memory nor time goes to padding.
 
 Best fit, longest first: each document goes where it leaves the least room. Documents of one row do
-not see each other: `collate` restarts the
-positions at each and lists where they begin, and attention is closed off between them.
+not see each other: `collate` restarts the positions at each and lists their beginnings, and
+attention is closed off between them. The order of training is decided here too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Which rows share a packed row."""
+    """The rows of each packed row."""
 
     rows: Indices
     """Indices of the rows, packed row after packed row."""
     starts: Indices
-    """Where in `rows` each packed row starts, and the end."""
+    """Place in `rows` at which each packed row starts, and the end."""
     max_length: int
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class Packing:
         return (self[number] for number in range(len(self)))
 
     def fill(self, lengths: npt.NDArray[Any]) -> float:
-        """Tokens of rows, divided by the places for them."""
+        """Return the tokens of rows divided by the places for them."""
         places = len(self) * self.max_length
         return float(lengths[self.rows].sum(dtype=np.int64) / places) if places else 0.0
 
@@ -51,7 +51,7 @@ def pack(lengths: npt.ArrayLike, max_length: int, seed: int = 0) -> Packing:
     Args:
         lengths: Tokens of each row, none above `max_length`.
         max_length: Places in a packed row.
-        seed: Decides which of several equal rows go together, and the order of packed rows.
+        seed: Decides between rows of equal length, and the order of packed rows.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     rng = np.random.default_rng(seed)
@@ -95,7 +95,7 @@ class PackedRows(Sequence[dict[str, Any]]):
 
     Args:
         rows: Token rows, a `datasets.Dataset`.
-        packing: Which of them share a packed row.
+        packing: Decides which of them share a packed row.
     """
 
     def __init__(self, rows: Any, packing: Packing) -> None:
@@ -107,17 +107,17 @@ class PackedRows(Sequence[dict[str, Any]]):
         return len(self.packing)
 
     def sums(self, column: str) -> Indices:
-        """Sum of a column of the rows in each packed row."""
+        """Return the sum of a column of the rows in each packed row."""
         values = np.asarray(self._source[column], dtype=np.int64)[self.packing.rows]
         found: Indices = np.add.reduceat(values, self.packing.starts[:-1])
         return found
 
     def counts(self) -> Indices:
-        """Documents in each packed row."""
+        """Return the number of documents in each packed row."""
         return np.diff(self.packing.starts)
 
     def longest(self) -> int:
-        """Tokens of the longest document."""
+        """Return the tokens of the longest document."""
         return int(np.asarray(self._source["length"])[self.packing.rows].max())
 
     def __getitem__(self, number: Any) -> Any:
@@ -125,7 +125,7 @@ class PackedRows(Sequence[dict[str, Any]]):
         return self.take(chosen) if isinstance(number, slice) else self.take([chosen])[0]
 
     def take(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """Several packed rows at once: asking the data set takes longer than what it gives."""
+        """Return several packed rows at once, which takes little longer than one."""
         if not numbers:
             return []
         rows = [self.packing[number] for number in numbers]
@@ -143,11 +143,11 @@ class PackedRows(Sequence[dict[str, Any]]):
 
 
 def origins(rows: Any, number: int) -> list[tuple[int, int]]:
-    """Input and row that each document of a token row or packed row comes from.
+    """Return input and row that each document of a token row or packed row comes from.
 
     Args:
         rows: `PackedRows`, or token rows as a `datasets.Dataset`.
-        number: Which of them.
+        number: Index of the row.
     """
     if not isinstance(rows, PackedRows):
         return [(rows[number]["file"], rows[number]["row"])]
@@ -159,7 +159,7 @@ def origins(rows: Any, number: int) -> list[tuple[int, int]]:
 def length_groups(
     lengths: npt.ArrayLike, rows_at_once: int, seed: int = 0, groups: int = 50
 ) -> Indices:
-    """An order of rows for batches without packing: rows of a batch have like lengths.
+    """Return an order of rows for batches without packing: rows of a batch have like lengths.
 
     Shuffled rows are sorted by length within stretches of 50 batches, and the batches of a stretch
     are shuffled again; so batches are nearly free of padding, and training sees no order of length.
@@ -240,7 +240,7 @@ def _put_largest_first(order: list[int], sizes: Sequence[int], rows: int, *, pad
 def largest_batch(
     lengths: Sequence[int], trained: Sequence[int], order: Sequence[int], rows: int
 ) -> tuple[int, int]:
-    """The most tokens of one row and the most trained tokens that a micro-batch has.
+    """Return the most tokens of one row and the most trained tokens of a micro-batch.
 
     Args:
         lengths: Tokens of each row.

@@ -1,7 +1,7 @@
 """Rows of one file: JSON lines, a JSON array, CSV, Parquet, Arrow or plain text.
 
-A reader yields each row with its number, or the fault of a row that cannot be read. The number is
-the line for JSON lines, CSV and text, and the position, from 1, for an array, Parquet and Arrow.
+The number of a row is its line in JSON lines, CSV and text, and its position, from 1, in an array,
+Parquet and Arrow. A row that cannot be read is a `RowFault` in its place.
 """
 
 from __future__ import annotations
@@ -11,18 +11,12 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from strixft.data.arrow import Change, changes_of, rows_of
+from strixft.data.arrow import read_arrow, read_parquet
 from strixft.data.streams import (
-    ARROW,
-    MAX_RATIO,
     MAX_ROW_BYTES,
     PARQUET,
-    RATIO_COUNTS_FROM,
+    RawRow,
     Stream,
     broken_file,
     close_quote,
@@ -32,79 +26,70 @@ from strixft.data.streams import (
     too_large,
 )
 from strixft.formats.faults import DECODER, RowFault
-from strixft.formats.messages import Row
+from strixft.formats.messages import DataRow
 from strixft.formats.sources import SourceFile
 from strixft.support.errors import DataError
 from strixft.support.units import MIB
 
-RawRow = tuple[int, Row | RowFault, int]
-"""Number, row or fault, and about how many bytes it takes."""
-
-PARQUET_ROWS_AT_ONCE = 64
-
 CHAT_COLUMNS = {"messages", "conversations", "chosen"}
 
 NOT_CLOSED = ("unexpected end of data", "field larger than field limit")
-"""What the CSV reader says of a quote that nothing closes, in the file or in `MAX_ROW_BYTES`."""
+"""Errors of the CSV reader at a quote that nothing closes, in the file or in `MAX_ROW_BYTES`."""
 
 _EXCEL_DELIMITER = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
-"""A first line by which Excel knows what divides the cells; it is no header."""
+"""A first line by which Excel knows what divides the cells; it is not a header."""
 
 _BLANK = " \t\r\n\ufeff"
+_SIGN = re.compile(f"[^{_BLANK}]")
 
 _HALF = re.compile("[\udc80-\udcff]")
-"""What `surrogateescape` makes of bytes that are no UTF-8."""
-
+"""Characters that `surrogateescape` makes of bytes that are not UTF-8."""
 
 _LENIENT = json.JSONDecoder(parse_constant=str, parse_int=float)
 """Finds the end of a value that the strict decoder refuses for what it says."""
 
 
-def _as_row(value: object) -> Row:
-    if not isinstance(value, dict):
-        raise RowFault("not_object", f"is a JSON {type(value).__name__}, not an object")
-    return value
+def _as_row(value: object) -> DataRow | RowFault:
+    if isinstance(value, dict):
+        return value
+    return RowFault("not_object", f"is a JSON {type(value).__name__}, not an object")
 
 
-def parse_row(line: bytes) -> Row:
-    """One line of JSON.
+def _utf8_fault(error: UnicodeDecodeError) -> RowFault:
+    return RowFault("not_utf8", f"is not UTF-8 text (byte {error.start + 1})")
 
-    Raises:
-        RowFault: It is not UTF-8, not JSON, or not an object.
-    """
+
+def _parse_row(line: bytes) -> DataRow | RowFault:
     try:
         value, end = DECODER.raw_decode(text := line.decode("utf-8-sig").strip(_BLANK))
-        if end < len(text):
-            raise RowFault("not_json", f"has more after the object, from character {end + 1}")
     except UnicodeDecodeError as error:
-        raise RowFault("not_utf8", f"is not UTF-8 text (byte {error.start + 1})") from None
+        return _utf8_fault(error)
     except RecursionError:
-        raise RowFault("not_json", "is not JSON that can be read: nested too deeply") from None
+        return RowFault("not_json", "is not JSON that can be read: nested too deeply")
     except ValueError as error:  # of the decoder, its hooks, and int() of too many digits
-        raise RowFault("not_json", f"is not JSON: {error}") from None
+        return RowFault("not_json", f"is not JSON: {error}")
+    if end < len(text):
+        return RowFault("not_json", f"has more after the object, from character {end + 1}")
     return _as_row(value)
 
 
 def _read_lines(stream: Stream) -> Iterator[RawRow]:
     for number, line in lines(stream):
-        if isinstance(line, RowFault):
-            yield number, line, 0
-            continue
-        try:
-            yield number, parse_row(line), len(line)
-        except RowFault as fault:
-            yield number, fault, 0
+        row = line if isinstance(line, RowFault) else _parse_row(line)
+        yield RawRow(number, row, len(line) if isinstance(line, bytes) else 0)
 
 
 class _Array:
-    """A JSON array that is read element by element, with a bounded part of it in memory."""
+    """A JSON array that is read element by element, with a bounded part of it in memory.
+
+    A parser of events would lose the file where this loses a row: at NaN, at a key that
+    appears twice, at bytes that are not UTF-8.
+    """
 
     def __init__(self, stream: Stream, file: SourceFile) -> None:
         self._stream, self._file = stream, file
-        # bytes that are no UTF-8 become half characters, so that only their row is lost
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._text, self._place, self._ended = "", 0, False
-        self.row = 0
+        self._text, self._place, self._ended, self._number = "", 0, False, 0
 
     def _more(self) -> bool:
         data = self._stream.read(max(MIB, len(self._text) - self._place))
@@ -113,87 +98,81 @@ class _Array:
         self._place = 0
         return not self._ended
 
-    def _next(self) -> str:
-        """The next character that is no space; empty at the end."""
-        while True:
-            while self._place < len(self._text):
-                if self._text[self._place] not in _BLANK:
-                    return self._text[self._place]
-                self._place += 1
+    def _sign(self) -> str:
+        """Go to the next character that is not a space, and return it; empty at the end."""
+        while (match := _SIGN.search(self._text, self._place)) is None:
+            self._place = len(self._text)
             if not self._more():
                 return ""
+        self._place = match.start()
+        return match[0]
 
     def _broken(self, problem: str) -> DataError:
         return DataError(
-            f"{self._file.name}, row {self.row}: {problem}; what comes after it cannot be read",
-            fix="correct the file there, or save it as JSON lines, of which each stands for itself",
+            f"{self._file.name}, row {self._number}: {problem}; the rows after it cannot be read",
+            fix="correct the file there, or save it as JSON lines: a bad line spoils no other",
         )
 
-    def _refused(self, error: ValueError) -> object:
-        try:
-            _, self._place = _LENIENT.raw_decode(self._text, self._place)
-        except (ValueError, RecursionError):
-            raise self._broken(f"is not JSON: {error}") from None
-        return RowFault("not_json", f"is not JSON: {error}")
+    def _value(self) -> tuple[object, int]:
+        """Return the value at this place, or the fault of one, and the place after it.
 
-    def _element(self) -> tuple[object, int]:
-        self._next()
+        Raises:
+            DataError: Nothing shows where it ends.
+        """
         while True:
             try:
                 value, end = DECODER.raw_decode(self._text, self._place)
                 if end < len(self._text) or self._ended or isinstance(value, dict):
-                    break  # a number at the end of what is read may go on
+                    return value, end
             except json.JSONDecodeError as error:
                 if len(self._text) - self._place > MAX_ROW_BYTES:
                     raise self._broken(too_large().problem) from None
-                if not self._more():
+                if self._ended:
                     problem = error.msg if self._text.strip() else "the file ends"
                     raise self._broken(f"is not JSON: {problem}") from None
-                continue
             except RecursionError:
                 raise self._broken("is nested too deeply") from None
-            except ValueError as error:
-                return self._refused(error), 0
-            self._more()
-        raw, self._place = self._text[self._place : end], end
-        if not raw.isascii() and _HALF.search(raw):
-            return RowFault("not_utf8", "is not UTF-8 text"), 0
-        return value, len(raw)
+            except ValueError as error:  # of the decoder's hooks: it is JSON all the same
+                fault = RowFault("not_json", f"is not JSON: {error}")
+                try:
+                    return fault, _LENIENT.raw_decode(self._text, self._place)[1]
+                except (ValueError, RecursionError):
+                    raise self._broken(fault.problem) from None
+            self._more()  # the value, or a number's last digits, may go on
 
-    def __iter__(self) -> Iterator[RawRow]:
-        self._next()
+    def rows(self) -> Iterator[RawRow]:
+        self._sign()
         self._place += 1  # the opening bracket
-        if self._next() == "]":
-            return
-        while True:
-            self.row += 1
-            value, size = self._element()
-            try:
-                row = value if isinstance(value, RowFault) else _as_row(value)
-                yield self.row, row, size
-            except RowFault as fault:
-                yield self.row, fault, 0
-            sign = self._next()
-            if sign == "]":
-                break
-            if sign != ",":
+        sign = "" if self._sign() == "]" else ","
+        while sign == ",":
+            self._number += 1
+            self._sign()
+            value, end = self._value()
+            size = end - self._place
+            row = value if isinstance(value, RowFault) else _as_row(value)
+            if not self._text.isascii() and _HALF.search(self._text, self._place, end):
+                row = RowFault("not_utf8", "is not UTF-8 text")
+            yield RawRow(self._number, row, size)
+            self._place = end
+            sign = self._sign()
+            if sign not in ("]", ","):
                 raise self._broken("is not followed by a comma or a closing bracket")
-            self._place += 1
+            self._place += sign == ","
         self._place += 1
-        if self._next():
+        if self._sign():
             raise self._broken("is the last of the array, and more follows")
 
 
 def _read_json(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
     start = stream.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.startswith(b"["):
-        return iter(_Array(stream, file))
+        return _Array(stream, file).rows()
     row = _one_object(file) if start.startswith(b"{") and file.kind == "json" else None
-    return iter([(1, row, MAX_ROW_BYTES)]) if row is not None else _read_lines(stream)
+    return iter([RawRow(1, row, MAX_ROW_BYTES)]) if row is not None else _read_lines(stream)
 
 
-def _one_object(file: SourceFile) -> Row | None:
-    """The row of a file that is one object, over many lines or on one; None for JSON lines.
+def _one_object(file: SourceFile) -> DataRow | None:
+    """Return the row of a file that is one object; None for JSON lines.
 
     Raises:
         DataError: The object holds the rows in one of its keys, such as `{"data": [...]}`.
@@ -201,10 +180,8 @@ def _one_object(file: SourceFile) -> Row | None:
     with open_bytes(file) as stream:
         text = stream.read(MAX_ROW_BYTES).decode("utf-8-sig", "replace").strip()
     try:
-        value, end = DECODER.raw_decode(text)
+        value: DataRow = DECODER.decode(text)
     except (ValueError, RecursionError):
-        return None
-    if end < len(text):
         return None
     lists = [key for key, rows in value.items() if isinstance(rows, list) and rows]
     held = [key for key in lists if isinstance(value[key][0], dict) and key not in CHAT_COLUMNS]
@@ -213,28 +190,26 @@ def _one_object(file: SourceFile) -> Row | None:
             f"{file.name} is one JSON object that holds its rows in {held[0]!r}",
             fix=f"jq -c '.[\"{held[0]}\"][]' {file.name} > rows.jsonl   and name rows.jsonl",
         )
-    return _as_row(value)
+    return value
 
 
 def _text_lines(stream: Stream, file: SourceFile) -> Iterator[str]:
-    """Lines for the CSV reader, line ends kept; bytes that are no UTF-8 become half characters."""
-    first = True
+    """Yield lines for the CSV reader, with their line ends."""
+    encoding = "utf-8-sig"
     while line := stream.readline(MAX_ROW_BYTES + 1):
         if len(line) > MAX_ROW_BYTES:
             raise DataError(
                 f"{file.name} has a line of more than {MAX_ROW_BYTES // MIB} MiB",
                 fix="check that it is CSV, and where a quote is not closed",
             )
-        yield line.decode("utf-8-sig" if first else "utf-8", "surrogateescape")
-        first = False
+        yield line.decode(encoding, "surrogateescape")
+        encoding = "utf-8"
 
 
 def _delimiter(header: str, file: SourceFile) -> str:
     if named := _EXCEL_DELIMITER.fullmatch(header):
         return named[1]
-    if ".tsv" in file.path.name.lower():
-        return "\t"
-    return max(",;\t", key=header.count)
+    return "\t" if ".tsv" in file.path.name.lower() else max(",;\t", key=header.count)
 
 
 def _header(cells: list[str], file: SourceFile) -> list[str]:
@@ -252,29 +227,28 @@ def _header(cells: list[str], file: SourceFile) -> list[str]:
     return names
 
 
-def _cells(cells: list[str], header: list[str]) -> Row:
+def _cells(cells: list[str], header: list[str]) -> DataRow | RowFault:
     if len(cells) != len(header):
-        raise RowFault("bad_cells", f"has {len(cells)} cells, the header has {len(header)}")
+        return RowFault("bad_cells", f"has {len(cells)} cells, the header has {len(header)}")
     if any(not cell.isascii() and _HALF.search(cell) for cell in cells):
-        raise RowFault("not_utf8", "is not UTF-8 text")
+        return RowFault("not_utf8", "is not UTF-8 text")
     for name, cell in zip(header, cells, strict=True):
         if cell[:1] == " " and cell.endswith('"') and cell.lstrip(" ")[0] == '"':
-            raise RowFault(
+            return RowFault(
                 "not_csv",
-                f"is not CSV: a space stands before the quotes of {name!r}, which would"
+                f"is not CSV: there is a space before the quotes of {name!r}, which would"
                 " then be part of its text",
             )
     return dict(zip(header, cells, strict=True))
 
 
 def _csv_fault(error: csv.Error, first: int, last: int, file: SourceFile) -> RowFault:
-    """The fault of a row that takes these lines.
+    """Return the fault of a row that takes these lines.
 
     Raises:
-        DataError: Nothing says where its quote should close, so all that follows stands in it.
+        DataError: Nothing says where its quote should close, so all that follows belongs to it.
     """
-    hidden = last - first
-    if not hidden:
+    if first == last:
         return RowFault("not_csv", f"is not CSV: {error}")
     if str(error).startswith(NOT_CLOSED):
         raise DataError(
@@ -304,98 +278,40 @@ def _read_csv(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
         try:
             cells = next(reader)
             if cells:
-                yield number, _cells(cells, header), sum(map(len, cells))
+                yield RawRow(number, _cells(cells, header), sum(map(len, cells)))
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, _csv_fault(error, number, reader.line_num + skipped, file), 0
-        except RowFault as fault:
-            yield number, fault, 0
-
-
-def _refuse_bomb(parquet: pq.ParquetFile, file: SourceFile) -> None:
-    groups = [parquet.metadata.row_group(i) for i in range(parquet.metadata.num_row_groups)]
-    unfolded = sum(group.total_byte_size for group in groups)
-    if unfolded > RATIO_COUNTS_FROM and unfolded > MAX_RATIO * file.path.stat().st_size:
-        raise DataError(
-            f"{file.name} unfolds to more than {MAX_RATIO} times its size, as a bomb does",
-            fix="look at it; save it with less compression if it is what it should be",
-        )
-
-
-def _read_parquet(file: SourceFile) -> Iterator[RawRow]:
-    number = 0
-    try:
-        with pq.ParquetFile(file.path) as parquet:
-            _refuse_bomb(parquet, file)
-            changes = changes_of(parquet.schema_arrow, file.name)
-            for batch in parquet.iter_batches(PARQUET_ROWS_AT_ONCE, use_threads=False):
-                for row in rows_of(batch, changes):
-                    number += 1
-                    yield number, row, batch.nbytes // batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(
-            f"{file.name} is not Parquet that can be read after row {number}: {first}",
-            fix="copy or download it again",
-        ) from None
-
-
-def _read_arrow(file: SourceFile) -> Iterator[RawRow]:
-    """Rows of an Arrow file, as `datasets` saves them."""
-    number = 0
-    try:
-        with pa.memory_map(str(file.path)) as source:
-            for batch, changes in _arrow_batches(source, file):
-                for row in rows_of(batch, changes):
-                    number += 1
-                    yield number, row, batch.nbytes // batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(
-            f"{file.name} is not an Arrow file that can be read after row {number}: {first}",
-            fix="copy or download it again",
-        ) from None
-
-
-def _arrow_batches(source: Any, file: SourceFile) -> Iterator[tuple[Any, dict[str, Change]]]:
-    """Batches of at most `PARQUET_ROWS_AT_ONCE` rows."""
-    is_file = source.read(len(ARROW)) == ARROW
-    source.seek(0)
-    reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-    changes = changes_of(reader.schema, file.name)
-    whole = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-    for batch in whole:
-        for start in range(0, batch.num_rows, PARQUET_ROWS_AT_ONCE):
-            yield batch.slice(start, PARQUET_ROWS_AT_ONCE), changes
+            fault = _csv_fault(error, number, reader.line_num + skipped, file)
+            yield RawRow(number, fault, 0)
 
 
 def _read_text(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
-    """Paragraphs: lines up to a blank one."""
+    """Yield paragraphs: lines up to a blank one."""
     first, last, size = 0, 0, 0
     parts: list[bytes] = []
     for number, line in lines(stream):
         if first and (number > last + 1 or isinstance(line, RowFault)):
-            yield first, _paragraph(parts, size), size
+            yield RawRow(first, _paragraph(parts, size), size)
             first, parts, size = 0, [], 0
         if isinstance(line, RowFault):
-            yield number, line, 0
+            yield RawRow(number, line, 0)
             continue
         first, last = first or number, number
         size += len(line)
         if size <= MAX_ROW_BYTES:
             parts.append(line)
     if first:
-        yield first, _paragraph(parts, size), size
+        yield RawRow(first, _paragraph(parts, size), size)
 
 
-def _paragraph(parts: list[bytes], size: int) -> Row | RowFault:
+def _paragraph(parts: list[bytes], size: int) -> DataRow | RowFault:
     if size > MAX_ROW_BYTES:
         return too_large()
     try:
         return {"text": b"\n".join(p.rstrip(b"\r\n") for p in parts).decode("utf-8-sig").rstrip()}
     except UnicodeDecodeError as error:
-        return RowFault("not_utf8", f"is not UTF-8 text (byte {error.start + 1})")
+        return _utf8_fault(error)
 
 
 READERS: dict[str, Callable[[Stream, SourceFile], Iterator[RawRow]]] = {
@@ -407,21 +323,22 @@ READERS: dict[str, Callable[[Stream, SourceFile], Iterator[RawRow]]] = {
 
 
 def raw_rows(file: SourceFile) -> Iterator[RawRow]:
-    """The rows of a file, each with its number, faults included.
+    """Yield the rows of a file, faults included.
 
     Raises:
         DataError: The file as a whole cannot be read, or not to its end.
     """
     if file.kind == "arrow":
-        yield from _read_arrow(file)
+        yield from read_arrow(file)
         return
     with open_bytes(file) as stream:
         if stream.peek(4).startswith(PARQUET):
-            yield from _read_parquet(file)
+            yield from read_parquet(file)
             return
         if file.kind == "parquet":
             raise DataError(f"{file.name} is not Parquet", fix="copy or download it again")
         number = 0
         with broken_file(file, lambda: number):
-            for number, row, size in READERS[file.kind](stream, file):
-                yield number, row, size
+            for raw in READERS[file.kind](stream, file):
+                number = raw.number
+                yield raw

@@ -1,14 +1,15 @@
-"""Count and show what became of each row."""
+"""Count rows by what became of them, and show a few of them as trained."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,20 @@ from strixft.data.streams import close_quote, to_utf8
 from strixft.recipe.schema import Dataset
 from strixft.support.errors import DataError
 
-SHOWN_ROWS = 5
+SHOWN_ROWS, SHOWN_PROBLEMS = 5, 5
 
 SHOWN_CHARACTERS = 1500
-"""Of each run of trained or masked text; its start and its end are shown."""
+"""Shown of each run of trained or masked text: its start and its end."""
 
 SHOWN_RUNS = 40
-"""Of a row; the first and the last of them are shown."""
+"""Shown of a row: the first and the last of them."""
+
+LEFT_OUT, KEPT = "left out", "kept"
+BAD, TOO_LONG = "bad", "too_long"
 
 
 def runs(trained: Sequence[bool] | npt.NDArray[np.bool_]) -> list[tuple[int, int, bool]]:
-    """Stretches of tokens that are trained, or are not: start, end, which.
+    """Return stretches of tokens that are trained, or are not: start, end, True if trained.
 
     >>> runs([False, True, True])
     [(0, 1, False), (1, 3, True)]
@@ -47,41 +51,38 @@ def _short(text: str) -> str:
 
 
 def example(row: Any, tokenizer: Any, file: str) -> dict[str, Any]:
-    """One token row as text, for the report.
+    """Return one token row as text, for the report.
 
     Args:
         row: Of the row file.
         tokenizer: Decodes.
-        file: Where the row stands.
+        file: The file of the row.
     """
     ids = row["input_ids"]
 
     def decoded(start: int, end: int) -> str:
-        return _short(
-            str(
-                tokenizer.decode(
-                    ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-                )
-            )
+        text = tokenizer.decode(
+            ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        return _short(str(text))
 
-    shown = runs(row["trained"])
-    if len(shown) > SHOWN_RUNS:
+    every = shown = runs(row["trained"])
+    if len(every) > SHOWN_RUNS:
         half = SHOWN_RUNS // 2
-        shown = [*shown[:half], *shown[-half:]]
+        shown = [*every[:half], *every[-half:]]
     return {
         "file": file,
         "row": row["row"],
         "part": row["part"],
         "tokens": len(ids),
         "trained_tokens": int(sum(row["trained"])),
-        "runs_left_out": max(0, len(runs(row["trained"])) - SHOWN_RUNS),
+        "runs_left_out": len(every) - len(shown),
         "runs": [[decoded(start, end), flag] for start, end, flag in shown],
     }
 
 
 def spread(lengths: npt.NDArray[Any], count: int = SHOWN_ROWS) -> list[int]:
-    """Indices of a few rows from the shortest to the longest.
+    """Return indices of a few rows from the shortest to the longest.
 
     >>> spread(np.array([5, 1, 9, 3, 2]), 3)
     [1, 3, 2]
@@ -91,22 +92,16 @@ def spread(lengths: npt.NDArray[Any], count: int = SHOWN_ROWS) -> list[int]:
     return [int(order[round(float(place))]) for place in places]
 
 
-SHOWN_PROBLEMS = 5
-
-LEFT_OUT, KEPT = "left out", "kept"
-
-BAD, TOO_LONG = "bad", "too_long"
-
-
-class RowReport:
+class RowReport(contextlib.ExitStack):
     """Counts rows and writes every problem down while the rows stream through.
 
     Args:
-        path: Where the problems go, one JSON object a line.
+        path: File of the problems, one JSON object a line.
         dataset: What the recipe allows.
     """
 
     def __init__(self, path: Path, dataset: Dataset) -> None:
+        super().__init__()
         self.path = path
         self.dataset = dataset
         self.rows_read = self.rows_bad = self.rows_too_long = self.rows_left_out = 0
@@ -117,12 +112,14 @@ class RowReport:
         self._first_bad: dict[str, Problem] = {}
         self._keys: dict[str, None] = {}
         """Keys without which bad rows could be used, in the order of the rows."""
-        self._temporary = path.with_name(f".{path.name}.new")
-        self._file = self._temporary.open("w", encoding="utf-8")
+        temporary = path.with_name(f".{path.name}.new")
+        self._file = temporary.open("w", encoding="utf-8")
+        self.callback(temporary.replace, path)
+        self.callback(self._file.close)
 
     def note(self, problem: Problem) -> None:
         """Write a problem down."""
-        self._file.write(json.dumps(problem.to_dict(), ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
         kind = self.kinds.setdefault(
             problem.kind, {"rows": 0, "first": str(problem), "action": problem.action}
         )
@@ -137,15 +134,15 @@ class RowReport:
             num_tokens: Of a row that is too long.
         """
         self.note(problem)
+        self.rows_left_out += weight == "left_out"
         if weight == TOO_LONG:
             self.rows_too_long += 1
             self.long_lengths.append(num_tokens)
-        self.rows_bad += weight == BAD
-        if weight == BAD and problem.key is not None:
-            self._keys[problem.key] = None
         if weight == BAD:
+            self.rows_bad += 1
             self._first_bad.setdefault(problem.kind, problem)
-        self.rows_left_out += weight == "left_out"
+            if problem.key is not None:
+                self._keys[problem.key] = None
         if weight in self._shown and len(self._shown[weight]) < SHOWN_PROBLEMS:
             self._shown[weight].append(problem)
 
@@ -160,26 +157,23 @@ class RowReport:
         )
 
     def _nothing_left(self, inputs: Sequence[Input]) -> str:
-        """The fix where leaving rows out would leave none."""
+        """Return the fix where leaving rows out would leave none."""
         if self.rows_bad < max(1, self.rows_read):
             return "check the rows, dataset.format and dataset.max_length"
         first = next(iter(self._first_bad.values()))
         return expected_rows(next(one for one in inputs if one.name == first.file))
 
-    def _ignoring(self) -> str:
-        """The setting that leaves out the keys of bad rows."""
-        names = json.dumps([*self.dataset.ignore, *self._keys])
-        return shlex.quote(f"dataset.ignore={names}")
-
     def _fix_of_bad(self, rows_kept: int, inputs: Sequence[Input]) -> str:
-        if quote := self._first_bad.get("open_quote"):  # good rows stand in it: not left out
+        if quote := self._first_bad.get("open_quote"):  # it holds good rows: not left out
             return close_quote(quote.file, quote.row)
         least = -(-self.rows_bad * 100 // self.rows_read) / 100
         fix = f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
         if rows_kept == 0:
             fix = self._nothing_left(inputs)
         if self._keys:
-            return f"--set {self._ignoring()}   trains without these keys; else {fix}"
+            names = json.dumps([*self.dataset.ignore, *self._keys])
+            ignore = shlex.quote(f"dataset.ignore={names}")
+            return f"--set {ignore}   trains without these keys; else {fix}"
         other = self._first_bad.get("not_utf8")
         if other and (convert := to_utf8(other.file)):
             return f"{convert}; else {fix}"
@@ -190,7 +184,7 @@ class RowReport:
 
         Args:
             rows_kept: Token rows that were made.
-            inputs: What the rows were read from.
+            inputs: The sources of the rows.
 
         Raises:
             DataError: With the first rows of each kind, and the setting that allows them.
@@ -206,15 +200,3 @@ class RowReport:
             count = self.rows_bad + self.rows_too_long
             fix = self._nothing_left(inputs)
             self._refuse(problems, count or self.rows_read, fix)
-
-    def __enter__(self) -> RowReport:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._file.close()
-        self._temporary.replace(self.path)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -40,25 +40,8 @@ COUNTS = ("file", "row", "content", "question", "group", "length", "num_trained"
 """Columns of numbers, which fit into memory for any data set."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One token row and where it comes from."""
-
-    file: int
-    """Index of the input."""
-    row: int
-    part: int
-    """0, or the number of the part of a row that became several."""
-    content: int
-    question: int
-    group: int
-    tokens: TokenRow
-    rejected: TokenRow | None = None
-    label: bool | None = None
-
-
 def _lists(arrays: Sequence[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.Array:
-    """Arrays as a list column, in one piece."""
+    """Return arrays as a list column, in one piece."""
     known = [array if array is not None else np.zeros(0, np.int32) for array in arrays]
     offsets = np.zeros(len(known) + 1, dtype=np.int32)
     np.cumsum([len(array) for array in known], out=offsets[1:])
@@ -68,33 +51,22 @@ def _lists(arrays: Sequence[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.A
     return pa.ListArray.from_arrays(pa.array(offsets), values, mask=mask)
 
 
-def batch_of(records: Sequence[Record]) -> pa.RecordBatch:
-    """Token rows as a piece of a row file."""
-    tokens = [record.tokens for record in records]
-    rejected = [record.rejected for record in records]
-    named = {
-        **{
-            name: [getattr(record, name) for record in records]
-            for name in ("file", "row", "part", "content", "question", "group", "label")
-        },
-        **{
-            name: [getattr(row, name) for row in tokens]
-            for name in ("prompt_tokens", "request", "answer")
-        },
-        "length": [len(row) for row in tokens],
-        "num_trained": [np.count_nonzero(row.trained) for row in tokens],
+def batch_of(rows: Sequence[TokenRow]) -> pa.RecordBatch:
+    """Return token rows as a piece of a row file."""
+    columns: dict[str, Any] = {
+        "length": [len(row) for row in rows],
+        "num_trained": [np.count_nonzero(row.trained) for row in rows],
     }
-    columns = {name: pa.array(values, SCHEMA.field(name).type) for name, values in named.items()}
-    columns["input_ids"] = _lists([row.input_ids for row in tokens], pa.int32())
-    columns["trained"] = _lists([row.trained for row in tokens], pa.bool_())
-    ids = [None if row is None else row.input_ids for row in rejected]
-    flags = [None if row is None else row.trained for row in rejected]
-    columns["rejected_input_ids"] = _lists(ids, pa.int32())
-    columns["rejected_trained"] = _lists(flags, pa.bool_())
+    for name, kind in (("input_ids", pa.int32()), ("trained", pa.bool_())):
+        columns[name] = _lists([getattr(row, name) for row in rows], kind)
+        rejected = [getattr(row.rejected, name, None) for row in rows]
+        columns[f"rejected_{name}"] = _lists(rejected, kind)
+    for name in set(SCHEMA.names) - columns.keys():
+        columns[name] = [getattr(row, name) for row in rows]
     return pa.record_batch([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-class RowWriter:
+class RowWriter(contextlib.ExitStack):
     """Writes token rows to an Arrow file, batch by batch.
 
     Args:
@@ -102,8 +74,9 @@ class RowWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_stream(self._file, SCHEMA)
+        super().__init__()
+        file = self.enter_context(pa.OSFile(str(path), "wb"))
+        self._writer = self.enter_context(pa.ipc.new_stream(file, SCHEMA))
         self.num_rows = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
@@ -111,21 +84,9 @@ class RowWriter:
         self._writer.write_batch(batch)
         self.num_rows += batch.num_rows
 
-    def __enter__(self) -> RowWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._writer.close()
-        self._file.close()
-
 
 def read_counts(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The columns of numbers of a row file, in memory; the texts and tokens stay on disk.
+    """Return the columns of numbers of a row file; the texts and tokens stay on disk.
 
     `chat` is added: a running number of the source rows, of which each may have become several.
     """
@@ -149,6 +110,6 @@ class TokenRows:
     def load(
         cls, path: Path, train: npt.NDArray[np.int64], validation: npt.NDArray[np.int64]
     ) -> TokenRows:
-        """Rows of a file by their indices; an index may stand more than once."""
+        """Return rows of a file by their indices; an index may appear more than once."""
         rows = Dataset.from_file(str(path))
         return cls(rows.select(train), rows.select(validation))

@@ -1,22 +1,21 @@
-"""A model's chat template: it renders chats, and shows what it writes around an answer."""
+"""Render chats with a model's chat template, and learn its texts around an answer."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from strixft.formats.faults import RowFault
-from strixft.formats.messages import REASONING, Message
+from strixft.formats.messages import REASONING, Chat, Message
 from strixft.support.errors import DataError
 
 QUESTIONS = ("zquestion one", "zquestion two")
-
 ANSWERS = ("zanswer one", "zanswer two")
-"""What the template is tried with; words that no template writes itself."""
+"""Texts that the template is tried with; no template writes these words itself."""
 
 _TOOL = {
     "type": "function",
@@ -31,21 +30,13 @@ _TAG = re.compile(r"\s*<[^<>\s]{1,40}>")
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """A chat as a template takes it."""
-
-    messages: list[Message]
-    tools: Any
-
-
-@dataclass(frozen=True, slots=True)
 class Frame:
-    """What stands before an answer."""
+    """The text before an answer."""
 
     header: str
     """The end of the prompt that an answer follows."""
     lead: str
-    """What the template puts between prompt and answer, which the model has to write too."""
+    """Text that the template puts between prompt and answer; the model has to write it too."""
 
 
 def _turn(role: str, content: str, **more: Any) -> Message:
@@ -53,7 +44,7 @@ def _turn(role: str, content: str, **more: Any) -> Message:
 
 
 def shared_length(a: str, b: str) -> int:
-    """Characters that two texts begin with together.
+    """Return the number of characters that two texts begin with together.
 
     >>> shared_length("template", "tempt")
     4
@@ -87,80 +78,65 @@ class ChatTemplate:
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template",
                 fix="use the model's instruct version, or data of the format text",
             )
-        self._tokenizer = tokenizer
-        self._tools = [_TOOL] if for_tools else None
+        from jinja2 import meta
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        self._name, self._tools = tokenizer.name_or_path, [_TOOL] if for_tools else None
         self._in_parts = False
+        self._special_tokens = dict(tokenizer.special_tokens_map)
         try:
             self._source: str = tokenizer.get_chat_template(tools=self._tools)
-            self._render = self._compiled() or self._slowly
-            self.lists_tools = "tools" in _variables(self._source)
+            # Private: `apply_chat_template` prepares each call anew, which takes several times as
+            # long for the two renderings of each row. Remove when transformers compiles in public.
+            self._template = _compile_jinja_template(self._source)
+            parsed = self._template.environment.parse(self._source)
+            self.lists_tools = "tools" in meta.find_undeclared_variables(parsed)
             """The template has a place for functions."""
         except Exception as error:  # of the template's syntax, or of several without a default
             raise self._refused(error) from None
-        self.specials = re.compile(r"\s*(?:" + "|".join(map(re.escape, _longest(tokenizer))) + ")")
+        added = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        longest = sorted(added, key=len, reverse=True)
+        self.specials = re.compile(r"\s*(?:" + "|".join(map(re.escape, longest)) + ")")
         self._opener = ""
-        """What it writes at the end of every chat as if an answer were asked for."""
+        """Text at the end of every chat, as if an answer were asked for."""
         self._look()
 
     def _refused(self, error: Exception) -> DataError:
         return DataError(
-            f"the chat template of {self._tokenizer.name_or_path} cannot show a question and its"
-            f" answer: {error}",
+            f"the chat template of {self._name} cannot show a question and its answer: {error}",
             fix="use the model's instruct version, or correct its chat_template.jinja",
         )
-
-    def _slowly(self, messages: Sequence[Message], tools: Any, prompt: bool) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
-        )
-        return text
-
-    def _compiled(self) -> Callable[[Sequence[Message], Any, bool], str] | None:
-        """The template compiled once; transformers prepares each call anew, which takes longer."""
-        try:
-            from transformers.utils.chat_template_utils import _compile_jinja_template
-        except ImportError:
-            return None
-        template = _compile_jinja_template(self._source)
-        specials = dict(self._tokenizer.special_tokens_map)
-
-        def render(messages: Sequence[Message], tools: Any, prompt: bool) -> str:
-            text: str = template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=prompt,
-                **specials,
-            )
-            return text
-
-        return render
 
     def render(
         self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False
     ) -> str:
-        """The chat as the model sees it; with `prompt`, up to where an answer starts.
+        """Return the chat as the model sees it; with `prompt`, up to the start of an answer.
 
         Raises:
             RowFault: The template refuses the chat.
         """
-        shown = [_with_parts(message) for message in messages] if self._in_parts else messages
+        shown = messages
+        if self._in_parts:
+            shown = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
-            text = self._render(shown, tools, prompt)
+            text: str = self._template.render(
+                messages=shown,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self._special_tokens,
+            )
         except Exception as error:  # templates raise what they like
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RowFault("template_refuses", f"the chat template refuses it: {first}") from error
         return text if prompt or not self._opener else text.removesuffix(self._opener)
 
     def _look(self) -> None:
-        """Try the template, and note what it writes before and after an answer.
-
-        Templates of models that see may take content as a list of parts only.
-        """
+        """Try the template, and note what it writes before and after an answer."""
         try:
             self._look_at()
         except (RowFault, ValueError) as error:
-            self._in_parts = True
+            self._in_parts = True  # as templates of models that see may ask for
             try:
                 self._look_at()
             except (RowFault, ValueError):
@@ -179,7 +155,7 @@ class ChatTemplate:
             self._opener = self._opened_after(written)
             written = written.removesuffix(self._opener)
         self.end_token = written.rstrip()
-        """What the template writes after the last answer; empty if nothing."""
+        """Text that the template writes after the last answer; may be empty."""
         closed = len(tail) - len(prompt[len(plain) :]) if prompt.startswith(plain) else 0
         closed = closed if closed < len(tail) else 0  # nothing opens a turn of the assistant
         self.frames = [self._frame(before, tail, closed)]
@@ -193,13 +169,13 @@ class ChatTemplate:
         return written[match.end() :] if match else written
 
     def _frame(self, before: str, tail: str, closed: int) -> Frame:
-        """What stands before an answer: the prompt, or, where that differs, all of it."""
+        """Return the text before an answer: the prompt, or, where that differs, all of it."""
         if before.startswith(tail):
             return Frame(tail[closed:], before[len(tail) :])
         return Frame(before[closed:] or before, "")
 
     def _look_at_first(self, double: str, tail: str, closed: int) -> None:
-        """An answer that is not the last may stand in other words."""
+        """Note the texts around an answer that is not the last, where they are others."""
         before = _between(double, QUESTIONS[0], ANSWERS[0])
         after = _between(double, ANSWERS[0], QUESTIONS[1])
         frame = self._frame(before, tail, closed)
@@ -211,31 +187,33 @@ class ChatTemplate:
             match = self.specials.match(after) or _TAG.match(after)
             self.ends.append(match[0] if match else "")
 
-    def writes_as_text(self, messages: Sequence[Message], tools: Any) -> bool:
+    def writes_as_text(self, chat: Chat) -> bool:
         """Check that the chat has functions or calls, and the template no place for them."""
-        calls = "tool_calls" not in self._source and any(m.get("tool_calls") for m in messages)
-        return not self.lists_tools and (tools is not None or calls)
+        calls = "tool_calls" not in self._source and any(
+            message.get("tool_calls") for message in chat.messages
+        )
+        return not self.lists_tools and (chat.tools is not None or calls)
 
-    def forms(self, messages: Sequence[Message], tools: Any) -> Iterator[Form]:
-        """Yield the ways in which the template may take a chat, the best first.
+    def forms(self, chat: Chat) -> Iterator[Chat]:
+        """Yield the forms in which the template may take a chat, the best first.
 
         Reasoning is given in a key of its own, or in tags before the answer; arguments of calls as
         data, or as JSON text. Only where the template has no place for functions are they and
         their calls written out as text.
         """
-        if self.writes_as_text(messages, tools):
-            messages, tools = tools_as_text(messages, tools), None
-        apart = [with_reasoning_apart(message) for message in messages]
+        if self.writes_as_text(chat):
+            chat = replace(chat, messages=tools_as_text(chat.messages, chat.tools), tools=None)
+        apart = [with_reasoning_apart(message) for message in chat.messages]
         has_reasoning = any(REASONING[0] in message for message in apart)
         takes_it = has_reasoning and any(name in self._source for name in REASONING)
-        for way in ([apart] if takes_it else []) + [list(messages)]:
-            yield Form(way, tools)
-            if any("tool_calls" in message for message in way):
-                yield Form([_calls_as_text(message) for message in way], tools)
+        for messages in ([apart] if takes_it else []) + [chat.messages]:
+            yield replace(chat, messages=messages)
+            if any("tool_calls" in message for message in messages):
+                yield replace(chat, messages=[_calls_as_text(message) for message in messages])
 
 
 def written_ends(tokenizer: Any) -> list[str]:
-    """Return what a tokenizer's chat templates write after the last answer."""
+    """Return the texts that a tokenizer's chat templates write after the last answer."""
     if not tokenizer.chat_template:
         return []
     found = [ChatTemplate(tokenizer).end_token]
@@ -245,27 +223,8 @@ def written_ends(tokenizer: Any) -> list[str]:
     return found
 
 
-def _variables(source: str) -> set[str]:
-    """Names that a template expects to be given."""
-    from jinja2 import meta
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    return meta.find_undeclared_variables(_compile_jinja_template(source).environment.parse(source))
-
-
-def _with_parts(message: Message) -> Message:
-    return {**message, "content": [{"type": "text", "text": message["content"]}]}
-
-
-def _longest(tokenizer: Any) -> list[str]:
-    """Special and added tokens, longest first."""
-    return sorted(
-        {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True
-    )
-
-
 def reasoning_of(message: Message) -> tuple[str, str]:
-    """Return the reasoning of an answer, which stands in tags before it, and the answer itself.
+    """Return the reasoning in tags before an answer, and the answer itself.
 
     >>> reasoning_of({"role": "assistant", "content": "<think>a</think>b"})
     ('a', 'b')
@@ -278,7 +237,7 @@ def reasoning_of(message: Message) -> tuple[str, str]:
 
 
 def with_reasoning_apart(message: Message) -> Message:
-    """An answer whose reasoning stands in a key of its own, if it has any."""
+    """Return an answer with its reasoning, if it has any, in keys of its own."""
     reasoning, answer = reasoning_of(message)
     if not reasoning:
         return message
@@ -310,7 +269,7 @@ def _written_tools(tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tools_as_text(messages: Sequence[Message], tools: Any) -> list[Message]:
-    """A chat with tools for a template that knows none.
+    """Return the messages of a chat with tools for a template that knows none.
 
     Functions are listed in the system message, calls are written in the answer, and results come
     back in a turn of the user.
@@ -319,7 +278,8 @@ def tools_as_text(messages: Sequence[Message], tools: Any) -> list[Message]:
     for message in messages:
         role, content = message["role"], message["content"]
         if "tool_calls" in message:
-            content = "\n".join([*filter(None, [content]), *map(_written_call, _calls(message))])
+            written = map(_written_call, message["tool_calls"])
+            content = "\n".join([*filter(None, [content]), *written])
         if role == "tool":
             role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
         if made and made[-1]["role"] == role == "user":
@@ -333,8 +293,3 @@ def tools_as_text(messages: Sequence[Message], tools: Any) -> list[Message]:
         first = {**made[0], "content": f"{made[0]['content']}\n\n{_written_tools(tools)}"}
         return [first, *made[1:]]
     return [_turn("system", _written_tools(tools)), *made]
-
-
-def _calls(message: Message) -> list[Mapping[str, Any]]:
-    calls: list[Mapping[str, Any]] = message["tool_calls"]
-    return calls

@@ -1,4 +1,4 @@
-"""Nothing of a chat may be missing in what the template makes of it: messages, calls, functions."""
+"""Refuse chats of which the template leaves something out: messages, calls or functions."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from strixft.data.template import ChatTemplate, Form, reasoning_of
+from strixft.data.template import ChatTemplate, reasoning_of
 from strixft.formats.faults import RowFault, shown
-from strixft.formats.messages import Message
+from strixft.formats.messages import Chat, Message
 
 _FIRST = 0xF0000
 """First of the private-use characters that are put to names and values of calls."""
 
 _NUMBER = 7_316_000_000
-"""Numbers of calls become this and those after it: nobody's own."""
+"""Numbers of calls become this one and its successors, which no data have."""
 
 
 def squeezed(text: str) -> str:
-    """The text without spaces, which templates may trim or add."""
+    """Return the text without spaces, which templates may trim or add."""
     return "".join(text.split())
 
 
@@ -55,7 +55,7 @@ def lacking(messages: Sequence[Message], text: str, places: Mapping[int, int] | 
     Args:
         messages: Of the chat.
         text: The chat as the template shows it.
-        places: Where each message begins and ends in it; None if that is not known.
+        places: Of the markers around each message (`mask.Places`); None if they are not known.
     """
     for index, message in enumerate(messages):
         reasoning, said = reasoning_of(message)
@@ -92,11 +92,11 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None, text: str) -> None:
                 )
 
 
-def check_calls(template: ChatTemplate, form: Form, text: str) -> None:
+def check_calls(template: ChatTemplate, form: Chat, text: str) -> None:
     """Refuse a form in which the template leaves out a name or a value of a call.
 
     The chat is rendered with a mark at each of them; each mark must be in what comes out, however
-    often the same words stand elsewhere. Arguments must not come out as Python writes them.
+    often the same words occur elsewhere. Arguments must not come out as Python writes them.
 
     Raises:
         RowFault: It names the call.
@@ -129,7 +129,7 @@ class _Marks:
 
     def __init__(self) -> None:
         self.made: list[tuple[str, str, str]] = []
-        """What it is, as it is, and the mark."""
+        """Name for texts, the value as it is, and its mark."""
 
     def message(self, message: Message) -> Message:
         if not message.get("tool_calls"):
@@ -167,4 +167,4 @@ class _Marks:
             number = _NUMBER + len(self.made)
             self.made.append((what + of, json.dumps(value), str(number)))
             return number if isinstance(value, int) else float(number)
-        return value  # true, false and null stand beside their key
+        return value  # true, false and null: their key is marked

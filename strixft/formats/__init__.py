@@ -1,1 +1,1 @@
-"""What a row of a data set looks like, and how it becomes a chat."""
+"""Formats of the rows of data sets, and their way to a chat."""

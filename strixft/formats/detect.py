@@ -1,4 +1,4 @@
-"""Which format a row has, and which mapping would give it one."""
+"""Find the format of a row, or a mapping that would give it one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import functools
 from collections.abc import Iterator, Mapping
 
-from strixft.formats.messages import Row
+from strixft.formats.messages import DataRow
 from strixft.formats.table import FORMATS, SYSTEM, Columns, Format, is_thumb
 
 SYNONYMS = {
@@ -25,41 +25,33 @@ SYNONYMS = {
 """Words that other data sets use for our columns."""
 
 
-def _full(form: Format, columns: Columns, used: Columns) -> list[Columns]:
-    """The shapes of a format that these columns fill, and that leave no mapping unused."""
-    return [s for s in form.shapes if s <= columns and used <= s | form.optional]
-
-
-def fitting(row: Row, used: Columns = frozenset()) -> list[Format]:
-    """The formats that a row may have; one that needs more columns hides those that need fewer.
+def fitting(row: DataRow, used: Columns = frozenset()) -> list[Format]:
+    """Return the formats that a row may have; one with more columns hides those with fewer.
 
     Args:
-        row: With its columns named as ours. A column without a value is none.
+        row: With its columns named as ours. A column without a value does not count.
         used: Columns that the recipe maps; the format must use them all.
     """
     columns = frozenset(name for name, value in row.items() if value is not None)
     if "label" in columns and not is_thumb(row["label"]):
         columns -= {"label"}
-    return list(_fitting(columns, used))
+    return [FORMATS[name] for name in _fitting(columns, used)]
 
 
 @functools.lru_cache(maxsize=256)
-def _fitting(columns: Columns, used: Columns) -> tuple[Format, ...]:
-    shapes = {
-        form.name: full
+def _fitting(columns: Columns, used: Columns) -> tuple[str, ...]:
+    filled = [
+        (form, shape)
         for form in FORMATS.values()
-        if form.detected and (full := _full(form, columns, used))
-    }
-    every = [shape for full in shapes.values() for shape in full]
-    return tuple(
-        FORMATS[name]
-        for name, full in shapes.items()
-        if any(not any(shape < other for other in every) for shape in full)
-    )
+        for shape in form.shapes
+        if form.detected and shape <= columns and used <= shape | form.optional
+    ]
+    largest = [form for form, shape in filled if not any(shape < other for _, other in filled)]
+    return tuple(dict.fromkeys(form.name for form in largest))
 
 
 def _paths(value: object, path: str = "", depth: int = 0) -> Iterator[str]:
-    """Dotted paths of a row: columns, and what lies in them (of a list, its first entry)."""
+    """Yield the dotted paths of a row: columns, and what they hold (of a list, its first entry)."""
     if path:
         yield path
     if depth >= 3:
@@ -71,25 +63,23 @@ def _paths(value: object, path: str = "", depth: int = 0) -> Iterator[str]:
         yield from _paths(value[0], f"{path}.0", depth + 1)
 
 
-def _leaves(paths: list[str]) -> dict[str, str]:
-    return {path.rpartition(".")[2].lower(): path for path in reversed(paths)}
+def _path_of(column: str, paths: list[str], *, near: bool) -> str | None:
+    """Return the path that ends with a column's name, or with a word that means the same.
 
-
-def _named(column: str, paths: list[str]) -> str | None:
-    """Return the path that ends with a column's name, or with a word that means the same."""
-    leaves = _leaves(paths)
-    names = (column, *SYNONYMS.get(column, ()))
+    Args:
+        column: One of ours.
+        paths: Of a row.
+        near: A word that is spelled much the same will do.
+    """
+    leaves = {path.rpartition(".")[2].lower(): path for path in reversed(paths)}
+    names = [column, *SYNONYMS.get(column, ())]
+    if near:
+        names += difflib.get_close_matches(column, leaves, n=1, cutoff=0.8)
     return next((leaves[name] for name in names if name in leaves), None)
 
 
-def _source_of(column: str, paths: list[str]) -> str | None:
-    leaves = _leaves(paths)
-    near = difflib.get_close_matches(column, leaves, n=1, cutoff=0.8)
-    return _named(column, paths) or (leaves[near[0]] if near else None)
-
-
-def suggest_columns(row: Row) -> dict[str, str] | None:
-    """A mapping under which a row that fits no format would fit one; None if none is near.
+def suggest_columns(row: DataRow) -> dict[str, str] | None:
+    """Return a mapping under which a row would fit a format; None if none is near.
 
     >>> suggest_columns({"task": "Ping nas.", "runs": [{"output": "ok"}]})
     {'instruction': 'task', 'output': 'runs.0.output'}
@@ -97,11 +87,10 @@ def suggest_columns(row: Row) -> dict[str, str] | None:
     paths = list(_paths(row))
     best: dict[str, str] = {}
     for form in FORMATS.values():
-        required = sorted(form.columns)
-        found = {name: path for name in required if (path := _source_of(name, paths))}
-        if len(found) < len(required) or len(set(found.values())) < len(required):
-            continue
-        extra = {name: path for name in sorted(form.optional) if (path := _named(name, paths))}
-        if form.detected and len(found) > len(best):
-            best = {**found, **{k: v for k, v in extra.items() if v not in found.values()}}
+        found = {name: _path_of(name, paths, near=True) for name in sorted(form.columns)}
+        used = {path for path in found.values() if path is not None}
+        if form.detected and len(used) == len(found) > len(best):
+            extra = {name: _path_of(name, paths, near=False) for name in sorted(form.optional)}
+            found |= {name: path for name, path in extra.items() if path not in used}
+            best = {name: path for name, path in found.items() if path is not None}
     return best or None

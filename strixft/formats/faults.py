@@ -1,4 +1,4 @@
-"""The fault of a row, and values from data as JSON and as text."""
+"""Read a row so that nothing disappears unnoticed: faults, values, and keys of mappings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RowFault(Exception):
 
 
 def shown(value: object, length: int = 60) -> str:
-    """A value from data as it may stand in a message: escaped and cut.
+    """Return a value from data in the form for a message: escaped and cut.
 
     >>> shown("a" * 99, 8), shown({"a": 1})
     ("'aaaaaaa…", "{'a': 1}")
@@ -42,7 +42,7 @@ def shown(value: object, length: int = 60) -> str:
 
 
 def as_text(value: object, what: str) -> str:
-    """The value, if it is text that can be written as UTF-8.
+    """Return the value if it is text that can be written as UTF-8.
 
     Raises:
         RowFault: It is missing or something else.
@@ -65,7 +65,7 @@ def as_text(value: object, what: str) -> str:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _number(text: str) -> float:
@@ -80,18 +80,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} appears twice in one object")
     return made
 
 
 DECODER = json.JSONDecoder(
     parse_constant=_no_constant, parse_float=_number, object_pairs_hook=_object
 )
-"""Refuses what Python's own decoder changes silently: keys that stand twice, NaN, infinity."""
+"""Refuses what Python's own decoder changes silently: keys that appear twice, NaN, infinity."""
 
 
 def parse_json(text: str, kind: str, what: str) -> Any:
-    """JSON that stands as text inside a row.
+    """Return the value of JSON text inside a row.
 
     Raises:
         RowFault: It is not JSON.
@@ -103,7 +103,7 @@ def parse_json(text: str, kind: str, what: str) -> Any:
 
 
 MOST_LEVELS = 64
-"""Of mappings and lists in one another."""
+"""Mappings and lists in one another."""
 
 
 def check_json(value: object, kind: str, what: str, level: int = 0) -> None:
@@ -123,10 +123,156 @@ def check_json(value: object, kind: str, what: str, level: int = 0) -> None:
             check_json(inner, kind, part, level + 1)
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise RowFault(kind, f"{what} is {value}, which is no JSON value")
+            raise RowFault(kind, f"{what} is {value}, which is not a JSON value")
     elif value is not None and not isinstance(value, int):
         raise RowFault(
             kind,
-            f"{what} is a {type(value).__name__}, which is no JSON value; save it as text:"
+            f"{what} is a {type(value).__name__}, which is not a JSON value; save it as text:"
             f" {shown(value)}",
         )
+
+
+METADATA = frozenset(
+    {
+        *("annotations", "author", "cache_control", "country", "created", "date", "finish_reason"),
+        *("hash", "id", "index", "lang", "language", "logprobs", "model", "rank", "score"),
+        *("signature", "source", "state", "time", "timestamp", "usage", "uuid"),
+    }
+)
+"""Keys of messages, parts and calls that no chat template shows."""
+
+CHANGES = frozenset({"partial", "prefix"})
+"""Flags that change what a template writes."""
+
+MEDIA = frozenset({"audio", "audios", "image", "images", "video", "videos"})
+"""Columns of what is not text, as LLaMA-Factory, TRL and ms-swift name them."""
+
+SHOWN = MEDIA | {
+    *("available_tools", "chat_template_kwargs", "choices", "context", "contexts", "documents"),
+    *("functions", "history", "options", "passage", "passages", "reasoning", "reasoning_content"),
+    *("system", "system_message", "system_prompt", "thinking", "tool_defs", "tools"),
+}
+"""Columns that belong to what a model is shown; other columns describe the row."""
+
+
+def is_empty(value: object) -> bool:
+    """Check that a value says nothing: no text, not yes, and nothing in it that says anything.
+
+    >>> is_empty(" "), is_empty({"a": [None]}), is_empty(False), is_empty({"a": False})
+    (True, True, True, False)
+    """
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, (list, Mapping)):
+        inner = value.values() if isinstance(value, Mapping) else value
+        return all(one is not False and is_empty(one) for one in inner)
+    return value is None or value is False
+
+
+class Keys:
+    """The keys of a row, or of a mapping in it, that nothing has read yet.
+
+    Args:
+        value: The mapping. A key without a value is the same as no key.
+        what: Its name in texts: `message 2`.
+        ignored: Keys that the recipe leaves out, at any depth.
+        unused: Gets the keys that are not read.
+    """
+
+    __slots__ = ("_ignored", "_left", "unused", "what")
+
+    def __init__(
+        self,
+        value: Mapping[str, Any],
+        what: str,
+        ignored: frozenset[str] = frozenset(),
+        unused: set[str] | None = None,
+    ) -> None:
+        self._left = {k: v for k, v in value.items() if v is not None and k not in ignored}
+        self._ignored = ignored
+        self.what = what
+        self.unused: set[str] = set() if unused is None else unused
+        """Keys that describe the row, and say nothing to a model."""
+
+    def inside(self, value: Mapping[str, Any], what: str) -> Keys:
+        """Return the keys of a mapping inside this one."""
+        return Keys(value, what, self._ignored, self.unused)
+
+    def take(self, *names: str) -> Any:
+        """Return the value of a key that has several names, None if it has none.
+
+        Raises:
+            RowFault: Two of the names have different values.
+        """
+        left = self._left
+        if left.keys().isdisjoint(names):
+            return None
+        found = {name: left.pop(name) for name in names if name in left}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        filled = {name: value for name, value in found.items() if not is_empty(value)} or found
+        (first, value), *others = filled.items()
+        for name, other in others:
+            if other != value:
+                raise RowFault(
+                    "two_values",
+                    f"{self.what} has {first!r} and {name!r}, which differ:"
+                    f" {shown(value)}, {shown(other)}",
+                    name,
+                )
+        return value
+
+    @property
+    def all_read(self) -> bool:
+        """No key is left."""
+        return not self._left
+
+    def finish(self, kind: str) -> None:
+        """Refuse what is left and could be shown to a model; note the rest in `unused`.
+
+        Args:
+            kind: Of the mapping: `message`, `part` or `call`.
+
+        Raises:
+            RowFault: A key holds text, a list or a mapping, and is not metadata.
+        """
+        for name, value in self._left.items():
+            if is_empty(value):
+                continue
+            describes = name in METADATA or name.endswith(("_id", "_at", "_time", "_timestamp"))
+            says = isinstance(value, (str, list, Mapping)) and not describes
+            if says or name in CHANGES:
+                raise RowFault(
+                    "unknown_key",
+                    f"{self.what} has {shown(name)}, which is not read: {shown(value)}",
+                    name,
+                )
+            self.unused.add(f"{kind}.{_label(name)}")
+
+    def finish_row(self, *, is_text: bool) -> None:
+        """Refuse columns that the format should read; note the others in `unused`.
+
+        Args:
+            is_text: The row is plain text, which holds what its author wanted to be seen.
+
+        Raises:
+            RowFault: A column belongs to what a model is shown.
+        """
+        for name, value in self._left.items():
+            if is_empty(value):
+                continue
+            if name in MEDIA:
+                raise RowFault(
+                    "media", f"has {name!r}, and only text is trained: {shown(value)}", name
+                )
+            if name in SHOWN and not is_text:
+                raise RowFault(
+                    "unknown_key",
+                    f"has {name!r}, which its format does not read: {shown(value)}",
+                    name,
+                )
+            self.unused.add(_label(name))
+
+
+def _label(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 60 else shown(name)

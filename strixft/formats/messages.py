@@ -1,4 +1,4 @@
-"""Messages: the roles, the tool calls and the flags of all the usual chat formats, as one."""
+"""Read messages: roles, tool calls and flags of all the usual chat formats become one."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from strixft.formats.faults import RowFault, as_text, check_json, parse_json, shown
-from strixft.formats.keys import Keys, is_empty
+from strixft.formats.faults import (
+    Keys,
+    RowFault,
+    as_text,
+    check_json,
+    is_empty,
+    parse_json,
+    shown,
+)
 
 Message = dict[str, Any]
 """`role`, `content` (text) and, where the row has them, `tool_calls`, `tool_call_id`, `name`;
 `train: False` on an answer that is shown and not trained, `train: True` on another message that
 asks to be trained."""
 
-Row = Mapping[str, Any]
+DataRow = Mapping[str, Any]
+"""A row of a data set, of whatever format."""
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -35,17 +43,17 @@ _ROLE_OF = {**{role: role for role in ROLES}, **OTHER_NAMES}
 
 
 FLAGS = ("train", "weight", "loss_weight", "loss", "loss_scale")
-"""Names under which data say whether an answer is trained: axolotl, OpenAI, ms-swift, others."""
+"""Names of the flag that an answer is trained: axolotl, OpenAI, ms-swift, others."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which data and chat templates keep what was thought before an answer."""
+"""Keys of data and chat templates for the reasoning before an answer."""
 
 _END_OF_REASONING = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """What one row says."""
+    """One row, whatever its format."""
 
     messages: list[Message]
     """Empty where the row is plain text."""
@@ -62,7 +70,7 @@ class Chat:
 
 
 def _parts(parts: list[Any], what: str, above: Keys) -> tuple[str, str | None]:
-    """Return the text of content parts, and the reasoning that stands before it."""
+    """Return the text of content parts, and the reasoning before it."""
     texts: list[str] = []
     reasoning: list[str] = []
     for part in parts:
@@ -70,7 +78,7 @@ def _parts(parts: list[Any], what: str, above: Keys) -> tuple[str, str | None]:
             texts.append(part)
             continue
         if not isinstance(part, Mapping):
-            raise RowFault("not_text", f"{what} has a part that is no text: {shown(part)}")
+            raise RowFault("not_text", f"{what} has a part that is not text: {shown(part)}")
         keys = above.inside(part, f"a part of {what}")
         kind = keys.take("type")
         if kind in ("thinking", "reasoning"):
@@ -99,11 +107,11 @@ def with_reasoning(content: str, reasoning: str, what: str) -> str:
     if end:
         if own.strip().removeprefix("<think>").strip() == reasoning.strip():
             return content
-        raise RowFault("two_values", f"{what} has reasoning in its text and other beside it")
+        raise RowFault("two_values", f"{what} has reasoning in its text and other in a key")
     return f"<think>\n{reasoning.strip()}\n{_END_OF_REASONING}\n\n{content.lstrip()}"
 
 
-def _in_order(made: dict[str, Any], written: Row) -> dict[str, Any]:
+def _in_order(made: dict[str, Any], written: DataRow) -> dict[str, Any]:
     """Return what was read in the order in which it was written: templates show it as JSON."""
     added = {key: value for key, value in made.items() if key not in written}
     return {**added, **{key: made[key] for key in written if key in made}}
@@ -138,18 +146,6 @@ def _call(call: object, what: str, above: Keys) -> dict[str, Any]:
     return _in_order(made, call)
 
 
-def read_calls(value: object, what: str, above: Keys) -> list[dict[str, Any]]:
-    """Tool calls, with arguments as data.
-
-    Raises:
-        RowFault: They are no calls.
-    """
-    if isinstance(value, str):
-        value = parse_json(value, "bad_tool_call", what)
-    calls = value if isinstance(value, list) else [value]
-    return [_call(call, what, above) for call in calls]
-
-
 def _tool(tool: object) -> dict[str, Any]:
     if isinstance(tool, str):
         tool = parse_json(tool, "bad_tools", "one of 'tools'")
@@ -169,22 +165,22 @@ def _tool(tool: object) -> dict[str, Any]:
 
 
 def read_tools(value: object) -> list[dict[str, Any]] | None:
-    """The functions of a row, each as `{"type": "function", "function": {…}}`.
+    """Return the functions of a row, each as `{"type": "function", "function": {…}}`.
 
     Raises:
-        RowFault: They are no list of functions.
+        RowFault: They are not a list of functions.
     """
     if isinstance(value, str):
         value = parse_json(value, "bad_tools", "'tools'") if value.strip() else None
     if value is None or value == []:
         return None
     if not isinstance(value, list):
-        raise RowFault("bad_tools", f"'tools' is no list: {shown(value)}")
+        raise RowFault("bad_tools", f"'tools' is not a list: {shown(value)}")
     return [_tool(tool) for tool in value]
 
 
 def _flag(keys: Keys) -> bool | None:
-    """Return whether a message asks to be trained, None if it says nothing."""
+    """Return True if a message asks to be trained, None if it says nothing."""
     found = {flag: value for flag in FLAGS if (value := keys.take(flag)) is not None}
     for flag, value in found.items():
         if value not in (0, 1):
@@ -203,10 +199,10 @@ def _content(value: object, keys: Keys, role: str, *, calls: bool) -> str:
         value, within = _parts(value, about, keys)
     reasoning = keys.take(*REASONING)
     if within is not None and not is_empty(reasoning) and reasoning != within:
-        raise RowFault("two_values", f"{keys.what} has reasoning in its parts and other beside it")
+        raise RowFault("two_values", f"{keys.what} has reasoning in its parts and other in a key")
     reasoning = within if is_empty(reasoning) else reasoning
     if value is None and not calls:
-        keys.finish("message")  # what stands in its place is a better reason than that it is gone
+        keys.finish("message")  # a key in its place is a better reason than its absence
     content = as_text("" if value is None and calls else value, about)
     if is_empty(reasoning):
         return content
@@ -218,12 +214,12 @@ def _content(value: object, keys: Keys, role: str, *, calls: bool) -> str:
 
 
 def _calls_of(content: object, keys: Keys, role: str) -> list[dict[str, Any]]:
-    """Return the calls of a message, in whichever of the ways it says them.
+    """Return the calls of a message, with arguments as data.
 
     Args:
         content: Of a message that is a call and nothing else; None of others.
         keys: Of the message.
-        role: Whose it is.
+        role: Of the message.
     """
     found = {name: keys.take(name) for name in ("tool_calls", "function_call")}
     said = {name: value for name, value in found.items() if not is_empty(value)}
@@ -235,11 +231,14 @@ def _calls_of(content: object, keys: Keys, role: str) -> list[dict[str, Any]]:
     calls = next(iter(said.values()))
     if role != "assistant":
         raise RowFault("bad_tool_call", f"{keys.what}, the {role}'s, has calls: {shown(calls)}")
-    return read_calls(calls, keys.what, keys)
+    if isinstance(calls, str):
+        calls = parse_json(calls, "bad_tool_call", keys.what)
+    calls = calls if isinstance(calls, list) else [calls]
+    return [_call(call, keys.what, keys) for call in calls]
 
 
 def read_message(message: object, number: int, above: Keys) -> Message:
-    """One message of any of the formats.
+    """Return one message of any of the formats in our form.
 
     Args:
         message: From the row.
@@ -247,7 +246,7 @@ def read_message(message: object, number: int, above: Keys) -> Message:
         above: The row.
 
     Raises:
-        RowFault: It is none, or has a key that is not read.
+        RowFault: It is not a message, or has a key that is not read.
     """
     what = f"message {number}"
     if not isinstance(message, Mapping):
@@ -285,7 +284,7 @@ def read_message(message: object, number: int, above: Keys) -> Message:
 
 
 def _joined(messages: list[Message]) -> list[Message]:
-    """ShareGPT writes words and call of one turn as two messages; they become one."""
+    """Join words and call of one turn, which ShareGPT writes as two messages."""
     joined: list[Message] = []
     for message in messages:
         last = joined[-1] if joined else None
@@ -300,10 +299,10 @@ def _joined(messages: list[Message]) -> list[Message]:
 
 
 def read_messages(value: object, column: str, above: Keys) -> list[Message]:
-    """A chat as a list of messages, or as the JSON text of one.
+    """Return the messages of a chat: of a list, or of the JSON text of one.
 
     Raises:
-        RowFault: It is none.
+        RowFault: It is not a chat.
     """
     if isinstance(value, str):
         value = parse_json(value, "no_messages", f"{column!r}")

@@ -1,4 +1,4 @@
-"""`dataset.source`: which files it means, what each of them is, and what they hold (by hash)."""
+"""`dataset.source`: the files that it means, what each of them holds, and their hashes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from strixft.support.errors import DataError
+from strixft.support.files import digest
 from strixft.support.tables import did_you_mean
 
-Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "text"]
+FileKind = Literal["jsonl", "json", "csv", "parquet", "arrow", "text"]
 
-
-KINDS: dict[str, Kind] = {
+FILE_KINDS: dict[str, FileKind] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -26,19 +26,15 @@ KINDS: dict[str, Kind] = {
     ".txt": "text",
     ".md": "text",
 }
-"""Ending → what the file holds; an unknown one is looked at when it is named itself."""
+"""Ending → contents of the file; a file of another ending is read if it is named itself."""
 
 COMPRESSIONS = (".gz", ".zst")
-
 SPLITS = "dataset_dict.json"
-
 ABOUT = ("dataset_info.json", "state.json", SPLITS)
-"""Files that `datasets` saves beside its Arrow files; no rows stand in them."""
+"""Files that `datasets` saves beside its Arrow files; they hold no rows."""
 
 HUB = "hub:"
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -47,28 +43,35 @@ class SourceFile:
     """One file of data."""
 
     path: Path
-    kind: Kind
+    kind: FileKind
 
     @property
     def is_plain(self) -> bool:
-        """Its bytes are those of its rows: not packed, and no columns."""
+        """Its bytes are those of its rows: neither packed nor in columns."""
         return self.kind not in ("parquet", "arrow") and not self.path.name.lower().endswith(
             COMPRESSIONS
         )
 
     @property
     def name(self) -> str:
-        """The path as it may be shown: names that are no Unicode are escaped."""
+        """The path as it may be shown."""
         return shown_path(self.path)
 
 
 def shown_path(path: Path) -> str:
-    """A path as text that can be printed and written."""
+    """Return a path as text that can be printed: bytes that are not UTF-8 are escaped."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
+def unreadable(name: str, error: OSError) -> DataError:
+    """Return the error for a file that cannot be read."""
+    return DataError(
+        f"{name} cannot be read: {error.strerror}", fix=f"ls -l {name}   shows whose it is"
+    )
+
+
 def is_hub(source: str) -> bool:
-    """The source is a data set of the hub, not a file: `hub:owner/name`.
+    """Check that the source is a data set of the hub, not a file: `hub:owner/name`.
 
     >>> is_hub("hub:owner/name"), is_hub("/data/train.jsonl")
     (True, False)
@@ -77,11 +80,11 @@ def is_hub(source: str) -> bool:
 
 
 def resolve(source: str, folder: Path) -> str:
-    """A source as an absolute path, or as `hub:…`.
+    """Return a source as an absolute path, or as `hub:…`.
 
     Args:
         source: As the recipe has it.
-        folder: Where the recipe lies; a relative source starts there.
+        folder: The recipe's; a relative source starts there.
     """
     if is_hub(source):
         return source
@@ -105,11 +108,11 @@ def _resolved(path: Path) -> Path:
         return path
 
 
-def _kind_of(path: Path) -> Kind | None:
+def _kind_of(path: Path) -> FileKind | None:
     name = path.name.lower()
     for ending in COMPRESSIONS:
         name = name.removesuffix(ending)
-    return KINDS.get(Path(name).suffix)
+    return FILE_KINDS.get(Path(name).suffix)
 
 
 def _hidden(path: Path, folder: Path) -> bool:
@@ -125,11 +128,9 @@ def _check_regular(path: Path) -> None:
 
 
 def _check_inside(path: Path, folder: Path) -> None:
-    """A link that leads out of the folder would read what the user did not name."""
-    if not path.is_symlink():
-        return
-    target = path.resolve()
-    if not target.is_relative_to(folder.resolve()):
+    """Refuse a link that leads out of the folder: the user did not name its target."""
+    target = path.resolve() if path.is_symlink() else path
+    if path.is_symlink() and not target.is_relative_to(folder.resolve()):
         raise DataError(
             f"{shown_path(path)} is a link that leaves its folder, to {shown_path(target)}",
             fix=f"name the file itself in dataset.source: {shown_path(target)}",
@@ -163,28 +164,25 @@ def _in_folder(folder: Path) -> list[SourceFile]:
     if not found:
         raise DataError(
             f"the folder {shown_path(folder)} holds no data files",
-            fix=f"put files with one of these endings into it: {', '.join(KINDS)}"
+            fix=f"put files with one of these endings into it: {', '.join(FILE_KINDS)}"
             " (also with .gz or .zst)",
         )
     return found
 
 
 def _matching(pattern: str) -> list[SourceFile]:
-    path = Path(pattern)
-    fixed = [part for part in path.parts if not _GLOB.search(part)]
-    parts = path.parts
+    parts = Path(pattern).parts
     start = next(i for i, part in enumerate(parts) if _GLOB.search(part))
     root, rest = Path(*parts[:start]), "/".join(parts[start:])
     try:
         found = sorted(p for p in root.glob(rest) if p.is_file() and not p.name.startswith("."))
     except (ValueError, OSError) as error:
         raise DataError(
-            f"{pattern!r} is no pattern of files: {error}", fix="use * and ? in dataset.source"
+            f"{pattern!r} is not a pattern of files: {error}", fix="use * and ? in dataset.source"
         ) from None
     if not found:
         raise DataError(
-            f"no file matches {pattern!r}",
-            fix=f"ls {shown_path(Path(*fixed) if fixed else root)}   shows what is there",
+            f"no file matches {pattern!r}", fix=f"ls {shown_path(root)}   shows what is there"
         )
     return [SourceFile(file, _kind_of(file) or "jsonl") for file in found]
 
@@ -200,7 +198,7 @@ def _missing(path: Path) -> DataError:
 
 
 def find_files(source: str) -> list[SourceFile]:
-    """The files that a source means, in a fixed order.
+    """Return the files that a source means, in a fixed order.
 
     Args:
         source: A file, a folder or a pattern, as `resolve` gave it.
@@ -220,10 +218,7 @@ def find_files(source: str) -> list[SourceFile]:
     except DataError:
         raise
     except PermissionError as error:
-        raise DataError(
-            f"{shown_path(path)} cannot be read: {error.strerror}",
-            fix=f"ls -l {shown_path(path)}   shows whose it is",
-        ) from None
+        raise unreadable(shown_path(path), error) from None
     except (OSError, ValueError) as error:  # name too long, a null byte, a loop of links
         raise DataError(
             f"{shown_path(path)[:200]} cannot be found: {error}", fix="correct dataset.source"
@@ -232,7 +227,7 @@ def find_files(source: str) -> list[SourceFile]:
 
 
 def ignored_files(source: str) -> list[str]:
-    """Files of a folder that are not read, since their ending is unknown."""
+    """Return the files of a folder that are not read, since their ending is unknown."""
     folder = Path(source)
     if not folder.is_dir():
         return []
@@ -241,13 +236,8 @@ def ignored_files(source: str) -> list[str]:
     return [shown_path(path) for path in paths if path not in read]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fingerprint(sources: list[str]) -> tuple[str, list[dict[str, Any]]]:
-    """What sources hold: one hash over all, and each file with its size and hash.
+    """Return one hash over all files of sources, and each file with its size and hash.
 
     Of a single file the hash is its SHA-256. Data sets of the hub are left out: their cached
     revision is noted when they are read.
@@ -266,9 +256,6 @@ def _described(source: str) -> Iterator[dict[str, Any]]:
     for file in find_files(source):
         try:
             size = file.path.stat().st_size
-            yield {"path": file.name, "bytes": size, "sha256": _digest(file.path)}
+            yield {"path": file.name, "bytes": size, "sha256": digest(file.path)}
         except OSError as error:
-            raise DataError(
-                f"{file.name} cannot be read: {error.strerror}",
-                fix=f"ls -l {file.name}   shows whose it is",
-            ) from None
+            raise unreadable(file.name, error) from None

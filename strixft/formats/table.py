@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from strixft.formats.faults import RowFault, as_text, parse_json, shown
-from strixft.formats.keys import Keys, is_empty
+from strixft.formats.faults import Keys, RowFault, as_text, is_empty, parse_json, shown
 from strixft.formats.messages import (
     REASONING,
     Chat,
+    DataRow,
     Message,
-    Row,
     read_message,
     read_messages,
     read_tools,
@@ -21,45 +20,44 @@ from strixft.formats.messages import (
 )
 from strixft.support.tables import Table
 
-Kind = Literal["chat", "text", "pairs", "thumbs"]
-
+FormatKind = Literal["chat", "text", "pairs", "thumbs"]
 Columns = frozenset[str]
 
 SYSTEM = ("system", "system_prompt", "system_message")
 """Columns that hold the system message."""
 
 _JSON_MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:")
-"""A list of messages as text: in a cell of CSV, or where somebody wrote the list out."""
+"""A list of messages as text, such as in a cell of CSV."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Format:
     """One shape of row."""
 
     name: str
-    kind: Kind
-    """What is trained: answers, whole text; pairs and thumbs wait for preference training."""
-    shapes: tuple[Columns, ...]
-    """The columns that make a data set this format; any one of the sets."""
-    optional: Columns = frozenset()
-    """Columns that are used where they are there."""
+    kind: FormatKind
+    """`chat` trains answers, `text` all of it; pairs and thumbs wait for preference training."""
     read: Callable[[Keys], Chat]
     """Takes what the format knows of a row."""
+    shapes: tuple[Columns, ...]
+    """The columns that make a data set this format; any one of the sets."""
+    optional: Columns
+    """Columns that are used where they are there."""
+    example: DataRow
     detected: bool = True
-    """Whether `format: auto` may choose it; others are chosen by name."""
-    example: Row
+    """`format: auto` may choose it; others are chosen by name."""
 
     @property
     def columns(self) -> Columns:
         """The first of the shapes."""
         return self.shapes[0]
 
-    def to_chat(self, row: Row, ignored: frozenset[str] = frozenset()) -> Chat:
-        """Return what a row says.
+    def to_chat(self, row: DataRow, ignored: frozenset[str] = frozenset()) -> Chat:
+        """Return the chat that a row holds.
 
         Args:
             row: With its columns under our names.
-            ignored: Keys that are left out, wherever in the row they stand.
+            ignored: Keys that are left out, at any depth.
 
         Raises:
             RowFault: It is not of this format, or says something that is not read.
@@ -71,7 +69,7 @@ class Format:
 
 
 def is_thumb(label: object) -> bool:
-    """Return whether a label says that an answer is good, or that it is not.
+    """Check that a label says that an answer is good, or that it is not.
 
     >>> is_thumb(True), is_thumb(0), is_thumb("false"), is_thumb("science"), is_thumb(2)
     (True, True, True, False, False)
@@ -109,8 +107,8 @@ def _chat(row: Keys, messages: list[Message]) -> Chat:
     return Chat(_with_system(row.take(*SYSTEM), messages), _tools(row, messages))
 
 
-def _messages(row: Keys, column: str) -> Chat:
-    return _chat(row, read_messages(row.take(column), column, row))
+def _chats(column: str) -> Callable[[Keys], Chat]:
+    return lambda row: _chat(row, read_messages(row.take(column), column, row))
 
 
 def _answer(value: object, column: str, reasoning: object = None) -> Message:
@@ -135,25 +133,24 @@ def _history(row: Keys) -> list[Message]:
     turns = row.take("history") or []
     if isinstance(turns, str):
         turns = parse_json(turns, "bad_history", "'history'") if turns.strip() else []
-    if not isinstance(turns, list):
-        raise RowFault("bad_history", f"'history' is no list of pairs: {shown(turns)}")
-    for turn in turns:
+    for turn in turns if isinstance(turns, list) else [turns]:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
-            raise RowFault("bad_history", f"'history' is no list of pairs: {shown(turn)}")
+            raise RowFault("bad_history", f"'history' is not a list of pairs: {shown(turn)}")
         messages += [_user(turn[0], "a turn of 'history'"), _answer(turn[1], "history")]
     return messages
 
 
-def _alpaca(row: Keys) -> Chat:
-    asked = _instruction(row.take("instruction"), row)
-    answer = _answer(row.take("output"), "output", row.take(*REASONING))
+def _exchange(row: Keys, asked: Message, column: str) -> Chat:
+    answer = _answer(row.take(column), column, row.take(*REASONING))
     return _chat(row, [*_history(row), asked, answer])
+
+
+def _alpaca(row: Keys) -> Chat:
+    return _exchange(row, _instruction(row.take("instruction"), row), "output")
 
 
 def _question_answer(row: Keys) -> Chat:
-    asked = _user(row.take("question"), "'question'")
-    answer = _answer(row.take("answer"), "answer", row.take(*REASONING))
-    return _chat(row, [*_history(row), asked, answer])
+    return _exchange(row, _user(row.take("question"), "'question'"), "answer")
 
 
 def _is_list(value: object) -> bool:
@@ -192,7 +189,7 @@ def _text(row: Keys) -> Chat:
 
 
 def _before(row: Keys) -> list[Message]:
-    """Return what stands before the two answers of a pair, under any of its usual names."""
+    """Return the messages before the two answers of a pair, under any of their usual names."""
     for column in ("conversations", "messages"):
         if not is_empty(value := row.take(column)):
             return read_messages(value, column, row)
@@ -203,18 +200,18 @@ def _before(row: Keys) -> list[Message]:
     return [] if is_empty(asked) else [*_history(row), _instruction(asked, row)]
 
 
-def _sides(row: Keys, *columns: str) -> list[list[Message]]:
+def _ending(row: Keys, *columns: str) -> list[list[Message]]:
     """Return the chats that end with the answers in these columns."""
-    sides = {column: _reply(row.take(column), column, row) for column in columns}
-    answers = [one for one, side in sides.items() if side[0]["role"] not in ("system", "user")]
+    said = {column: _reply(row.take(column), column, row) for column in columns}
+    answers = [one for one, turns in said.items() if turns[0]["role"] not in ("system", "user")]
     before = _before(row) if answers else []
     if answers and not before:
         raise RowFault("no_prompt", f"has {answers[0]!r}, and no prompt before it")
-    return [[*before, *side] if one in answers else side for one, side in sides.items()]
+    return [[*before, *turns] if one in answers else turns for one, turns in said.items()]
 
 
 def _pair(row: Keys) -> Chat:
-    chosen, rejected = _sides(row, "chosen", "rejected")
+    chosen, rejected = _ending(row, "chosen", "rejected")
     if chosen == rejected:
         raise RowFault("same_answers", "chosen and rejected are the same")
     system = row.take(*SYSTEM)
@@ -226,7 +223,7 @@ def _pair(row: Keys) -> Chat:
 
 
 def _chosen(row: Keys) -> Chat:
-    (messages,) = _sides(row, "chosen")
+    (messages,) = _ending(row, "chosen")
     return _chat(row, messages)
 
 
@@ -255,124 +252,73 @@ def _thumbs_up(row: Keys) -> Chat:
 
 
 NOT_WANTED = "not_wanted"
-"""Fault of a row that the chosen format leaves out on purpose; it is no bad row."""
+"""Fault of a row that the chosen format leaves out on purpose; it is not a bad row."""
 
 
-def _columns(*names: str) -> Columns:
-    return frozenset(names)
+def _sets(*columns: str) -> tuple[Columns, ...]:
+    return tuple(frozenset(names.split()) for names in columns)
 
 
-_PING: list[Any] = [
-    {"role": "user", "content": "Ping nas."},
-    {"role": "assistant", "content": '{"command": "ping", "host": "nas"}'},
-]
-
-_PAIR: Row = {"prompt": "Ping nas.", "chosen": '{"command": "ping"}', "rejected": "What is a nas?"}
-
-_BESIDE = _columns("system", "tools")
-
-_BEFORE = _BESIDE | _columns(
-    *("prompt", "conversations", "messages", "question", "instruction", "input", "history")
+_BESIDE, _WITH_HISTORY, _WITH_INPUT, _BEFORE = _sets(
+    "system tools",
+    "system tools history",
+    "system tools history input",
+    "system tools history input prompt conversations messages question instruction",
 )
 
-_PAIRS = tuple(
-    _columns(*before, "chosen", "rejected")
-    for before in ((), ("prompt",), ("conversations",), ("messages",), ("question",))
+_PAIRS = _sets(
+    "chosen rejected",
+    "prompt chosen rejected",
+    "conversations chosen rejected",
+    "messages chosen rejected",
+    "question chosen rejected",
 )
 
-_THUMBS = (
-    _columns("messages", "label"),
-    _columns("conversations", "label"),
-    _columns("prompt", "completion", "label"),
-)
+_THUMBS = _sets("messages label", "conversations label", "prompt completion label")
+_ANSWER = '{"command": "ping", "host": "nas"}'
+_MESSAGES = {
+    "messages": [
+        {"role": "user", "content": "Ping nas."},
+        {"role": "assistant", "content": _ANSWER},
+    ]
+}
+_TURNS = {
+    "conversations": [
+        {"from": "human", "value": "Ping nas."},
+        {"from": "gpt", "value": _ANSWER},
+    ]
+}
+_TASK = {"instruction": "Ping it.", "input": "nas", "output": '{"command": "ping"}'}
+_PROMPT = {"prompt": "Ping nas.", "completion": _ANSWER}
+_QUESTION = {
+    "question": "What does ping do?",
+    "answer": "It asks whether a host is there.",
+}
+_PLAIN = {"text": "A nas keeps files for the whole network."}
+_PAIR = {
+    "prompt": "Ping nas.",
+    "chosen": '{"command": "ping"}',
+    "rejected": "What is a nas?",
+}
+_THUMB = {**_MESSAGES, "label": True}
 
 
 FORMATS: Table[Format] = Table(
     "format",
+    Format("messages", "chat", _chats("messages"), _sets("messages"), _BESIDE, _MESSAGES),
+    Format("sharegpt", "chat", _chats("conversations"), _sets("conversations"), _BESIDE, _TURNS),
+    Format("alpaca", "chat", _alpaca, _sets("instruction output"), _WITH_INPUT, _TASK),
     Format(
-        name="messages",
-        kind="chat",
-        shapes=(_columns("messages"),),
-        optional=_BESIDE,
-        read=lambda row: _messages(row, "messages"),
-        example={"messages": _PING},
+        *("prompt-completion", "chat", _prompt_completion),
+        *(_sets("prompt completion"), _WITH_HISTORY, _PROMPT),
     ),
     Format(
-        name="sharegpt",
-        kind="chat",
-        shapes=(_columns("conversations"),),
-        optional=_BESIDE,
-        read=lambda row: _messages(row, "conversations"),
-        example={
-            "conversations": [
-                {"from": "human", "value": "Ping nas."},
-                {"from": "gpt", "value": '{"command": "ping", "host": "nas"}'},
-            ]
-        },
+        *("question-answer", "chat", _question_answer),
+        *(_sets("question answer"), _WITH_HISTORY, _QUESTION),
     ),
-    Format(
-        name="alpaca",
-        kind="chat",
-        shapes=(_columns("instruction", "output"),),
-        optional=_columns("input", "history") | _BESIDE,
-        read=_alpaca,
-        example={"instruction": "Ping it.", "input": "nas", "output": '{"command": "ping"}'},
-    ),
-    Format(
-        name="prompt-completion",
-        kind="chat",
-        shapes=(_columns("prompt", "completion"),),
-        optional=_columns("history") | _BESIDE,
-        read=_prompt_completion,
-        example={"prompt": "Ping nas.", "completion": '{"command": "ping", "host": "nas"}'},
-    ),
-    Format(
-        name="question-answer",
-        kind="chat",
-        shapes=(_columns("question", "answer"),),
-        optional=_columns("history") | _BESIDE,
-        read=_question_answer,
-        example={"question": "What does ping do?", "answer": "It asks whether a host is there."},
-    ),
-    Format(
-        name="text",
-        kind="text",
-        shapes=(_columns("text"),),
-        read=_text,
-        example={"text": "A nas keeps files for the whole network."},
-    ),
-    Format(
-        name="preference",
-        kind="pairs",
-        shapes=_PAIRS,
-        optional=_BEFORE,
-        read=_pair,
-        example=_PAIR,
-    ),
-    Format(
-        name="thumbs",
-        kind="thumbs",
-        shapes=_THUMBS,
-        optional=_BESIDE,
-        read=_thumbs,
-        example={"messages": _PING, "label": True},
-    ),
-    Format(
-        name="chosen",
-        kind="chat",
-        shapes=(_columns("chosen"),),
-        optional=_BEFORE,
-        read=_chosen,
-        detected=False,
-        example=_PAIR,
-    ),
-    Format(
-        name="thumbs-up",
-        kind="chat",
-        shapes=_THUMBS,
-        optional=_BESIDE,
-        read=_thumbs_up,
-        detected=False,
-        example={"messages": _PING, "label": True},
-    ),
+    Format("text", "text", _text, _sets("text"), frozenset(), _PLAIN),
+    Format("preference", "pairs", _pair, _PAIRS, _BEFORE, _PAIR),
+    Format("thumbs", "thumbs", _thumbs, _THUMBS, _BESIDE, _THUMB),
+    Format("chosen", "chat", _chosen, _sets("chosen"), _BEFORE, _PAIR, detected=False),
+    Format("thumbs-up", "chat", _thumbs_up, _THUMBS, _BESIDE, _THUMB, detected=False),
 )

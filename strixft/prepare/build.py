@@ -15,21 +15,21 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Literal
 
 from strixft.data import checks, too_long
 from strixft.data.checks import any_of, oddities, texts_of
-from strixft.data.duplicates import Sketches, content_hash, hash_text, question_hash, sketch
+from strixft.data.duplicates import content_hash, hash_text, question_hash, sketch
 from strixft.data.encode import Encoded, Encoder, TokenRow, TooLong
 from strixft.data.load import Input, Problem, group_of, read_row
 from strixft.data.mask import Piece
-from strixft.data.readers import RawRow
 from strixft.data.row_report import KEPT, LEFT_OUT, RowReport
-from strixft.data.rows import Record, RowWriter, batch_of
+from strixft.data.rows import RowWriter, batch_of
+from strixft.data.streams import RawRow
 from strixft.formats.faults import RowFault
-from strixft.formats.messages import Chat, Row
+from strixft.formats.messages import Chat, DataRow
 from strixft.formats.sources import SourceFile
 from strixft.formats.table import NOT_WANTED
 from strixft.recipe.schema import Dataset
@@ -89,16 +89,6 @@ class _RenderedChat:
     group: str | None
     pieces: list[Piece] | RowFault
     rejected: list[Piece] | RowFault | None
-
-
-class _LongFault(RowFault):
-    """A row that is too long, with its length."""
-
-    def __init__(self, row: TokenRow | TooLong, most: int) -> None:
-        known = isinstance(row, TokenRow)
-        self.num_tokens = len(row) if isinstance(row, TokenRow) else row.least_tokens
-        tokens = f"{'' if known else 'at least '}{self.num_tokens} tokens"
-        super().__init__(too_long.LONG, f"has {tokens}, max_length is {most}")
 
 
 class BatchMaker:
@@ -166,11 +156,11 @@ class BatchMaker:
     def _refuse(self, row: int, fault: RowFault) -> None:
         weight: Weight = "left_out" if fault.kind == NOT_WANTED else "bad"
         tokens = 0
-        if isinstance(fault, _LongFault):
+        if isinstance(fault, TooLong):
             weight, tokens = "too_long", fault.num_tokens
         self._note(row, fault.kind, fault.problem, LEFT_OUT, weight, tokens, fault.key)
 
-    def _render(self, number: int, raw: Row | RowFault) -> _RenderedChat | None:
+    def _render(self, number: int, raw: DataRow | RowFault) -> _RenderedChat | None:
         """Format, check and render one row; None if it is left out for its personal data.
 
         Raises:
@@ -217,13 +207,13 @@ class BatchMaker:
             told = f"names who speaks, {hidden[0]!r}, which the chat template does not show"
             self._note(row, "name_hidden", told, KEPT)
 
-    def _tokenise(self, rendered: Sequence[_RenderedChat]) -> list[Record]:
+    def _tokenise(self, rendered: Sequence[_RenderedChat]) -> list[TokenRow]:
         """Tokenise all chats of the batch in one go."""
         pieces = [one.pieces for one in rendered]
         pieces += [one.rejected for one in rendered if one.rejected is not None]
-        encoded = self.encoder.rows(pieces, self.encoder.tokenize(pieces))
+        encoded = self.encoder.rows(pieces)
         pairs = iter(encoded[len(rendered) :])
-        records: list[Record] = []
+        records: list[TokenRow] = []
         for one, found in zip(rendered, encoded[: len(rendered)], strict=True):
             rejected = next(pairs) if one.rejected is not None else None
             try:
@@ -251,7 +241,11 @@ class BatchMaker:
             elif policy == "split" and of.chat.rejected is None:
                 found = self._split(of, found)
         fitting = [one for one in found if isinstance(one, TokenRow) and self._fits(one)]
-        faults = [_LongFault(one, most) for one in found if not self._fits(one)]
+        faults = [
+            TooLong(len(one), most) if isinstance(one, TokenRow) else one
+            for one in found
+            if not self._fits(one)
+        ]
         if faults and not fitting:
             raise faults[0]
         for fault in faults:
@@ -261,13 +255,13 @@ class BatchMaker:
     def _cut(self, of: _RenderedChat, one: TokenRow | TooLong) -> TokenRow | TooLong:
         most = self.dataset.max_length
         if isinstance(one, TooLong) and of.chat.text is not None:
-            one = too_long.start_of_text(self.encoder, of.chat.text) or one
+            one = next(too_long.stretches(self.encoder, of.chat.text), one)
         if isinstance(one, TooLong) or len(one) <= most:
             return one
         start = too_long.cut(one, most)
         if start is None:
             return one  # it would have no token to train: left out as too long
-        self._note(of.row, too_long.CUT, f"has {len(one)} tokens, cut to {most}", "cut")
+        self._note(of.row, "cut", f"has {len(one)} tokens, cut to {most}", "cut")
         return start
 
     def _split(
@@ -277,12 +271,12 @@ class BatchMaker:
         parts = too_long.divide(self.encoder, of.chat, most)
         if len(parts) > len(found):
             text = f"has more than {most} tokens, now {len(parts)} rows"
-            self._note(of.row, too_long.SPLIT, text, "split")
+            self._note(of.row, "split", text, "split")
         return parts
 
     def _records(
         self, of: _RenderedChat, found: Sequence[TokenRow], rejected: TokenRow | None
-    ) -> list[Record]:
+    ) -> list[TokenRow]:
         found = [one for one in found if one.trained.any()]
         if not found:
             raise RowFault("nothing_to_train", "no token of it is to be trained")
@@ -293,14 +287,14 @@ class BatchMaker:
         if self.dataset.near_duplicates != "ignore":
             self._made.sketches += sketch(" ".join(texts_of(of.chat)))
         return [
-            Record(
+            replace(
+                one,
                 file=self._file,
                 row=of.row,
                 part=part,
                 content=content,
                 question=question,
                 group=group,
-                tokens=one,
                 rejected=rejected,
                 label=of.chat.label,
             )
@@ -343,7 +337,8 @@ class Build:
         writer: RowWriter,
     ) -> None:
         self.inputs, self.encoder, self.report, self.writer = inputs, encoder, report, writer
-        self.sketches = Sketches() if dataset.near_duplicates != "ignore" else None
+        self.sketches = bytearray()
+        """Of all chats, where near duplicates are asked for."""
         self.counts, self.unused = Counter[str](), Counter[str]()
         """Sums over all batches, as in `MadeBatch`."""
         self._rows_seen = self._bytes_seen = 0
@@ -425,8 +420,7 @@ class Build:
             self.report.take(weight, problem, tokens)
         if made.records is not None:
             self.writer.write(made.records)
-        if self.sketches is not None:
-            self.sketches.add(bytes(made.sketches))
+        self.sketches += made.sketches
         self.counts.update(made.counts)
         self.unused.update(made.unused)
         self.report.rows_read += made.num_rows

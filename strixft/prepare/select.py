@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from strixft.data.duplicates import Sketches, Split, first_of_each, leaks, split_rows
+from strixft.data.duplicates import (
+    Split,
+    first_of_each,
+    leaks,
+    near_duplicates,
+    split_rows,
+)
 from strixft.data.load import Input, Problem
 from strixft.data.pack import pack
 from strixft.data.row_report import KEPT, LEFT_OUT, RowReport
@@ -32,7 +38,7 @@ class Selection:
         inputs: Sources of the rows.
         report: Gets every duplicate and leak.
         path: The row file.
-        sketches: One for each chat, where near duplicates are asked for.
+        sketches: Of all chats, where near duplicates are asked for.
     """
 
     def __init__(
@@ -41,7 +47,7 @@ class Selection:
         inputs: Sequence[Input],
         report: RowReport,
         path: Path,
-        sketches: Sketches | None = None,
+        sketches: bytes | bytearray = b"",
     ) -> None:
         self._dataset, self._inputs, self._report = recipe.dataset, inputs, report
         self.columns = read_counts(path)
@@ -54,11 +60,12 @@ class Selection:
             drop=self._dataset.duplicates == "drop",
         )
         self.rows_near = 0
-        if sketches is not None and len(sketches):
+        if sketches:
+            near = near_duplicates(sketches)
             chat = self.columns["chat"]  # in ascending order
-            first_row = np.searchsorted(chat, np.arange(len(sketches)))
+            first_row = np.searchsorted(chat, np.arange(len(near)))
             self.rows_near = self._leave_out(
-                first_row[sketches.near()[chat]],
+                first_row[near[chat]],
                 "near_duplicate",
                 "says nearly the same as",
                 drop=self._dataset.near_duplicates == "drop",

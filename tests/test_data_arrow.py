@@ -15,7 +15,7 @@ import pytest
 import strategies
 from hypothesis import given, settings
 
-from strixft.data.load import HubSet, Problem, open_inputs, read_rows
+from strixft.data.load import HubSet, Problem, open_inputs
 from strixft.formats.messages import Chat
 from strixft.recipe.schema import Dataset
 from strixft.support.errors import DataError
@@ -26,7 +26,7 @@ Rows = list[dict[str, Any]]
 def read(path: Path) -> list[Chat | Problem]:
     """The chats of a file or a folder."""
     (one,) = open_inputs(Dataset(source=str(path)))
-    found = read_rows(one)
+    found = strategies.read_rows(one)
     return [made if isinstance(made, Problem) else made[1] for made in found]
 
 
@@ -175,7 +175,7 @@ def test_a_date_among_arguments_is_refused_and_named(tmp_path: Path) -> None:
     (problem,) = read(as_parquet(tmp_path / "rows.parquet", rows))
     assert isinstance(problem, Problem)
     assert str(problem).startswith(
-        "rows.parquet, row 1: a call of message 2: book.day is a date, which is no JSON value;"
+        "rows.parquet, row 1: a call of message 2: book.day is a date, which is not a JSON value;"
         " save it as text"
     )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_mask import TEMPLATES, chat, encode
+from test_data_mask import TEMPLATES, chat, encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from strixft.data.encode import Encoder, TokenRow

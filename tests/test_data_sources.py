@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
+import strategies
 import zstandard
 
-from strixft.data.load import find_format, open_inputs, read_rows, value_at
+from strixft.data.load import find_format, open_inputs, value_at
 from strixft.data.readers import raw_rows
 from strixft.formats.faults import RowFault
 from strixft.formats.sources import SourceFile, find_files, fingerprint, ignored_files, resolve
@@ -235,8 +236,8 @@ def test_a_space_before_a_quote_is_a_fault_and_one_in_a_text_is_none(tmp_path: P
     found = [row for _, row, _ in raw_rows(SourceFile(path, "csv"))]
     assert isinstance(found[0], RowFault)
     assert found[0].problem == (
-        "is not CSV: a space stands before the quotes of 'completion', which would then be part of"
-        " its text"
+        "is not CSV: there is a space before the quotes of 'completion', which would then be part"
+        " of its text"
     )
     assert [row["completion"] for row in found[1:] if isinstance(row, dict)] == [
         ' a "b"',
@@ -258,9 +259,9 @@ def test_text_in_utf16_comes_with_a_command_that_converts_it(encoding: str, tmp_
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"a": 1, "a": 2}', "the key 'a' stands twice in one object"),
-        ('{"a": {"b": NaN}}', "NaN is no JSON value"),
-        ('{"a": -Infinity}', "-Infinity is no JSON value"),
+        ('{"a": 1, "a": 2}', "the key 'a' appears twice in one object"),
+        ('{"a": {"b": NaN}}', "NaN is not a JSON value"),
+        ('{"a": -Infinity}', "-Infinity is not a JSON value"),
         ('{"a": 1e999}', "the number 1e999 is too large"),
     ],
 )
@@ -323,7 +324,7 @@ def test_columns_that_fit_nothing_come_with_a_mapping_that_works(tmp_path: Path)
     assert mapping == "{instruction: task, output: runs.0.output, input: runs.0.input}"
     columns = dict(part.split(": ") for part in mapping.strip("{}").split(", "))
     (one,) = open_inputs(Dataset(source=str(tmp_path / "a.jsonl"), columns=columns))
-    ((number, chat),) = read_rows(one)  # type: ignore[misc]
+    ((number, chat),) = strategies.read_rows(one)  # type: ignore[misc]
     assert number == 1
     assert [m["content"] for m in chat.messages] == ["Add.\n\n1, 2", "3"]
 
@@ -333,7 +334,7 @@ def test_a_column_that_a_mapping_uses_is_not_one_that_nothing_reads(tmp_path: Pa
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     columns = {"prompt": "ask", "completion": "runs.0.output"}
     (one,) = open_inputs(Dataset(source=str(tmp_path / "a.jsonl"), columns=columns))
-    ((_, chat),) = [found for found in read_rows(one) if isinstance(found, tuple)]
+    ((_, chat),) = [found for found in strategies.read_rows(one) if isinstance(found, tuple)]
     assert chat.unused == {"id"}
     assert [m["content"] for m in chat.messages] == ["q", "a"]
 
@@ -399,7 +400,7 @@ def test_a_data_set_of_the_hub_is_read_from_its_cache_offline(cached_set: str) -
     (one,) = open_inputs(Dataset(source=cached_set), offline=True)
     assert one.name == "hub:owner/name"
     assert one.form.name == "prompt-completion"
-    rows = list(read_rows(one))
+    rows = list(strategies.read_rows(one))
     assert [row[0] for row in rows if isinstance(row, tuple)] == list(range(1, 301))
     with pytest.raises(DataError, match="cannot be loaded") as caught:
         open_inputs(Dataset(source=[Source(source=cached_set, split="tset")]), offline=True)
