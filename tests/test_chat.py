@@ -83,7 +83,7 @@ def test_memory_that_ends_in_an_answer_ends_the_chat(
         main()
     out, err = capfd.readouterr()
     assert out.endswith("\n")
-    assert "the model cannot answer, no memory is left: HIP out of memory" in err
+    assert "the model cannot answer: out of memory: HIP out of memory" in err
     assert err.splitlines()[-1].startswith("fix: close other programs")
 
 
@@ -123,7 +123,7 @@ def test_a_box_answers_as_the_chat_does(run: Run) -> None:
     assert box.said.value == transcript(talk.messages)
     assert len(shown) > 2  # it came in pieces
     assert not box.send.disabled
-    box.side.value = True
+    box.variant.value = True
     assert box.said.value == ""
 
 

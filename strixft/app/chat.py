@@ -1,4 +1,4 @@
-"""Talk to a trained model, or to its base, in a terminal or a notebook: word by word."""
+"""Conversations with a trained model or its base, word by word, in a terminal or a notebook."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from strixft.support.text import visible
 from strixft.train.stage import ADAPTER, Trained
 
 LONGEST_ANSWER = 512
-"""Tokens."""
+"""Most tokens of an answer."""
 
 
 class Chat:
@@ -38,31 +38,31 @@ class Chat:
         trained = run.require(Trained)
         trained.require_same_base(run.recipe)
         adapter = trained.folder / ADAPTER
-        with _failure_told("the model cannot be loaded"):
+        with _translated_errors("the model cannot be loaded"):
             self.model: Any = load_variant(run.recipe, adapter, "base" if base else "tuned")
         self.tokenizer = load_tokenizer(run.recipe)
         self.ends = run.require(Prepared).ends(self.tokenizer)
         self.messages: list[Message] = []
 
     def ask(self, text: str) -> Iterator[str]:
-        """The answer to the next message, piece by piece; the conversation remembers both.
+        """Yield the answer to the next message piece by piece; the conversation remembers both.
 
-        Nothing is remembered of an answer that does not come to its end.
+        An answer that is not finished is forgotten together with its question.
 
         Raises:
-            FitError: There is no memory left for it.
+            FitError: The memory is full.
             StageError: The template or the model fails.
         """
         asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
         pieces = []
-        with _failure_told("the model cannot answer"):
+        with _translated_errors("the model cannot answer"):
             for piece in self._generate(asked):
                 pieces.append(piece)
                 yield piece
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
 
     def _generate(self, messages: Sequence[Message]) -> Iterator[str]:
-        """Pieces from a thread that generates; what it raises is raised here."""
+        """Yield pieces from a thread that generates; raise here what it raises."""
         from transformers import TextIteratorStreamer
 
         prompt = self.tokenizer.apply_chat_template(
@@ -86,22 +86,22 @@ class Chat:
             except Exception as error:
                 failures.append(error)
             finally:
-                streamer.text_queue.put(streamer.stop_signal)  # generate puts none if it fails
+                streamer.text_queue.put(streamer.stop_signal)  # `generate` sends none if it fails
 
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
             yield from self.ends.stream(streamer)
         finally:
-            given_up.set()  # Ctrl-C: the thread ends with its token
+            given_up.set()  # after Ctrl-C the thread ends with its token
             worker.join()
         if failures:
             raise failures[0]
 
 
 @contextlib.contextmanager
-def _failure_told(what: str) -> Iterator[None]:
-    """Whatever a template, torch or a model's own code raises, as an error of ours."""
+def _translated_errors(what: str) -> Iterator[None]:
+    """Turn any error of a template, of torch or of a model's own code into one with a fix."""
     try:
         yield
     except StrixftError:
@@ -109,17 +109,17 @@ def _failure_told(what: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise FitError(
-                f"{what}, no memory is left: {first_lines(error)}",
-                fix="close other programs; a new conversation begins with less, too",
+                f"{what}: out of memory: {first_lines(error)}",
+                fix="close other programs, or start a new conversation",
             ) from error
         raise StageError(
             f"{what}: {type(error).__name__}: {first_lines(error)}",
-            fix="begin a new conversation; strixft chat with --debug shows where it failed",
+            fix="start a new conversation; strixft chat with --debug shows where it failed",
         ) from error
 
 
 def transcript(messages: Sequence[Message]) -> str:
-    """A conversation as HTML; whatever was written in it is text.
+    """Format a conversation as HTML, with all texts escaped.
 
     >>> transcript([{"role": "user", "content": "<b>"}])
     '<p style="white-space: pre-wrap"><b>user</b> &lt;b&gt;</p>'
@@ -132,27 +132,23 @@ def transcript(messages: Sequence[Message]) -> str:
 
 
 class ChatBox:
-    """A conversation in a notebook; no model is loaded before the first message.
-
-    Args:
-        run: A trained run.
-    """
+    """A conversation in a notebook. The model is loaded with the first message."""
 
     def __init__(self, run: Run) -> None:
         import ipywidgets
 
         self._run = run
         self._talk: Chat | None = None
-        sides = [("tuned", False), ("base", True)]
-        self.side = ipywidgets.ToggleButtons(options=sides, description="talk to")
+        variants = [("tuned", False), ("base", True)]
+        self.variant = ipywidgets.ToggleButtons(options=variants, description="talk to")
         self.said = ipywidgets.HTML()
         self.text = ipywidgets.Textarea(placeholder="a message")
         self.send = ipywidgets.Button(description="Send", button_style="primary")
-        self.side.observe(self._begin_again, names="value")
+        self.variant.observe(self._start_again, names="value")
         self.send.on_click(self._answer)
-        self.box = ipywidgets.VBox([self.side, self.said, self.text, self.send])
+        self.box = ipywidgets.VBox([self.variant, self.said, self.text, self.send])
 
-    def _begin_again(self, _: Any) -> None:
+    def _start_again(self, _: Any) -> None:
         self._talk = None  # one model in memory at a time
         self.said.value = ""
 
@@ -162,7 +158,7 @@ class ChatBox:
             return
         self.send.disabled = True
         try:
-            self._talk = self._talk or Chat(self._run, base=self.side.value)
+            self._talk = self._talk or Chat(self._run, base=self.variant.value)
             answer = ""
             for piece in self._talk.ask(text):
                 answer += piece
@@ -172,16 +168,12 @@ class ChatBox:
                 ]
                 self.said.value = transcript([*self._talk.messages, *turn])
             self.said.value = transcript(self._talk.messages)
-        except StrixftError as error:  # what a widget's click raises is shown nowhere
+        except StrixftError as error:  # an error in a click handler is not shown
             self.said.value = html.warning(f"{error.problem}; {error.fix}")
         finally:
             self.send.disabled = False
 
 
 def chat_box(run: Run) -> Any:
-    """What `strixft chat` does, as widgets for a notebook.
-
-    Args:
-        run: A trained run.
-    """
+    """Return `strixft chat` of a trained run as widgets for a notebook."""
     return ChatBox(run).box

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,30 +33,26 @@ app = typer.Typer(
 )
 
 
-class _State:
-    debug = False
+_shows_traceback = False
+"""Set by `--debug`."""
 
 
 def _set_debug(value: bool) -> None:
-    _State.debug = value
+    global _shows_traceback
+    _shows_traceback = value
 
 
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe: a name or a path.")]
-
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Run folder; runs/<recipe> if not given.")
 ]
-
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting: key=value, repeatable.")
 ]
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_set_debug, help="Show a traceback on errors.")
 ]
-
 RunArgument = Annotated[str, typer.Argument(help="Run: a name under runs/ or a folder.")]
 
 
@@ -80,35 +76,33 @@ def _open(
 ) -> Run:
     from strixft.run.open import open_run
 
-    folder = run_dir.absolute() if run_dir else None  # --run-dir is relative to where it is typed
+    folder = run_dir.absolute() if run_dir else None  # relative to the working folder
     return open_run(recipe, folder, _overrides(settings), first=first)
 
 
-def _table(rows: list[list[str]], header: list[str]) -> None:
+def _print_table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*header, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*map(visible, row))
-    width = None if sys.stdout.isatty() else 10_000  # lines are not folded in a pipe
+    width = None if sys.stdout.isatty() else 10_000  # do not fold lines in a pipe
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     with console.capture() as text:
         console.print(table)
     print("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 
-def _show_figures(result: Result) -> None:
-    from strixft.recipe.load import flatten
-
-    flat = flatten(result.figures)
-    rows = [[key, str(value)] for key, value in flat.items() if not isinstance(value, list)]
-    _table(rows, [result.name, ""])
+def _print_tables(tables: Iterable[tuple[Iterable[Sequence[str]], Sequence[str]]]) -> None:
+    for rows, header in tables:
+        _print_table(rows, header)
+        print()
 
 
 @contextlib.contextmanager
-def _stop_told(run: Run, as_json: bool) -> Iterator[None]:
-    """A clean stop has its JSON document too."""
+def _stop_printed(run: Run, as_json: bool) -> Iterator[None]:
+    """Print a JSON document for a clean stop, too."""
     try:
         yield
     except Stopped as stop:
@@ -118,31 +112,30 @@ def _stop_told(run: Run, as_json: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _followed(run: Run) -> Iterator[Any]:
-    """A progress line fed by the run's status file, since stages run in other processes."""
+def _progress_of(run: Run) -> Iterator[Any]:
+    """Show a progress line fed by the run's status file, since stages run in other processes."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
     ended = threading.Event()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("start", total=None)
 
         def follow() -> None:
             while not ended.wait(0.5):
                 status = run.status()
-                progress = status.get("progress", {})
-                loss = f" loss {progress['loss']:.3f}" if "loss" in progress else ""
-                rate = f" {progress['tok_per_s']} tok/s" if progress.get("tok_per_s") else ""
-                bar.tasks[0].total = progress.get("total")
+                seen = status.get("progress", {})
+                loss = f" loss {seen['loss']:.3f}" if "loss" in seen else ""
+                rate = f" {seen['tok_per_s']} tok/s" if seen.get("tok_per_s") else ""
                 stage = f"{status['stage'] or 'start'}{loss}{rate}"
-                bar.update(task, description=stage, completed=progress.get("done", 0))
+                bar.tasks[0].total = seen.get("total")  # `update` would take None as no change
+                bar.update(task, description=stage, completed=seen.get("done", 0))
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -153,52 +146,69 @@ def _followed(run: Run) -> Iterator[Any]:
             thread.join()
 
 
-def _summary(run: Run) -> dict[str, Any]:
-    from strixft.run.folder import STAGES, Result
-
-    results = {stage: Result.load(run.stage_folder(stage)) for stage in STAGES}
-    return {
-        "run_dir": str(run.folder),
-        "report": str(run.folder / "report.html"),
-        "stages": {stage: result.figures for stage, result in results.items() if result},
-    }
-
-
 @app.command()
 def recipe(
     name: Annotated[str | None, typer.Argument(help="Recipe: a name or a path.")] = None,
     settings: Set = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Every setting and why.")] = False,
-    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Explain every setting.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the recipes, or show one complete."""
+    """List the recipes, or show one with all its settings."""
     from strixft.recipe.find import find_recipes
     from strixft.recipe.load import dump_recipe, load_recipe
     from strixft.recipe.schema import Recipe
-    from strixft.recipe.schema import explain as explained
+    from strixft.recipe.schema import explain as explain_settings
 
     if schema:
         _print_json(Recipe.model_json_schema())
     elif explain:
-        rows = [list(row) for row in explained()]
-        _print_json(rows) if as_json else _table(rows, ["setting", "default", "what it does"])
+        explained = [list(row) for row in explain_settings()]
+        header = ["setting", "default", "what it does"]
+        _print_json(explained) if as_json else _print_table(explained, header)
     elif name is None:
         found = {key: str(path) for key, path in find_recipes().items()}
-        _print_json(found) if as_json else _table(
-            [list(row) for row in found.items()], ["recipe", "file"]
-        )
+        _print_json(found) if as_json else _print_table(found.items(), ["recipe", "file"])
     else:
         loaded = load_recipe(name, _overrides(settings))
         _print_json(loaded.to_dict()) if as_json else print(dump_recipe(loaded), end="")
+
+
+STAGE_VERBS = {
+    "prepare": "prepare_recipe",
+    "plan": "plan_recipe",
+    "train": "train_recipe",
+    "evaluate": "evaluate_recipe",
+}
+"""Stage → public function, imported only when the stage runs."""
+
+
+def _run_stages(
+    last: str, recipe: str, run_dir: Path | None, settings: list[str] | None, as_json: bool
+) -> None:
+    """Run the stages up to `last` in this process and print its figures."""
+    import strixft
+    from strixft.recipe.load import flatten
+    from strixft.run.folder import chosen_stages
+
+    run = _open(recipe, run_dir, settings)
+    with _stop_printed(run, as_json):
+        for stage in chosen_stages(None, last):
+            result: Result = getattr(strixft, STAGE_VERBS[stage])(run)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        flat = flatten(result.figures)
+        rows = [[key, str(value)] for key, value in flat.items() if not isinstance(value, list)]
+        _print_table(rows, [result.name, ""])
 
 
 @app.command()
 def prepare(
     recipe: RecipeArgument,
     augment: Annotated[
-        bool, typer.Option("--augment", help="Train rows too that a server writes.")
+        bool, typer.Option("--augment", help="Also train on rows that a server writes.")
     ] = False,
     run_dir: RunDir = None,
     settings: Set = None,
@@ -207,23 +217,23 @@ def prepare(
 ) -> None:
     """Load, check, format and mask the data."""
     asked = ["dataset.augment.enabled=true"] if augment else []
-    _in_process(recipe, run_dir, [*(settings or []), *asked], "prepare", as_json)
+    _run_stages("prepare", recipe, run_dir, [*(settings or []), *asked], as_json)
 
 
 @app.command()
 def plan(
     recipe: RecipeArgument,
-    host: Annotated[str | None, typer.Option("--host", help="Another machine's name.")] = None,
-    boxes: Annotated[int, typer.Option(help="Such machines that share the run.")] = 1,
+    host: Annotated[str | None, typer.Option("--host", help="Plan for another machine.")] = None,
+    boxes: Annotated[int, typer.Option(help="Number of such machines that share the run.")] = 1,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Correct the plan by small steps on this device.")
+        bool, typer.Option("--measure", help="Correct the plan by small steps run on this device.")
     ] = False,
     run_dir: RunDir = None,
     settings: Set = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say whether the run fits, before anything is loaded; writes nothing."""
+    """Check whether the run fits before anything is loaded. Writes nothing."""
     from strixft.recipe.find import find_recipe
     from strixft.recipe.load import load_recipe
     from strixft.run.folder import read_recipe
@@ -238,37 +248,24 @@ def plan(
     same = (folder / "recipe.yaml").is_file() and read_recipe(folder) == loaded
     prepared = Prepared.load(folder / "prepare") if same else None
     figures = plan_figures(loaded, host, prepared, boxes, measured=measure)
-    if as_json:
-        _print_json(figures)
-    else:
-        for rows, header in tables(figures):
-            _table(rows, header)
-            print()
+    _print_json(figures) if as_json else _print_tables(tables(figures))
     require_fit(figures)
 
 
-@app.command()
-def train(
-    recipe: RecipeArgument,
-    run_dir: RunDir = None,
-    settings: Set = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Train by the plan; refuses what does not fit."""
-    _in_process(recipe, run_dir, settings, "train", as_json)
+def _add_stage_command(stage: str, summary: str) -> None:
+    @app.command(name=stage, help=summary)
+    def command(
+        recipe: RecipeArgument,
+        run_dir: RunDir = None,
+        settings: Set = None,
+        as_json: AsJson = False,
+        debug: Debug = False,
+    ) -> None:
+        _run_stages(stage, recipe, run_dir, settings, as_json)
 
 
-@app.command()
-def evaluate(
-    recipe: RecipeArgument,
-    run_dir: RunDir = None,
-    settings: Set = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Measure base against tuned."""
-    _in_process(recipe, run_dir, settings, "evaluate", as_json)
+_add_stage_command("train", "Train by the plan; refuse a run that does not fit.")
+_add_stage_command("evaluate", "Compare the base model with the tuned one.")
 
 
 @app.command()
@@ -283,39 +280,17 @@ def export(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Make what a server needs, and compare it with the trained model."""
+    """Make the files that servers need, and compare them with the trained model."""
     from strixft.catalog.exports import KINDS
 
     kinds = tuple(KINDS[kind].name for kind in to or ())
     run = _open(recipe, run_dir, settings)
     from strixft.export.stage import export_recipe
 
-    with _stop_told(run, as_json):
+    with _stop_printed(run, as_json):
         exported = export_recipe(run, kinds)
-    _print_json(exported.to_dict()) if as_json else _show_export(run)
+    _print_json(exported.to_dict()) if as_json else _print_tables(exported.tables())
     exported.require_parity()
-
-
-def _show_export(run: Run) -> None:
-    from strixft.export.result import Exported
-
-    exported = Exported.load(run.stage_folder("export"))
-    for rows, header in exported.tables() if exported else []:
-        _table(rows, header)
-        print()
-
-
-def _in_process(
-    recipe: str, run_dir: Path | None, settings: list[str] | None, last: str, as_json: bool
-) -> None:
-    import strixft
-    from strixft.run.folder import chosen_stages
-
-    run = _open(recipe, run_dir, settings)
-    with _stop_told(run, as_json):
-        for stage in chosen_stages(None, last):
-            result = getattr(strixft, f"{stage}_recipe")(run)
-    _print_json(result.to_dict()) if as_json else _show_figures(result)
 
 
 @app.command(name="run")
@@ -324,56 +299,53 @@ def run_command(
     run_dir: RunDir = None,
     settings: Set = None,
     first: Annotated[
-        str | None, typer.Option("--from", help="Do this stage and the later ones again.")
+        str | None, typer.Option("--from", help="Repeat this stage and the later ones.")
     ] = None,
     last: Annotated[str | None, typer.Option("--to", help="Stop after this stage.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Run the stages as notebooks, skip what is done, write the report."""
+    """Run the stages as notebooks, skip finished ones, and write the report."""
     from strixft.recipe.find import find_recipe
-    from strixft.run.folder import chosen_stages
+    from strixft.run.folder import STAGES, Result, chosen_stages
 
-    chosen_stages(first, last)
+    chosen_stages(first, last)  # refuses names that are not stages
     run = _open(recipe, run_dir, settings, first)
-    with _stop_told(run, as_json), _followed(run) as bar:
+    with _stop_printed(run, as_json), _progress_of(run) as bar:
         from strixft.app.notebooks import run_stages
         from strixft.app.report import write_report
+        from strixft.export.result import Exported
 
         def notify(stage: str, done: bool) -> None:
-            bar.console.print(f"{stage}: done before" if done else stage)
+            bar.console.print(f"{stage}: already finished" if done else stage)
 
         overrides = _overrides(settings)
         run_stages(run, find_recipe(recipe), overrides, first=first, last=last, notify=notify)
         report = write_report(run)
+    exported = Exported.load(run.stage_folder("export"))
     if as_json:
-        _print_json(_summary(run))
-        _require_parity(run)
-        return
-    _show_metrics(run)
-    _show_export(run)
-    print(f"report: {report}")
-    _require_parity(run)
+        results = {stage: Result.load(run.stage_folder(stage)) for stage in STAGES}
+        stages = {stage: result.figures for stage, result in results.items() if result}
+        _print_json({"run_dir": str(run.folder), "report": str(report), "stages": stages})
+    else:
+        _print_metrics(run)
+        _print_tables(exported.tables() if exported else [])
+        print(f"report: {report}")
+    if exported:
+        exported.require_parity()
 
 
-def _require_parity(run: Run) -> None:
-    if run.is_done("export"):
-        from strixft.export.result import Exported
-
-        run.require(Exported).require_parity()
-
-
-def _show_metrics(run: Run) -> None:
+def _print_metrics(run: Run) -> None:
     from strixft.run.folder import Result
     from strixft.support.units import format_number
 
     evaluated = Result.load(run.stage_folder("evaluate"))
     if evaluated is not None:
-        metrics = evaluated.figures["metrics"]
         rows = [
-            [n, format_number(v["base"]), format_number(v["tuned"])] for n, v in metrics.items()
+            [name, format_number(values["base"]), format_number(values["tuned"])]
+            for name, values in evaluated.figures["metrics"].items()
         ]
-        _table(rows, ["held-out rows", "base", "tuned"])
+        _print_table(rows, ["held-out rows", "base", "tuned"])
 
 
 @app.command()
@@ -383,36 +355,31 @@ def runs(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the runs; compare those that are named."""
+    """List the runs, or compare those that are named."""
     from strixft.run.open import find_run, list_runs
 
     if names:
         _compare([find_run(name) for name in names], page, as_json)
         return
-
     found = list_runs()
-    if as_json:
-        _print_json(found)
-    else:
-        keys = ["run", "stage", "state", "updated"]
-        _table([[str(row.get(key, "–")) for key in keys] for row in found], keys)
+    keys = ["run", "stage", "state", "updated"]
+    rows = [[str(row.get(key, "–")) for key in keys] for row in found]
+    _print_json(found) if as_json else _print_table(rows, keys)
 
 
 def _compare(found: list[Run], page: Path | None, as_json: bool) -> None:
     from strixft.app.compare import Comparison
     from strixft.support import html
 
-    compared = Comparison(found)
-    names = [run.name for run in found]
+    compared, names = Comparison(found), [run.name for run in found]
     if page is not None:
         text = html.page(" against ".join(names), "", compared._repr_html_())
         _note(f"page: {html.write_page(page, text)}")
     if as_json:
         _print_json(compared.to_dict())
         return
-    for rows, header in ((compared.differences(), "setting"), (compared.results(), "figure")):
-        _table(rows, [header, *names])
-        print()
+    tables = {"setting": compared.differences(), "figure": compared.results()}
+    _print_tables((rows, [header, *names]) for header, rows in tables.items())
 
 
 @app.command()
@@ -421,7 +388,7 @@ def chat(
     base: Annotated[bool, typer.Option("--base", help="Talk to the base model.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Talk to the trained model; end with Ctrl-D."""
+    """Talk to the trained model. End with Ctrl-D."""
     from strixft.run.open import find_run
 
     found = find_run(run)
@@ -429,7 +396,7 @@ def chat(
 
     talk = Chat(found, base=base)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are no text end no conversation
+        sys.stdin.reconfigure(errors="replace")  # invalid bytes do not end a conversation
     for line in sys.stdin:
         if line.strip():
             try:
@@ -441,20 +408,20 @@ def chat(
 
 @app.command()
 def stop(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Stop a run cleanly: its last finished update is saved, the same command goes on."""
+    """Stop a run cleanly. Its last finished update is saved; the same command continues it."""
     from strixft.run.open import find_run
     from strixft.run.stop import stop_run
 
     found = find_run(run)
-    status = stop_run(found, lambda pid: _note(f"process {pid} ends; training after its batch"))
-    if as_json:
-        _print_json({"run": found.name, **status})
-    else:
-        print(f"{found.name}: {status['state']}")
+    status = stop_run(
+        found, lambda pid: _note(f"process {pid} is ending; training ends after its batch")
+    )
+    told = f"{found.name}: {status['state']}"
+    _print_json({"run": found.name, **status}) if as_json else print(told)
 
 
 class _Benches(TyperGroup):
-    """`strixft bench`: a command per row of `BENCHES`, made when it is typed."""
+    """`strixft bench`: one command for each row of `BENCHES`, made on demand."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         from strixft.bench.run import BENCHES
@@ -478,7 +445,7 @@ class _Benches(TyperGroup):
 
 bench_app = typer.Typer(
     cls=_Benches,
-    help="Measure this machine, or a server; show what others published, against the roofline.",
+    help="Measure this machine or a server, or show published figures against the roofline.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -489,30 +456,28 @@ app.add_typer(bench_app, name="bench")
 def _run_bench(
     name: str, settings: dict[str, Any], *, save: bool, as_json: bool, host_row: bool = False
 ) -> None:
-    from strixft.bench.run import run_bench
+    from strixft.bench.run import run_bench, write_host_row
 
     result = run_bench(name, save=save, **settings)
     if host_row:
-        from strixft.bench.run import write_host_row
-
         _note(f"rates for planning: {write_host_row(result)}")
     if as_json:
         _print_json(result.to_dict())
         return
-    _table(*result.table())
+    _print_table(*result.table())
     for text in result.details():
         print(f"\n{text}")
 
 
 @bench_app.command()
 def published(
-    host: Annotated[str, typer.Option(help="Of this host only: strix-halo-128, …")] = "",
-    model: Annotated[str, typer.Option(help="Of models with this in their name.")] = "",
-    page: Annotated[Path | None, typer.Option(help="Write all as one HTML page.")] = None,
+    host: Annotated[str, typer.Option(help="Show this host only: strix-halo-128, …")] = "",
+    model: Annotated[str, typer.Option(help="Show models whose name contains this.")] = "",
+    page: Annotated[Path | None, typer.Option(help="Write everything as one HTML page.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Figures of others: source, mark, ceiling, verdict."""
+    """Show published figures: source, ceiling, verdict."""
     from strixft.bench.published import choose, to_json
     from strixft.support.units import format_figure
 
@@ -525,11 +490,9 @@ def published(
         _print_json(chosen)
         return
     keys = ["model", "quantisation", "host", "tok_per_s", "ceiling_tok_per_s", "share", "verdict"]
+    keys.append("mark")
     for rows in (chosen["rows"], chosen["prefill"]):
-        _table(
-            [[format_figure(row[key]) for key in [*keys, "mark"]] for row in rows], [*keys, "mark"]
-        )
-        print()
+        _print_tables([([[format_figure(row[key]) for key in keys] for row in rows], keys)])
     print("arithmetic and sources: --json, or --page FILE")
 
 
@@ -545,17 +508,19 @@ def report(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> N
 
 @app.command()
 def doctor(
-    recipe: Annotated[str | None, typer.Argument(help="Check also what this recipe needs.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="Also check what this recipe needs.")] = None,
     torch: Annotated[
-        bool, typer.Option("--torch/--no-torch", help="Try torch in a child process: seconds.")
+        bool,
+        typer.Option("--torch/--no-torch", help="Try torch in a child process; takes seconds."),
     ] = True,
     script: Annotated[
-        bool, typer.Option("--fix-script", help="Print the fixes as a shell script; runs nothing.")
+        bool,
+        typer.Option("--fix-script", help="Print the fixes as a shell script without running it."),
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say what is wrong with this machine, and what to type. Changes nothing."""
+    """Check this machine and print what to type. Changes nothing."""
     from strixft.doctor.checks import check_host, fix_script
 
     diagnosis = check_host(recipe, torch=torch)
@@ -564,31 +529,31 @@ def doctor(
     elif script:
         print(fix_script(diagnosis), end="")
     else:
-        _show_findings(diagnosis)
+        _print_findings(diagnosis)
     raise typer.Exit(diagnosis.exit_code)
 
 
-def _show_findings(diagnosis: Diagnosis) -> None:
+def _print_findings(diagnosis: Diagnosis) -> None:
     for finding in diagnosis.to_fix:
         print(f"{finding.status.upper()} {finding.check}: {finding.saw}\n  why: {finding.why}")
         if finding.fix:
             print("  fix: " + finding.fix.text.replace("\n", "\n       "))
         print(f"  source: {finding.source}\n")
     good = [[f.check, f.saw] for f in diagnosis.findings if f.status == "ok"]
-    _table(good, ["ok", ""])
+    _print_table(good, ["ok", ""])
     print(diagnosis.counted())
 
 
 @app.command()
 def mkl(as_json: AsJson = False, debug: Debug = False) -> None:
-    """Zen 5 and MKL: does it matter here, build the preload library, verify it."""
+    """Build and verify the MKL preload library for Zen 5, if it matters here."""
     from strixft.doctor.mkl import check_mkl
 
     report = check_mkl()
     if as_json:
         _print_json(report.to_dict())
         return
-    _table(report.rows(), ["", ""])
+    _print_table(report.rows(), ["", ""])
     print(f"\n{report.says}")
     if report.export:
         print(f"\n{report.export}\n\n{report.licence}")
@@ -599,7 +564,7 @@ def lab(
     port: Annotated[
         int, typer.Option(min=1, max=65535, help="Port; the next free one if it is taken.")
     ] = 8888,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it.")] = True,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
     debug: Debug = False,
 ) -> None:
     """Open JupyterLab on 127.0.0.1 with the notebooks."""
@@ -609,23 +574,25 @@ def lab(
 
 
 def _take_any_letters() -> None:
-    """Let names and texts hold all letters, whatever the locale and the terminal know."""
+    """Accept all letters in names and texts, whatever the locale and the terminal support."""
     if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # for kernels and children
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    os.environ.pop("PYTHONIOENCODING", None)  # it is this terminal's, and children write to pipes
+    os.environ.pop(
+        "PYTHONIOENCODING", None
+    )  # it is meant for this terminal, and children write to pipes
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:
-    """Entry point: errors become two lines and an exit code; `--debug` adds the traceback."""
+    """Run the command line. Errors become two lines and an exit code."""
     _take_any_letters()
     try:
         app()
     except Exception as error:
-        if _State.debug:
+        if _shows_traceback:
             traceback.print_exc()
         ours = error if isinstance(error, StrixftError) else _unexpected(error)
         _note(f"{ours.problem}\nfix: {ours.fix}")
@@ -634,13 +601,13 @@ def main() -> None:
 
 def _unexpected(error: Exception) -> StrixftError:
     if isinstance(error, OSError) and error.filename is not None:
-        place = error.filename2 or error.filename  # a rename is told by where it leads
+        place = error.filename2 or error.filename  # a rename is reported by its target
         return HostError(
             f"{place} cannot be used: {error.strerror}",
             fix=f"ls -ld {typed(place)}   shows what is there, and whose it is;"
-            " --debug where it failed",
+            " --debug shows where it failed",
         )
     return StrixftError(
         f"strixft failed: {type(error).__name__}: {error}",
-        fix="type it again with --debug, and report what it shows",
+        fix="run the command again with --debug, and report what it shows",
     )

@@ -1,4 +1,4 @@
-"""Two or more runs beside each other: what differs in their recipes, and what came out."""
+"""Two or more runs side by side: the differences of their recipes, and their results."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def _figures(run: Run, stage: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between runs, and their figures."""
+    """Differences between runs, and their results."""
 
     runs: Sequence[Run]
 
     def differences(self) -> list[list[str]]:
-        """Settings that are not the same in all recipes: key, then a value of each run."""
+        """Return settings that differ between recipes: key, then a value for each run."""
         recipes = [flatten(run.recipe.to_dict()) for run in self.runs]
         keys = sorted({key for recipe in recipes for key in recipe})
         rows = [[key, *(str(recipe.get(key, MISSING)) for recipe in recipes)] for key in keys]
         return [row for row in rows if len(set(row[1:])) > 1]
 
     def results(self) -> list[list[str]]:
-        """Losses, metrics, speed and memory: name, then a value of each run."""
+        """Return losses, metrics, speed and memory: name, then a value for each run."""
         columns = [dict(_results(run)) for run in self.runs]
         names = dict.fromkeys(name for column in columns for name in column)
         return [[name, *(column.get(name, MISSING) for column in columns)] for name in names]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         names = [run.name for run in self.runs]
         tables = {"differences": self.differences(), "results": self.results()}
         return {
@@ -56,7 +56,7 @@ class Comparison:
         )
 
     def loss_curves(self) -> str:
-        """The training losses of all runs in one picture."""
+        """Draw the training losses of all runs in one picture."""
         figure, axes = html.new_figure()
         for run in self.runs:
             losses = _figures(run, "train").get("losses", [])
@@ -74,9 +74,9 @@ def _results(run: Run) -> Iterator[tuple[str, str]]:
         yield "tokens per second", format_number(train["tok_per_s"], 1)
         yield "training", format_seconds(train["train_seconds"])
         yield "peak memory", format_gib(train["peak_bytes"])
-    for name, sides in evaluated.get("metrics", {}).items():
-        for side, value in sides.items():
-            yield f"{name}, {side}", format_number(value)
+    for name, variants in evaluated.get("metrics", {}).items():
+        for variant, value in variants.items():
+            yield f"{name}, {variant}", format_number(value)
     if preferred := evaluated.get("judge", {}).get("tuned_preferred"):
         yield "tuned preferred by the judge", format_number(preferred["share"])
     for kind, row in _figures(run, "export").get("parity", {}).items():

@@ -1,4 +1,4 @@
-"""JupyterLab for this machine alone, with a kernel of this environment; a run from a notebook."""
+"""JupyterLab on this machine with a kernel of this environment, and a run from a notebook."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ ADDRESS = "127.0.0.1"
 START = "notebooks/start-here.ipynb"
 
 KERNEL_ENDS_S = 120
-"""What a kernel that trains has to save its last update; Jupyter's own 5 s are too few."""
+"""Seconds for a training kernel to save its last update; Jupyter's own 5 s are too few."""
 
 KERNEL = "python3"
-"""What the notebooks ask for; this name, found first, decides where they run."""
+"""Kernel name in the notebooks. The first kernel found under it runs them."""
 
 
 def kernel_folder() -> Path:
-    """Where this environment's kernel is written: one folder each, in a home that toolboxes share.
+    """Return the folder of this environment's kernel; containers share a home folder.
 
-    Not in the environment itself, which a container's user may not write.
+    It is not in the environment itself, which a container's user may not be allowed to write.
     """
     return cache_folder() / "jupyter" / hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
 
@@ -58,7 +58,7 @@ def write_kernel(folder: Path) -> Path:
 
 
 def put_notebooks(folder: Path) -> Path:
-    """The notebooks of a working folder; those that ship are copied there once."""
+    """Return the notebooks of a working folder; copy those that ship if it has none."""
     notebooks = folder / "notebooks"
     if not notebooks.is_dir():
         shutil.copytree(shipped("notebooks"), notebooks)
@@ -66,7 +66,7 @@ def put_notebooks(folder: Path) -> Path:
 
 
 def lab_environment(kernels: Path) -> dict[str, str]:
-    """This environment, with the kernel first and a token if there is none."""
+    """Return the environment variables, with the kernel first and a token if there is none."""
     paths = filter(None, (str(kernels), os.environ.get("JUPYTER_PATH")))
     environment = {**os.environ, "JUPYTER_PATH": os.pathsep.join(paths)}
     environment["JUPYTER_TOKEN"] = environment.get("JUPYTER_TOKEN") or secrets.token_urlsafe(24)
@@ -74,7 +74,7 @@ def lab_environment(kernels: Path) -> dict[str, str]:
 
 
 def lab_command(folder: Path, *, port: int, browser: bool) -> list[str]:
-    """How JupyterLab is started: only for this machine, in this folder."""
+    """Return the command that starts JupyterLab in a folder, reachable from this machine only."""
     words = [
         sys.executable,
         "-m",
@@ -93,8 +93,8 @@ def start_lab(*, port: int = 8888, browser: bool = True) -> None:
     """Become JupyterLab; does not return.
 
     Args:
-        port: The next free one if it is taken.
-        browser: Open it.
+        port: Port; the next free one is used if it is taken.
+        browser: Open a browser.
     """
     folder = workspace()
     put_notebooks(folder)
@@ -106,7 +106,7 @@ def start_lab(*, port: int = 8888, browser: bool = True) -> None:
 
 @dataclass(frozen=True)
 class RecipeList:
-    """Recipes to choose from, with the first line of each."""
+    """Recipes to choose from, each with its first comment."""
 
     recipes: Mapping[str, Path]
 
@@ -121,13 +121,13 @@ def _first_comment(path: Path) -> str:
 
 
 def list_recipes() -> RecipeList:
-    """Recipes of the workspace and those that ship."""
+    """Return the recipes of the workspace and those that ship."""
     return RecipeList(find_recipes())
 
 
 @dataclass(frozen=True)
 class ReportPage:
-    """A run's report, shown inside a notebook."""
+    """The report of a run, as a notebook shows it."""
 
     path: Path
 
@@ -144,11 +144,11 @@ def run_recipe(
     run_dir: str | Path | None = None,
     overrides: Mapping[str, Any] | str | None = None,
 ) -> ReportPage:
-    """Run the stages that are not done yet and write the report.
+    """Run the unfinished stages and write the report.
 
     Args:
         recipe: Name or path of the recipe.
-        run_dir: The run folder; `runs/<recipe>` if not given.
+        run_dir: Run folder; `runs/<recipe>` by default.
         overrides: Values by dotted key, or their JSON text.
 
     Raises:

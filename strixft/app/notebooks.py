@@ -1,4 +1,4 @@
-"""The stages through papermill, each in a kernel of its own."""
+"""Runs the stages through papermill, each in a kernel of its own."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ _SETTINGS = re.compile(r"(?:--set (?:'[^']*'|[^\s,;]+) *)+")
 _KEY = re.compile(r"--set '?([\w.]+)=")
 
 Notify = Callable[[str, bool], None]
-"""Told of each stage before it runs: its name, and whether it was done before."""
+"""Called with each stage before it runs, and true if it is already finished."""
 
 
 class OwnKernel(AsyncKernelManager):
-    """A kernel of this interpreter, whatever kernels stand where `JUPYTER_PATH` leads."""
+    """A kernel of this interpreter, whatever kernels `JUPYTER_PATH` holds."""
 
     @default("kernel_spec_manager")
     def _without_folders(self) -> KernelSpecManager:
-        return KernelSpecManager(kernel_dirs=[])  # ipykernel's own is left
+        return KernelSpecManager(kernel_dirs=[])  # only ipykernel's own is left
 
 
 def notebook_of(stage: str) -> Path:
-    """The notebook of a stage, found by its name: `<number>-<stage>.ipynb`."""
+    """Return the notebook of a stage, found by its name: `<number>-<stage>.ipynb`."""
     found = sorted(shipped("notebooks").glob(f"[0-9]*-{stage}.ipynb"))
     if not found:
-        raise StageError(f"no notebook for stage {stage}", fix="install strixft again")
+        raise StageError(f"stage {stage} has no notebook", fix="install strixft again")
     return found[0]
 
 
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """Refuse parameters that a notebook does not have; papermill only warns of them.
+    """Refuse parameters that a notebook does not have; papermill only warns about them.
 
     Raises:
         StageError: A parameter does not exist.
@@ -74,13 +74,13 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
 
 
 def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None:
-    """Execute a notebook with parameters; the executed copy stays, also when it fails.
+    """Execute a notebook with parameters and keep the executed copy, even if it fails.
 
-    It gets its name at the end, whole and without keys that were printed.
+    The copy gets its name at the end, complete and without secrets that were printed.
 
     Raises:
         StageError: A parameter does not exist, or a cell failed.
-        StrixftError: What a cell raised, if it is one of ours.
+        StrixftError: A cell raised it.
     """
     check_parameters(notebook, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -88,15 +88,22 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
     try:
         _execute(notebook, temporary, parameters)
     except PapermillExecutionError as error:
-        raise _own_error(error, output) from error
+        own = error_from_text(error.ename.rpartition(".")[2], error.evalue)
+        raise own or StageError(
+            f"{output.name} stopped at In [{error.exec_count}]: {error.ename}: {error.evalue}",
+            fix=f"open {output}",
+        ) from error
     finally:
-        _keep(temporary, output)
+        with contextlib.suppress(OSError, ValueError):  # it never began, or the disk is full
+            page = redact_all(json.loads(temporary.read_text(encoding="utf-8")))
+            write_text(output, json.dumps(page, indent=1, ensure_ascii=False) + "\n")
+        temporary.unlink(missing_ok=True)
 
 
 def _execute(notebook: Path, target: Path, parameters: Mapping[str, Any]) -> None:
-    """Let papermill execute a notebook in a kernel that nothing of the user's changes.
+    """Execute a notebook in a kernel that the user's files cannot change.
 
-    Neither a file `datasets.py` of the working folder nor IPython's start-up files are run.
+    Neither a `datasets.py` in the working folder nor IPython's start-up files are run.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         papermill.execute_notebook(
@@ -115,31 +122,16 @@ def _execute(notebook: Path, target: Path, parameters: Mapping[str, Any]) -> Non
 
 
 def _literal(path: Path) -> str:
-    """A path as papermill takes it, which fills in what stands in braces."""
+    """Escape the braces of a path, in which papermill would fill in parameters."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def _keep(temporary: Path, output: Path) -> None:
-    with contextlib.suppress(OSError, ValueError):  # it never began, or the disk is full
-        page = redact_all(json.loads(temporary.read_text(encoding="utf-8")))
-        write_text(output, json.dumps(page, indent=1, ensure_ascii=False) + "\n")
-    temporary.unlink(missing_ok=True)
-
-
-def _own_error(error: PapermillExecutionError, output: Path) -> StrixftError:
-    own = error_from_text(error.ename.rpartition(".")[2], error.evalue)
-    return own or StageError(
-        f"{output.name} stopped at In [{error.exec_count}]: {error.ename}: {error.evalue}",
-        fix=f"open {output}",
-    )
-
-
 def _dead_kernel(run: Run, stage: str) -> StrixftError:
-    """What the kernel said before it ended; mostly it had no time to say anything."""
+    """Return the error that a kernel left before it died, or advice about memory."""
     left = run.last_error(stage)
     if left is not None:
         return left
-    what = f"the kernel of stage {stage} died, nearly always for memory"
+    what = f"the kernel of stage {stage} died, almost always because memory ran out"
     plan = Plan.load(run.stage_folder(Plan.name))
     if plan is None:
         return FitError(what, fix="close other programs")
@@ -147,13 +139,13 @@ def _dead_kernel(run: Run, stage: str) -> StrixftError:
 
 
 def _setting(key: str, value: Any) -> str:
-    """An override as it is typed: text stands as it is where it is read as that text."""
+    """Return an override as it is typed, without JSON's quotes where plain text means the same."""
     plain = isinstance(value, str) and parse_override(f"{key}={value}")[1] == value
     return f"--set {shlex.quote(f'{key}={value if plain else json.dumps(value)}')}"
 
 
-def _resume(run: Run, parameters: Mapping[str, Any], fix: str) -> str:
-    """What to type so that the run goes on, with the settings that a fix begins with."""
+def _resume_command(run: Run, parameters: Mapping[str, Any], fix: str) -> str:
+    """Return the command that continues a run, with the settings that a fix begins with."""
     found = _SETTINGS.match(fix)
     asked = found[0].strip() if found and "…" not in found[0] else ""
     keys = _KEY.findall(asked)
@@ -162,12 +154,6 @@ def _resume(run: Run, parameters: Mapping[str, Any], fix: str) -> str:
     done = reader is not None and any(map(run.is_done, stages_from(reader)))
     command = f"strixft run {typed(parameters['recipe'])} --run-dir {typed(run.folder)}"
     return " ".join(filter(None, [command, *kept, asked, f"--from {reader}" if done else ""]))
-
-
-def _with_resume(error: StrixftError, command: str) -> StrixftError:
-    if isinstance(error, Stopped) or command in error.fix:
-        return error
-    return type(error)(error.problem, fix=f"{error.fix}\n     then: {command}")
 
 
 def run_stages(
@@ -179,26 +165,22 @@ def run_stages(
     last: str | None = None,
     notify: Notify = lambda stage, done: None,
 ) -> None:
-    """Run the stages that are not done yet.
+    """Run the unfinished stages.
 
     Args:
         run: The open run.
         recipe: Its recipe's file.
         overrides: Values by dotted key, as given to `open_run`.
-        first: Set this stage and the later ones aside and do them again.
-        last: Stop after this stage; without it, after the last one of the recipe.
-        notify: Told of each stage before it runs.
+        first: Stage to repeat, together with the later ones; their results are set aside.
+        last: Stage to stop after; by default the last one of the recipe.
+        notify: Called before each stage.
 
     Raises:
-        StrixftError: A stage failed; the fix ends with the command that resumes.
+        StrixftError: A stage failed; the fix ends with the command that continues.
     """
     chosen_stages(first, last)
-    parameters = {
-        "recipe": str(recipe),
-        "run_dir": str(run.folder),
-        "overrides": dict(overrides),
-    }
-    with run.driven(), _passing_signals_on(run) as signals:
+    parameters = {"recipe": str(recipe), "run_dir": str(run.folder), "overrides": dict(overrides)}
+    with run.driven(), _signals_passed_on(run) as signals:
         if first:
             set_aside(run, STAGES[STAGES.index(first) :])
         stages = chosen_stages(None, last or run.last_stage)
@@ -213,11 +195,16 @@ def run_stages(
             notify(stage, done)
             if not done:
                 with _resumable(run, stage, parameters):
-                    _do_stage(run, stage, parameters, evaluated="evaluate" in stages)
+                    if "evaluate" in stages and stage in ("plan", "train"):
+                        require_held_out(run.require(Prepared))
+                    with run.owned():  # nothing else may be at work when the notebook is written
+                        pass
+                    notebook = notebook_of(stage)
+                    run_notebook(notebook, run.stage_folder(stage) / notebook.name, parameters)
 
 
 def _interrupted(run: Run) -> list[str]:
-    """Stages whose notebook was being executed by a process that was killed."""
+    """Return stages whose notebook was being executed by a process that was killed."""
     return [
         stage
         for stage in STAGES
@@ -226,42 +213,35 @@ def _interrupted(run: Run) -> list[str]:
 
 
 @contextlib.contextmanager
-def _passing_signals_on(run: Run) -> Iterator[Signals]:
-    """Within this block, a signal stops the kernel that does a stage, as soon as there is one."""
+def _signals_passed_on(run: Run) -> Iterator[Signals]:
+    """Within this block, pass a signal on to the kernel that runs a stage, once there is one."""
     ended = threading.Event()
 
-    def tell_worker(_: str) -> None:
-        threading.Thread(target=_stop_worker, args=(run, ended), daemon=True).start()
+    def stop_worker() -> None:
+        while not ended.wait(0.1):
+            others = [one for one in run.workers() if one.pid != os.getpid() and one.is_here]
+            if others:
+                os.kill(others[0].pid, signal.SIGTERM)
+                return
+
+    def pass_on(_: str) -> None:
+        threading.Thread(target=stop_worker, daemon=True).start()
 
     try:
-        with on_signals(tell_worker) as signals:
+        with on_signals(pass_on) as signals:
             yield signals
     finally:
         ended.set()
 
 
-def _stop_worker(run: Run, ended: threading.Event) -> None:
-    while not ended.wait(0.1):
-        others = [owner for owner in run.workers() if owner.pid != os.getpid() and owner.is_here]
-        if others:
-            os.kill(others[0].pid, signal.SIGTERM)
-            return
-
-
 @contextlib.contextmanager
 def _resumable(run: Run, stage: str, parameters: Mapping[str, Any]) -> Iterator[None]:
-    """An error of this block ends with the command that goes on."""
+    """Add the command that continues the run to an error of this block."""
     try:
         yield
     except (DeadKernelError, StrixftError) as error:
         own = error if isinstance(error, StrixftError) else _dead_kernel(run, stage)
-        raise _with_resume(own, _resume(run, parameters, own.fix)) from error
-
-
-def _do_stage(run: Run, stage: str, parameters: Mapping[str, Any], *, evaluated: bool) -> None:
-    if evaluated and stage in ("plan", "train"):
-        require_held_out(run.require(Prepared))
-    with run.owned():  # nothing else may be at work when the notebook is written
-        pass
-    notebook = notebook_of(stage)
-    run_notebook(notebook, run.stage_folder(stage) / notebook.name, parameters)
+        command = _resume_command(run, parameters, own.fix)
+        if not isinstance(own, Stopped) and command not in own.fix:
+            own = type(own)(own.problem, fix=f"{own.fix}\n     then: {command}")
+        raise own from error

@@ -1,4 +1,4 @@
-"""One self-contained HTML page per run, made from the run folder alone."""
+"""The report: one self-contained HTML page for each run, made from the run folder alone."""
 
 from __future__ import annotations
 
@@ -19,69 +19,45 @@ from strixft.support.units import format_number, format_seconds
 from strixft.train import compare
 from strixft.train.stage import Trained
 
-SECTIONS: dict[str, type[Result]] = {
-    "Data": Prepared,
-    "Plan": Plan,
-    "Training": Trained,
-}
-
-
-def _headline(evaluated: Evaluated | None) -> str:
-    if evaluated is None:
-        return html.note("Not evaluated yet.")
-    rows = [
-        [name, format_number(values["base"]), format_number(values["tuned"])]
-        for name, values in evaluated.figures["metrics"].items()
-    ]
-    return html.table(rows, ["measure", "base", "tuned"])
-
-
-def _flag(trained: Trained | None) -> str:
-    text = compare.warning(trained.figures) if trained else None
-    return html.warning(text) if text else ""
-
-
-def _sections(run: Run) -> str:
-    markup = ""
-    for title, kind in SECTIONS.items():
-        result = kind.load(run.stage_folder(kind.name))
-        body = html.note("Not done yet.") if result is None else result._repr_html_()
-        markup += f"<h2>{title}</h2>{body}"
-    return markup
-
-
-def _versions(run: Run, result: Result | None) -> str:
-    versions = html.mapping(result.versions | result.host) if result else ""
-    return f"<h2>Recipe</h2><pre>{escape(dump_recipe(run.recipe))}</pre><h2>Versions</h2>{versions}"
+SECTIONS: dict[str, type[Result]] = {"Data": Prepared, "Plan": Plan, "Training": Trained}
 
 
 def render_report(run: Run) -> str:
-    """The page as HTML; every text from data, models and recipes is escaped."""
-    trained = Trained.load(run.stage_folder(Trained.name))
-    evaluated = Evaluated.load(run.stage_folder(Evaluated.name))
-    exported = Exported.load(run.stage_folder(Exported.name))
+    """Return the page as HTML; every text from data, models and recipes is escaped."""
     kinds: list[type[Result]] = [*SECTIONS.values(), Evaluated, Exported]
-    results = [kind.load(run.stage_folder(kind.name)) for kind in kinds]
-    seconds = sum(result.seconds for result in results if result)
+    loaded = {kind: kind.load(run.stage_folder(kind.name)) for kind in kinds}
+    results = [result for result in loaded.values() if result]
+    evaluated, trained = loaded[Evaluated], loaded[Trained]
+    exported, judged = loaded[Exported], None
+    seconds = sum(result.seconds for result in results)
+    flag = compare.warning(trained.figures) if trained else None
+
+    body = html.note("Not evaluated yet.")
+    if isinstance(evaluated, Evaluated):
+        judged = evaluated.judged
+        rows = [
+            [name, format_number(values["base"]), format_number(values["tuned"])]
+            for name, values in evaluated.figures["metrics"].items()
+        ]
+        body = html.table(rows, ["measure", "base", "tuned"])
+    body += html.warning(flag) if flag else ""
+    for title, kind in (SECTIONS | {"Base against tuned": Evaluated}).items():
+        result = loaded[kind]
+        shown = result._repr_html_() if result else html.note("Not done yet.")
+        body += f"<h2>{title}</h2>{shown}"
+    body += f"<h2>Judge</h2>{judged._repr_html_()}" if judged else ""
+    body += f"<h2>Export</h2>{exported._repr_html_()}" if exported else ""
+    body += f"<h2>Recipe</h2><pre>{escape(dump_recipe(run.recipe))}</pre><h2>Versions</h2>"
+    body += html.mapping(results[-1].versions | results[-1].host) if results else ""
     lead = f"{run.recipe.method} on {run.recipe.model}, {format_seconds(seconds)} in all"
-    answers = evaluated._repr_html_() if evaluated else html.note("Not done yet.")
-    judged = evaluated.judged if evaluated else None
-    return html.page(
-        run.name,
-        lead,
-        f"{_headline(evaluated)}{_flag(trained)}{_sections(run)}"
-        f"<h2>Base against tuned</h2>{answers}"
-        f"{f'<h2>Judge</h2>{judged._repr_html_()}' if judged else ''}"
-        f"{f'<h2>Export</h2>{exported._repr_html_()}' if exported else ''}"
-        f"{_versions(run, next((r for r in reversed(results) if r), None))}",
-    )
+    return html.page(run.name, lead, body)
 
 
 def write_report(run: Run) -> Path:
     """Write `report.html` into the run folder and return its path.
 
     Raises:
-        HostError: It cannot be written there.
+        HostError: It cannot be written.
     """
     path = run.folder / "report.html"
     markup = render_report(run)
