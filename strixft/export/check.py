@@ -1,4 +1,4 @@
-"""`merged = adapter`: the merged model beside the one that was trained, on a few rows.
+"""Checks on a few rows that the merged model is the trained one.
 
 Shapes: K positions, V vocabulary.
 """
@@ -29,25 +29,25 @@ from strixft.recipe.schema import Recipe
 from strixft.support.errors import StageError
 
 ROWS = 4
-"""Held-out rows that are compared."""
+"""Rows that are compared."""
 
 TOKENS = 1024
-"""Most tokens of a row; so many logits of the largest vocabulary take 1 GiB."""
+"""Most tokens of a row; their logits of the largest vocabulary take 1 GiB."""
 
 POSITIONS = 256
-"""Most positions of a row that are compared: the last ones."""
+"""Most positions of a row that are compared, from its end."""
 
 MOST_DIFFERENCE = 1e-5
-"""Of two logits in float32, as a share of the largest logit."""
+"""Largest difference of two logits in float32, as a share of the largest logit."""
 
 MOST_KL = 1e-3
-"""Nats a token, where weights are rounded: the trained function's mean divergence from it."""
+"""Largest mean KL(trained ‖ merged) where weights are rounded, in nats a token."""
 
 LEAST_TOP1 = 0.99
-"""Share of positions at which both choose the same token."""
+"""Smallest share of positions at which both choose the same token."""
 
 LEAST_LEARNED_KL = 1e-6
-"""Below it training has changed too little for its absence to show."""
+"""Nats a token below which training has changed too little for its absence to show."""
 
 
 Logits = list[Tensor]
@@ -56,7 +56,7 @@ Logits = list[Tensor]
 
 @torch.no_grad()
 def _logits(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Logits:
-    """Computed in float32 and without flash kernels, so that only weights are rounded."""
+    """Compute logits in float32 without flash kernels, so that only weights are rounded."""
     found = []
     use_backend(base_of(model), BACKENDS["eager-rows"])
     with in_float32(model):
@@ -68,7 +68,7 @@ def _logits(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Logits:
 
 
 def _divergence(left: Logits, right: Logits) -> float:
-    """Mean over all positions of KL(left ‖ right), in nats."""
+    """Return the mean KL(left ‖ right) of all positions, in nats."""
     total, count = 0.0, 0
     for a, b in zip(left, right, strict=True):
         p, q = a.log_softmax(-1), b.log_softmax(-1)
@@ -78,12 +78,12 @@ def _divergence(left: Logits, right: Logits) -> float:
 
 
 def compare(trained: Logits, merged: Logits, base: Logits | None) -> dict[str, Any]:
-    """Return how far the merged model is from the trained one.
+    """Return the distance of the merged model from the trained one.
 
     Args:
-        trained: Of base and adapter, as they were trained.
-        merged: Of the merged model.
-        base: Of the base alone.
+        trained: Logits of base and adapter, as they were trained.
+        merged: Logits of the merged model.
+        base: Logits of the base alone.
 
     Returns:
         `max_difference`, of logits, as a share of the largest one; `kl` of the trained function
@@ -105,16 +105,16 @@ def compare(trained: Logits, merged: Logits, base: Logits | None) -> dict[str, A
 
 
 def faults(found: Mapping[str, Any], *, exact: bool) -> list[str]:
-    """Return which bounds are broken, in words.
+    """Return the violated bounds in words.
 
     Args:
-        found: What `compare` gave.
-        exact: No weight was rounded.
+        found: Result of `compare`.
+        exact: True if no weight was rounded.
     """
     if exact:
         far = found["max_difference"] > MOST_DIFFERENCE
         by = f"logits differ by {found['max_difference']:.1e} of the largest"
-        return [f"{by}, at most {MOST_DIFFERENCE:g} is rounding"] if far else []
+        return [f"{by}, more than {MOST_DIFFERENCE:g} by rounding"] if far else []
     told = [f"KL {found['kl']:.1e} nats (at most {MOST_KL:g})"] if found["kl"] > MOST_KL else []
     if found["top1"] < LEAST_TOP1:
         told.append(f"same next token {found['top1']:.3f} (at least {LEAST_TOP1})")
@@ -122,20 +122,20 @@ def faults(found: Mapping[str, Any], *, exact: bool) -> list[str]:
     if learned > LEAST_LEARNED_KL and found["kl"] > learned / 2:
         told.append(
             f"KL {found['kl']:.1e} nats, where training moved the base by {learned:.1e}:"
-            " what was learned is lost in rounding, or missing"
+            " rounding has lost what was learned, or it is missing"
         )
     return told
 
 
 def _is_exact(recipe: Recipe, merged: Path) -> bool:
-    """No weight was rounded: all are float32, in the files and in training."""
+    """Return whether no weight was rounded: all are float32, in the files and in training."""
     if METHODS[recipe.method].base != "native" or _dtype(recipe) is not torch.float32:
         return False
     return stored_types(merged) <= {"F32", "I64"}
 
 
 def stored_types(folder: Path) -> set[str]:
-    """Return the types of a model's weights, as its files call them."""
+    """Return the names of the types of a model's weights in its files."""
     kinds = set()
     for path in shard_paths(folder):
         with Shard(path) as shard:
@@ -150,7 +150,7 @@ def _dtype(recipe: Recipe) -> torch.dtype:
 def _trained_logits(
     recipe: Recipe, adapter: Path, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[Logits, Logits | None]:
-    """Of the trained model and of its base."""
+    """Return the logits of the trained model and of its base."""
     model: Any = load_variant(recipe, adapter, "tuned")
     if METHODS[recipe.method].adapter == "none":
         return _logits(model, rows), None
@@ -162,18 +162,19 @@ def _trained_logits(
 
 
 def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Module, bool]:
-    """Return the merged model, and whether a part of it stays on disk.
+    """Return the merged model, and true if a part of it stays on disk.
 
-    What does not fit stays in its files and is read layer by layer (accelerate's disk offload).
+    Weights that do not fit stay in their files and are read layer by layer (accelerate's disk
+    offload).
 
     Args:
-        recipe: Of the run.
-        folder: Of the merged model.
-        budget_bytes: What the host has for it.
+        recipe: Recipe of the run.
+        folder: Folder of the merged model.
+        budget_bytes: Memory for it.
     """
     size_bytes = sum(path.stat().st_size for path in shard_paths(folder))
     same = recipe.model_copy(update={"model": str(folder), "method": "lora"})
-    whole = stored_types(folder) <= {"F32", "I64"}  # written so because a half rounds too much
+    whole = stored_types(folder) <= {"F32", "I64"}  # 16 bits would round too much
     dtype = torch.float32 if whole else _dtype(recipe)
     fits = size_bytes < budget_bytes * 0.9
     if fits and dtype is _dtype(recipe):
@@ -196,17 +197,17 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
 def check_merged(
     recipe: Recipe, adapter: Path, merged: Path, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Compare a merged model with the trained one; one is in memory at a time.
+    """Compare a merged model with the trained one; only one of them is in memory at a time.
 
     Args:
-        recipe: Of the run.
+        recipe: Recipe of the run.
         adapter: The trained weights.
         merged: Folder of the merged model.
-        rows: Token rows; the first `ROWS` are taken.
+        rows: Token rows; the first `ROWS` are compared.
 
     Returns:
-        What `compare` gives; `faults`, the bounds that are broken; `exact`, whether no weight was
-        rounded; `offloaded`, whether a part of the merged model was read from disk; `seconds`.
+        The result of `compare`; `faults`, the violated bounds; `exact`, true if no weight was
+        rounded; `offloaded`, true if a part of the merged model was read from disk; `seconds`.
     """
     began, chosen = time.monotonic(), list(rows[:ROWS])
     trained, base = _trained_logits(recipe, adapter, chosen)
@@ -223,13 +224,13 @@ def check_merged(
 
 
 def require_same(found: Mapping[str, Any]) -> None:
-    """Raise if the merged model is another function than the trained one.
+    """Refuse a merged model that is not the same function as the trained one.
 
     Args:
-        found: What `check_merged` gave.
+        found: Result of `check_merged`.
 
     Raises:
-        StageError: With the bounds that are broken.
+        StageError: It names the violated bounds.
     """
     if found["faults"]:
         raise StageError(

@@ -1,4 +1,4 @@
-"""`MAKE`: how each kind of export is made of a trained run."""
+"""`MAKE`: a function for each kind of export, which makes it from a trained run."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ STORED = {
     "nf4": "the base's 4-bit weights, as training stored them",
     "int8": "the base's 8-bit weights, as training stored them",
 }
-"""What the adapter is merged into, by how the method keeps the base."""
+"""Storage of the base by the method → description of the weights that are merged into."""
 
 Made = dict[str, Any]
 
 
 def plain(name: str) -> str:
-    """A name that servers take.
+    """Return a name without characters that servers refuse.
 
     >>> plain("my run/2")
     'my-run-2'
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def method(self) -> Method:
-        """How the run was trained."""
+        """The training method."""
         return METHODS[self.run.recipe.method]
 
     @property
@@ -65,31 +65,30 @@ class Job:
 
     @property
     def lora_path(self) -> Path:
-        """The adapter's own GGUF file."""
+        """GGUF file of the adapter."""
         return self.folder / f"{plain(self.run.name)}-lora-f16.gguf"
 
     def gguf_path(self, kind: str) -> Path:
-        """A GGUF file of the merged model."""
+        """Return the path of a GGUF file of the merged model."""
         return self.folder / f"{plain(self.run.name)}-{kind}.gguf"
 
     def ends(self, tokenizer: Any) -> Ends:
-        """Where the model's answers end."""
+        """Return the ends of the model's answers."""
         return self.run.require(Prepared).ends(tokenizer)
 
     def held_out(self) -> list[dict[str, Any]]:
-        """Token rows that were not trained on."""
-        rows = self.run.require(Prepared).token_rows(self.run.recipe.dataset).validation
-        return list(rows)
+        """Return token rows that were not trained on."""
+        return list(self.run.require(Prepared).token_rows(self.run.recipe.dataset).validation)
 
     def compared(self) -> list[dict[str, Any]]:
-        """Rows on which the merged model is compared: held out, then trained on."""
+        """Return rows on which the merged model is compared: held out, then trained on."""
         rows = self.run.require(Prepared).token_rows(self.run.recipe.dataset)
-        sides = (rows.validation, rows.train)
-        return [side[index] for side in sides for index in range(min(ROWS, len(side)))][:ROWS]
+        splits = (rows.validation, rows.train)
+        return [split[index] for split in splits for index in range(min(ROWS, len(split)))][:ROWS]
 
 
 def _write_merged(job: Job, folder: Path, *, float32: bool = False) -> Made:
-    """Merge into a folder; the model there beside the trained one."""
+    """Merge into a folder, and compare that model with the trained one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     if job.method.adapter == "none":
@@ -102,13 +101,13 @@ def _write_merged(job: Job, folder: Path, *, float32: bool = False) -> Made:
 
 
 def _merge(job: Job) -> Made:
-    """Weights keep the base's types; where these round too much away, they become float32."""
+    """Merge in the base's types, or in float32 if those round too much away."""
     temporary = job.folder / f".{MERGED}"
     shutil.rmtree(job.merged, ignore_errors=True)
     began = time.monotonic()
     check, rounded = _write_merged(job, temporary), None
     if check["faults"] and not check["exact"] and job.method.adapter != "none":
-        require_room(job.folder, folder_bytes(temporary))  # it takes twice what is there
+        require_room(job.folder, folder_bytes(temporary))  # float32 takes twice that
         check, rounded = _write_merged(job, temporary, float32=True), check
     require_same(check)
     seconds, size = time.monotonic() - began, folder_bytes(temporary)
@@ -153,16 +152,12 @@ def _ollama(job: Job) -> Made:
 
 
 def _lemonade(job: Job) -> Made:
-    """A folder that holds one file: several in one folder would be taken for one model's parts."""
+    """Link one file into a folder of its own: Lemonade takes several for parts of one model."""
     path = job.folder / "lemonade" / f"{plain(job.run.name)}.gguf"
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     path.hardlink_to(_smallest(job))
     return {"path": str(path), "type": texts.lemonade_command(path.parent)}
-
-
-def _vllm(job: Job) -> Made:
-    return {"type": texts.vllm_command(plain(job.run.name), job.merged)}
 
 
 MAKE: dict[str, Callable[[Job], Made]] = {
@@ -171,5 +166,5 @@ MAKE: dict[str, Callable[[Job], Made]] = {
     "gguf-lora": _gguf_lora,
     "ollama": _ollama,
     "lemonade": _lemonade,
-    "vllm": _vllm,
+    "vllm": lambda job: {"type": texts.vllm_command(plain(job.run.name), job.merged)},
 }

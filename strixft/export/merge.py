@@ -1,10 +1,10 @@
-"""The trained weights put into the base, tensor by tensor: never a whole file in memory.
+"""Merges the trained weights into the base, tensor by tensor: never a whole file in memory.
 
-transformers' rules of loading say which tensors of the files become which parameter; PEFT merges a
-parameter; the same rules, followed backwards, say where its numbers stand in the files. Names,
-files and types stay those of the base. What the base was to the training, 4-bit or 8-bit, it is in
-the merged model too: those weights are quantised and dequantised again, so that the merged model
-answers like the trained one.
+transformers' loading rules say which tensors of the files become which parameter. PEFT merges a
+parameter. The same rules, followed backwards, give the places of its numbers in the files. Names,
+files and types stay those of the base. A base that was 4-bit or 8-bit in training is so in the
+merged model, too: its weights are quantised and dequantised again, so that the merged model answers
+like the trained one.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from strixft.support.errors import StageError
 from strixft.support.files import write_text
 
 STRETCH_BYTES = 4 * 2**20
-"""Copied at once."""
+"""Bytes that are copied at once."""
 
-AGAIN = "strixft run {0} --from train"
+AGAIN = "strixft run RECIPE --from train"
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -59,11 +59,11 @@ class _Base:
         self.entries: dict[str, Entry] = {n: s.entries[n] for n, s in self._shards.items()}
 
     def is_packed(self, name: str) -> bool:
-        """It was quantised by bitsandbytes."""
+        """Return whether bitsandbytes has packed a weight."""
         return self.entries[name].dtype in PACKED
 
     def shape_of(self, name: str) -> Sequence[int]:
-        """The shape of a weight, unpacked."""
+        """Return the shape of a weight after unpacking."""
         kinds = [n for n in self.entries if n.startswith(f"{name}.quant_state.")]
         if not kinds:
             return self.entries[name].shape
@@ -71,19 +71,19 @@ class _Base:
         return shape
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The type of a weight, of a packed one the type that it is written in."""
+        """Return the type in which a weight is written."""
         dtype = self._packed_as if self.is_packed(name) else DTYPES[self.entries[name].dtype]
         return torch.float32 if self._float32 and dtype.is_floating_point else dtype
 
     def stored(self, name: str) -> Tensor:
-        """A tensor as it is stored."""
+        """Read a tensor as it is stored."""
         entry = self.entries[name]
         stored = torch.empty(entry.size_bytes, dtype=torch.uint8)
         self._shards[name].read(stored, entry.start)
         return stored.view(DTYPES[entry.dtype]).view(entry.shape)
 
     def unchanged(self, name: str) -> Iterator[Tensor]:
-        """A weight that is not merged into, stretch by stretch."""
+        """Yield a weight that is not merged into, piece by piece."""
         if self.is_packed(name) or self._float32:
             yield self.read(name).to(self.dtype_of(name))
             return
@@ -94,7 +94,7 @@ class _Base:
             yield stretch
 
     def read(self, name: str) -> Tensor:
-        """A weight; one that bitsandbytes has packed is unpacked, in float32."""
+        """Read a weight; unpack one that bitsandbytes has packed to float32."""
         if not self.is_packed(name):
             return self.stored(name)
         if self.entries[name].dtype == "I8":
@@ -109,12 +109,7 @@ class _Base:
 
 
 class _File:
-    """A safetensors file that is filled in any order.
-
-    Args:
-        path: Where it goes.
-        rows: Type and shape of each tensor, by name.
-    """
+    """A safetensors file whose tensors, given by type and shape, are filled in any order."""
 
     def __init__(self, path: Path, rows: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -131,7 +126,7 @@ class _File:
         self._file.truncate(self._first + end)
 
     def write(self, name: str, parts: Iterable[Tensor]) -> None:
-        """Put a tensor in its place, piece by piece."""
+        """Write a tensor to its place, piece by piece."""
         start = self._first + self._starts[name]
         for part in parts:
             view = part.contiguous().view(-1).view(torch.uint8).numpy().data
@@ -140,7 +135,7 @@ class _File:
                 view, start = view[done:], start + done
 
     def close(self) -> None:
-        """Flush it."""
+        """Write the file to the disk."""
         self._file.close()
         sync(self.path)
 
@@ -150,11 +145,12 @@ def _from_int8(integers: Tensor, scales: Tensor) -> Tensor:
 
 
 def as_stored(weight: Tensor, base: str) -> Tensor:
-    """Return a weight as training saw it, in float32.
+    """Return a weight as training saw it, (D, C), in float32.
 
     Args:
-        weight: Of the original checkpoint, (D, C), on the device and in the type of training.
-        base: How the method keeps the base.
+        weight: Weight of the original checkpoint, (D, C), on the device and in the type of
+            training.
+        base: Storage of the base in training: `native`, `nf4` or `int8`.
     """
     if base == "nf4":
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -174,12 +170,12 @@ def load_adapted(config: Any, adapter: Path, device: str) -> nn.Module:
     """Return the base on `meta` with a trained adapter on a device.
 
     Args:
-        config: The base's configuration.
+        config: Configuration of the base.
         adapter: Folder of the adapter, as PEFT writes it.
-        device: Of the adapter.
+        device: Device of the adapter.
 
     Raises:
-        StageError: The adapter is another model's, not whole, or holds more than can be merged.
+        StageError: The adapter is another model's, incomplete, or holds more than can be merged.
     """
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
@@ -189,8 +185,8 @@ def load_adapted(config: Any, adapter: Path, device: str) -> nn.Module:
     strange = [name for name in state if ".lora_" not in name]
     if strange:
         raise StageError(
-            f"the adapter in {adapter} holds {strange[0]}, which is not known how to merge",
-            fix=AGAIN.format("RECIPE"),
+            f"the adapter in {adapter} holds {strange[0]}, which cannot be merged",
+            fix=AGAIN,
         )
     base = shape_base(config, METHODS["lora"], torch.float32)
     with torch.device("meta"):
@@ -203,20 +199,20 @@ def load_adapted(config: Any, adapter: Path, device: str) -> nn.Module:
         result = set_peft_model_state_dict(model, state)
     except RuntimeError as error:
         raise StageError(
-            f"the adapter in {adapter} is another base model's: {' '.join(str(error).split())}",
-            fix=AGAIN.format("RECIPE"),
+            f"the adapter in {adapter} is for another base model: {' '.join(str(error).split())}",
+            fix=AGAIN,
         ) from error
     missing = [name for name in result.missing_keys if ".lora_" in name] + result.unexpected_keys
     if missing:
         raise StageError(
             f"the adapter in {adapter} and the base do not belong together: {missing[0]}",
-            fix=AGAIN.format("RECIPE"),
+            fix=AGAIN,
         )
     return model
 
 
 class _Merger:
-    """Parameters of the base turned into the merged ones."""
+    """Turns parameters of the base into those of the merged model."""
 
     def __init__(self, recipe: Recipe, config: Any, adapter: Path) -> None:
         self._device, self._base = device_type(), METHODS[recipe.method].base
@@ -228,17 +224,17 @@ class _Merger:
 
     @property
     def changed(self) -> set[str]:
-        """Names of the parameters that are not those of the base's files."""
+        """Names of the parameters that differ from the base's files."""
         return self._adapted.keys() | self._quantised
 
     @torch.no_grad()
     def merged(self, name: str, weight: Tensor, *, is_packed: bool) -> Tensor:
-        """A parameter of the merged model, in float32 on the device.
+        """Return a parameter of the merged model, in float32 on the device.
 
         Args:
-            name: Of the parameter.
-            weight: As the base's files have it.
-            is_packed: It was unpacked: it is what training saw.
+            name: Name of the parameter.
+            weight: The parameter in the base's files.
+            is_packed: True if the files hold it packed: then it is the weight that training saw.
         """
         if name in self._quantised and not is_packed:
             weight = as_stored(weight.to(self._device, self._dtype), self._base)
@@ -256,10 +252,10 @@ class _Merger:
 
 
 def _places(group: Group, shapes: Mapping[str, Sequence[int]], model: Any) -> dict[str, Tensor]:
-    """Where each number of a group's parameters stands, counted through its tensors.
+    """Return the index of each number of a group's parameters in its concatenated tensors.
 
     Raises:
-        StageError: Loading does more than put numbers elsewhere, so there is no way back.
+        StageError: Loading does more than move numbers, so it cannot be undone.
     """
     total = sum(math.prod(shape) for shape in shapes.values())
     kind, start, numbered = torch.int32 if total < 2**31 else torch.int64, 0, {}
@@ -272,14 +268,14 @@ def _places(group: Group, shapes: Mapping[str, Sequence[int]], model: Any) -> di
         seen[places.flatten().long()] = True
     if not seen.all() or sum(places.numel() for places in found.values()) != total:
         raise StageError(
-            f"{group.target} is computed of {group.names[0]}, which cannot be undone",
+            f"{group.target} is computed from {group.names[0]}, which cannot be undone",
             fix="--to gguf-lora   (the adapter alone)",
         )
     return found
 
 
 def _merge_group(group: Group, base: _Base, merger: _Merger, model: Any) -> dict[str, Tensor]:
-    """The tensors of a group as the files of the merged model hold them."""
+    """Return the tensors of a group for the files of the merged model."""
     is_packed = base.is_packed(group.names[0])
     tensors = {name: base.read(name) for name in group.names}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -303,14 +299,14 @@ def _merge_group(group: Group, base: _Base, merger: _Merger, model: Any) -> dict
 def merge(
     recipe: Recipe, base_folder: Path, adapter: Path, target: Path, *, float32: bool = False
 ) -> None:
-    """Write a model folder: the base as it was trained on, with a trained adapter in it.
+    """Write a model folder: the base as training saw it, merged with a trained adapter.
 
     Args:
-        recipe: Of the run.
-        base_folder: With `config.json`, the tokenizer and safetensors files.
+        recipe: Recipe of the run.
+        base_folder: Folder with `config.json`, the tokenizer and safetensors files.
         adapter: Folder of the adapter.
         target: An empty folder.
-        float32: Write all weights in it; else in the types of the base.
+        float32: Write all weights in float32, else in the types of the base.
 
     Raises:
         StageError: Adapter and base do not belong together.
@@ -330,15 +326,20 @@ def merge(
             file = _File(target / shard.path.name, rows)
             stack.callback(file.close)
             files |= dict.fromkeys(own, file)
+        changed = set()
         for group, _ in groups:
+            changed |= set(group.names)
             for name, tensor in _merge_group(group, base, merger, model).items():
                 files[name].write(name, [tensor])
-        changed = {name for group, _ in groups for name in group.names}
         for name in names:
             if name not in changed:
                 files[name].write(name, base.unchanged(name))
     copy_beside(base_folder, target, float32=float32)
-    _write_index(target, files)
+    if len(set(files.values())) > 1:
+        size = sum(file.path.stat().st_size for file in set(files.values()))
+        places = {name: file.path.name for name, file in files.items()}
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        write_text(target / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def written_as(config: Any) -> torch.dtype:
@@ -347,21 +348,13 @@ def written_as(config: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) and dtype.itemsize > 1 else torch.bfloat16
 
 
-def _write_index(target: Path, files: Mapping[str, _File]) -> None:
-    if len(set(files.values())) > 1:
-        size = sum(file.path.stat().st_size for file in set(files.values()))
-        names = {name: file.path.name for name, file in files.items()}
-        index = {"metadata": {"total_size": size}, "weight_map": names}
-        write_text(target / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
 def copy_beside(base_folder: Path, target: Path, *, float32: bool = False) -> None:
-    """Copy what a model needs beside its weights: settings, tokenizer, templates, its own code.
+    """Copy the files beside the weights: settings, tokenizer, templates, the model's own code.
 
     Args:
-        base_folder: Of the base.
+        base_folder: Folder of the base.
         target: Folder of the merged model.
-        float32: Its weights are.
+        float32: True if its weights are float32.
     """
     for file in beside_weights(base_folder):
         place = target / file.relative_to(base_folder)

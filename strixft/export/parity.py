@@ -1,8 +1,9 @@
-"""Does the exported model answer like the trained one? Both are asked the same, token by token."""
+"""Parity: exported and trained model answer the same prompts, compared token by token."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,16 @@ from strixft.support.http import ask
 from strixft.support.progress import progress_bar
 
 PROMPTS = 50
-"""Fewest prompts; where fewer rows are held out, general questions make up for them."""
+"""Fewest prompts; general questions are added if fewer rows are held out."""
 
 ANSWER_TOKENS = 24
-"""Longest answer that is compared."""
+"""Most tokens of an answer that are compared."""
 
 ANSWER_S = 900.0
-"""Longest wait for one of them: a 70B on processor cores reads 8 tokens a second."""
+"""Longest wait for an answer: a 70B on processor cores reads 8 tokens a second."""
 
 END = -1
-"""Stands for any token that ends an answer."""
+"""Stand-in for any token that ends an answer."""
 
 _THINGS = (
     "rain", "iron", "a bridge", "the moon", "bread", "a violin", "electricity", "a river", "salt",
@@ -33,11 +34,9 @@ _THINGS = (
     "a compass", "milk", "a forest", "sound", "a mirror", "coal", "a seed",
 )  # fmt: skip
 
-QUESTIONS = tuple(
-    text.format(thing)
-    for text in ("What is {}?", "Say two sentences about {}.")
-    for thing in _THINGS
-)
+_REQUESTS = ("What is {}?", "Say two sentences about {}.")
+
+QUESTIONS = tuple(request.format(thing) for request in _REQUESTS for thing in _THINGS)
 
 
 Prompt = tuple[list[int], list[int]]
@@ -45,39 +44,27 @@ Prompt = tuple[list[int], list[int]]
 
 
 def chosen_prompts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Prompts of held-out rows, and general questions where they are too few.
+    """Return the prompts of held-out rows, and general questions where they are too few.
 
     Args:
         tokenizer: The model's.
         rows: Held-out token rows.
     """
-    held_out = [list(row["input_ids"][: row["prompt_tokens"]]) for row in rows[:PROMPTS]]
-    general = (
-        [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}],
-                add_generation_prompt=True,
-                return_dict=True,
-            )["input_ids"]
-            for question in QUESTIONS[: PROMPTS - len(held_out)]
-        ]
-        if tokenizer.chat_template
-        else []
-    )
-    return held_out + general
+    prompts = [list(row["input_ids"][: row["prompt_tokens"]]) for row in rows[:PROMPTS]]
+    if tokenizer.chat_template:
+        for question in QUESTIONS[: PROMPTS - len(prompts)]:
+            chat = [{"role": "user", "content": question}]
+            rendered = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=True
+            )
+            prompts.append(rendered["input_ids"])
+    return prompts
 
 
 def greedy_answers(
     model: Any, tokenizer: Any, ends: Ends, prompts: Sequence[list[int]]
 ) -> list[list[int]]:
-    """The trained model's greedy answers as tokens; the last may be `END`.
-
-    Args:
-        model: In evaluation mode.
-        tokenizer: Its tokenizer.
-        ends: Where its answers end.
-        prompts: Tokens.
-    """
+    """Return the greedy answers of a model in evaluation mode; the last token may be `END`."""
     answers = generate(model, tokenizer, ends, prompts, ANSWER_TOKENS)
     stops = frozenset(ends.token_ids)
     return [[END if token in stops else token for token in answer] for answer in answers]
@@ -98,24 +85,16 @@ def _answer(url: str, prompt: list[int], num_tokens: int) -> list[int]:
     return [*tokens[:-1], END] if ended else tokens
 
 
-def _shared(left: Sequence[int], right: Sequence[int]) -> int:
-    same = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        same += 1
-    return same
-
-
 def compare(url: str, prompt: list[int], wanted: list[int]) -> tuple[int, int]:
-    """Tokens before the first difference, and positions at which the choices agree.
+    """Return the tokens before the first difference, and the positions with the same choice.
 
-    After a difference the server goes on from the trained model's own words.
+    After a difference the server continues from the trained model's own words.
     """
     first, agreed, start = -1, 0, 0
     while start < len(wanted):
         got = _answer(url, prompt + wanted[:start], len(wanted) - start)
-        same = _shared(got, wanted[start:])
+        pairs = zip(got, wanted[start:], strict=False)
+        same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
         first = same if first < 0 else first
         agreed += same
         start += same + 1
@@ -123,7 +102,7 @@ def compare(url: str, prompt: list[int], wanted: list[int]) -> tuple[int, int]:
 
 
 def _same_tokens(url: str, tokenizer: Any, prompts: Sequence[list[int]]) -> float:
-    """Share of prompts that llama.cpp's tokenizer cuts as the model's does."""
+    """Return the share of prompts that llama.cpp's tokenizer splits as the model's does."""
     equal = 0
     for prompt in prompts:
         text = tokenizer.decode(prompt, skip_special_tokens=False)
@@ -133,7 +112,7 @@ def _same_tokens(url: str, tokenizer: Any, prompts: Sequence[list[int]]) -> floa
 
 
 def _same_template(url: str, tokenizer: Any) -> bool | str:
-    """llama.cpp renders a chat as the model's template does; or what it says against it."""
+    """Check that llama.cpp renders a chat as the template does; return its error if it cannot."""
     if not tokenizer.chat_template:
         return True
     chat = [{"role": "user", "content": QUESTIONS[0]}]
@@ -150,11 +129,11 @@ def _same_template(url: str, tokenizer: Any) -> bool | str:
 def _started(
     model: Path, longest: int, adapter: Path | None, tokenizer: Any
 ) -> Iterator[tuple[str, bool | str]]:
-    """A server's address, and whether it renders chats as the model's template does."""
+    """Start a server; yield its address and the result of `_same_template`."""
     with contextlib.ExitStack() as stack:
         try:
             url = stack.enter_context(served(model, longest, adapter))
-        except TemplateError as error:  # tokens can be compared all the same
+        except TemplateError as error:  # tokens can still be compared
             yield stack.enter_context(served(model, longest, adapter, ANY_TEMPLATE)), error.problem
         else:
             yield url, _same_template(url, tokenizer)
@@ -167,14 +146,14 @@ def measure_parity(
     prompts: Sequence[Prompt],
     adapter: Path | None = None,
 ) -> dict[str, Any]:
-    """Start a GGUF file with llama.cpp's server and compare it with the trained model's answers.
+    """Serve a GGUF file with llama.cpp and compare it with the trained model's answers.
 
     Args:
         model: The file.
-        kind: How it is stored.
-        tokenizer: The trained model's.
-        prompts: With the trained model's answers.
-        adapter: GGUF file of an adapter that the server puts on the model.
+        kind: Its quantisation.
+        tokenizer: Tokenizer of the trained model.
+        prompts: Prompts with the trained model's answers.
+        adapter: GGUF file of an adapter that the server applies to the model.
     """
     longest = max(len(prompt) + len(answer) for prompt, answer in prompts) + 8
     with _started(model, longest, adapter, tokenizer) as (url, same_template):

@@ -1,4 +1,4 @@
-"""What an export made and how it compares: as a result of the run, and as tables."""
+"""`Exported`: the files that an export made, and their comparison with the trained model."""
 
 from __future__ import annotations
 
@@ -12,64 +12,64 @@ from strixft.support import html
 from strixft.support.errors import StageError
 from strixft.support.units import format_gib
 
-Table = tuple[list[list[str]], list[str]]
+CellTable = tuple[list[list[str]], list[str]]
 """Rows and header."""
 
+_MERGED_FIX = "serve the merged folder: --to vllm"
+
 _TEMPLATE_FIX = (
-    "give the server one that it can: llama-server --jinja --chat-template-file FILE; or serve the"
-    " merged folder: --to vllm"
+    "give the server a template that it supports: llama-server --jinja --chat-template-file FILE;"
+    f" or {_MERGED_FIX}"
 )
 
 NOT_ROUNDED = ("f16", "gguf-lora")
-"""Files whose weights are those of the merged model: if they differ, finer ones do not help."""
-
-_MERGED_FIX = "serve the merged folder: --to vllm"
+"""Files with the weights of the merged model: if they differ, finer ones do not help."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported(Result):
-    """Where the exports lie, and how they compare with the trained model."""
+    """Result of the stage: paths of the exports, and their comparison with the trained model."""
 
     name: ClassVar[str] = "export"
 
     @property
     def differs(self) -> list[str]:
-        """GGUF files that do not answer like the trained model."""
+        """Names of GGUF files that do not answer like the trained model."""
         return [kind for kind, row in self.figures["parity"].items() if not row["passes"]]
 
     def require_parity(self) -> None:
-        """Raise if an export differs.
+        """Refuse exports that differ from the trained model.
 
         Raises:
-            StageError: With what differs, and by how much.
+            StageError: It names the differences and their size.
         """
         if not self.differs:
             return
         rows = {kind: self.figures["parity"][kind] for kind in self.differs}
-        told = "; ".join(f"{kind}: {_told(row)}" for kind, row in rows.items())
-        raise StageError(f"the export differs from the trained model; {told}", fix=self._fix(rows))
+        told = "; ".join(f"{kind}: {_verdict(row)}" for kind, row in rows.items())
+        if any(row["same_template"] is not True for row in rows.values()):
+            fix = _TEMPLATE_FIX
+        elif not rows.keys().isdisjoint(NOT_ROUNDED) or any(
+            row["same_tokens"] < 1 for row in rows.values()
+        ):
+            fix = _MERGED_FIX
+        else:
+            command = f"{resume_command(self.folder.parent)} --from export"
+            fix = f"{command} --set 'export.gguf=[f16]', or {_MERGED_FIX}"
+        raise StageError(f"the export differs from the trained model; {told}", fix=fix)
 
-    def _fix(self, differing: Mapping[str, Any]) -> str:
-        if any(row["same_template"] is not True for row in differing.values()):
-            return _TEMPLATE_FIX
-        rounded = differing.keys().isdisjoint(NOT_ROUNDED)
-        if not rounded or any(row["same_tokens"] < 1 for row in differing.values()):
-            return _MERGED_FIX
-        command = f"{resume_command(self.folder.parent)} --from export"
-        return f"{command} --set 'export.gguf=[f16]', or {_MERGED_FIX}"
-
-    def tables(self) -> list[Table]:
-        """What was made; the merged model and the files beside the trained model."""
+    def tables(self) -> list[CellTable]:
+        """Return tables of the files, of the merged model, and of the comparison."""
         made = [
             [kind, row.get("path", ""), format_gib(row.get("bytes")), row.get("type", "")]
             for kind, row in self.figures["made"].items()
         ]
         parity = [
-            [kind, f"{row['top1']:.3f}", f"{row['greedy']:.3f}", _told(row)]
+            [kind, f"{row['top1']:.3f}", f"{row['greedy']:.3f}", _verdict(row)]
             for kind, row in self.figures["parity"].items()
         ]
         found = [
-            (made, ["export", "where", "size", "type this"]),
+            (made, ["export", "path", "size", "command"]),
             check_table(self.figures["made"]),
             (parity, ["file", "same next token", "same answer", ""]),
         ]
@@ -82,11 +82,11 @@ class Exported(Result):
         return f"{warnings}{tables}{compared}"
 
 
-def check_table(made: Mapping[str, Any]) -> Table:
-    """The merged model beside the trained one; no rows if none was made.
+def check_table(made: Mapping[str, Any]) -> CellTable:
+    """Compare the merged model with the trained one; there are no rows if it was not made.
 
     Args:
-        made: Figures of what was made, by kind.
+        made: Figures of the exports, by kind.
     """
     found = made.get("merged", {}).get("check")
     header = ["merged model beside the trained one", "", "bound"]
@@ -94,10 +94,10 @@ def check_table(made: Mapping[str, Any]) -> Table:
         return [], header
     bounds = [f"at most {MOST_DIFFERENCE:g}", "", ""] if found["exact"] else None
     difference, kl, top1 = bounds or ["", f"at most {MOST_KL:g}", f"at least {LEAST_TOP1}"]
-    where = ", a part of it read from disk" if found["offloaded"] else ""
+    where = ", partly read from disk" if found["offloaded"] else ""
     rounded = made["merged"].get("rounded")
     why = "; ".join(rounded["faults"]) if rounded else ""
-    written = f"float32; in the base's types: {why}" if rounded else "the base's types"
+    written = f"float32; the base's types would give {why}" if rounded else "the base's types"
     rows = [
         ["merged into", str(made["merged"]["base"]), ""],
         ["written in", written, ""],
@@ -109,7 +109,7 @@ def check_table(made: Mapping[str, Any]) -> Table:
     return rows, header
 
 
-def _told(row: Mapping[str, Any]) -> str:
+def _verdict(row: Mapping[str, Any]) -> str:
     if row["passes"]:
         return "answers like the trained model"
     found = []
@@ -118,8 +118,8 @@ def _told(row: Mapping[str, Any]) -> str:
             f"same next token {row['top1']:.3f} (at least {row['least_top1']}),"
             f" same answer {row['greedy']:.3f} (at least {row['least_greedy']})"
         )
-    if row["same_tokens"] < 1:
-        found.append(f"its tokenizer cuts {1 - row['same_tokens']:.0%} of the prompts differently")
+    if differently := 1 - row["same_tokens"]:
+        found.append(f"its tokenizer splits {differently:.0%} of the prompts differently")
     if row["same_template"] is not True:
         said = f": {row['same_template']}" if row["same_template"] else ""
         found.append(f"llama.cpp cannot express the chat template{said}")

@@ -1,7 +1,7 @@
 """Float32 arithmetic on weights of any type, each widened where it is used.
 
-Two right models in bfloat16 differ by the rounding of their activations, more than by that of
-their weights. In float32 only the weights' rounding is left, and no second copy of them is kept.
+Two correct models in bfloat16 differ more by the rounding of their activations than by that of
+their weights. In float32 only the rounding of the weights is left, and no second copy is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _widen(value: Any) -> Any:
 
 
 def _mixes(name: str, values: Sequence[Any]) -> bool:
-    """Reads float32 and halves, and writes into none of them."""
+    """Return whether a function reads float32 and 16-bit values and writes into none of them."""
     wide = any(isinstance(value, Tensor) and value.dtype is torch.float32 for value in values)
     return wide and any(map(_is_half, values)) and not name.endswith("_")
 
@@ -36,7 +36,7 @@ def _mixes(name: str, values: Sequence[Any]) -> bool:
 class Float32(TorchFunctionMode):
     """Run a forward pass in float32, whatever the types of the weights.
 
-    What is looked up in an embedding becomes float32; so does each half that meets float32.
+    Looked-up embeddings become float32, and so does each 16-bit value that meets float32.
     """
 
     def __torch_function__(
@@ -56,11 +56,10 @@ class Float32(TorchFunctionMode):
 
 
 def in_float32(model: nn.Module) -> Float32:
-    """Return what to compute a model under.
+    """Return a context in which a model computes in float32.
 
-    Args:
-        model: Any. From now on 4-bit layers multiply in float32, and experts one after the other:
-            grouped products cast their input to the type of the weights.
+    From now on its 4-bit layers multiply in float32, and its experts run one after the other:
+    grouped products cast their input to the type of the weights.
     """
     from bitsandbytes.nn import Linear4bit
 
