@@ -19,7 +19,7 @@ from strixft.bench.served import find_api, find_model
 from strixft.support.errors import HostError, RecipeError, StrixftError
 
 MODELS = {"data": [{"id": "tiny"}]}
-TAGS = {"models": [{"name": "tiny:latest"}]}
+TAGS = {"data": [{"id": "tiny:latest"}]}
 
 
 def _event(data: Any) -> str:
@@ -147,7 +147,7 @@ def ollama(**end: Any) -> dict[str, Any]:
     """Routes of an Ollama."""
     return {
         "/api/version": lambda _: {"version": "0.30.0"},
-        "/api/tags": lambda _: TAGS,
+        "/v1/models": lambda _: TAGS,
         "/api/generate": generate(**end),
     }
 
@@ -199,15 +199,15 @@ def test_of_several_models_one_has_to_be_named() -> None:
     two = {"data": [{"id": "a"}, {"id": "b"}]}
     with serving({"/v1/models": lambda _: two}) as (url, _):
         with pytest.raises(RecipeError, match="several models") as caught:
-            find_model(url, "openai", "")
+            find_model(url, "")
         assert caught.value.fix == "--model with one of: a, b"
-        assert find_model(url, "openai", "b") == "b"
+        assert find_model(url, "b") == "b"
 
 
 def test_a_server_without_a_model_says_so() -> None:
     none: dict[str, Any] = {"/v1/models": lambda _: {"data": []}}
     with serving(none) as (url, _), pytest.raises(HostError, match="lists no model"):
-        find_model(url, "openai", "")
+        find_model(url, "")
 
 
 def test_which_protocol_a_server_speaks_is_asked() -> None:

@@ -7,7 +7,6 @@ The tests are llama-bench's: `ppN` reads N prompt tokens, `tgN` makes N tokens f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -23,11 +22,11 @@ from strixft.bench.roofline import (
     read_bytes,
 )
 from strixft.bench.timing import Sample, take_turns
-from strixft.catalog.hosts import HOSTS, Host
+from strixft.catalog.hosts import HOSTS
 from strixft.guard.host import find_host
+from strixft.servers.models import is_local
 from strixft.support.errors import HostError, RecipeError
-
-LOCAL = ("localhost", "127.0.0.1", "::1")
+from strixft.support.http import base_url
 
 DEFAULT_MODEL = "embedded:smollm2-135m"
 
@@ -94,6 +93,8 @@ class GenerationOptions(Options):
     def _served(self) -> Backend:
         from strixft.bench.served import find_server
 
+        here = find_host("auto") if is_local(base_url(self.server)) else None
+        host = here if self.host == "auto" else HOSTS[self.host]
         weights = WEIGHTS[self.weights] if self.weights else None
         read_gb = None
         if weights and (self.quantisation or self.file_gb):
@@ -102,16 +103,10 @@ class GenerationOptions(Options):
             self.server,
             self.api,
             self.model,
-            host=self._server_host(),
+            host=host,
             weights=weights,
             read_gb=read_gb,
         )
-
-    def _server_host(self) -> Host | None:
-        if self.host != "auto":
-            return HOSTS[self.host]
-        address = self.server if "://" in self.server else f"http://{self.server}"
-        return find_host("auto") if urlsplit(address).hostname in LOCAL else None
 
 
 class PrefillOptions(GenerationOptions):

@@ -76,7 +76,7 @@ def image_size(image: bytes) -> str:
 
 
 def _row(name: str, url: str, options: ImageOptions, folder: Path) -> BenchRow:
-    model = find_model(url, "openai", options.model)
+    model = find_model(url, options.model)
     body: dict[str, Any] = {
         "model": model,
         "prompt": options.prompt,

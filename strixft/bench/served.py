@@ -10,13 +10,10 @@ from typing import Any, ClassVar
 from strixft.bench.generation import Generation, check_counters, prompt_text
 from strixft.bench.roofline import Weights
 from strixft.catalog.hosts import Host
-from strixft.servers.models import choose_name
+from strixft.servers.models import choose_name, list_models
 from strixft.support.errors import HostError, RecipeError
 from strixft.support.http import START_S, ask, base_url, stream
 from strixft.support.tables import did_you_mean
-
-LISTS = {"openai": ("/v1/models", "data", "id"), "ollama": ("/api/tags", "models", "name")}
-"""Protocol → path of the list of models, key of the list, key of a name."""
 
 NANO = 1e-9
 
@@ -26,33 +23,21 @@ CONTRADICTS = "update the server; no figure of it is kept"
 
 
 def find_api(url: str) -> str:
-    """Return the protocol of a server: only Ollama tells its version.
-
-    Raises:
-        HostError: No server answers.
-    """
-    try:
-        ask(f"{url}/v1/models", timeout=START_S)
-    except HostError as error:
-        if "no server answers" in error.problem:
-            raise
+    """Return the protocol of a server: only Ollama tells its version."""
     try:
         return "ollama" if "version" in ask(f"{url}/api/version", timeout=START_S) else "openai"
     except HostError:
         return "openai"
 
 
-def find_model(url: str, api: str, asked: str) -> str:
+def find_model(url: str, asked: str) -> str:
     """Return the name of the model to measure: the one asked for, or the only one.
 
     Raises:
-        HostError: The server has no model.
+        HostError: No server answers, or it has no model.
         RecipeError: It has no such model, or several and none is asked for.
     """
-    path, key, name = LISTS[api]
-    listed = ask(url + path, timeout=START_S).get(key)
-    known = [str(model[name]) for model in listed or [] if name in model]
-    return choose_name(url, asked, known, "--model with")
+    return choose_name(url, asked, [model.name for model in list_models(url)], "--model with")
 
 
 @dataclass
@@ -280,4 +265,4 @@ def find_server(address: str, api: str, model: str, **known: Any) -> Served:
     if api not in ("auto", *SERVERS):
         raise RecipeError(f"there is no api {api!r}", fix=did_you_mean(api, ("auto", *SERVERS)))
     api = find_api(url) if api == "auto" else api
-    return SERVERS[api](url=url, model=find_model(url, api, model), **known)
+    return SERVERS[api](url=url, model=find_model(url, model), **known)
