@@ -41,7 +41,7 @@ class Quantisation:
 
     name: str
     bits: float
-    """Of a weight, scales included."""
+    """Bits of a weight, with scales."""
     source: str
 
 
