@@ -236,7 +236,7 @@ class Benchmarks:
     def points(self) -> list[Point]:
         """Return this machine's decode figures, for the pictures."""
         return [
-            Point(row["gb_per_token"], row["tok_per_s"], row["ceiling_tok_per_s"])
+            (row["gb_per_token"], row["tok_per_s"], row["ceiling_tok_per_s"])
             for result in self.stored.results
             for row in result.rows
             if row.get("gb_per_token")
@@ -281,13 +281,8 @@ MARKERS = {"measured": "o", "vendor": "s", "derived": "s", "claimed": "x"}
 LEAST_GB, MOST_GB = 1.0, 80.0
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One decode figure of this machine."""
-
-    gb_per_token: float
-    tok_per_s: float
-    ceiling_tok_per_s: float | None
+Point = tuple[float, float, float | None]
+"""One decode figure of this machine: GB a token, tokens per second, ceiling."""
 
 
 def _mark_points(
@@ -323,12 +318,12 @@ def _finish(axes: Any, x: str, y: str) -> None:
 def draw_roofline(rows: Iterable[Figure], here: Sequence[Point]) -> str:
     """Draw tokens per second over the bytes read for each, with the line of each host."""
     figure, axes = html.new_figure(8.4, 4.4)
-    ends = (min([LEAST_GB, *(point.gb_per_token for point in here)]), MOST_GB)
+    ends = (min([LEAST_GB, *(gigabytes for gigabytes, _, _ in here)]), MOST_GB)
     for host, colour in COLOURS.items():
         if bus := HOSTS[host].bus_bytes_per_s:
             rates = [bus.value / 1e9 / gigabytes for gigabytes in ends]
             axes.plot(ends, rates, color=colour, linewidth=1.2, label=f"{host}, at most")
-    stars = [(point.gb_per_token, point.tok_per_s) for point in here]
+    stars = [(gigabytes, rate) for gigabytes, rate, _ in here]
     _mark_points(axes, rows, lambda row: (row.ceiling.per_token / 1e9, row.value), stars)
     _finish(axes, "GB of weights read for a token", "tokens/s, decoding")
     return html.picture(figure, "tokens per second over bytes read, with each host's roofline")
@@ -341,7 +336,7 @@ def draw_against_ceiling(rows: Iterable[Figure], here: Sequence[Point]) -> str:
     axes.plot(ends, ends, color=html.INK, linewidth=1.2)
     axes.fill_between(ends, ends, [1000, 1000], color="#fee2e2", zorder=0)
     axes.text(1.3, 250, "cannot be true", color="#b91c1c", fontsize=9)
-    stars = [(p.ceiling_tok_per_s, p.tok_per_s) for p in here if p.ceiling_tok_per_s]
+    stars = [(ceiling, rate) for _, rate, ceiling in here if ceiling]
     _mark_points(axes, rows, lambda row: (row.ceiling.tok_per_s, row.value), stars)
     _finish(axes, "ceiling, tokens/s", "tokens/s as published")
     axes.set_ylim(1, 400)

@@ -141,6 +141,7 @@ class _File:
 
 
 def _from_int8(integers: Tensor, scales: Tensor) -> Tensor:
+    """Return the weight, (D, C), of integers, (D, C), and the scale of each row, (D)."""
     return integers.float().mul_((scales.float() / LARGEST).unsqueeze(1))
 
 
