@@ -386,10 +386,17 @@ def loaded_modules(*words: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["run", "--help"], ["recipe"], ["recipe", "demo"], ["recipe", "--schema"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["bench", "--help"],
+        ["recipe"],
+        ["recipe", "demo"],
+        ["recipe", "--schema"],
+    ],
     ids=" ".join,
 )
-def test_a_command_about_recipes_starts_without_torch(words: list[str]) -> None:
+def test_help_and_recipes_start_without_torch(words: list[str]) -> None:
     modules = loaded_modules(*words)
     assert "strixft.app.cli" in modules
     assert not modules & {"torch", "transformers", "datasets", "papermill", "matplotlib"}

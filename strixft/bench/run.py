@@ -21,7 +21,6 @@ from strixft.bench.result import BenchRow, Measured, Options, append, require_st
 from strixft.bench.timing import sensors_of, watched
 from strixft.catalog.hosts import Sourced
 from strixft.catalog.rates import cpu_name, device_name, write_rates
-from strixft.guard.host import device_type, find_host
 from strixft.support.files import now, versions
 from strixft.support.tables import Table
 
@@ -67,22 +66,22 @@ BENCHES: Table[Bench] = Table(
 """Everything that can be measured."""
 
 
-def device_label() -> str:
+def _device_label(device: str) -> str:
     """Return name and architecture of the GPU, or the processor and its threads in use."""
     import torch
 
-    if device_type() == "cpu":
+    if device == "cpu":
         return f"{cpu_name()}, {torch.get_num_threads()} threads"
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name} {getattr(properties, 'gcnArchName', '')}".strip()
 
 
-def _host(rows: list[BenchRow]) -> dict[str, Any]:
+def _host(rows: list[BenchRow], device: str) -> dict[str, Any]:
     """Describe the device that did the work: a server's, or this machine's."""
     servers = {row["server"] for row in rows if row.get("server")}
     return {
-        "device": ", ".join(sorted(servers)) if servers else device_label(),
-        "type": "server" if servers else device_type(),
+        "device": ", ".join(sorted(servers)) if servers else _device_label(device),
+        "type": "server" if servers else device,
         "machine": platform.machine(),
         "system": platform.platform(),
     }
@@ -100,17 +99,20 @@ def run_bench(what: str, *, save: bool = True, **settings: Any) -> Measured:
         RecipeError: There is no such bench, or it has no such option.
         HostError: Results cannot be stored.
     """
+    from strixft.guard.host import device_type  # imports torch, which `--help` does not need
+
     bench, started, clock = BENCHES[what], now(), time.monotonic()
     options = bench.options.parse(settings)
     if save:
         require_store()
-    with watched(sensors_of(device_type())) as conditions:
+    device = device_type()
+    with watched(sensors_of(device)) as conditions:
         rows = bench.measure(options)
     result = Measured(
         bench=what,
         started=started,
         seconds=round(time.monotonic() - clock, 3),
-        host=_host(rows),
+        host=_host(rows, device),
         versions=versions(),
         settings=options.model_dump(),
         conditions=conditions,
@@ -128,6 +130,7 @@ def write_host_row(result: Measured) -> Path:
         result: Of `gemm` or `bandwidth`.
     """
     from strixft.bench import bandwidth, gemm
+    from strixft.guard.host import find_host
 
     version = f"torch {result.versions['torch']}"
     source = f"strixft bench {result.bench}, {result.started[:10]}, {version}"
