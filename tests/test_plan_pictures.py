@@ -44,7 +44,7 @@ def test_the_runner_up_is_the_fastest_other_plan_that_fits(figures: dict[str, An
 
 
 def test_each_picture_stands_alone(figures: dict[str, Any]) -> None:
-    change = {"change": "--set method=qlora --set train.micro_batch=1"}
+    change = {"change": "--set method=qlora --set train.micro_batch=1", "setting": "method=qlora"}
     figures["advice"] = [change | {"peak_bytes": GIB, "seconds_per_update": 2.0, "fits": True}]
     for draw in (show.breakdown, show.frontier, show.advice):
         html = draw(figures)

@@ -25,28 +25,30 @@ from strixft.attention.core import attend_eagerly
 from strixft.attention.masks import dense_mask, documents_of
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import find_host
+from strixft.model.load import load_config
 from strixft.plan.result import plan_figures, plan_recipe
 from strixft.prepare.stage import prepare_recipe
-from strixft.probe import checks as probe_ladder
-from strixft.probe import run as probe_measure
-from strixft.probe import weights
+from strixft.probe import checks, weights
+from strixft.probe import run as probe_run
 from strixft.probe.attention import (
-    Subject,
-    Way,
+    BackendCall,
+    Case,
     allowed_error,
     judged,
     largest_error,
-    measure_rung,
+    measure_backend,
     reference,
 )
 from strixft.probe.checks import (
     KNOWN_ISSUES,
+    Verdict,
+    choose_attention,
     fastest_blas,
     probe_attention,
-    probed_backends,
-    require_attention,
     require_device_works,
+    usable,
 )
+from strixft.probe.job import Job
 from strixft.probe.run import Task, measure
 from strixft.recipe.load import load_recipe
 from strixft.run.open import open_run
@@ -101,7 +103,7 @@ for way in (raises, aborts, hangs, leaks, nothing, dawdles):
 '''
 
 
-def bad_rung(name: str) -> AttentionBackend:
+def bad_backend(name: str) -> AttentionBackend:
     return replace(
         BACKENDS["sdpa-packed"], name=name, implementation=name, module="bad_ways", why="a test"
     )
@@ -115,9 +117,9 @@ def bad_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (folder / "bad_ways.py").write_text(BAD_WAYS)
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
     monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(probe_measure, "STEP_LIMIT_S", 5.0)
+    monkeypatch.setattr(probe_run, "STEP_LIMIT_S", 5.0)
     names = ["raises", "aborts", "leaks", "hangs", "nothing", "dawdles"]
-    rows = {name: bad_rung(name) for name in names}
+    rows = {name: bad_backend(name) for name in names}
     monkeypatch.setattr(BACKENDS, "_rows", rows | {name: BACKENDS[name] for name in ON_CPU})
     return names
 
@@ -142,7 +144,7 @@ def test_bad_ways_are_skipped_with_their_reasons_and_a_run_goes_on(
     assert told["aborts"].startswith("probed here: crashed (SIGABRT")
     assert told["hangs"] == "probed here: timed out (5 s)"
     assert "of the largest value" in told["leaks"]
-    assert told["nothing"] == "probed here: gives values that are no finite numbers"
+    assert told["nothing"] == "probed here: gives values that are not finite numbers"
     assert "ms where sdpa-packed takes" in told["dawdles"]
     children = count_children(monkeypatch)
     assert train_recipe(run).figures["updates"] > 0
@@ -152,19 +154,19 @@ def test_bad_ways_are_skipped_with_their_reasons_and_a_run_goes_on(
 def count_children(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tasks of each child that is started from now on."""
     counted: list[int] = []
-    right = probe_measure._one_child
+    right = probe_run._one_child
 
     def counting(tasks: list[Task]) -> int:
         counted.append(len(tasks))
         return right(tasks)
 
-    monkeypatch.setattr(probe_measure, "_one_child", counting)
+    monkeypatch.setattr(probe_run, "_one_child", counting)
     return counted
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """As another process has it."""
-    monkeypatch.setattr(probe_measure, "_memo", {})
+    monkeypatch.setattr(probe_run, "_memo", {})
 
 
 def test_each_thing_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,23 +174,28 @@ def test_each_thing_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     forget(monkeypatch)
     children, host = count_children(monkeypatch), find_host("cpu")
     require_device_works(HEADS, METHODS["qlora"], host)
-    assert children == [5]  # four ways and the 4-bit weights, in one child
-    verdicts = probe_attention(HEADS, host)
-    assert [v.backend.name for v in verdicts if v.outcome == "right"] == list(ON_CPU)
-    assert [backend.name for backend in probed_backends(HEADS, host)] == list(ON_CPU)
-    assert [backend.name for backend in probed_backends(HEADS, host, packing=False)] == [
-        "sdpa",
-        "eager-rows",
-    ]
+    assert children == [3]  # two backends and the 4-bit weights, in one child
+    verdicts = choose_attention(HEADS, host)
+    assert names_of(verdicts) == ["sdpa-packed", "sdpa"]
+    assert names_of(choose_attention(HEADS, host, packing=False)) == ["sdpa"]
+    assert names_of(choose_attention(HEADS, host, "sdpa")) == ["sdpa"]
+    assert children == [3]
+    assert names_of(choose_attention(HEADS, host, "eager")) == ["eager"]
+    assert names_of(probe_attention(HEADS, host)) == list(ON_CPU)
+    assert children == [3, 1, 1]
     forget(monkeypatch)
-    assert probe_attention(HEADS, host) == verdicts
-    assert children == [5]
+    assert choose_attention(HEADS, host) == verdicts
+    assert children == [3, 1, 1]
     kept = [json.loads(path.read_text()) for path in (tmp_path / "cache/probes").iterdir()]
     assert len(kept) == 5
     for row in kept:
         assert row["depends_on"]["torch"] == torch.__version__
         assert row["depends_on"]["arguments"]["dtype"] == "float32"
         assert row["depends_on"]["device"]
+
+
+def names_of(verdicts: list[Verdict]) -> list[str]:
+    return [backend.name for backend in usable(verdicts)]
 
 
 def test_another_driver_or_variable_is_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +211,7 @@ def test_another_driver_or_variable_is_another_device(monkeypatch: pytest.Monkey
 
 def judge(monkeypatch: pytest.MonkeyPatch, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Verdicts on figures that a child would have given."""
-    monkeypatch.setattr(probe_ladder, "measure", lambda tasks, fresh: figures)
+    monkeypatch.setattr(checks, "measure", lambda tasks, fresh: figures)
     return {v.backend.name: v for v in probe_attention(HEADS, replace(GPU, architecture="gfx1151"))}
 
 
@@ -242,16 +249,16 @@ def test_a_way_gives_way_to_a_faster_one_that_keeps_no_more(
     }
     verdicts = judge(monkeypatch, figures)
     assert {name: v.outcome for name, v in verdicts.items()} == {
-        "varlen-fa4": "no way",
+        "varlen-fa4": "unsupported",
         "varlen": "slower",
         "flex": "right",
         "sdpa-packed": "right",
         "sdpa": "right",
         "eager": "right",
-        "eager-rows": "no way",
+        "eager-rows": "unsupported",
     }
     assert verdicts["varlen"].reason == "takes 6 ms where flex takes 3"
-    names = [backend.name for backend in probed_backends(HEADS, GPU)]
+    names = names_of(list(verdicts.values()))
     assert names == ["flex", "sdpa-packed", "sdpa", "eager", "varlen"]
 
 
@@ -265,7 +272,7 @@ def test_only_a_measurement_overrules_a_report(monkeypatch: pytest.MonkeyPatch) 
     ]
     host = replace(GPU, architecture="gfx1151")
     figures = {name: timed(1.0) for name in BACKENDS} | {"sdpa": timed(1.0, float("inf"))}
-    monkeypatch.setattr(probe_ladder, "measure", lambda tasks, fresh: figures)
+    monkeypatch.setattr(checks, "measure", lambda tasks, fresh: figures)
     verdicts = {v.backend.name: v for v in probe_attention(gemma, host)}
     assert verdicts["varlen"].outcome == "right"
     assert verdicts["varlen"].reason == (
@@ -273,20 +280,44 @@ def test_only_a_measurement_overrules_a_report(monkeypatch: pytest.MonkeyPatch) 
         " (unslothai/unsloth#3385, PR #3588)"
     )
     assert verdicts["sdpa"].outcome == "wrong"
-    assert "sdpa" not in [backend.name for backend in probed_backends(gemma, host)]
+    assert "sdpa" not in names_of(list(verdicts.values()))
 
 
-def test_no_way_that_is_right_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_keeps_scores_is_tried_where_nothing_else_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[list[str]] = []
+
+    def figures(tasks: list[Task], fresh: bool = False) -> dict[str, Any]:
+        tried.append([task.name for task in tasks])
+        wrong = timed(1.0, float("inf"))
+        return {t.name: timed(1.0) if t.name.startswith("eager") else wrong for t in tasks}
+
+    monkeypatch.setattr(checks, "measure", figures)
+    assert names_of(choose_attention(HEADS, find_host("cpu"))) == ["eager", "eager-rows"]
+    assert tried == [["sdpa-packed", "sdpa"], list(ON_CPU)]
+
+
+def test_no_backend_that_is_right_is_an_error(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     crashed = {"problem": "crashed (SIGSEGV)", "ended": "crashed"}
     monkeypatch.setattr(
-        probe_ladder, "measure", lambda tasks, fresh: {task.name: crashed for task in tasks}
+        checks, "measure", lambda tasks, fresh=False: {task.name: crashed for task in tasks}
     )
-    with pytest.raises(HostError, match="no way to compute attention is right") as caught:
-        probed_backends(HEADS, find_host("cpu"))
+    with pytest.raises(HostError, match="no attention backend is right on") as caught:
+        choose_attention(HEADS, find_host("cpu"))
     assert "(sdpa-packed: crashed (SIGSEGV); sdpa: crashed (SIGSEGV); eager" in caught.value.problem
     assert caught.value.fix.startswith("strixft doctor   says what is wrong; strixft bench")
+    recipe = load_recipe(write_recipe())
     with pytest.raises(HostError, match="attention 'sdpa', which the plan chose") as caught:
-        require_attention("sdpa", HEADS, find_host("cpu"), "strixft run x --from plan")
+        Job.planned(
+            recipe,
+            load_config(recipe),
+            find_host("cpu"),
+            {"attention": "sdpa"},
+            "strixft run x --from plan",
+        )
     assert caught.value.problem.endswith(": crashed (SIGSEGV)")
     assert caught.value.fix == "strixft run x --from plan"
 
@@ -305,7 +336,7 @@ def test_what_may_go_otherwise_next_time_is_not_kept(
         if figures is None
         else Probe(ended="done", steps={"nf4": figures})
     )
-    monkeypatch.setattr(probe_measure, "run_steps", lambda *_, **__: probe)
+    monkeypatch.setattr(probe_run, "run_steps", lambda *_, **__: probe)
     task = Task("nf4", "nf4", {"device": "cpu", "dtype": "float32"})
     assert "problem" in measure([task])["nf4"]
     assert not (tmp_path / "cache").exists()
@@ -315,13 +346,11 @@ def test_what_may_go_otherwise_next_time_is_not_kept(
 
 
 def test_the_reference_is_attention_of_each_document_alone() -> None:
-    subject = Subject.random(HEADS, "cpu", torch.float64)
-    result, start = reference(subject)[0], 0
-    for length in subject.lengths:
+    case = Case.random(HEADS, "cpu", torch.float64)
+    result, start = reference(case)[0], 0
+    for length in case.lengths:
         place = slice(start, start + length)
-        q, k, v = (
-            tensor[place].transpose(0, 1) for tensor in (subject.query, subject.key, subject.value)
-        )
+        q, k, v = (tensor[place].transpose(0, 1) for tensor in (case.query, case.key, case.value))
         due = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )
@@ -336,16 +365,16 @@ def test_gradients_of_the_reference_are_those_of_the_whole_mask(
     softcap: float | None, windowed: bool
 ) -> None:
     heads = replace(HEADS, softcap=softcap)
-    subject = Subject.random(heads, "cpu", torch.float64, windowed=windowed)
-    found = Way(BACKENDS["eager"], subject, "cpu").results()
-    assert largest_error(found, reference(subject)) < 1e-6  # its softmax is in float32
+    case = Case.random(heads, "cpu", torch.float64, windowed=windowed)
+    found = BackendCall(BACKENDS["eager"], case, "cpu").results()
+    assert largest_error(found, reference(case)) < 1e-6  # its softmax is in float32
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ways_that_are_right_stay_far_below_what_is_allowed(backend: str, dtype: str) -> None:
     heads = asdict(replace(HEADS, windowed=True))
-    figures = measure_rung(asdict(BACKENDS[backend]), heads, "cpu", dtype, peak=True)
+    figures = measure_backend(asdict(BACKENDS[backend]), heads, "cpu", dtype, peak=True)
     assert "problem" not in figures
     assert 0 < figures["error"] < 0.5 * figures["allowed_error"]
     assert figures["peak_bytes"] > 0
@@ -356,7 +385,7 @@ def test_flash_attention_is_told_where_documents_end(
     windowed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its kernel has no CPU; what it is given is computed plainly in its place."""
-    subject = Subject.random(HEADS, "cpu", torch.float32, windowed=windowed)
+    case = Case.random(HEADS, "cpu", torch.float32, windowed=windowed)
 
     def plainly(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *sizes: Any) -> Tensor:
         longest, _, window = sizes
@@ -365,16 +394,16 @@ def test_flash_attention_is_told_where_documents_end(
         return attend_eagerly(nn.Module(), query, key, value, mask)[0]
 
     monkeypatch.setattr("strixft.attention.core.varlen", plainly)
-    found = Way(BACKENDS["varlen"], subject, "cpu").results()
-    assert largest_error(found, reference(subject)) < 1e-5
+    found = BackendCall(BACKENDS["varlen"], case, "cpu").results()
+    assert largest_error(found, reference(case)) < 1e-5
 
 
 def test_a_mask_that_lets_a_first_token_look_ahead_is_wrong() -> None:
-    subject = Subject.random(HEADS, "cpu", torch.bfloat16)
-    way = Way(BACKENDS["sdpa-packed"], subject, "cpu")
-    mask: Tensor = way._options["attention_mask"]
+    case = Case.random(HEADS, "cpu", torch.bfloat16)
+    call = BackendCall(BACKENDS["sdpa-packed"], case, "cpu")
+    mask: Tensor = call._options["attention_mask"]
     mask[0, 0, 41, 42] = True  # one of 18,432 places
-    error = largest_error(way.results(), reference(subject))
+    error = largest_error(call.results(), reference(case))
     assert "wrong by" in judged(error, allowed_error(torch.bfloat16, 41))["problem"]
 
 
@@ -408,7 +437,9 @@ def test_wrong_4_bit_weights_are_an_error_that_says_what_to_type(
     recipe = load_recipe(write_recipe(method="qlora"))
     monkeypatch.setattr(
         "strixft.probe.checks.measure",
-        lambda tasks: {"nf4": {"problem": "error 1.41 of the values' length, 0.12 is due"}},
+        lambda tasks, fresh=False: {
+            "nf4": {"problem": "error 1.41 of the values' length, 0.12 is due"}
+        },
     )
     with pytest.raises(HostError, match="4-bit weights are wrong on cpu") as caught:
         plan_figures(recipe)
@@ -421,13 +452,13 @@ def test_wrong_4_bit_weights_are_an_error_that_says_what_to_type(
 # What else is known to go wrong.
 
 
-def test_every_trap_has_a_source_and_is_tried_by_something_that_exists() -> None:
+def test_every_known_issue_has_a_source_and_is_tried_by_something_that_exists() -> None:
     assert len(KNOWN_ISSUES) >= 3
-    for trap in KNOWN_ISSUES.values():
-        assert importlib.util.find_spec(trap.tried_by) is not None
-        assert trap.what
-        assert trap.source
-        assert trap.instead
+    for issue in KNOWN_ISSUES.values():
+        assert importlib.util.find_spec(issue.tried_by) is not None
+        assert issue.what
+        assert issue.source
+        assert issue.instead
 
 
 def test_the_faster_library_is_taken_where_the_base_is_trained(

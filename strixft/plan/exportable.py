@@ -23,7 +23,7 @@ def require_kinds(recipe: Recipe, kinds: Collection[str]) -> None:
 
     Args:
         recipe: What is trained.
-        kinds: Of export.
+        kinds: Kinds of export.
 
     Raises:
         HostError: A program is missing.
@@ -37,7 +37,7 @@ def require_kinds(recipe: Recipe, kinds: Collection[str]) -> None:
 
 
 def _merge_warnings(recipe: Recipe) -> list[str]:
-    """Why what is trained cannot be merged, or why that is not known."""
+    """Return reasons why what is trained cannot be merged, or why that is not known."""
     refuse_pickles(model_source(recipe.model))
     entries = base_entries(recipe)
     if entries is None:
@@ -71,6 +71,8 @@ def require_exportable(recipe: Recipe) -> list[str]:
         try:
             gguf.check_convertible(folder)
         except StageError as error:
-            fix = "--set 'export.to=[merged]'; or " + error.fix.partition(";")[0]
-            raise RecipeError(f"{recipe.model}: {error.problem}", fix=fix) from error
+            raise RecipeError(
+                f"{recipe.model}: {error.problem}",
+                fix=f"--set 'export.to=[merged]'; or {gguf.NEWER_CONVERTER}",
+            ) from error
     return warnings

@@ -42,6 +42,80 @@ WARM = 2
 
 TIMED = 3
 
+FOLDER = "measured"
+
+SOURCE = "strixft plan --measure, models of {layers} layers, {when}"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Measured = `factor` × predicted + `offset`."""
+
+    factor: float
+    offset: float
+
+    @classmethod
+    def through(cls, small: tuple[float, float], large: tuple[float, float]) -> Line:
+        """Draw the line through two points (predicted, measured).
+
+        Where the larger model did not take more than the smaller one, noise was larger than what
+        lies between them: then the line goes through the larger one and nothing.
+        """
+        (x, y), (far_x, far_y) = small, large
+        if far_x <= x or far_y <= y:
+            return cls(far_y / far_x, 0.0)
+        factor = (far_y - y) / (far_x - x)
+        return cls(factor, y - factor * x)
+
+    def at(self, predicted: float, times: int = 1) -> float:
+        """Return what would be measured, with `times` the offset."""
+        return self.factor * predicted + self.offset * times
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """Corrects a dry run. Memory is never corrected to less: a plan must not promise too much."""
+
+    peak: Line | None = None
+    """Bytes allocated; None where the device has no allocator to ask."""
+    seconds: Line | None = None
+    """Of an update of one micro-batch; None where no time is predicted."""
+    source: str = ""
+
+    def bytes_more(self, peak_bytes: int) -> int:
+        """Return the bytes that the peak is higher than predicted."""
+        return max(0, round(self.peak.at(peak_bytes)) - peak_bytes) if self.peak else 0
+
+    def time(self, seconds: float | None, steps: int) -> float | None:
+        """Return the seconds of an update of so many micro-batches."""
+        if seconds is None or self.seconds is None:
+            return seconds
+        return max(self.seconds.at(seconds, steps), 0.0)
+
+    def of_run(self, run: DryRun) -> DryRun:
+        """Return a dry run, corrected; what the peak is higher stands under `workspace`."""
+        more = self.bytes_more(run.peak_bytes)
+        return replace(
+            run,
+            parts={**run.parts, "workspace": run.parts["workspace"] + more},
+            reserved_bytes=run.reserved_bytes + more,
+            seconds_per_update=self.time(run.seconds_per_update, run.steps),
+        )
+
+    def assumptions(self) -> list[dict[str, Any]]:
+        """Return rows of a plan's assumptions."""
+        lines = {"peak in bytes": self.peak, "seconds per micro-batch": self.seconds}
+        return [
+            {
+                "what": f"{name}, measured = factor × predicted + offset",
+                "value": f"{line.factor:.4f}, {line.offset:.4g}",
+                "mark": "measured",
+                "source": self.source,
+            }
+            for name, line in lines.items()
+            if line is not None
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class _Point:
@@ -125,11 +199,11 @@ def _seconds_line(points: list[_Point]) -> Line | None:
 
 
 def measure(job: Job, limit: Budget, run: DryRun) -> Correction:
-    """Run small models of a planned step on this device.
+    """Run small models of a planned step on this device, and return how far the plan is off.
 
     Args:
         job: What is trained, on this machine.
-        limit: What the process may use; on a GPU it is held to it.
+        limit: Memory that the process may use; on a GPU it is held to it.
         run: The planned step.
 
     Raises:
@@ -148,81 +222,6 @@ def measure(job: Job, limit: Budget, run: DryRun) -> Correction:
     return Correction(peak, seconds, SOURCE.format(layers=layers, when=date.today()))
 
 
-FOLDER = "measured"
-
-SOURCE = "strixft plan --measure, models of {layers} layers, {when}"
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Measured = `factor` × predicted + `offset`."""
-
-    factor: float
-    offset: float
-
-    @classmethod
-    def through(cls, small: tuple[float, float], large: tuple[float, float]) -> Line:
-        """Through two points (predicted, measured).
-
-        Where the larger model did not take more than the smaller one, noise was larger than what
-        lies between them: then the line goes through the larger one and nothing.
-        """
-        (x, y), (far_x, far_y) = small, large
-        if far_x <= x or far_y <= y:
-            return cls(far_y / far_x, 0.0)
-        factor = (far_y - y) / (far_x - x)
-        return cls(factor, y - factor * x)
-
-    def at(self, predicted: float, times: int = 1) -> float:
-        """What would be measured, `times` the offset."""
-        return self.factor * predicted + self.offset * times
-
-
-@dataclass(frozen=True, slots=True)
-class Correction:
-    """Corrects a dry run. Memory is never corrected to less: a plan must not promise too much."""
-
-    peak: Line | None = None
-    """Bytes allocated; None where the device has no allocator to ask."""
-    seconds: Line | None = None
-    """Of an update of one micro-batch; None where no time is predicted."""
-    source: str = ""
-
-    def bytes_more(self, peak_bytes: int) -> int:
-        """What the peak is higher than predicted."""
-        return max(0, round(self.peak.at(peak_bytes)) - peak_bytes) if self.peak else 0
-
-    def time(self, seconds: float | None, steps: int) -> float | None:
-        """Seconds of an update of so many micro-batches."""
-        if seconds is None or self.seconds is None:
-            return seconds
-        return max(self.seconds.at(seconds, steps), 0.0)
-
-    def of_run(self, run: DryRun) -> DryRun:
-        """A dry run, corrected; what the peak is higher stands under `workspace`."""
-        more = self.bytes_more(run.peak_bytes)
-        return replace(
-            run,
-            parts={**run.parts, "workspace": run.parts["workspace"] + more},
-            reserved_bytes=run.reserved_bytes + more,
-            seconds_per_update=self.time(run.seconds_per_update, run.steps),
-        )
-
-    def assumptions(self) -> list[dict[str, Any]]:
-        """As rows of a plan's assumptions."""
-        lines = {"peak in bytes": self.peak, "seconds per micro-batch": self.seconds}
-        return [
-            {
-                "what": f"{name}, measured = factor × predicted + offset",
-                "value": f"{line.factor:.4f}, {line.offset:.4g}",
-                "mark": "measured",
-                "source": self.source,
-            }
-            for name, line in lines.items()
-            if line is not None
-        ]
-
-
 def _path(job: Job) -> Path:
     name = trace_cache.name_of(job, "measured", [job.host.name, device_name(job.host)])
     return cache_folder() / FOLDER / f"{name}.json"
@@ -237,7 +236,7 @@ def save_correction(job: Job, correction: Correction) -> Path:
 
 
 def load_correction(job: Job) -> Correction:
-    """What was measured for such a step; nothing, where nothing was or the file is damaged."""
+    """Return what was measured for such a step; nothing, if nothing was or a file is damaged."""
     try:
         data = json.loads(_path(job).read_text(encoding="utf-8"))
         lines = {n: Line(**data[n]) if data[n] else None for n in ("peak", "seconds")}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from strixft.plan import show
 from strixft.plan.advice import cause
 from strixft.support import html
 from strixft.support.units import GIB, format_gib, format_number, format_seconds
 
 Figures = dict[str, Any]
+
+Rows = tuple[list[list[str]], list[str]]
+"""The rows of a table, and its header."""
 
 
 def _fits(figures: Figures) -> str:
@@ -20,7 +22,7 @@ def _fits(figures: Figures) -> str:
 
 
 def summary(figures: Figures) -> dict[str, str]:
-    """The plan in a few lines."""
+    """Return the plan in a few lines."""
     host, choice = figures["host"], figures["choice"]
     return {
         "fits": _fits(figures),
@@ -40,39 +42,29 @@ def summary(figures: Figures) -> dict[str, str]:
     }
 
 
-Table = tuple[list[list[str]], list[str]]
-"""Rows and header."""
+def _yes(fits: bool, no: str = "NO") -> str:
+    return "yes" if fits else no
 
 
-def _warnings(figures: Figures) -> Table:
-    return [[text] for text in figures["warnings"]], ["to know"]
-
-
-def _boxes(figures: Figures) -> Table:
-    if not figures["boxes"]:
-        return [], []
+def _boxes(figures: Figures) -> Rows:
+    boxes = figures["boxes"] or {"count": 0, "shares": []}
     rows = [
         [
-            f"each of {figures['boxes']['count']}, {share['way']}",
+            f"each of {boxes['count']}, {share['way']}",
             format_gib(share["device_bytes"]),
-            "yes" if share["fits"] else "NO",
+            _yes(share["fits"]),
             f"{share['micro_batch_rows']} × {share['gradient_accumulation_steps']}",
             str(share["recomputed_layers"]),
             format_seconds(share["compute_seconds_per_update"]),
             format_gib(share["sent_bytes_per_update"]),
         ]
-        for share in figures["boxes"]["shares"]
+        for share in boxes["shares"]
     ]
     header = ["machine", "needs", "fits", "rows × micro-batches", "layers recomputed"]
     return rows, [*header, "an update, without the link", "sent for an update"]
 
 
-def _parts(figures: Figures) -> Table:
-    rows = [[name, format_gib(size)] for name, size in figures["parts"].items() if size]
-    return rows, ["part at the peak", "memory"]
-
-
-def _frontier(figures: Figures) -> Table:
+def _frontier(figures: Figures) -> Rows:
     rows = [
         [
             str(point["rows"]),
@@ -83,66 +75,59 @@ def _frontier(figures: Figures) -> Table:
         ]
         for point in figures["frontier"]
     ]
-    header = ["rows", "layers recomputed", "micro-batches", "needs", "tokens/s, predicted"]
-    return rows, header
+    return rows, ["rows", "layers recomputed", "micro-batches", "needs", "tokens/s, predicted"]
 
 
-def _advice(figures: Figures) -> Table:
+def _advice(figures: Figures) -> Rows:
     rows = [
         [
             row["change"],
             format_gib(row["peak_bytes"]),
             format_seconds(row["seconds_per_update"]),
-            "yes" if row["fits"] else "no",
+            _yes(row["fits"], "no"),
         ]
         for row in figures["advice"]
     ]
     return rows, ["change", "needs", "time per update", "fits"]
 
 
-def tables(figures: Figures) -> list[Table]:
-    """The plan as tables for a terminal."""
-    first: Table = [list(row) for row in summary(figures).items()], ["plan", ""]
-    rest = [
-        _warnings(figures),
+def tables(figures: Figures) -> list[Rows]:
+    """Return the plan as tables for a terminal."""
+    parts = [[name, format_gib(size)] for name, size in figures["parts"].items() if size]
+    found = [
+        ([list(row) for row in summary(figures).items()], ["plan", ""]),
+        ([[text] for text in figures["warnings"]], ["to know"]),
         _boxes(figures),
-        _parts(figures),
+        (parts, ["part at the peak", "memory"]),
         _frontier(figures),
         _advice(figures),
     ]
-    return [first, *(table for table in rest if table[0])]
-
-
-def _phases(figures: Figures) -> str:
-    rows = [
-        [name, format_gib(phase["device_bytes"]), format_gib(phase["host_bytes"])]
-        for name, phase in figures["phases"].items()
-    ]
-    return html.table(rows, ["phase", "device", "host"])
-
-
-def _assumptions(figures: Figures) -> str:
-    rows = [
-        [row["what"], row["value"] if row["value"] is not None else "–", row["source"]]
-        for row in figures["assumptions"]
-    ]
-    return html.table(rows, ["assumed", "value", "source"])
+    return [table for table in found if table[0]]
 
 
 def plan_html(figures: Figures) -> str:
-    """The whole plan for a notebook or the report."""
+    """Return the whole plan for a notebook or the report."""
+    boxes, changes = _boxes(figures), _advice(figures)
+    of_phases = [
+        [name, format_gib(phase["device_bytes"]), format_gib(phase["host_bytes"])]
+        for name, phase in figures["phases"].items()
+    ]
+    assumed = [
+        [row["what"], row["value"] if row["value"] is not None else "–", row["source"]]
+        for row in figures["assumptions"]
+    ]
     return "".join(
         (
             html.mapping(summary(figures)),
             *map(html.warning, figures["warnings"]),
-            show.breakdown(figures),
-            show.advice(figures),
-            html.table(*_boxes(figures)) if figures["boxes"] else "",
-            html.table(*_advice(figures)) if figures["advice"] else "",
-            show.frontier(figures),
+            breakdown(figures),
+            advice(figures),
+            html.table(*boxes) if boxes[0] else "",
+            html.table(*changes) if changes[0] else "",
+            frontier(figures),
             html.table(*_frontier(figures)),
-            _phases(figures),
-            _assumptions(figures),
+            html.table(of_phases, ["phase", "device", "host"]),
+            html.table(assumed, ["assumed", "value", "source"]),
         )
     )
 
@@ -158,7 +143,7 @@ PART_COLOURS = {
 }
 
 BEYOND = "#e2e8f0"
-"""What the allocator holds beyond the peak, and what lies outside it."""
+"""Colour of what the allocator holds beyond the peak, and of what lies outside it."""
 
 FITS, FITS_NOT = "#3b6ea5", "#cbd5e1"
 
@@ -179,7 +164,7 @@ def _budget_line(axes: Any, figures: Figures) -> None:
 
 
 def breakdown(figures: Figures) -> str:
-    """The peak by part, against the budget."""
+    """Return a picture of the peak by part, against the budget."""
     figure, axes = html.new_figure(6.8, 1.7)
     beyond = figures["reserved_bytes"] - figures["peak_bytes"] + figures["outside_bytes"]
     left, budget = 0.0, figures["host"]["budget_bytes"] / GIB
@@ -209,7 +194,7 @@ def _is_chosen(point: Figures, figures: Figures) -> bool:
 
 
 def runner_up(figures: Figures) -> Figures | None:
-    """The fastest plan of another number of rows that can fit."""
+    """Return the fastest plan of another number of rows that can fit."""
     budget = figures["host"]["budget_bytes"]
     others = [
         point
@@ -220,7 +205,7 @@ def runner_up(figures: Figures) -> Figures | None:
 
 
 def frontier(figures: Figures) -> str:
-    """Memory against tokens per second; empty where no time is known."""
+    """Return a picture of memory against tokens per second; empty where no time is known."""
     points = [point for point in figures["frontier"] if point["tok_per_s"]]
     if not points:
         return ""
@@ -258,7 +243,7 @@ def frontier(figures: Figures) -> str:
 
 
 def advice(figures: Figures) -> str:
-    """What each change would need and take, against the budget; empty where the run fits."""
+    """Return a picture of what each change would need and take; empty where the run fits."""
     rows = figures["advice"]
     if not rows:
         return ""
@@ -270,8 +255,7 @@ def advice(figures: Figures) -> str:
         time = f", {format_seconds(seconds)} an update" if seconds else ""
         end = max(size, figures["host"]["budget_bytes"] / GIB)  # clear of the budget's line
         axes.annotate(f" {size:.1f} GiB{time}", (end, place), va="center", fontsize=7.5)
-    changes = [row["change"].removeprefix("--set ").split(" --set ")[0] for row in reversed(rows)]
-    axes.set_yticks(range(len(rows)), changes, fontsize=7.5)
+    axes.set_yticks(range(len(rows)), [row["setting"] for row in reversed(rows)], fontsize=7.5)
     _budget_line(axes, figures)
     axes.margins(x=0.35)
     axes.set_xlabel("GiB needed with this change; blue: it fits")

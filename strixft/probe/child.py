@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from strixft.probe.attention import measure_rung
+from strixft.probe.attention import measure_backend
 from strixft.probe.weights import measure_products, round_trip
 from strixft.support.child import Figures, do_steps
 
 KINDS: Mapping[str, Callable[..., Figures]] = {
-    "attention": measure_rung,
+    "attention": measure_backend,
     "nf4": round_trip,
     "products": measure_products,
 }

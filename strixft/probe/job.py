@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from strixft.attention.backends import Heads, known_backends
 from strixft.catalog.hosts import Host
 from strixft.catalog.methods import METHODS, Method
 from strixft.model.architecture import Architecture, architecture_of
 from strixft.model.load import native_dtype
-from strixft.probe.checks import step_options_for
+from strixft.probe.checks import USABLE, Verdict, require_device_works, usable
 from strixft.recipe.schema import Recipe
 from strixft.step.update import StepOptions
+from strixft.support.errors import HostError, RecipeError
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,59 @@ class Job:
     host: Host
     options: StepOptions
     """How the step is computed; a plan chooses how many layers are recomputed."""
+    verdicts: tuple[Verdict, ...] = ()
+    """Attention backends that were tried on this machine; empty for another one."""
 
     @classmethod
     def of(cls, recipe: Recipe, config: Any, host: Host) -> Job:
-        """Choose the step options of a recipe on a host.
+        """Choose the step options of a recipe on a host; on this machine, by what runs there.
 
         Raises:
             RecipeError: The attention that the recipe names cannot be used there.
-            HostError: No attention is right on this machine.
+            HostError: No attention is right on this machine, or 4-bit weights are wrong.
         """
-        return cls(recipe, config, host, step_options_for(recipe, config, host))
+        verdicts: tuple[Verdict, ...] = ()
+        heads, asked = architecture_of(config).heads, recipe.train.attention
+        if host.here:
+            method, packing = METHODS[recipe.method], recipe.dataset.packing
+            verdicts = tuple(require_device_works(heads, method, host, asked, packing=packing))
+        options = _choose_options(recipe, heads, host, verdicts)
+        return cls(recipe, config, host, options, verdicts)
+
+    @classmethod
+    def planned(
+        cls, recipe: Recipe, config: Any, host: Host, choice: Mapping[str, Any], plan_again: str
+    ) -> Job:
+        """Take the step options that a plan chose, once this machine has tried them.
+
+        The plan may have been made for another machine, or before a driver was changed.
+
+        Args:
+            recipe: The recipe that was planned.
+            config: The model's configuration.
+            host: This machine.
+            choice: The plan's choice.
+            plan_again: The command that makes another plan.
+
+        Raises:
+            HostError: The attention of the plan, or 4-bit weights, are wrong here.
+        """
+        heads, method = architecture_of(config).heads, METHODS[recipe.method]
+        verdicts = require_device_works(heads, method, host, choice["attention"])
+        for verdict in verdicts:
+            if verdict.outcome not in USABLE:
+                raise HostError(
+                    f"attention {verdict.backend.name!r}, which the plan chose, cannot be used on"
+                    f" {host.name}: {verdict.reason}",
+                    fix=plan_again,
+                )
+        options = StepOptions(**{field.name: choice[field.name] for field in fields(StepOptions)})
+        return cls(recipe, config, host, options, tuple(verdicts))
 
     def with_recipe(self, recipe: Recipe) -> Job:
         """Return the job of a changed recipe, for the same model on the same host."""
-        return Job.of(recipe, self.config, self.host)
+        options = _choose_options(recipe, self.architecture.heads, self.host, self.verdicts)
+        return replace(self, recipe=recipe, options=options)
 
     def options_with(self, recomputed_layers: int) -> StepOptions:
         """Return the step options where so many layers are recomputed."""
@@ -53,10 +95,38 @@ class Job:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The model's layers, heads and what else its code tells."""
+        """The model's layers, its heads, and what else its code tells."""
         return architecture_of(self.config)
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """The type that the host computes in."""
         return native_dtype(self.host.device, bfloat16=self.host.bfloat16)
+
+
+def _choose_options(
+    recipe: Recipe, heads: Heads, host: Host, verdicts: tuple[Verdict, ...]
+) -> StepOptions:
+    """Choose the fastest attention that nothing speaks against, or the one the recipe names."""
+    train, packing = recipe.train, recipe.dataset.packing
+    found = (
+        usable(verdicts)
+        if host.here
+        else known_backends(heads, host.device, host.architecture, packing=packing)
+    )
+    if train.attention != "auto":
+        found = [backend for backend in found if backend.name == train.attention]
+    if not found:
+        reasons = "".join(f": {verdict.reason}" for verdict in verdicts)
+        raise RecipeError(
+            f"attention {train.attention!r} cannot train {heads.model_type} on {host.name}"
+            f"{reasons}",
+            fix="--set train.attention=auto",
+        )
+    on_gpu, one_length = host.device == "cuda", found[0].packed  # other lengths compile anew
+    compiled = on_gpu and one_length if train.compile == "auto" else train.compile == "layers"
+    return StepOptions(
+        attention=found[0].name,
+        compiled=compiled,
+        elementwise=(compiled and train.recompute != "none") or train.recompute == "elementwise",
+    )

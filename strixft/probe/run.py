@@ -1,7 +1,8 @@
-"""Runs tasks of the probe in a child process, and keeps what they gave.
+"""Tasks of the probe, run in a child process; their figures are kept.
 
-One file for each task in the folder `probes` of the cache folder, named by a digest of all that it
-depends on. What may go otherwise next time is not kept: missing memory, an end from outside.
+Each task has a file in the folder `probes` of the cache folder, named by a digest of all that it
+depends on. Figures that may differ next time are not kept: of missing memory, or an end from
+outside.
 """
 
 from __future__ import annotations
@@ -34,9 +35,20 @@ STEP_LIMIT_S = 120.0
 FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT")
 """Ends that say nothing of the task: the kernel takes memory back, somebody ends the process."""
 
+PACKAGES = ("torch", "transformers", "bitsandbytes", "flash-attn-4")
+
+VARIABLES = (
+    "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",
+    "TORCH_BLAS_PREFER_HIPBLASLT",
+    "ROCBLAS_USE_HIPBLASLT",
+    "HSA_ENABLE_SDMA",
+)
+"""Environment variables that choose kernels."""
+
+DRIVERS = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
 
 _memo: dict[str, Figures] = {}
-"""What this process knows, by digest: a cache folder that cannot be written is none."""
+"""Figures that this process knows, by digest, also where the cache folder cannot be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +64,7 @@ class Task:
     """Further arguments, which change nothing of what others rely on."""
 
     def depends_on(self) -> dict[str, Any]:
-        """All that its figures depend on."""
+        """Return all that the figures depend on."""
         return {
             "kind": self.kind,
             "arguments": self.arguments,
@@ -60,35 +72,33 @@ class Task:
         }
 
     def digest(self) -> str:
-        """Of all that it depends on."""
+        """Return the digest of `depends_on`."""
         text = json.dumps(self.depends_on(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def path(self) -> Path:
+        """Return the file that keeps the figures."""
+        return cache_folder() / FOLDER / f"{self.digest()}.json"
 
-def _path(digest: str) -> Path:
-    return cache_folder() / FOLDER / f"{digest}.json"
+    def known(self) -> Figures | None:
+        """Return the figures, where they are known."""
+        digest = self.digest()
+        if digest not in _memo:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                _memo[digest] = dict(json.loads(self.path().read_text(encoding="utf-8"))["figures"])
+        return _memo.get(digest)
 
-
-def _known(task: Task) -> Figures | None:
-    digest = task.digest()
-    if digest not in _memo:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            _memo[digest] = dict(json.loads(_path(digest).read_text(encoding="utf-8"))["figures"])
-    return _memo.get(digest)
-
-
-def _keep(task: Task, figures: Figures, *, lasting: bool) -> None:
-    digest = task.digest()
-    _memo[digest] = figures
-    if lasting:
-        with contextlib.suppress(OSError):
-            path = _path(digest)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"depends_on": task.depends_on(), "figures": figures})
+    def keep(self, figures: Figures, *, lasting: bool) -> None:
+        """Remember the figures; on disk, where they will be the same next time."""
+        _memo[self.digest()] = figures
+        if lasting:
+            with contextlib.suppress(OSError):
+                self.path().parent.mkdir(parents=True, exist_ok=True)
+                write_json(self.path(), {"depends_on": self.depends_on(), "figures": figures})
 
 
 def _one_child(tasks: Sequence[Task]) -> int:
-    """Do tasks until the child ends; how many of them are done with."""
+    """Do tasks until the child ends; return how many of them are done with."""
     words = [asdict(task) for task in tasks]
     command = (sys.executable, "-m", "strixft.probe.child", json.dumps(words))
     probe = run_steps(command, step_limit_s=STEP_LIMIT_S, first=tasks[0].name)
@@ -102,13 +112,13 @@ def _one_child(tasks: Sequence[Task]) -> int:
             passing = probe.how.startswith(FROM_OUTSIDE)
         else:
             break
-        _keep(task, figures, lasting=not passing)
+        task.keep(figures, lasting=not passing)
         done += 1
     return done
 
 
 def measure(tasks: Sequence[Task], *, fresh: bool = False) -> dict[str, Figures]:
-    """Figures of tasks by their names: those that are known, and the others from a child.
+    """Return figures of tasks by their names: those that are known, and the others from a child.
 
     A child that crashes or hangs costs the task that it was in; another one goes on with the rest.
 
@@ -119,35 +129,22 @@ def measure(tasks: Sequence[Task], *, fresh: bool = False) -> dict[str, Figures]
     Returns:
         `problem` where a task failed, with `ended` where it took the child with it.
     """
-    waiting = [task for task in tasks if fresh or _known(task) is None]
+    waiting = [task for task in tasks if fresh or task.known() is None]
     while waiting:
         waiting = waiting[_one_child(waiting) :]
     return {task.name: _memo[task.digest()] for task in tasks}
 
 
-PACKAGES = ("torch", "transformers", "bitsandbytes", "flash-attn-4")
-
-VARIABLES = (
-    "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",
-    "TORCH_BLAS_PREFER_HIPBLASLT",
-    "ROCBLAS_USE_HIPBLASLT",
-    "HSA_ENABLE_SDMA",
-)
-"""Environment variables that choose kernels."""
-
-DRIVERS = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
-
-
 @cache
 def _source_digest() -> str:
-    """The probe's own version: of the code that is probed, and of the code that probes."""
+    """Return the probe's own version: of the code that is probed, and of the code that probes."""
     folders = (Path(__file__).parent, Path(core.__file__).parent)
     files = (path for folder in folders for path in sorted(folder.glob("*.py")))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _driver() -> str:
-    """Version of the GPU's driver; the kernel's where the driver is part of it."""
+    """Return the version of the GPU's driver; the kernel's where the driver is part of it."""
     for name in DRIVERS:
         with contextlib.suppress(OSError):
             return Path(name).read_text(encoding="utf-8").splitlines()[0]
@@ -155,16 +152,12 @@ def _driver() -> str:
 
 
 @cache
-def _versions() -> dict[str, str | None]:
-    found = versions()
-    return {name: found.get(name) for name in PACKAGES}
-
-
-@cache
 def _facts(device: str) -> dict[str, Any]:
+    found = versions()
+    packages = {name: found.get(name) for name in PACKAGES}
     if device == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        return {"device": cpu_name(), "capability": capability}
+        return {"device": cpu_name(), "capability": capability, **packages}
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name,
@@ -172,18 +165,15 @@ def _facts(device: str) -> dict[str, Any]:
         "driver": _driver(),
         "hip": torch.version.hip,
         "cuda": torch.version.cuda,
+        **packages,
     }
 
 
 def identity(device: str) -> dict[str, Any]:
-    """Device, driver, versions, and the variables that choose kernels.
+    """Return device, driver, versions, and the variables that choose kernels.
 
     Args:
         device: `cuda` or `cpu`.
     """
-    return {
-        **_facts(device),
-        **_versions(),
-        **{name: os.environ.get(name) for name in VARIABLES},
-        "probe": _source_digest(),
-    }
+    variables = {name: os.environ.get(name) for name in VARIABLES}
+    return {**_facts(device), **variables, "probe": _source_digest()}

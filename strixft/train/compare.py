@@ -1,4 +1,4 @@
-"""Planned against real, after a training: memory, speed, and both breakdowns where they differ."""
+"""A training as people see it: losses, and planned against real memory and speed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import nn
 
 from strixft.step.tracker import MemoryTracker
 from strixft.support import html
-from strixft.support.units import format_gib, format_number
+from strixft.support.units import format_gib, format_number, format_seconds
 
 Figures = Mapping[str, Any]
 
 GAP_FLAGGED = 0.03
 """Share by which the measured peak may differ from the plan before the report says so."""
 
-REST = "activations, head, workspace"
-"""What a GPU's own count cannot tell apart."""
+SUMMED = ("activations", "head", "workspace")
+REST = ", ".join(SUMMED)
+"""Parts that a GPU's own count cannot tell apart."""
 
 
 def planned_figures(plan: Figures) -> dict[str, Any]:
-    """What a plan said, as the figures of a training keep it."""
+    """Return the figures of a plan that a training keeps beside its own."""
     return {
         "planned_peak_bytes": plan["peak_bytes"],
         "planned_reserved_bytes": plan["reserved_bytes"],
@@ -34,12 +35,12 @@ def planned_figures(plan: Figures) -> dict[str, Any]:
 def device_parts(
     model: nn.Module, optimizer: torch.optim.Optimizer, peak_bytes: int
 ) -> dict[str, int]:
-    """The peak of a GPU by part, as far as it is known: what stays between updates, and the rest.
+    """Return the peak of a GPU by part: parts that stay between updates, and the rest.
 
     Args:
-        model: After training.
-        optimizer: With its state.
-        peak_bytes: What torch counted.
+        model: The model after training.
+        optimizer: The optimiser with its state.
+        peak_bytes: The peak that torch counted.
     """
     tracker = MemoryTracker()
     tracker.watch_model(model)
@@ -48,24 +49,18 @@ def device_parts(
             if isinstance(value, torch.Tensor) and value.device.type != "cpu":
                 tracker.watch(value, "optimizer")
     known = {name: size for name, size in tracker.live.items() if size}
-    trained = known.get("adapter", 0)  # a gradient is as large as what is trained
-    known["gradients"] = trained
+    known["gradients"] = known.get("adapter", 0)  # a gradient is as large as what is trained
     return {**known, REST: peak_bytes - sum(known.values())}
 
 
 def gap(real: float | None, planned: float | None) -> float | None:
-    """Real ÷ planned − 1; None where either is not known."""
+    """Return real ÷ planned − 1; None where either is not known."""
     return None if not real or not planned else real / planned - 1
 
 
-def memory_gap(figures: Figures) -> float | None:
-    """Measured peak ÷ planned peak − 1; None where it was not measured."""
-    return gap(figures["peak_bytes"], figures["planned_peak_bytes"])
-
-
 def warning(figures: Figures) -> str | None:
-    """A sentence, if the peak was further off the plan than it should be."""
-    off = memory_gap(figures)
+    """Return a sentence, if the peak was further off the plan than it should be."""
+    off = gap(figures["peak_bytes"], figures["planned_peak_bytes"])
     if off is None or abs(off) <= GAP_FLAGGED:
         return None
     return f"The measured peak is {off:+.1%} off the plan."
@@ -76,44 +71,70 @@ def _row(name: str, planned: float | None, real: float | None, shown: Any) -> li
     return [name, shown(planned), shown(real), "–" if off is None else f"{off:+.1%}"]
 
 
-def table(figures: Figures) -> str:
-    """Planned and real figures side by side."""
-    rows = [
-        _row("peak, allocated", figures["planned_peak_bytes"], figures["peak_bytes"], format_gib),
-        _row(
-            "peak, reserved",
-            figures["planned_reserved_bytes"],
-            figures["reserved_bytes"],
-            format_gib,
-        ),
-        _row(
-            "tokens per second",
-            figures["planned_tok_per_s"],
-            figures["tok_per_s"],
-            lambda rate: format_number(rate, 1),
-        ),
-    ]
-    return html.table(rows, ["", "planned", "real", "difference"])
-
-
-def _planned_rest(parts: Figures) -> int:
-    return sum(parts[name] for name in ("activations", "head", "workspace"))
-
-
 def breakdowns(figures: Figures) -> str:
     """Both peaks by part."""
     real, planned = figures["peak_parts"], dict(figures["planned_parts"])
     if REST in real:
-        planned[REST] = _planned_rest(planned)
+        planned = {name: planned.get(name, 0) for name in real}
+        planned[REST] = sum(figures["planned_parts"][name] for name in SUMMED)
     names = [name for name in {**planned, **real} if planned.get(name) or real.get(name)]
-    if REST in real:
-        names = [name for name in names if name in real]
     rows = [_row(n, planned.get(n, 0), real.get(n, 0), format_gib) for n in names]
     return html.table(rows, ["part at the peak", "planned", "real", "difference"])
 
 
 def compare_html(figures: Figures) -> str:
-    """The comparison; a gap above 3 % is flagged, with both breakdowns."""
+    """Return the plan beside the training; a gap above 3 % is flagged, with both breakdowns."""
+    shown = {
+        "peak, allocated": ("peak_bytes", format_gib),
+        "peak, reserved": ("reserved_bytes", format_gib),
+        "tokens per second": ("tok_per_s", lambda rate: format_number(rate, 1)),
+    }
+    rows = [
+        _row(name, figures[f"planned_{key}"], figures[key], form)
+        for name, (key, form) in shown.items()
+    ]
     text = warning(figures)
     flagged = html.warning(text) + breakdowns(figures) if text else ""
-    return table(figures) + flagged
+    return html.table(rows, ["", "planned", "real", "difference"]) + flagged
+
+
+def _loss_curve(losses: list[float], spikes: list[int]) -> str:
+    figure, axes = html.new_figure()
+    axes.plot(range(1, len(losses) + 1), losses, color=html.TUNED, linewidth=1.5)
+    axes.plot(spikes, [losses[at - 1] for at in spikes], "v", color=html.INK, markersize=5)
+    axes.set_xlabel("update")
+    axes.set_ylabel("loss per trained token")
+    axes.set_ylim(bottom=0)
+    return html.picture(figure, "training loss by update")
+
+
+def _proof_shown(proof: Figures) -> dict[str, str]:
+    """The first loss beside the model's own."""
+    if not proof:
+        return {}
+    own, apart = format_number(proof["own_loss"], 5), f"{proof['difference']:.2g}"
+    return {
+        "first loss": f"{format_number(proof['loss'], 5)} on {proof['tokens']} tokens; the model's"
+        f" own forward {own}, at most {apart} nats a token apart"
+    }
+
+
+def trained_html(figures: Figures) -> str:
+    """Return a training's figures for a notebook or the report."""
+    warnings, spikes = list(figures["warnings"]), figures["spikes"]
+    if spikes:
+        listed = ", ".join(map(str, spikes))
+        warnings.append(f"The loss jumped at these updates, marked below: {listed}.")
+    if figures["checkpoints_set_aside"]:
+        warnings.append(f"Torn, so set aside: {'; '.join(figures['checkpoints_set_aside'])}.")
+    shown = {
+        "updates": format_number(figures["updates"]),
+        "loss, first update": format_number(figures["losses"][0]),
+        "loss, last update": format_number(figures["losses"][-1]),
+        "time": format_seconds(figures["train_seconds"]),
+        "process, resident": format_gib(figures["resident_bytes"]),
+        **_proof_shown(figures["proof"]),
+    }
+    told = "".join(map(html.warning, warnings))
+    curve = _loss_curve(figures["losses"], spikes)
+    return told + html.mapping(shown) + compare_html(figures) + curve

@@ -6,8 +6,8 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,34 +15,32 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from strixft.catalog.methods import METHODS
 from strixft.data.batches import Batch, PackedShape, collate, on_device
 from strixft.data.pack import rows_of_epochs, training_order
 from strixft.guard.advice import finite_again, less_memory, loss_spikes
 from strixft.guard.cap import cap
-from strixft.guard.host import device_type, find_host, training_host
+from strixft.guard.host import training_host
 from strixft.guard.stage_watches import Watches
 from strixft.model.adapter import attach_adapter, base_of
-from strixft.model.architecture import architecture_of
 from strixft.model.files import fingerprint_base
-from strixft.model.load import load_base, load_config, model_source, native_dtype
+from strixft.model.load import load_base, load_config, model_source
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared, require_known_tokens
-from strixft.probe.checks import fastest_blas, require_attention, require_device_works
+from strixft.probe.checks import fastest_blas
+from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run, resume_command
 from strixft.run.open import READ_BY
 from strixft.step.tracker import peak_memory, release_memory
-from strixft.step.update import StepOptions, TrainingStep
-from strixft.support import html
+from strixft.step.update import TrainingStep
 from strixft.support.disk import require_room
 from strixft.support.environment import seen_by_torch
 from strixft.support.errors import FitError, StageError, is_out_of_memory
 from strixft.support.files import write_json
 from strixft.support.progress import progress_bar, say
-from strixft.support.units import format_gib, format_number, format_seconds
-from strixft.train.checkpoints import KEPT, Checkpoint, Checkpoints
-from strixft.train.compare import GAP_FLAGGED, compare_html, device_parts, planned_figures
+from strixft.support.units import format_gib
+from strixft.train.checkpoints import KEPT, Checkpoints
+from strixft.train.compare import GAP_FLAGGED, device_parts, planned_figures, trained_html
 from strixft.train.loop import NotFiniteError, Progress, TrainingLoop
 from strixft.train.proof import expected, proof_batches, prove
 
@@ -63,7 +61,7 @@ class Trained(Result):
     artefacts: ClassVar[tuple[str, ...]] = (f"{ADAPTER}/*",)
 
     def require_same_base(self, recipe: Recipe) -> dict[str, str]:
-        """The files of the base with their hashes, if it is still the one that was trained.
+        """Return the files of the base with their hashes, if it is the one that was trained.
 
         Raises:
             StageError: It is another one.
@@ -81,91 +79,130 @@ class Trained(Result):
         return found
 
     def _repr_html_(self) -> str:
-        figures = self.figures
-        shown = {
-            "updates": format_number(figures["updates"]),
-            "loss, first update": format_number(figures["losses"][0]),
-            "loss, last update": format_number(figures["losses"][-1]),
-            "time": format_seconds(figures["train_seconds"]),
-            "process, resident": format_gib(figures["resident_bytes"]),
-            **_shown_proof(figures["proof"]),
-        }
-        told = "".join(map(html.warning, self._told()))
-        return told + html.mapping(shown) + compare_html(figures) + self.loss_curve()
-
-    def _told(self) -> list[str]:
-        figures, told = self.figures, list(self.figures["warnings"])
-        if figures["spikes"]:
-            listed = ", ".join(map(str, figures["spikes"]))
-            told.append(f"The loss jumped at these updates, marked below: {listed}.")
-        if figures["checkpoints_set_aside"]:
-            told.append(f"Torn, so set aside: {'; '.join(figures['checkpoints_set_aside'])}.")
-        return told
-
-    def loss_curve(self) -> str:
-        """The losses as a picture."""
-        figure, axes = html.new_figure()
-        losses = self.figures["losses"]
-        axes.plot(range(1, len(losses) + 1), losses, color=html.TUNED, linewidth=1.5)
-        spikes = self.figures["spikes"]
-        axes.plot(spikes, [losses[at - 1] for at in spikes], "v", color=html.INK, markersize=5)
-        axes.set_xlabel("update")
-        axes.set_ylabel("loss per trained token")
-        axes.set_ylim(bottom=0)
-        return html.picture(figure, "training loss by update")
+        return trained_html(self.figures)
 
 
-def _shown_proof(proof: Mapping[str, Any]) -> dict[str, str]:
-    """The first loss beside the model's own, as people see it."""
-    if not proof:
-        return {}
-    own, apart = format_number(proof["own_loss"], 5), f"{proof['difference']:.2g}"
+def train_recipe(run: Run) -> Trained:
+    """Train a planned run; the weights lie in `train/adapter`.
+
+    Raises:
+        FitError: The plan does not fit, or the device or the host ran out of memory.
+        StageError: An earlier stage has not run, or a loss or a gradient is not finite.
+        Stopped: The user asked for it; the last finished update is saved.
+    """
+    return run.once(Trained, lambda folder: _train(run, folder))
+
+
+def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    prepared, plan = run.require(Prepared), run.require(Plan)
+    plan.require_fit()
+    job, planned = _planned_job(run, plan), plan.figures
+    capped = cap(planned["host"]["budget_bytes"], planned["reserved_bytes"])
+    watches, bar = Watches(run), _Bar(run, planned["updates"])
+    _warn_early(watches, capped.warning)
+    require_known_tokens(run.recipe, prepared)
+    with watches.watching() as seen:
+        saved = run.stage_folder(Trained.name) / CHECKPOINTS
+        checkpoints = Checkpoints(saved, _inputs(run, prepared, plan))
+        newest = checkpoints.newest()
+        _tell_set_aside(checkpoints, watches)
+        batches = _Batches(job, prepared, planned["choice"])
+        step, proof = _build_step(run, job, plan, [] if newest else proof_batches(batches(0)))
+        if step.dropout:
+            left_out = f"training leaves out the dropout of {step.dropout:g} that the model has"
+            watches.warn(left_out)
+            say(f"Warning: {left_out}")
+        plan.require_same_config(run.recipe)  # the model's own came with its weights
+        loop = TrainingLoop(
+            step,
+            batches,
+            planned["updates"],
+            checkpoints,
+            watches.hang,
+            reserve_bytes=round(planned["reserved_bytes"] * (1 + GAP_FLAGGED)),
+            is_asked=watches.is_asked,
+            on_update=bar,
+        )
+        _require_room(step, checkpoints)
+        began = time.monotonic()
+        with bar, peak_memory(step.model) as memory, _ends_saved(run, job, plan, loop, batches):
+            loop.run(newest)
+        if loop.progress.update < loop.updates:
+            raise watches.stop_error(loop.progress.update, loop.updates)
+        seconds, rate = time.monotonic() - began, bar.tok_per_s(loop.progress)
+        memory["peak_parts"] = memory["peak_parts"] or device_parts(
+            step.model, step.optimizer, memory["peak_bytes"]
+        )
+        _save(step.model, folder)
+    figures = {
+        "first_update": loop.first_update,
+        "updates": loop.progress.update,
+        "losses": loop.progress.losses,
+        "spikes": loss_spikes(loop.progress.losses),
+        "tokens": loop.progress.tokens,
+        "tok_per_s": rate,
+        "train_seconds": round(seconds, 3),
+        **planned_figures(planned),
+        **memory,
+        **seen,
+        "cap": capped.says,
+        "proof": proof,
+        "checkpoints_set_aside": checkpoints.torn,
+    }
+    inputs = _inputs(run, prepared, plan)
+    return {name: inputs[name] for name in ("rows_sha256", "choice", "base")}, figures
+
+
+def _planned_job(run: Run, plan: Plan) -> Job:
+    """Return the job as planned, once this device has tried what the plan chose."""
+    recipe, host = run.recipe, training_host()
+    here = "" if recipe.memory.host in ("auto", "cpu") else " --set memory.host=auto"
+    again = f"{run.resume_command}{here} --from plan"
+    job = Job.planned(recipe, load_config(recipe), host, plan.figures["choice"], again)
+    if (library := fastest_blas(job.method, host)) is not None:
+        torch.backends.cuda.preferred_blas_library(library)
+    return job
+
+
+def _warn_early(watches: Watches, no_cap: str | None) -> None:
+    """Warn of an allocator without a limit, and of variables that ROCm's torch did not see."""
+    if no_cap:
+        watches.warn(no_cap)
+    missed = [name for name, value in seen_by_torch().items() if value is None]
+    if missed and torch.version.hip is not None:
+        watches.warn(f"{', '.join(missed)} was set after torch was imported: import strixft first")
+
+
+def _inputs(run: Run, prepared: Prepared, plan: Plan) -> dict[str, Any]:
+    """Return all that the trained weights depend on; checkpoints of other inputs are refused."""
     return {
-        "first loss": f"{format_number(proof['loss'], 5)} on {proof['tokens']} tokens; the model's"
-        f" own forward {own}, at most {apart} nats a token apart"
+        "checkpoint_format": CHECKPOINT_FORMAT,
+        "recipe": {
+            section: settings
+            for section, settings in run.recipe.to_dict().items()
+            if READ_BY.get(section) in ("prepare", "plan")  # no weight depends on the rest
+        },
+        "rows_sha256": prepared.inputs["rows_sha256"],
+        "choice": plan.figures["choice"],
+        "base": fingerprint_base(model_source(run.recipe.model)),
     }
 
 
-class _Watch:
-    """Progress bar and speed of a training."""
-
-    def __init__(self, run: Run, updates: int) -> None:
-        self._run, self._updates = run, updates
-        self._warm: tuple[float, int] | None = None
-        self._bar: Any = None
-
-    def __call__(self, progress: Progress) -> None:
-        """Show an update; the clock starts after the first, which compiles and warms up."""
-        if self._bar is None:
-            self._warm = time.monotonic(), progress.tokens
-            initial = progress.update - 1
-            self._bar = progress_bar(total=self._updates, initial=initial, unit="update")
-        loss, rate = progress.losses[-1], self.tok_per_s(progress)
-        self._bar.set_postfix(loss=f"{loss:.3f}", tok_per_s=rate, refresh=False)
-        self._bar.update(progress.update - self._bar.n)
-        self._run.report_progress(
-            done=progress.update, total=self._updates, loss=loss, tok_per_s=rate
-        )
-
-    def tok_per_s(self, progress: Progress) -> float | None:
-        """Real tokens per second since the first update of this process; None before the second."""
-        began, tokens = self._warm or (0.0, progress.tokens)
-        if progress.tokens == tokens:
-            return None
-        return round((progress.tokens - tokens) / (time.monotonic() - began), 1)
-
-    def close(self) -> None:
-        """Close the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
+def _tell_set_aside(checkpoints: Checkpoints, watches: Watches) -> None:
+    """Warn loudly that training goes on from an earlier update than the last one saved."""
+    for torn in checkpoints.set_aside:
+        watches.warn(f"a checkpoint is damaged and was set aside: {torn}")
+        say(f"Warning: a checkpoint is damaged and was set aside: {torn}")
+    if checkpoints.set_aside and not checkpoints.count():
+        say("Warning: no whole checkpoint is left; training begins again with update 1")
 
 
 class _Batches:
     """Micro-batches of each update, in the order of training."""
 
-    def __init__(self, recipe: Recipe, prepared: Prepared, plan: Plan, device: str) -> None:
-        choice, shape = plan.figures["choice"], plan.figures["choice"]["packed"]
-        self._prepared, self._device = prepared, device
+    def __init__(self, job: Job, prepared: Prepared, choice: dict[str, Any]) -> None:
+        recipe, shape = job.recipe, choice["packed"]
+        self._prepared, self._device = prepared, job.host.device
         self._size, self._steps = choice["micro_batch_rows"], choice["gradient_accumulation_steps"]
         self._shape = PackedShape(**shape) if shape else None
         self._rows: Any = (
@@ -199,53 +236,29 @@ class _Batches:
         return self._prepared.names_of(self._rows, chosen)
 
 
-def _checkpoints(run: Run, prepared: Prepared, plan: Plan) -> Checkpoints:
-    inputs = {
-        "checkpoint_format": CHECKPOINT_FORMAT,
-        "recipe": {
-            section: settings
-            for section, settings in run.recipe.to_dict().items()
-            if READ_BY.get(section) in ("prepare", "plan")  # of the rest, no weight depends on it
-        },
-        "rows_sha256": prepared.inputs["rows_sha256"],
-        "choice": plan.figures["choice"],
-        "base": fingerprint_base(model_source(run.recipe.model)),
-    }
-    return Checkpoints(run.stage_folder(Trained.name) / CHECKPOINTS, inputs)
-
-
-def _require_room(step: TrainingStep, checkpoints: Checkpoints) -> None:
-    """Require room for the checkpoints that stay, the one being written and the result."""
-    weights = sum(weight.numel() * weight.element_size() for weight in step.trainable())
-    moments = 2 * sum(weight.numel() * 4 for weight in step.trainable())
-    left = max(0, KEPT + 1 - checkpoints.count())
-    require_room(checkpoints.folder, left * (weights + moments) + weights)
-
-
 def _build_step(
-    run: Run, plan: Plan, first: Sequence[Batch]
+    run: Run, job: Job, plan: Plan, first: Sequence[Batch]
 ) -> tuple[TrainingStep, dict[str, Any]]:
-    """Build the step, and prove its first loss.
+    """Load the model, build its step, and prove the first loss.
 
     Args:
-        run: What is trained.
+        run: The run that is trained.
+        job: The job as planned.
         plan: Its plan.
         first: Micro-batches to prove it on; none where training goes on, with other weights.
 
     Returns:
         The step, and figures of the proof.
     """
-    recipe, device, began = run.recipe, device_type(), time.monotonic()
-    dtype = native_dtype(device, bfloat16=find_host(recipe.memory.host).bfloat16)
+    recipe, began = job.recipe, time.monotonic()
     set_seed(recipe.train.seed)
-    base = load_base(recipe, device, dtype)
+    base = load_base(recipe, job.host.device, job.dtype)
     loaded = time.monotonic()
-    documents = expected(base, first, _proof_bytes(plan)) if first else []
+    parts, phases = plan.figures["parts"], plan.figures["phases"]
+    room = phases["proof"]["device_bytes"] - parts["weights"] - parts["adapter"]
+    documents = expected(base, first, room) if first else []
     release_memory()
-    model = attach_adapter(base, METHODS[recipe.method], recipe.lora)
-    choice = plan.figures["choice"]
-    options = StepOptions(**{field.name: choice[field.name] for field in fields(StepOptions)})
-    step = TrainingStep(model, recipe.train, options)
+    step = TrainingStep(attach_adapter(base, job.method, recipe.lora), recipe.train, job.options)
     path = run.stage_folder(Trained.name) / PROOF
     if first:
         proof = prove(step, first, documents)
@@ -255,18 +268,96 @@ def _build_step(
     return step, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _proof_bytes(plan: Plan) -> int:
-    parts, phases = plan.figures["parts"], plan.figures["phases"]
-    return int(phases["proof"]["device_bytes"] - parts["weights"] - parts["adapter"])
+def _require_room(step: TrainingStep, checkpoints: Checkpoints) -> None:
+    """Require room for the checkpoints that stay, the one being written and the result."""
+    weights = sum(weight.nbytes for weight in step.trainable())
+    moments = 2 * sum(weight.numel() * 4 for weight in step.trainable())
+    left = max(0, KEPT + 1 - checkpoints.count())
+    require_room(checkpoints.folder, left * (weights + moments) + weights)
+
+
+class _Bar:
+    """Progress bar and speed of a training."""
+
+    def __init__(self, run: Run, updates: int) -> None:
+        self._run, self._updates = run, updates
+        self._warm: tuple[float, int] | None = None
+        self._bar: Any = None
+
+    def __enter__(self) -> None:
+        """Wait for the first update."""
+
+    def __exit__(self, *_: object) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show an update; the clock starts after the first, which compiles and warms up."""
+        if self._bar is None:
+            self._warm = time.monotonic(), progress.tokens
+            initial = progress.update - 1
+            self._bar = progress_bar(total=self._updates, initial=initial, unit="update")
+        loss, rate = progress.losses[-1], self.tok_per_s(progress)
+        self._bar.set_postfix(loss=f"{loss:.3f}", tok_per_s=rate, refresh=False)
+        self._bar.update(progress.update - self._bar.n)
+        self._run.report_progress(
+            done=progress.update, total=self._updates, loss=loss, tok_per_s=rate
+        )
+
+    def tok_per_s(self, progress: Progress) -> float | None:
+        """Real tokens per second since the first update of this process; None before the second."""
+        began, tokens = self._warm or (0.0, progress.tokens)
+        if progress.tokens == tokens:
+            return None
+        return round((progress.tokens - tokens) / (time.monotonic() - began), 1)
+
+
+@contextlib.contextmanager
+def _ends_saved(
+    run: Run, job: Job, plan: Plan, loop: TrainingLoop, batches: _Batches
+) -> Iterator[None]:
+    """Save the last finished update after an error, and say what ended the training."""
+    try:
+        yield
+    except NotFiniteError as error:
+        loop.save_finished()
+        base = base_of(loop.step.model)
+        rows = batches.names(error.update - 1, error.micro_batches)
+        raise StageError(
+            f"{error}; {_saved(loop)}\n  its rows: {'; '.join(rows)}",
+            fix=finite_again(
+                run.recipe,
+                error.update,
+                device=job.host.device,
+                is_float16=base.dtype is torch.float16,
+                model_type=base.config.model_type,
+            ),
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        loop.save_finished()
+        peak = torch.cuda.max_memory_allocated() if job.host.device == "cuda" else None
+        what = f"no memory is left; {_saved(loop)}"
+        raise out_of_memory(run.recipe, plan, what, peak) from error
+
+
+def _saved(loop: TrainingLoop) -> str:
+    """Say which update is on disk."""
+    update = loop.progress.update
+    if loop.checkpoints.has(update):
+        return f"update {update} is saved"
+    return "the last checkpoint stays" if loop.checkpoints.count() else "none was finished before"
 
 
 def out_of_memory(recipe: Recipe, plan: Plan, what: str, peak_bytes: int | None) -> FitError:
-    """The error of a run that took more memory than there was.
+    """Return the error of a run that took more memory than there was.
 
     Args:
-        recipe: What ran.
+        recipe: The recipe that ran.
         plan: Its plan.
-        what: What happened.
+        what: The event, in words.
         peak_bytes: The most that was allocated, where it is known.
     """
     planned, seen = format_gib(plan.figures["peak_bytes"]), format_gib(peak_bytes)
@@ -276,64 +367,6 @@ def out_of_memory(recipe: Recipe, plan: Plan, what: str, peak_bytes: int | None)
     )
 
 
-def _kept(loop: TrainingLoop) -> str:
-    update = loop.progress.update
-    if loop.checkpoints.has(update):
-        return f"update {update} is saved"
-    return "the last checkpoint stays" if loop.checkpoints.count() else "none was finished before"
-
-
-def _not_finite(
-    run: Run, loop: TrainingLoop, batches: _Batches, error: NotFiniteError
-) -> StageError:
-    base = base_of(loop.step.model)
-    rows = batches.names(error.update - 1, error.micro_batches)
-    return StageError(
-        f"{error}; {_kept(loop)}\n  its rows: {'; '.join(rows)}",
-        fix=finite_again(
-            run.recipe,
-            error.update,
-            device=device_type(),
-            is_float16=base.dtype is torch.float16,
-            model_type=base.config.model_type,
-        ),
-    )
-
-
-def _run_loop(
-    run: Run,
-    plan: Plan,
-    loop: TrainingLoop,
-    batches: _Batches,
-    watches: Watches,
-    newest: Checkpoint | None,
-) -> None:
-    """Train to the end, or save the last finished update and say why it ended before."""
-    try:
-        loop.run(newest)
-    except NotFiniteError as error:
-        loop.save_finished()
-        raise _not_finite(run, loop, batches, error) from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        loop.save_finished()
-        peak = torch.cuda.max_memory_allocated() if device_type() == "cuda" else None
-        what = f"no memory is left; {_kept(loop)}"
-        raise out_of_memory(run.recipe, plan, what, peak) from error
-    if loop.progress.update < loop.updates:
-        raise watches.stop_error(loop.progress.update, loop.updates)
-
-
-def _tell_set_aside(checkpoints: Checkpoints, watches: Watches) -> None:
-    """Warn loudly that training goes on from an earlier update than the last one saved."""
-    for torn in checkpoints.set_aside:
-        watches.warn(f"a checkpoint is damaged and was set aside: {torn}")
-        say(f"Warning: a checkpoint is damaged and was set aside: {torn}")
-    if checkpoints.set_aside and not checkpoints.count():
-        say("Warning: no whole checkpoint is left; training begins again with update 1")
-
-
 def _save(model: nn.Module, folder: Path) -> None:
     """Write the trained weights to a temporary folder, then rename it."""
     temporary = folder / f".{ADAPTER}"
@@ -341,96 +374,3 @@ def _save(model: nn.Module, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     model.save_pretrained(temporary)  # type: ignore[operator]
     temporary.rename(folder / ADAPTER)
-
-
-def _require_right(run: Run, plan: Plan) -> None:
-    """Try what the plan chose, unless that is known: it may be of another machine, or driver."""
-    host, recipe = training_host(), run.recipe
-    heads, method = architecture_of(load_config(recipe)).heads, METHODS[recipe.method]
-    require_device_works(heads, method, host)
-    planned_here = recipe.memory.host in ("auto", "cpu")
-    again = (
-        f"{run.resume_command} --from plan"
-        if planned_here
-        else f"{run.resume_command} --set memory.host=auto --from plan"
-    )
-    require_attention(plan.figures["choice"]["attention"], heads, host, again)
-    if (library := fastest_blas(method, host)) is not None:
-        torch.backends.cuda.preferred_blas_library(library)
-
-
-def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    prepared, plan = run.require(Prepared), run.require(Plan)
-    plan.require_fit()
-    _require_right(run, plan)
-    missed = [name for name, value in seen_by_torch().items() if value is None]
-    capped = cap(plan.figures["host"]["budget_bytes"], plan.figures["reserved_bytes"])
-    watches = Watches(run)
-    watch = _Watch(run, plan.figures["updates"])
-    if capped.warning:
-        watches.warn(capped.warning)
-    if missed and torch.version.hip is not None:
-        watches.warn(f"{', '.join(missed)} was set after torch was imported: import strixft first")
-    require_known_tokens(run.recipe, prepared)
-    with watches.watching() as seen:
-        checkpoints = _checkpoints(run, prepared, plan)
-        newest = checkpoints.newest()
-        _tell_set_aside(checkpoints, watches)
-        batches = _Batches(run.recipe, prepared, plan, device_type())
-        step, proof = _build_step(run, plan, proof_batches(batches(0)) if newest is None else [])
-        if step.dropout:
-            left_out = f"training leaves out the dropout of {step.dropout:g} that the model has"
-            watches.warn(left_out)
-            say(f"Warning: {left_out}")
-        plan.require_same_config(run.recipe)
-        loop = TrainingLoop(
-            step,
-            batches,
-            plan.figures["updates"],
-            checkpoints,
-            watches.hang,
-            reserve_bytes=round(plan.figures["reserved_bytes"] * (1 + GAP_FLAGGED)),
-            is_asked=watches.is_asked,
-            on_update=watch,
-        )
-        _require_room(step, checkpoints)
-        began = time.monotonic()
-        with contextlib.closing(watch), peak_memory(step.model) as memory:
-            _run_loop(run, plan, loop, batches, watches, newest)
-        seconds, rate = time.monotonic() - began, watch.tok_per_s(loop.progress)
-        memory["peak_parts"] = memory["peak_parts"] or device_parts(
-            step.model, step.optimizer, memory["peak_bytes"]
-        )
-        _save(step.model, folder)
-    figures = {
-        "first_update": loop.first_update,
-        "updates": loop.progress.update,
-        "losses": loop.progress.losses,
-        "spikes": loss_spikes(loop.progress.losses),
-        "tokens": loop.progress.tokens,
-        "tok_per_s": rate,
-        "train_seconds": round(seconds, 3),
-        **planned_figures(plan.figures),
-        **memory,
-        **seen,
-        "cap": capped.says,
-        "proof": proof,
-        "checkpoints_set_aside": checkpoints.torn,
-    }
-    inputs = {
-        "rows_sha256": prepared.inputs["rows_sha256"],
-        "choice": plan.figures["choice"],
-        "base": fingerprint_base(model_source(run.recipe.model)),
-    }
-    return inputs, figures
-
-
-def train_recipe(run: Run) -> Trained:
-    """Train a planned run; the weights lie in `train/adapter`.
-
-    Raises:
-        FitError: The plan does not fit, or the device or the host ran out of memory.
-        StageError: An earlier stage has not run, or a loss or a gradient is no finite number.
-        Stopped: The user asked for it; the last finished update is saved.
-    """
-    return run.once(Trained, lambda folder: _train(run, folder))
