@@ -19,7 +19,7 @@ from torch import Tensor
 
 from strixft.attention.backends import BACKENDS, Heads
 from strixft.model.load import native_dtype
-from strixft.probe.attention import measure_rung
+from strixft.probe.attention import measure_backend
 from strixft.probe.weights import round_trip
 from strixft.support.child import Figures, do_steps
 
@@ -78,7 +78,7 @@ def _measure_attention(backend: str, head_size: int) -> Figures:
         windowed=False,
     )
     row = asdict(BACKENDS[backend])
-    return measure_rung(row, asdict(heads), device=_device(), dtype=_dtype_name())
+    return measure_backend(row, asdict(heads), device=_device(), dtype=_dtype_name())
 
 
 def check_attention() -> Figures:
