@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from strixft.attention.backends import BACKENDS, cannot
-from strixft.attention.core import use_backend
+from strixft.attention.interface import use_backend
 from strixft.attention.masks import dense_mask, documents_of, packed_rows
 from strixft.bench import data
 from strixft.data.batches import Batch, PackedShape, collate

@@ -65,9 +65,7 @@ BAD_WAYS = '''
 """Ways to compute attention that go wrong, each in its own way."""
 import os, time
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
-from strixft.attention.core import attend_eagerly
+from strixft.attention.core import FUNCTIONS, attend_eagerly
 
 
 def raises(*args, **options):
@@ -98,8 +96,7 @@ def dawdles(*args, **options):
 
 
 for way in (raises, aborts, hangs, leaks, nothing, dawdles):
-    AttentionInterface.register(way.__name__, way)
-    AttentionMaskInterface.register(way.__name__, sdpa_mask)
+    FUNCTIONS[way.__name__] = way
 '''
 
 

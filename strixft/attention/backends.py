@@ -25,9 +25,9 @@ class AttentionBackend:
     devices: tuple[str, ...]
     """Device types that have gradients of it."""
     implementation: str = "strixft"
-    """Its name in transformers' attention interface; see `core`."""
+    """Its name among `core.FUNCTIONS` and in transformers' attention interface."""
     module: str = "strixft.attention.core"
-    """What registers it there when it is imported."""
+    """Adds it to `core.FUNCTIONS` when it is imported."""
     kernels: str | None = None
     """Flash kernels of a package, as torch's registry calls them; None for torch's own."""
     package: str | None = None

@@ -1,4 +1,4 @@
-"""Attention as our models call it, through transformers' attention interface.
+"""Attention as our models call it.
 
 What the mask is decides the way: cumulative lengths, a block mask, T × T truths, or none. On
 `meta`, where torch would fall back to the mathematical path that keeps T × T scores, it is the
@@ -10,19 +10,16 @@ Shapes: B rows, H heads, T tokens, D head size, N documents.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from strixft.attention import asked
-from strixft.attention.backends import AttentionBackend
-from strixft.attention.masks import make_mask
 
 NAME = "strixft"
 """What `attn_implementation` is called."""
@@ -67,18 +64,6 @@ def use_kernels(name: str | None) -> None:
     elif restore := getattr(nn.attention, "restore_flash_attention_impl", None):
         restore()
     _kernels = name
-
-
-def use_backend(base: Any, backend: AttentionBackend) -> None:
-    """Let a model compute attention by a rung.
-
-    Args:
-        base: A transformers model.
-        backend: How.
-    """
-    base.set_attn_implementation(backend.implementation)
-    if base.device.type == "cuda":
-        use_kernels(backend.kernels)
 
 
 def _on_meta(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -230,6 +215,8 @@ def attend_eagerly(
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
-for name, function in ((NAME, attend), (EAGER_NAME, attend_eagerly)):
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, make_mask)
+FUNCTIONS: dict[str, Callable[..., tuple[Tensor, None]]] = {
+    NAME: attend,
+    EAGER_NAME: attend_eagerly,
+}
+"""Ways to call attention, by `AttentionBackend.implementation`; `interface` registers them."""

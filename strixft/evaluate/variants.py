@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from strixft.attention.backends import AttentionBackend
-from strixft.attention.core import use_backend
+from strixft.attention.interface import use_backend
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import device_type, find_host, training_host
 from strixft.model.adapter import base_of, load_adapter

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from strixft.attention.backends import BACKENDS
-from strixft.attention.core import NAME, use_backend
+from strixft.attention.interface import NAME, use_backend
 from strixft.catalog.methods import METHODS
 from strixft.evaluate.variants import load_variant
 from strixft.export.widened import in_float32

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from strixft.attention.asked import AttentionCall, watching
 from strixft.attention.backends import Heads
-from strixft.attention.core import NAME
+from strixft.attention.interface import NAME
 from strixft.model.config import first_lines
 from strixft.support.errors import RecipeError
 

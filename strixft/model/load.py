@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from strixft.attention.core import NAME
+from strixft.attention.interface import NAME
 from strixft.catalog.methods import METHODS, Method
 from strixft.catalog.models import MODELS
 from strixft.model import int8

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from strixft.attention.backends import AttentionBackend, Heads
-from strixft.attention.core import use_kernels
+from strixft.attention.core import FUNCTIONS, use_kernels
 from strixft.attention.masks import layer_inputs
 from strixft.support.child import Figures
 
@@ -147,7 +146,7 @@ class BackendCall:
         pieces = zip(starts, lengths, strict=True)
         places = torch.cat([torch.arange(start, start + size) for start, size in pieces])
         self._shape, self._places = (rows, length), places.to(device)  # (all documents' tokens,)
-        self._attend = ALL_ATTENTION_FUNCTIONS[backend.implementation]
+        self._attend = FUNCTIONS[backend.implementation]
         self._layer = _Layer(case.query.shape[1] // case.key.shape[1])
         self._options = self._inputs(backend, case)
         self._tensors = [self._laid_out(t) for t in (case.query, case.key, case.value)]

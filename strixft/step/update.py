@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from strixft.attention.backends import BACKENDS, AttentionBackend
-from strixft.attention.core import use_backend
+from strixft.attention.interface import use_backend
 from strixft.attention.masks import packed_rows
 from strixft.data.batches import Batch
 from strixft.model.adapter import base_of

@@ -1,0 +1,32 @@
+"""Our attention under its names in transformers' attention interface.
+
+A file of its own, as this interface takes seconds to import: the probe calls attention without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from strixft.attention.backends import AttentionBackend
+from strixft.attention.core import FUNCTIONS, NAME, use_kernels
+from strixft.attention.masks import make_mask
+
+__all__ = ["NAME", "use_backend"]
+
+for name, function in FUNCTIONS.items():
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, make_mask)
+
+
+def use_backend(base: Any, backend: AttentionBackend) -> None:
+    """Let a model compute attention by a backend.
+
+    Args:
+        base: A transformers model.
+        backend: A row of `BACKENDS`.
+    """
+    base.set_attn_implementation(backend.implementation)
+    if base.device.type == "cuda":
+        use_kernels(backend.kernels)
