@@ -90,7 +90,7 @@ MOST_BOXES = 64
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What each machine holds and does."""
+    """The part of a run that each machine holds and does."""
 
     way: Way
     fits: bool
@@ -165,7 +165,7 @@ class _Shared:
 
 
 def share_figures(job: Job, limit: Budget, data: DataShape, boxes: int) -> dict[str, Any]:
-    """Return what each of several machines holds.
+    """Return figures of a run on several machines.
 
     Args:
         job: What runs on each machine.
@@ -174,7 +174,7 @@ def share_figures(job: Job, limit: Budget, data: DataShape, boxes: int) -> dict[
         boxes: Machines.
 
     Raises:
-        RecipeError: Not a number of machines.
+        RecipeError: There cannot be so many machines.
     """
     if not 2 <= boxes <= MOST_BOXES:
         raise RecipeError(f"--boxes should be 2 to {MOST_BOXES}, it is {boxes}", fix="--boxes 2")

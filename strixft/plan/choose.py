@@ -30,7 +30,7 @@ better (docs/plan-accuracy.md)."""
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plan that was looked at."""
+    """A plan that can be chosen."""
 
     rows: int
     recomputed_layers: int
@@ -59,7 +59,10 @@ class Choice:
 
 @contextlib.contextmanager
 def _collector_off() -> Iterator[None]:
-    """No trace lies in a cycle, and each collection would look at all objects of the imports."""
+    """Switch the garbage collector off: it would look at all objects that imports made.
+
+    No trace lies in a cycle.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -159,7 +162,7 @@ class Planner:
     def _smallest_as_fast(
         self, run: DryRun, frontier: Sequence[Candidate], limit: Budget
     ) -> DryRun:
-        """Of what is as fast as a run, and fits, what needs least; see `AS_FAST`."""
+        """Return what needs least of all that is as fast as a run, and fits; see `AS_FAST`."""
         if run.seconds_per_update is None:
             return run
         seconds = run.seconds_per_update * (1 + AS_FAST)
@@ -168,7 +171,7 @@ class Planner:
         return next(filter(None, (self._fits(candidate, limit) for candidate in by_need)), run)
 
     def _fits(self, candidate: Candidate, limit: Budget) -> DryRun | None:
-        """The candidate's dry run, if the allocator's rules let it fit."""
+        """Return the candidate's dry run, if the allocator's rules let it fit."""
         run = self.dry_run(candidate.rows, candidate.recomputed_layers)
         return run if self.need_bytes(run) <= limit.num_bytes else None
 

@@ -1,4 +1,4 @@
-"""Sliders over rows, length and recomputed layers: what each step would need and how fast it is."""
+"""Sliders over rows, length and recomputed layers: memory and speed of each step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDGET = {"continuous_update": False}
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a step needs, and how fast it is."""
+    """Memory and speed of a step."""
 
     peak_bytes: int
     need_bytes: int

@@ -1,1 +1,1 @@
-"""Try on this device what a step is to be computed with, before it is used."""
+"""Attention, 4-bit weights and BLAS, tried on this device before they are used."""

@@ -32,7 +32,7 @@ BETWEEN_CODES = 1e-3
 
 
 def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
-    """What NF4 makes of values: the result, and each value's scale, both of the values' shape."""
+    """Return values as NF4 has them, and each value's scale, both of the values' shape."""
     blocks = values.float().view(-1, BLOCK)
     scales = blocks.abs().amax(1, keepdim=True)
     codes = torch.tensor(CODES)
@@ -83,13 +83,8 @@ LIBRARIES = ("cublas", "cublaslt")
 SIZE = 4096
 
 
-def _figures(times: dict[str, float], error: float, allowed: float) -> Figures:
-    fastest = min(times, key=lambda name: times[name])
-    return {**judged(error, allowed), "ms": times, "fastest": fastest}
-
-
 def measure_products(device: str, dtype: str) -> Figures:
-    """Time of a weight gradient, dyᵀ·x, by each library, and whether it is right.
+    """Time a weight gradient, dyᵀ·x, by each library, and check it.
 
     Args:
         device: `cuda`.
@@ -111,4 +106,5 @@ def measure_products(device: str, dtype: str) -> Figures:
             continue
         errors.append(largest_error([(gradient.T @ inputs)[:64]], [due]))
         times[library] = milliseconds(lambda: gradient.T @ inputs, device)
-    return _figures(times, max(errors), allowed_error(kind, SIZE))
+    fastest = min(times, key=lambda name: times[name])
+    return {**judged(max(errors), allowed_error(kind, SIZE)), "ms": times, "fastest": fastest}

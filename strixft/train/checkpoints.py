@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, or are not there.
+"""Checkpoints: each is whole, or it is not there.
 
 <folder>/checkpoint-<update>        what training wrote, and manifest.json with its hashes
 <folder>/checkpoint-<update>.torn   set aside: it is not what its manifest says
@@ -46,19 +46,17 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _read(folder: Path, update: int) -> Checkpoint:
-    """A checkpoint whose files are what its manifest says.
+    """Return a checkpoint whose files are what its manifest says.
 
     Raises:
-        ValueError: With what is wrong.
+        ValueError: A file is missing or damaged.
     """
     manifest = read_manifest(folder)
     try:
         listed, inputs = dict(manifest["files"]), dict(manifest["inputs"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{MANIFEST} is damaged") from None
-    for name, written in sorted(
-        listed.items()
-    ):  # others leave files of their own: .DS_Store, .nfs…
+    for name, written in sorted(listed.items()):  # others leave files too: .DS_Store, .nfs…
         path = folder / name
         if ".." in path.parts or not path.is_file():
             raise ValueError(f"{name} is missing")
@@ -98,12 +96,12 @@ class Checkpoints:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _by_update(self) -> list[tuple[int, Path]]:
-        """Newest first."""
+        """Return updates and folders of the checkpoints, newest first."""
         found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; torn ones that are newer are set aside.
+        """Return the newest whole checkpoint; torn ones that are newer are set aside.
 
         Raises:
             StageError: It was written by a run with other inputs.
@@ -138,11 +136,11 @@ class Checkpoints:
             )
 
     def count(self) -> int:
-        """Checkpoints that are there."""
+        """Return the number of checkpoints."""
         return len(self._by_update())
 
     def has(self, update: int) -> bool:
-        """A checkpoint of this update has been written."""
+        """Return whether a checkpoint of this update has been written."""
         return (self.folder / f"checkpoint-{update}").is_dir()
 
     @contextlib.contextmanager

@@ -44,7 +44,7 @@ class NotFiniteError(Exception):
 
 
 class _StopAsked(Exception):
-    """Leaves an unfinished update."""
+    """Raised to leave an unfinished update."""
 
 
 @dataclass
@@ -103,7 +103,7 @@ def rate_factor(train: Train, updates: int) -> Callable[[int], float]:
 
 
 class TrainingLoop:
-    """Runs `TrainingStep.update` until all updates are finished or somebody asks for a stop.
+    """`TrainingStep.update`, until all updates are finished or somebody asks for a stop.
 
     Args:
         step: The training step of the model.
@@ -192,7 +192,7 @@ class TrainingLoop:
         self._released = self.progress.update
 
     def _over_processes(self, count: int) -> int:
-        """Sum of a count over all processes."""
+        """Return the sum of a count over all processes."""
         if self._processes.num_processes == 1:
             return count
         return int(reduce(torch.tensor(count, device=self._processes.device), "sum"))

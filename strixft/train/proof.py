@@ -147,7 +147,7 @@ def _document(base: Any, number: int, batch: Batch, span: tuple[int, int]) -> Do
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was compared, and how far the losses are apart."""
+    """The compared documents, and how far their losses are apart."""
 
     documents: int
     tokens: int
@@ -181,22 +181,19 @@ def prove(step: TrainingStep, batches: Sequence[Batch], documents: Sequence[Docu
     ours = [found[document.batch][document.trained] for document in documents]
     own = [document.losses for document in documents]
     apart = [float((a - b).abs().mean()) for a, b in zip(ours, own, strict=True)]
+    base = base_of(step.model)
+    rounded = INT8_TOLERANCE if getattr(base, "is_loaded_in_8bit", False) else 0.0
     proof = Proof(
         documents=len(documents),
         tokens=sum(map(len, own)),
         loss=float(torch.cat(ours).mean()),
         own_loss=float(torch.cat(own).mean()),
         difference=max(apart, key=lambda one: math.inf if math.isnan(one) else one),
-        tolerance=_tolerance(base_of(step.model)),
+        tolerance=max(TOLERANCE[base.dtype], rounded),
     )
     if not proof.difference <= proof.tolerance:
         raise _wrong(step, proof)
     return proof
-
-
-def _tolerance(base: Any) -> float:
-    rounded = INT8_TOLERANCE if getattr(base, "is_loaded_in_8bit", False) else 0.0
-    return max(TOLERANCE[base.dtype], rounded)
 
 
 def _wrong(step: TrainingStep, proof: Proof) -> StageError:
