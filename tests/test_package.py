@@ -74,7 +74,7 @@ def test_the_data_of_the_demo_ship_with_it(python: Path, tmp_path: Path) -> None
 
 def test_the_notebook_of_every_stage_ships(python: Path, tmp_path: Path) -> None:
     script = (
-        "from strixft.recipe import shipped;"
+        "from strixft.recipe.find import shipped;"
         "print(*sorted(path.name for path in shipped('notebooks').iterdir()))"
     )
     names = run_in(tmp_path, python, "-c", script).split()
