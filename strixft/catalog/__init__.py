@@ -1,1 +1,1 @@
-"""What a recipe may name, as tables: models, methods, hosts, exports. Nothing imports torch."""
+"""Tables of the models, methods, hosts and exports that a recipe may name, without torch."""

@@ -378,7 +378,7 @@ class AmdCard:
 
     @property
     def is_strix_halo(self) -> bool:
-        """Whether it is the GPU of a Strix Halo chip, gfx1151."""
+        """True for the GPU of a Strix Halo chip, gfx1151."""
         return self.device_id == STRIX_HALO_DEVICE
 
 

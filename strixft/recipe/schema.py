@@ -87,7 +87,7 @@ class Source(_Section):
     source: str
     """File, folder, glob pattern, or data set on the hub."""
     weight: float = Field(default=1, gt=0)
-    """How often one epoch uses the source: 2 uses each row twice, 0.5 uses half of the rows."""
+    """Uses of each row in one epoch: 2 uses every row twice, 0.5 uses half of the rows."""
     split: str = "train"
     """Split of a data set on the hub."""
     format: Format | None = None
