@@ -5,7 +5,8 @@ in any text. So a text is cut where every such tokenizer cuts it, before a singl
 between two other characters, and only new words are tokenised. That a tokenizer is of this kind is
 tried out, and one text of `AUDITED_EVERY` is tokenised whole and compared.
 
-Without this, preparation takes 1.2 to 1.8 times as long per processor (`strixft bench data`).
+Without it, preparing thousands of English chats takes 1.7 times as long per processor, which is 1.1
+to 1.2 times as fast as TRL (`strixft bench data`). Of a thousand rows or fewer it saves nothing.
 """
 
 from __future__ import annotations
