@@ -70,7 +70,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
         model.get_base_model().model.norm = Full()
         return model
 
-    monkeypatch.setattr("strixft.app.chat.load_side", load)
+    monkeypatch.setattr("strixft.app.chat.load_variant", load)
 
 
 @pytest.mark.usefixtures("full")
