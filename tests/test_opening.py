@@ -66,7 +66,7 @@ def test_from_takes_the_change_and_sets_aside(recipe: Path, tmp_path: Path) -> N
 def test_from_a_later_stage_does_not_take_an_earlier_change(recipe: Path, tmp_path: Path) -> None:
     run = open_run(recipe, tmp_path / "run")
     prepare_recipe(run)
-    with pytest.raises(RecipeError, match="is taken"):
+    with pytest.raises(RecipeError, match="belongs to a run of another recipe"):
         open_run(recipe, run.folder, {"dataset.max_length": 16}, first="plan")
     assert run.is_done("prepare")
 
