@@ -255,7 +255,9 @@ def test_packed_rows_train_as_rows_alone(attention: str, tiny_model: Path) -> No
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-@pytest.mark.parametrize("options", [StepOptions(elementwise=True), StepOptions(recomputed_layers=1)])
+@pytest.mark.parametrize(
+    "options", [StepOptions(elementwise=True), StepOptions(recomputed_layers=1)]
+)
 def test_compiled_layers_train_as_eager_ones(options: StepOptions, tiny_model: Path) -> None:
     torch.compiler.reset()
     eager = TrainingStep(adapted(tiny_model), TRAIN)
