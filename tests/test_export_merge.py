@@ -95,7 +95,7 @@ def test_where_the_base_rounds_too_much_away_weights_are_written_in_float32(
     trained(run)
     monkeypatch.setattr("strixft.export.check.MOST_KL", 1e-8)
     for module in ("evaluate.variants", "export.check"):  # as on a GPU
-        monkeypatch.setattr(f"strixft.{module}.native_dtype", lambda *_, **__: torch.bfloat16)
+        monkeypatch.setattr(f"strixft.{module}.training_dtype", lambda: torch.bfloat16)
     made = export_recipe(run, ("merged",)).figures["made"]["merged"]
     assert made["rounded"]["faults"]
     assert not made["check"]["exact"]

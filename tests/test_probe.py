@@ -40,7 +40,6 @@ from strixft.probe.attention import (
     reference,
 )
 from strixft.probe.checks import (
-    KNOWN_ISSUES,
     Verdict,
     choose_attention,
     fastest_blas,
@@ -444,18 +443,6 @@ def test_wrong_4_bit_weights_are_an_error_that_says_what_to_type(
     assert caught.value.fix.startswith('pip install "bitsandbytes>=0.50,<0.51"   and start')
     assert caught.value.fix.endswith("until then: --set method=lora")
     assert plan_figures(recipe, "strix-halo-128")["choice"]["attention"] == "varlen"
-
-
-# What else is known to go wrong.
-
-
-def test_every_known_issue_has_a_source_and_is_tried_by_something_that_exists() -> None:
-    assert len(KNOWN_ISSUES) >= 3
-    for issue in KNOWN_ISSUES.values():
-        assert importlib.util.find_spec(issue.tried_by) is not None
-        assert issue.what
-        assert issue.source
-        assert issue.instead
 
 
 def test_the_faster_library_is_taken_where_the_base_is_trained(

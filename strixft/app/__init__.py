@@ -1,1 +1,1 @@
-"""What people start: the command line, notebooks, chat, reports."""
+"""Entry points: the command line, notebooks, chat, reports."""

@@ -13,10 +13,10 @@ from torch import nn
 from strixft.attention.backends import AttentionBackend
 from strixft.attention.interface import use_backend
 from strixft.catalog.methods import METHODS
-from strixft.guard.host import device_type, find_host, training_host
+from strixft.guard.host import device_type, training_dtype, training_host
 from strixft.model.adapter import base_of, load_adapter
 from strixft.model.architecture import architecture_of
-from strixft.model.load import load_base, native_dtype
+from strixft.model.load import load_base
 from strixft.probe.checks import choose_attention, usable
 from strixft.recipe.schema import Recipe
 
@@ -53,8 +53,7 @@ def load_variants(
     If all weights were trained, the base is given up before the tuned model is loaded; the caller
     should give it up too.
     """
-    device, host = device_type(), find_host(recipe.memory.host)
-    dtype = native_dtype(device, bfloat16=host.bfloat16)
+    device, dtype = device_type(), training_dtype()
     model = load_base(recipe, device, dtype)
     backend = answering_backend(model.config)
 

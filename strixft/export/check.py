@@ -19,11 +19,11 @@ from strixft.attention.interface import NAME, use_backend
 from strixft.catalog.methods import METHODS
 from strixft.evaluate.variants import load_variant
 from strixft.export.widened import in_float32
-from strixft.guard.host import budget_for, device_type, find_host
+from strixft.guard.host import budget_for, device_type, find_host, training_dtype
 from strixft.model.adapter import base_of
 from strixft.model.architecture import auto_class
 from strixft.model.files import shard_paths
-from strixft.model.load import load_config, native_dtype
+from strixft.model.load import load_config
 from strixft.model.stream import Shard
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import StageError
@@ -129,7 +129,7 @@ def faults(found: Mapping[str, Any], *, exact: bool) -> list[str]:
 
 def _is_exact(recipe: Recipe, merged: Path) -> bool:
     """Return whether no weight was rounded: all are float32, in the files and in training."""
-    if METHODS[recipe.method].base != "native" or _dtype(recipe) is not torch.float32:
+    if METHODS[recipe.method].base != "native" or training_dtype() is not torch.float32:
         return False
     return stored_types(merged) <= {"F32", "I64"}
 
@@ -141,10 +141,6 @@ def stored_types(folder: Path) -> set[str]:
         with Shard(path) as shard:
             kinds |= {entry.dtype for entry in shard.entries.values()}
     return kinds
-
-
-def _dtype(recipe: Recipe) -> torch.dtype:
-    return native_dtype(device_type(), bfloat16=find_host(recipe.memory.host).bfloat16)
 
 
 def _trained_logits(
@@ -175,9 +171,9 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
     size_bytes = sum(path.stat().st_size for path in shard_paths(folder))
     same = recipe.model_copy(update={"model": str(folder), "method": "lora"})
     whole = stored_types(folder) <= {"F32", "I64"}  # 16 bits would round too much
-    dtype = torch.float32 if whole else _dtype(recipe)
+    dtype = torch.float32 if whole else training_dtype()
     fits = size_bytes < budget_bytes * 0.9
-    if fits and dtype is _dtype(recipe):
+    if fits and dtype is training_dtype():
         return load_variant(same, folder, "base"), False
     device = device_type()
     most = {"cpu" if device == "cpu" else 0: int(budget_bytes * 0.7)}

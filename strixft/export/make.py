@@ -45,7 +45,7 @@ def plain(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """One export of one run."""
 
     run: Run
@@ -87,7 +87,7 @@ class Job:
         return [split[index] for split in splits for index in range(min(ROWS, len(split)))][:ROWS]
 
 
-def _write_merged(job: Job, folder: Path, *, float32: bool = False) -> Made:
+def _write_merged(job: ExportJob, folder: Path, *, float32: bool = False) -> Made:
     """Merge into a folder, and compare that model with the trained one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -100,7 +100,7 @@ def _write_merged(job: Job, folder: Path, *, float32: bool = False) -> Made:
     return check_merged(job.run.recipe, job.adapter, folder, job.compared())
 
 
-def _merge(job: Job) -> Made:
+def _merge(job: ExportJob) -> Made:
     """Merge in the base's types, or in float32 if those round too much away."""
     temporary = job.folder / f".{MERGED}"
     shutil.rmtree(job.merged, ignore_errors=True)
@@ -116,7 +116,7 @@ def _merge(job: Job) -> Made:
     return {**place, "base": STORED[job.method.base], "check": check, "rounded": rounded}
 
 
-def _gguf(job: Job) -> Made:
+def _gguf(job: ExportJob) -> Made:
     kinds = job.run.recipe.export.gguf
     source, ends = job.gguf_path("f16"), job.ends(load_tokenizer(job.run.recipe)).token_ids
     for kind in sorted(kinds, key=lambda kind: kind != "f16"):
@@ -133,25 +133,25 @@ def _gguf(job: Job) -> Made:
     return {"path": str(paths[0]), "files": [str(path) for path in paths], "bytes": size}
 
 
-def _gguf_lora(job: Job) -> Made:
+def _gguf_lora(job: ExportJob) -> Made:
     gguf.convert_adapter(job.adapter, job.base_folder, job.lora_path)
     command = f"llama-server -m BASE.gguf --lora {job.lora_path}"
     return {"path": str(job.lora_path), "bytes": job.lora_path.stat().st_size, "type": command}
 
 
-def _smallest(job: Job) -> Path:
+def _smallest(job: ExportJob) -> Path:
     kinds = job.run.recipe.export.gguf
     return job.gguf_path(min(kinds, key=lambda kind: QUANTISATIONS[kind].bits))
 
 
-def _ollama(job: Job) -> Made:
+def _ollama(job: ExportJob) -> Made:
     path = job.folder / "Modelfile"
     tokenizer = load_tokenizer(job.run.recipe)
     write_text(path, texts.modelfile(_smallest(job).name, tokenizer, job.ends(tokenizer)))
     return {"path": str(path), "type": f"ollama create {plain(job.run.name)} -f {path}"}
 
 
-def _lemonade(job: Job) -> Made:
+def _lemonade(job: ExportJob) -> Made:
     """Link one file into a folder of its own: Lemonade takes several for parts of one model."""
     path = job.folder / "lemonade" / f"{plain(job.run.name)}.gguf"
     path.parent.mkdir(exist_ok=True)
@@ -160,7 +160,7 @@ def _lemonade(job: Job) -> Made:
     return {"path": str(path), "type": texts.lemonade_command(path.parent)}
 
 
-MAKE: dict[str, Callable[[Job], Made]] = {
+MAKE: dict[str, Callable[[ExportJob], Made]] = {
     "merged": _merge,
     "gguf": _gguf,
     "gguf-lora": _gguf_lora,

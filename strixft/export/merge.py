@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from strixft.catalog.methods import METHODS
-from strixft.guard.host import device_type, find_host
+from strixft.guard.host import device_type, training_dtype
 from strixft.model.files import beside_weights, shard_paths
 from strixft.model.int8 import LARGEST
-from strixft.model.load import load_config, native_dtype
+from strixft.model.load import load_config
 from strixft.model.mergeable import (
     PACKED,
     Group,
@@ -217,8 +217,7 @@ class _Merger:
 
     def __init__(self, recipe: Recipe, config: Any, adapter: Path) -> None:
         self._device, self._base = device_type(), METHODS[recipe.method].base
-        host = find_host(recipe.memory.host)
-        self._dtype = native_dtype(self._device, bfloat16=host.bfloat16)
+        self._dtype = training_dtype()
         self._model = load_adapted(config, adapter, self._device)
         self._adapted = adapted_parameters(self._model)
         self._quantised = quantised_parameters(config, self._base, self._dtype)

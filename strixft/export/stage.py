@@ -10,7 +10,7 @@ from typing import Any
 from strixft.catalog.exports import QUANTISATIONS, with_needs
 from strixft.evaluate.variants import load_variant
 from strixft.export import texts
-from strixft.export.make import MAKE, Job
+from strixft.export.make import MAKE, ExportJob
 from strixft.export.parity import chosen_prompts, greedy_answers, measure_parity
 from strixft.export.result import Exported
 from strixft.guard.stage_watches import StageWatch
@@ -53,7 +53,7 @@ def _needed_bytes(run: Run, kinds: tuple[str, ...], base_folder: Path) -> int:
     return int(size * copies) + SMALL_BYTES
 
 
-def _parity(job: Job, kinds: tuple[str, ...]) -> dict[str, Any]:
+def _parity(job: ExportJob, kinds: tuple[str, ...]) -> dict[str, Any]:
     """Compare every GGUF file with the trained model on the same prompts."""
     recipe, tokenizer = job.run.recipe, load_tokenizer(job.run.recipe)
     ends, prompts = job.ends(tokenizer), chosen_prompts(tokenizer, job.held_out())
@@ -84,7 +84,7 @@ def _export(
             f"the files of {run.recipe.model} are not on this machine",
             fix=f"hf download {run.recipe.model}",
         )
-    job = Job(run, folder, base_folder, trained.folder / ADAPTER)
+    job = ExportJob(run, folder, base_folder, trained.folder / ADAPTER)
     base = trained.require_same_base(run.recipe)
     # Refuse before the work what would fail after it.
     require_room(folder, _needed_bytes(run, kinds, base_folder))

@@ -19,6 +19,7 @@ from strixft.catalog.hosts import (
     this_host,
 )
 from strixft.catalog.rates import with_rates
+from strixft.model.load import native_dtype
 from strixft.recipe.schema import Memory
 from strixft.support.environment import OVERRIDE, OVERRIDE_WHY
 from strixft.support.errors import HostError
@@ -83,6 +84,12 @@ def find_host(name: str) -> Host:
 def training_host() -> Host:
     """Return this machine with the device that training uses."""
     return find_host("auto" if device_type() == "cuda" else "cpu")
+
+
+def training_dtype() -> torch.dtype:
+    """Return the type this machine trains and answers in, whatever host the plan was for."""
+    host = training_host()
+    return native_dtype(host.device, bfloat16=host.bfloat16)
 
 
 def budget_for(memory: Memory, host: Host) -> Budget:

@@ -338,7 +338,7 @@ class Build:
     ) -> None:
         self.inputs, self.encoder, self.report, self.writer = inputs, encoder, report, writer
         self.sketches = bytearray()
-        """Of all chats, where near duplicates are asked for."""
+        """MinHash sketches of all chats, if near duplicates are asked for."""
         self.counts, self.unused = Counter[str](), Counter[str]()
         """Sums over all batches, as in `MadeBatch`."""
         self._rows_seen = self._bytes_seen = 0

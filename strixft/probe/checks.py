@@ -21,7 +21,6 @@ from strixft.model.load import native_dtype
 from strixft.probe.run import Task, measure
 from strixft.support.child import Figures
 from strixft.support.errors import HostError
-from strixft.support.tables import Table
 
 NOISE = 1.1
 """A backend gives way to one that is this many times faster: two runs of one differ by as much."""
@@ -247,44 +246,3 @@ def fastest_blas(method: Method, host: Host) -> str | None:
         return None
     figures = measure([_task("products", host)])["products"]
     return None if "problem" in figures else figures.get("fastest")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownIssue:
-    """Something that is reported to be slow or wrong; only a measurement overrules it."""
-
-    name: str
-    what: str
-    source: str
-    tried_by: str
-    """Module that tries it on this machine."""
-    instead: str
-    """What training does."""
-
-
-KNOWN_ISSUES: Table[KnownIssue] = Table(
-    "known issue",
-    KnownIssue(
-        name="weight-gradient",
-        what="hipBLASLt computes large weight gradients two to four times slower than rocBLAS"
-        " (16.4 against 39.9 TFLOPS at 4096³)",
-        source="ROCm/TheRock#5314 (measured, confirmed by AMD)",
-        tried_by="strixft.probe.weights",
-        instead="the library that is faster here, where the base is trained",
-    ),
-    KnownIssue(
-        name="fused-head",
-        what="TRL's fused head adds up products in float32 (`_addmm_fp32`): it fails with an older"
-        " torch for ROCm, and is slow with a newer one",
-        source="TRL 1.16: trl/kernels/chunked_logprob.py",
-        tried_by="strixft.doctor.probe_child",
-        instead="our own chunked head",
-    ),
-    KnownIssue(
-        name="nf4",
-        what="a wrong wave size gave garbage for NF4 in blocks of 64, without an error",
-        source="bitsandbytes-foundation/bitsandbytes PR #1885, in 0.50",
-        tried_by="strixft.probe.weights",
-        instead="an error before anything is loaded",
-    ),
-)

@@ -29,7 +29,7 @@ class Job:
     """The model's configuration, as its checkpoint has it."""
     host: Host
     options: StepOptions
-    """How the step is computed; a plan chooses how many layers are recomputed."""
+    """Options of the step; a plan chooses how many layers are recomputed."""
     verdicts: tuple[Verdict, ...] = ()
     """Attention backends that were tried on this machine; empty for another one."""
 

@@ -1,4 +1,4 @@
-"""How compiled layers multiply: a pass over the graph of a layer, forward or backward.
+"""Products of compiled layers: a pass over the graph of a layer, forward or backward.
 
 What is computed stays the same up to rounding; less of it moves through memory.
 
