@@ -186,7 +186,7 @@ def _is_missing(package: str | None) -> bool:
 
 
 def cannot(backend: AttentionBackend, heads: Heads, device_type: str) -> str | None:
-    """Why a rung is no way at all for a model on a type of device; None if it is one.
+    """Return why a backend cannot train a model on a type of device; None if it can.
 
     Args:
         backend: The way.

@@ -63,7 +63,7 @@ def trace_run(
     memo: Memo | None = None,
     layers: Sequence[int] | None = None,
 ) -> Schedule:
-    """What happens at full depth; layers of one kind are traced once.
+    """Return the events at full depth; layers of one kind are traced once.
 
     Args:
         job: What is trained, and where.

@@ -367,7 +367,7 @@ def forward_bytes(
     memo: Memo,
     layers: Sequence[int] | None = None,
 ) -> int:
-    """What a forward pass without gradients takes beside the weights, at its peak.
+    """Return the peak of a forward pass without gradients, in bytes beside the weights.
 
     Args:
         job: What is trained, and where.
