@@ -79,7 +79,7 @@ def test_the_command_stops_a_training(
     out, errors = processes[0].communicate()
     assert (stopped.returncode, processes[0].returncode) == (0, 0)
     assert json.loads(stopped.stdout)["state"] == "stopped"
-    assert f"process {processes[0].pid} ends" in stopped.stderr
+    assert f"process {processes[0].pid} is ending" in stopped.stderr
     told = json.loads(out)
     assert told["state"] == "stopped"
     assert " is saved" in told["why"]
