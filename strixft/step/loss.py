@@ -3,6 +3,8 @@
 The logits of one chunk are made, turned into their own gradient in place, and multiplied back to
 the hidden states, all in the forward pass. So nothing of size tokens × vocabulary is kept, and the
 head costs one product forward and one for the gradient, as it would with full logits.
+
+Shapes: K trained tokens, n of them in a chunk; C hidden sizes, V words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,36 +15,37 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from strixft.step.compiler import maybe_mark_dynamic
+
 CHUNK_ELEMENTS = 2**27
 """Logits in one chunk: 512 MiB in float32."""
 
 
 def chunk_rows(num_rows: int, vocabulary: int) -> int:
-    """Rows of a chunk: at most `CHUNK_ELEMENTS` logits, in equal chunks."""
+    """Return the rows of a chunk: at most `CHUNK_ELEMENTS` logits, in equal chunks."""
     most = max(1, CHUNK_ELEMENTS // vocabulary)
     chunks = -(-num_rows // most)
     return -(-num_rows // chunks) if chunks else 1
 
 
 def rows_of_whole_chunks(most_rows: int, vocabulary: int) -> int:
-    """Of up to so many rows, the most that fill their chunks: no other number has larger ones."""
+    """Return the most rows up to a number that fill their chunks: no number has larger ones."""
     whole = max(1, CHUNK_ELEMENTS // vocabulary)
     return most_rows - most_rows % whole if most_rows > whole else most_rows
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _losses_and_gradient_(
     logits: Tensor, labels: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Losses of raw logits (n, V), (n, 1), and the gradient of their sum, written over the logits.
+    """Return losses (n, 1) of raw logits (n, V), and their sum's gradient (n, V) over the logits.
 
     Everything happens in place: torch's own `logsumexp` would copy the logits.
     """
-    logits = _capped(logits, softcap)
-    slope = None if softcap is None else 1 - (logits / softcap).square()
+    slope = None
+    if softcap is not None:
+        logits.div_(softcap).tanh_()
+        slope = 1 - logits.square()
+        logits.mul_(softcap)
     logits.sub_(logits.amax(-1, keepdim=True))
     picked = logits.gather(-1, labels.unsqueeze(-1))
     sums = logits.exp_().sum(-1, keepdim=True)
@@ -56,6 +59,7 @@ def _losses_and_gradient_(
     options={"split_reductions": False}
 )  # a row is read once for its largest and its sum
 def _in_one_pass(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Return what `logits_gradient` does; one kernel reads the logits and writes the gradient."""
     scores = logits.float()
     capped = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     top = capped.amax(-1, keepdim=True)
@@ -70,12 +74,12 @@ def _in_one_pass(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple
 
 @torch.library.custom_op("strixft::logits_gradient", mutates_args=())
 def logits_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of raw logits (n, V), and its gradient in their dtype: compiled.
+    """Return the sum () of the losses of raw logits (n, V), and its gradient (n, V) in their dtype.
 
     An operator of its own, so that a plan sees what it returns and nothing of what it fuses.
     """
     for rows in (logits, labels):  # their number differs, the vocabulary does not
-        torch._dynamo.maybe_mark_dynamic(rows, 0)
+        maybe_mark_dynamic(rows, 0)
     return _in_one_pass(logits, labels, softcap)
 
 
@@ -87,7 +91,7 @@ def _(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Te
 def _gradient_of_chunk(
     hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, compiled: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses, and the gradient of the logits in the dtype of the hidden states."""
+    """Return the sum () of the losses, and the gradient of the logits (n, V) in hidden's dtype."""
     logits = hidden @ weight.T  # (n, V)
     if compiled:
         found: tuple[Tensor, Tensor] = logits_gradient(logits, labels, softcap)
@@ -146,7 +150,7 @@ def chunked_cross_entropy(
     *,
     compiled: bool = False,
 ) -> Tensor:
-    """Sum of the losses of tokens, in float32.
+    """Return the sum of the losses of tokens, (), in float32.
 
     Args:
         hidden: Hidden states that predict them, (K, C).
@@ -165,7 +169,7 @@ def chunked_cross_entropy(
 def token_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None
 ) -> Tensor:
-    """Loss of each token, (K,), in float32; arguments as `chunked_cross_entropy`."""
+    """Return the loss of each token, (K,), in float32; arguments as `chunked_cross_entropy`."""
     rows = chunk_rows(len(labels), len(weight)) or 1
     chunks = zip(hidden.split(rows), labels.split(rows), strict=True)
     return torch.cat(

@@ -1,6 +1,8 @@
 """4-bit weights in compiled layers: written out by a generated kernel, then multiplied.
 
 bitsandbytes does so inside its product, at half of an H200's bandwidth (docs/performance.md).
+
+Shapes: a weight is (N, K), packed in N·K / 2 bytes, with a scale for each block of so many values.
 """
 
 from __future__ import annotations
@@ -13,11 +15,17 @@ import bitsandbytes  # noqa: F401  # defines its operators
 import torch
 from bitsandbytes.backends.utils import CODE
 from torch import fx
-from torch._inductor import ir
-from torch._inductor.lowering import fallback_handler, register_lowering, view
-from torch._inductor.virtualized import V, ops
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
+from strixft.step.compiler import (
+    FloorDiv,
+    ModularIndexing,
+    V,
+    fallback_handler,
+    ir,
+    ops,
+    register_lowering,
+    view,
+)
 from strixft.step.graphs import call, calls, replace, value_of
 
 aten, bnb = torch.ops.aten, torch.ops.bitsandbytes
@@ -48,29 +56,24 @@ def _split(node: fx.Node) -> None:
         stored = (packed, scales, block, kind, shape, value_of(source).dtype)
         weight = call(graph, UNPACK, *stored)  # (N, K)
         columns = call(graph, aten.permute.default, weight, [1, 0])
-        rows = call(graph, aten.view.default, source, [-1, value_of(weight).shape[1]])
-        product = call(graph, aten.mm.default, rows, columns)
+        rows = call(graph, aten.view.default, source, [-1, value_of(weight).shape[1]])  # (T, K)
+        product = call(graph, aten.mm.default, rows, columns)  # (T, N)
         result = call(graph, aten.view.default, product, list(value_of(node).shape))
     replace(node, result)
 
 
 def unpack_late(graph: fx.Graph) -> None:
-    """Write weights out right before they are multiplied."""
+    """Write weights out right before they are multiplied: one at a time is in memory."""
     for weight in calls(graph, UNPACK):
-        *sources, user = _way_to_product(weight)
-        if sources:
-            _bring(sources[-1], user)
-
-
-def _way_to_product(weight: fx.Node) -> list[fx.Node]:
-    """Weights, their transpose and the product, as long as each has one reader."""
-    way = [weight]
-    while len(way[-1].users) == 1 and (way[-1] is weight or way[-1].target is aten.permute.default):
-        way += way[-1].users
-    return way
+        way = [weight]  # the weight, perhaps its transpose, the product
+        while len(way[-1].users) == 1 and way[-1].target in (UNPACK, aten.permute.default):
+            way += way[-1].users
+        if len(way) > 1:
+            _bring(way[-2], way[-1])
 
 
 def _bring(node: fx.Node, place: fx.Node) -> None:
+    """Move a call, and what only it needs, right before another one."""
     for source in node.all_input_nodes:
         if source.op == "call_function" and len(source.users) == 1:
             _bring(source, place)
@@ -84,7 +87,7 @@ def _bring(node: fx.Node, place: fx.Node) -> None:
 def _generate(
     packed: Any, scales: Any, block: int, kind: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Any:
-    """What the compiler generates for weights, (N, K)."""
+    """Generate the kernel that writes weights out, (N, K)."""
     # bitsandbytes has other values for FP4 on each device, and may store bytes as other types
     if kind != "nf4" or packed.get_dtype() != torch.uint8:
         return fallback_handler(UNPACK, add_to_fallback_set=False)(
@@ -101,7 +104,7 @@ def _generate(
 
 
 def _value_at(load_pair: Any, load_scale: Any, block: int, table: Any) -> Callable[[Any], Any]:
-    """A weight by its place: two of them are in a byte, the first in its upper half."""
+    """Return a weight's value by its place: a byte holds two, the first in its upper half."""
     load_code = table.make_loader()
 
     def value(place: Any) -> Any:
@@ -117,6 +120,6 @@ def _value_at(load_pair: Any, load_scale: Any, block: int, table: Any) -> Callab
 
 @cache
 def _table(device: torch.device) -> torch.Tensor:
-    """The sixteen values of NF4."""
+    """Return the sixteen values of NF4, (16,)."""
     values: torch.Tensor = CODE["nf4"].to(device)
     return values

@@ -24,14 +24,14 @@ def join(weight: Tensor, low: Tensor) -> Tensor:
 
     Args:
         weight: In bf16, any shape.
-        low: What rounding left, as 16-bit integers of the same shape.
+        low: The bits that rounding left, as 16-bit integers of the same shape.
     """
     bits = weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16).add_(low)
     return bits.view(torch.float32)
 
 
 def split_(master: Tensor, weight: Tensor, low: Tensor) -> None:
-    """Write float32 values into a bf16 weight and its low bits; see `join`."""
+    """Write float32 values into a bf16 weight and its low bits, of one shape; see `join`."""
     weight.copy_(master)  # to the nearest
     upper = weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
     left = master.view(torch.int32).sub(upper)

@@ -1,6 +1,6 @@
 """Products of compiled layers: a pass over the graph of a layer, forward or backward.
 
-What is computed stays the same up to rounding; less of it moves through memory.
+The result stays the same up to rounding; less of it moves through memory.
 
 - Thin products of one matrix, as by LoRA's A in q, k and v, become one: the matrix is read once.
 - A sum of products is added up by the products themselves, the thin ones first, so that no kernel
@@ -12,68 +12,125 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._inductor import ir
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.lowering import register_lowering
-from torch._inductor.pattern_matcher import stable_topological_sort
 
-from strixft.step.graphs import (
-    Joins,
-    call,
-    calls,
-    depends,
-    is_generated,
-    is_view,
-    replace,
-    value_of,
-)
+from strixft.step.compiler import lower_in_place, stable_topological_sort
+from strixft.step.graphs import call, calls, is_generated, is_view, replace, value_of
 
 aten = torch.ops.aten
 
 THIN = 64
 """Rank up to which a product takes the time that its large operand takes to be read or written."""
 
-ADD_PRODUCT = aten.addmm_.default
-"""Adds a product to a matrix, in place."""
-
 _SEEN_THROUGH = {aten.view.default, aten.reshape.default, aten.clone.default}
 """Calls that a product may pass on its way into a sum."""
+
+
+def rewrite(graph: fx.Graph) -> None:
+    """Rewrite the products of a layer's graph, of forward or of backward."""
+    join = _Join()
+    if "bitsandbytes" in sys.modules:
+        from strixft.step import nf4_kernel
+
+        nf4_kernel.split_products(graph)
+    _write_in_order(graph)
+    _join_thin_products(graph, join)
+    for root, products in list(_find_sums(graph)):
+        _add_up(root, products, join)
+    stable_topological_sort(graph)
+    if "bitsandbytes" in sys.modules:
+        nf4_kernel.unpack_late(graph)
+
+
+class _Join:
+    """Puts matrices behind each other along a dimension; those that were before are used again."""
+
+    def __init__(self) -> None:
+        self._joined: dict[tuple[int, tuple[fx.Node, ...]], fx.Node] = {}
+
+    def __call__(self, nodes: Sequence[fx.Node], dim: int) -> fx.Node:
+        if len(nodes) == 1:
+            return nodes[0]
+        key = dim, tuple(nodes)
+        if key not in self._joined:
+            graph = nodes[0].graph
+            if all(node.target is aten.permute.default for node in nodes):
+                whole = self([node.all_input_nodes[0] for node in nodes], 1 - dim)
+                self._joined[key] = call(graph, aten.permute.default, whole, [1, 0])
+            else:
+                self._joined[key] = call(graph, aten.cat.default, list(nodes), dim)
+        return self._joined[key]
+
+
+# Order in memory
+
+
+def _write_in_order(graph: fx.Graph) -> None:
+    """Let a kernel write as it is read what an operator reads through a view.
+
+    The compiler lets a kernel write in the order of its sides, whatever strides they have here, and
+    then copies, as for queries and keys between their rotation and attention.
+    """
+    for node in graph.nodes:
+        is_read = any(not is_generated(user) and not is_view(user) for user in node.users)
+        if is_view(node) and is_read and _is_reordered(node):
+            with graph.inserting_after(node):
+                own = call(graph, aten.clone.default, node)
+            node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
+
+
+def _is_reordered(node: fx.Node) -> bool:
+    source = node
+    while is_view(source):
+        source = source.all_input_nodes[0]
+    return (
+        is_generated(source)
+        and isinstance(value_of(node), Tensor)  # a split gives several
+        and value_of(node).is_contiguous()
+        and not value_of(source).is_contiguous()
+    )
 
 
 # Thin products
 
 
-def _thin_products(graph: fx.Graph, shared: int) -> Iterator[list[fx.Node]]:
-    """Products that share their left (0) or right (1) matrix, and whose other one is thin."""
-    groups = defaultdict(list)
-    for node in calls(graph, aten.mm.default):
-        if value_of(node).shape[1 - shared] <= THIN:
-            groups[node.args[shared]].append(node)
-    yield from (group for group in groups.values() if len(group) > 1)
-
-
-def _join_thin_products(graph: fx.Graph, joins: Joins) -> None:
+def _join_thin_products(graph: fx.Graph, join: _Join) -> None:
+    """Make products one that share their left (0) or right (1) matrix, and whose other is thin."""
     for shared in (0, 1):
-        for group in _thin_products(graph, shared):
+        groups = defaultdict(list)
+        for node in calls(graph, aten.mm.default):
+            if value_of(node).shape[1 - shared] <= THIN:
+                groups[node.args[shared]].append(node)
+        for group in groups.values():
             others = [cast("fx.Node", node.args[1 - shared]) for node in group]
-            if not depends(others, {*group}):
-                _join_products(group, others, shared, joins)
+            if len(group) > 1 and not _depends(others, {*group}):
+                _join_products(group, others, shared, join)
                 stable_topological_sort(graph)
 
 
-def _join_products(group: list[fx.Node], others: list[fx.Node], shared: int, joins: Joins) -> None:
+def _depends(nodes: Iterable[fx.Node], on: set[fx.Node]) -> bool:
+    """Tell whether any node is computed from one of others, in a graph that is sorted."""
+    first, seen, look_at = min(on), set[fx.Node](), list(nodes)
+    while look_at:
+        node = look_at.pop()
+        if node in on:
+            return True
+        seen.add(node)
+        look_at += [n for n in node.all_input_nodes if n >= first and n not in seen]
+    return False
+
+
+def _join_products(group: list[fx.Node], others: list[fx.Node], shared: int, join: _Join) -> None:
+    """Multiply a shared (T, C) by r columns of each, as one (T, n·r); or r rows of each by it."""
     graph, dim = group[0].graph, 1 - shared
     ends = list(accumulate(value_of(node).shape[dim] for node in group))
     with graph.inserting_before(group[0]):
-        operands = [cast("fx.Node", group[0].args[shared]), joins(others, dim)]
+        operands = [cast("fx.Node", group[0].args[shared]), join(others, dim)]
         joined = call(graph, aten.mm.default, *(operands if shared == 0 else operands[::-1]))
         pieces = [
             call(graph, aten.slice.Tensor, joined, dim, start, end)
@@ -86,16 +143,8 @@ def _join_products(group: list[fx.Node], others: list[fx.Node], shared: int, joi
 # Sums
 
 
-@dataclass(frozen=True, slots=True)
-class _Sum:
-    """Products that are added up; what is added to them may be another such sum."""
-
-    root: fx.Node
-    products: list[fx.Node]
-
-
 def _source(node: fx.Node) -> fx.Node:
-    """The node that a view or copy shows, if nobody else sees it."""
+    """Return the call that a view or copy shows, if nobody else sees it."""
     while node.target in _SEEN_THROUGH and len(node.users) == 1:
         node = node.all_input_nodes[0]
     return node
@@ -109,7 +158,7 @@ def _is_sum(node: Any) -> bool:
 
 
 def _terms(node: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:
-    """Terms of a sum; `seen` gets the sums within."""
+    """Yield the terms of a sum; `seen` gets the sums within."""
     seen.add(node)
     for term in cast("tuple[fx.Node, fx.Node]", node.args):
         if _is_sum(term) and len(term.users) == 1 and value_of(term).shape == value_of(node).shape:
@@ -119,7 +168,7 @@ def _terms(node: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:
 
 
 def _product_in(term: fx.Node, root: fx.Node) -> fx.Node | None:
-    """The product that a term of a sum is."""
+    """Return the product that a term of a sum is, if nothing else reads it."""
     source = _source(term)
     shapes = {(value_of(n).shape[-1:], value_of(n).numel()) for n in (term, source, root)}
     is_whole = len(shapes) == 1 and value_of(term).shape == value_of(root).shape
@@ -127,8 +176,11 @@ def _product_in(term: fx.Node, root: fx.Node) -> fx.Node | None:
     return source if is_whole and is_own else None
 
 
-def _find_sums(graph: fx.Graph) -> Iterator[_Sum]:
-    """Every sum of two products and more, the last first."""
+def _find_sums(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """Yield each sum of two products and more, with these products, the last sum first.
+
+    What else is added to the products may be another such sum.
+    """
     seen = set[fx.Node]()
     for root in reversed(list(filter(_is_sum, calls(graph, aten.add.Tensor)))):
         if root not in seen:
@@ -136,14 +188,14 @@ def _find_sums(graph: fx.Graph) -> Iterator[_Sum]:
             found = {term: _product_in(term, root) for term in terms}
             products = sorted(filter(None, found.values()))
             if len(products) > 1 and len(found) == len(terms):  # no term is added twice
-                yield _Sum(root, products)
+                yield root, products
 
 
-def _add_up(found: _Sum, joins: Joins) -> None:
-    """Let the products of a sum add themselves up, and then what else is added to them."""
-    root, graph = found.root, found.root.graph
-    others = [term for term in _terms(root, set()) if _source(term) not in found.products]
-    total = _total(found.products, joins)
+def _add_up(root: fx.Node, products: list[fx.Node], join: _Join) -> None:
+    """Let products add themselves up, and add to their total what else is in the sum."""
+    graph = root.graph
+    others = [term for term in _terms(root, set()) if _source(term) not in products]
+    total = _total(products, join)
     with graph.inserting_before(root):
         result = call(graph, aten.view.default, total, list(value_of(root).shape))
         for other in others:
@@ -151,22 +203,23 @@ def _add_up(found: _Sum, joins: Joins) -> None:
     replace(root, result)
 
 
-def _total(products: list[fx.Node], joins: Joins) -> fx.Node:
-    """Sum of products: the thin ones as one, the others added to it."""
+def _total(products: list[fx.Node], join: _Join) -> fx.Node:
+    """Make the thin products one, and let each large one add to it in place; (T, columns)."""
     graph = products[0].graph
-    large = [node for node in products if _depth(node) > THIN]
-    first = [node for node in products if _depth(node) <= THIN] or [large.pop(0)]
+    thin = [node for node in products if _depth(node) <= THIN]
+    first = thin or products[:1]
     with graph.inserting_before(first[0]):
         left, right = ([cast("fx.Node", node.args[side]) for node in first] for side in (0, 1))
-        total = call(graph, aten.mm.default, joins(left, 1), joins(right, 0))
-    for node in large:
-        with graph.inserting_before(node):
-            total = call(graph, ADD_PRODUCT, total, *node.args)
+        total = call(graph, aten.mm.default, join(left, 1), join(right, 0))
+    for node in products:
+        if node not in first:
+            with graph.inserting_before(node):
+                total = call(graph, aten.addmm_.default, total, *node.args)
     return total
 
 
 def _depth(product: fx.Node) -> int:
-    """Columns of the left matrix: the rank of a product with an adapter's factor."""
+    """Return the columns of the left matrix: the rank, where it is an adapter's."""
     return value_of(cast("fx.Node", product.args[0])).shape[1]
 
 
@@ -175,76 +228,8 @@ torch.library.define("strixft::add_product", "(Tensor(a!) total, Tensor left, Te
 
 @torch.library.impl("strixft::add_product", "CompositeExplicitAutograd")
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left (T, K) times right (K, N) to a total (T, N), in place."""
     total.addmm_(left, right)
 
 
-@register_lowering(ADD_PRODUCT, type_promotion_kind=None)
-def _generate(total: Any, left: Any, right: Any) -> Any:
-    """What the compiler generates for it: the compiler's own way would copy the matrix first.
-
-    By an operator that returns nothing: a result would keep the matrix while the code runs.
-    """
-    ir.FallbackKernel.create(torch.ops.strixft.add_product.default, total, left, right)
-    return total
-
-
-# Order in memory
-
-
-def _write_in_order(graph: fx.Graph) -> None:
-    """Let a kernel write as it is read what an operator reads through a view.
-
-    The compiler lets a kernel write in the order of its sides, whatever strides they have here, and
-    then copies, as for queries and keys between their rotation and attention.
-    """
-    for node in graph.nodes:
-        is_read = any(not is_generated(u) and not is_view(u) for u in node.users)
-        if is_view(node) and is_read and _is_reordered(node):
-            with graph.inserting_after(node):
-                own = call(graph, aten.clone.default, node)
-            node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
-
-
-def _is_reordered(view: fx.Node) -> bool:
-    source = view
-    while is_view(source):
-        source = source.all_input_nodes[0]
-    return (
-        is_generated(source)
-        and isinstance(value_of(view), Tensor)  # a split gives several
-        and isinstance(value_of(source), Tensor)
-        and value_of(view).is_contiguous()
-        and not value_of(source).is_contiguous()
-    )
-
-
-# The pass
-
-
-def rewrite(graph: fx.Graph) -> None:
-    """Rewrite the products of a layer's graph, of forward or of backward."""
-    joins = Joins()
-    if "bitsandbytes" in sys.modules:
-        from strixft.step import nf4_kernel
-
-        nf4_kernel.split_products(graph)
-    _write_in_order(graph)
-    _join_thin_products(graph, joins)
-    for found in list(_find_sums(graph)):
-        _add_up(found, joins)
-    stable_topological_sort(graph)
-    if "bitsandbytes" in sys.modules:
-        nf4_kernel.unpack_late(graph)
-
-
-class Products(CustomGraphPass):
-    """The pass as the compiler takes it."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Rewrite a graph."""
-        rewrite(graph)
-
-    def uuid(self) -> bytes:
-        """Tells the compiler's cache of another version."""
-        files = sorted(map(str, Path(__file__).parent.glob("*.py")))
-        return get_hash_for_files(tuple(files))
+lower_in_place(aten.addmm_.default, torch.ops.strixft.add_product.default)

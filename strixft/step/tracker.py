@@ -32,18 +32,17 @@ PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "head", 
 
 _part: ContextVar[str] = ContextVar("part", default="activations")
 
-
 _counted: ContextVar[bool] = ContextVar("counted", default=True)
 
 
 def is_counted() -> bool:
-    """False inside a kernel."""
+    """Return False inside a kernel."""
     return _counted.get()
 
 
 @contextlib.contextmanager
 def uncounted() -> Iterator[None]:
-    """What is allocated in this block never leaves a kernel's registers."""
+    """Leave out what is allocated in this block: it never leaves a kernel's registers."""
     token = _counted.set(False)
     try:
         yield
@@ -53,7 +52,7 @@ def uncounted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def part(name: str) -> Iterator[None]:
-    """What is allocated in this block belongs to one of `PARTS`."""
+    """Count what is allocated in this block to one of `PARTS`."""
     token = _part.set(name)
     try:
         yield
@@ -62,17 +61,17 @@ def part(name: str) -> Iterator[None]:
 
 
 def current_part() -> str:
-    """What is allocated now belongs to it."""
+    """Return the part that what is allocated now belongs to."""
     return _part.get()
 
 
 def rounded(num_bytes: int) -> int:
-    """Bytes of the allocator's block."""
+    """Return the bytes of the allocator's block."""
     return -(-num_bytes // BLOCK) * BLOCK
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Live bytes by part, and their split at the peak.
+    """Counts live bytes by part, and their split at the peak.
 
     Use as a context manager around the code to watch. Tensors made before are announced with
     `watch` or `watch_model`.
@@ -88,7 +87,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Lets torch.compile see through this mode."""
+        """Let torch.compile see through this mode."""
         return True
 
     @property
@@ -99,7 +98,7 @@ class MemoryTracker(TorchDispatchMode):
     def watch(self, tensor: Tensor, name: str) -> None:
         """Count a tensor's storage under a part, or move it there."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage._cdata  # its identity: torch has no public one, and on `meta` no address
         size, old = self._storages.get(key, (rounded(storage.nbytes()), None))
         if old is None:
             weakref.finalize(storage, self._free, key).atexit = False
@@ -152,7 +151,7 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The operator itself; the dry run replaces what `meta` cannot answer."""
+        """Run the operator; the dry run replaces what `meta` cannot answer."""
         if func is aten.add.Tensor and self._adds_embedding_gradient(args):
             return args[0].add_(args[1])
         result = func(*args, **kwargs)
@@ -161,7 +160,7 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     def _adds_embedding_gradient(self, args: Any) -> bool:
-        """Whether the two gradients of a tied embedding are added.
+        """Tell whether the two gradients of a tied embedding are added.
 
         torch does it in place where nothing else holds the first one (torch 2.13,
         csrc/autograd/input_buffer.cpp, can_accumulate_inplace); a dispatch mode does.
@@ -172,7 +171,7 @@ class MemoryTracker(TorchDispatchMode):
 
 @contextlib.contextmanager
 def peak_memory(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Peak memory in bytes: torch's own count on a GPU, our tracker's, by part, on a CPU.
+    """Yield the block's peak memory in bytes: torch's count on a GPU, our tracker's on a CPU.
 
     Args:
         model: What is trained in the block.

@@ -1,4 +1,7 @@
-"""Forward, loss, backward and update, as planning, training and benchmarks all run them."""
+"""Forward, loss, backward and update, as planning, training and benchmarks all run them.
+
+Shapes: B rows of T tokens, of which K are trained; C hidden sizes, V words of the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from strixft.attention.interface import use_backend
 from strixft.attention.masks import packed_rows
 from strixft.data.batches import Batch
 from strixft.model.adapter import base_of
-from strixft.model.architecture import Head, linear_head, text_decoder
+from strixft.model.architecture import linear_head, text_decoder
 from strixft.recipe.schema import Train
-from strixft.step.layers import compile_layers, keep_products, set_recompute
+from strixft.step.layers import compile_layers, set_recompute
 from strixft.step.loss import chunked_cross_entropy, token_cross_entropy
 from strixft.step.optimizer import BFloat16AdamW
 from strixft.step.tracker import part
@@ -24,7 +27,7 @@ from strixft.step.tracker import part
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
-    """How a step is computed; none of it changes what is computed."""
+    """Options of how a step is computed; none changes the result."""
 
     attention: str = "sdpa"
     """A row of `BACKENDS`."""
@@ -33,7 +36,7 @@ class StepOptions:
     recomputed_layers: int = 0
     """The first so many layers are computed again in backward."""
     elementwise: bool = False
-    """In the other layers norms and activations are computed again, and no product."""
+    """In the other layers norms and activations are computed again, and products are kept."""
 
     @property
     def backend(self) -> AttentionBackend:
@@ -41,43 +44,26 @@ class StepOptions:
         return BACKENDS[self.attention]
 
 
-def _trained_hidden(base: Any, batch: Batch, options: StepOptions, scale: float) -> Tensor:
-    """Hidden states that predict trained tokens, (K, C), times a factor of the head."""
-    with packed_rows(options.backend, batch) as inputs:
-        hidden = text_decoder(base)(input_ids=batch["input_ids"], use_cache=False, **inputs)[0]
-    with part("head"):
-        chosen: Tensor = hidden.flatten(0, 1).index_select(0, batch["positions"])
-        return chosen if scale == 1 else chosen * scale
+def batch_loss(
+    model: nn.Module, batch: Batch, num_trained: int | Tensor, options: StepOptions = StepOptions()
+) -> Tensor:
+    """Return the loss of a batch, (): its sum over trained tokens, divided by those of the update.
 
-
-def _linear_head_loss(base: Any, head: Head, batch: Batch, options: StepOptions) -> Tensor:
-    chosen, weight = (
-        _trained_hidden(base, batch, options, head.scale),
-        base.get_output_embeddings().weight,
-    )
-    with part("head"):
-        return chunked_cross_entropy(
-            chosen, weight, batch["labels"], head.softcap, compiled=options.compiled
-        )
-
-
-def _own_head_losses(base: Any, batch: Batch, options: StepOptions, reduction: str) -> Tensor:
-    with packed_rows(options.backend, batch) as inputs:
-        logits = base(input_ids=batch["input_ids"], use_cache=False, **inputs).logits  # (B, T, V)
-    with part("head"):
-        chosen = logits.flatten(0, 1).index_select(0, batch["positions"])  # (K, V)
-        del logits
-        return nn.functional.cross_entropy(chosen.float(), batch["labels"], reduction=reduction)
-
-
-def _token_losses(model: nn.Module, batch: Batch, options: StepOptions) -> Tensor:
+    Args:
+        model: The model of `model.build`.
+        batch: See `strixft.data.Batch`.
+        num_trained: Trained tokens of all batches of the update.
+        options: How it is computed.
+    """
     base = base_of(model)
-    head = linear_head(base)
-    if head is None:
-        return _own_head_losses(base, batch, options, "none").detach()
-    chosen = _trained_hidden(base, batch, options, head.scale)
-    weight = base.get_output_embeddings().weight
-    return token_cross_entropy(chosen.detach(), weight, batch["labels"], head.softcap)
+    if (head := linear_head(base)) is None:
+        return _own_head_losses(base, batch, options, "sum") / num_trained
+    hidden, weight = _trained_hidden(base, batch, options, head.scale), _head_weight(base)
+    with part("head"):
+        total = chunked_cross_entropy(
+            hidden, weight, batch["labels"], head.softcap, compiled=options.compiled
+        )
+    return total / num_trained
 
 
 @torch.no_grad()
@@ -92,25 +78,42 @@ def token_losses(model: nn.Module, batch: Batch, options: StepOptions = StepOpti
     return _token_losses(model, batch, options)
 
 
-def batch_loss(
-    model: nn.Module, batch: Batch, num_trained: int | Tensor, options: StepOptions = StepOptions()
-) -> Tensor:
-    """Loss of a batch: its sum over trained tokens, divided by those of the whole update.
-
-    Args:
-        model: What `model.build` gave.
-        batch: See `strixft.data.Batch`.
-        num_trained: Trained tokens of all batches of the update.
-        options: How it is computed.
-    """
+def _token_losses(model: nn.Module, batch: Batch, options: StepOptions) -> Tensor:
+    """Return the loss of each trained token, (K,); the forward pass may note gradients."""
     base = base_of(model)
-    if (head := linear_head(base)) is not None:
-        return _linear_head_loss(base, head, batch, options) / num_trained
-    return _own_head_losses(base, batch, options, "sum") / num_trained
+    if (head := linear_head(base)) is None:
+        return _own_head_losses(base, batch, options, "none").detach()
+    hidden = _trained_hidden(base, batch, options, head.scale).detach()
+    return token_cross_entropy(hidden, _head_weight(base), batch["labels"], head.softcap)
+
+
+def _trained_hidden(base: Any, batch: Batch, options: StepOptions, scale: float) -> Tensor:
+    """Return the hidden states that predict trained tokens, (K, C), times a factor of the head."""
+    with packed_rows(options.backend, batch) as inputs:
+        hidden = text_decoder(base)(input_ids=batch["input_ids"], use_cache=False, **inputs)[0]
+    with part("head"):
+        chosen: Tensor = hidden.flatten(0, 1).index_select(0, batch["positions"])
+        return chosen if scale == 1 else chosen * scale
+
+
+def _head_weight(base: Any) -> Tensor:
+    """Return the head's matrix, (V, C)."""
+    weight: Tensor = base.get_output_embeddings().weight
+    return weight
+
+
+def _own_head_losses(base: Any, batch: Batch, options: StepOptions, reduction: str) -> Tensor:
+    """Return losses by the model's own head, (K,), or their sum, ()."""
+    with packed_rows(options.backend, batch) as inputs:
+        logits = base(input_ids=batch["input_ids"], use_cache=False, **inputs).logits  # (B, T, V)
+    with part("head"):
+        chosen = logits.flatten(0, 1).index_select(0, batch["positions"])  # (K, V)
+        del logits  # B·T rows are more than the K that are trained
+        return nn.functional.cross_entropy(chosen.float(), batch["labels"], reduction=reduction)
 
 
 Loss = Callable[[nn.Module, Batch, "int | Tensor", StepOptions], Tensor]
-"""The loss of a batch; see `batch_loss`."""
+"""A function like `batch_loss`."""
 
 
 def _leave_out_dropout(model: nn.Module) -> float:
@@ -135,7 +138,7 @@ class TrainingStep:
         model: The model of `model.build`.
         settings: Optimizer and clipping.
         options: How it is computed.
-        loss: What is minimised.
+        loss: The function that is minimised.
     """
 
     def __init__(
@@ -146,34 +149,26 @@ class TrainingStep:
         loss: Loss = batch_loss,
     ) -> None:
         self.model, self.settings, self.options, self._loss = model, settings, options, loss
-        use_backend(base_of(model), options.backend)
-        self._prepare_layers()
+        base = base_of(model)
+        use_backend(base, options.backend)
+        prepare_layers = compile_layers if options.compiled else set_recompute
+        prepare_layers(model, options.recomputed_layers, elementwise=options.elementwise)
         model.train()
         self.dropout = _leave_out_dropout(model)
         """The largest share of values that the model would have dropped."""
         self._trainable = {n: w for n, w in model.named_parameters() if w.requires_grad}
         self.optimizer = self._build_optimizer()
-        base = base_of(model)
-        scaled = base.dtype is torch.float16 and base.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(enabled=scaled)
+        is_scaled = base.dtype is torch.float16 and base.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(enabled=is_scaled)
         self.skipped = False
         """The last update was left out: scaled float16 gradients were not finite."""
 
-    def _prepare_layers(self) -> None:
-        model, options = self.model, self.options
-        if options.compiled:
-            compile_layers(model, options.recomputed_layers, elementwise=options.elementwise)
-            return
-        set_recompute(model, options.recomputed_layers)
-        if options.elementwise:
-            keep_products(model, options.recomputed_layers)
-
     def trainable(self) -> list[nn.Parameter]:
-        """Weights that are trained."""
+        """Return the weights that are trained."""
         return list(self._trainable.values())
 
     def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """Weights that are trained, with the names that the model has for them."""
+        """Return the weights that are trained, with the names that the model has for them."""
         return list(self._trainable.items())
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
@@ -183,7 +178,7 @@ class TrainingStep:
         return torch.optim.AdamW(self.trainable(), rate, weight_decay=decay, fused=True)
 
     def loss(self, batch: Batch, num_trained: int | Tensor) -> Tensor:
-        """Return the loss of a batch; see `batch_loss`."""
+        """Return the loss of a batch, (); see `batch_loss`."""
         return self._loss(self.model, batch, num_trained, self.options)
 
     def token_losses(self, batch: Batch) -> Tensor:
@@ -212,7 +207,7 @@ class TrainingStep:
                 the gradient, before any weight changes; an error drops the update.
 
         Returns:
-            The loss: mean over trained tokens.
+            The loss, (): mean over trained tokens.
         """
         num_trained = num_trained or sum(len(batch["labels"]) for batch in batches)
         self.optimizer.zero_grad(set_to_none=True)  # of an update that was dropped
@@ -228,7 +223,12 @@ class TrainingStep:
     def finish(
         self, losses: Sequence[Tensor], before_step: Callable[[Tensor, Tensor], None]
     ) -> None:
-        """Clip, let the update be checked, step, forget the gradients."""
+        """Let the update be checked, clip, step, forget the gradients.
+
+        Args:
+            losses: The loss of each micro-batch, ().
+            before_step: See `update`.
+        """
         self.scaler.unscale_(self.optimizer)
         gradients = [weight.grad for weight in self.trainable() if weight.grad is not None]
         norm = nn.utils.get_total_norm(gradients)

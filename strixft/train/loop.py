@@ -151,7 +151,15 @@ class TrainingLoop:
         saved = time.monotonic()  # setting the clock cannot delay a checkpoint
         try:
             while self.progress.update < self.updates and not self._is_asked():
-                self._one_update()
+                batches = self._ahead or self._batches(self.progress.update)
+                self._ahead = []
+                loss = self.step.update(
+                    batches,
+                    self._over_processes(sum(len(batch["labels"]) for batch in batches)),
+                    after_batch=self._after_batch,
+                    before_step=self._before_step,
+                )
+                self._finish_update(batches, loss)
                 if time.monotonic() - saved > self.step.settings.save_every_minutes * 60:
                     self.save()
                     saved = time.monotonic()
@@ -162,13 +170,8 @@ class TrainingLoop:
         if self.progress.update < self.updates:
             self.save()
 
-    def _one_update(self) -> None:
-        batches = self._ahead or self._batches(self.progress.update)
-        self._ahead = []
-        trained = self._over_processes(sum(len(batch["labels"]) for batch in batches))
-        loss = self.step.update(
-            batches, trained, after_batch=self._after_batch, before_step=self._before_step
-        )
+    def _finish_update(self, batches: list[Batch], loss: Tensor) -> None:
+        """Take note of an update, with its loss, ()."""
         self._check_skipped()
         self._release_cache()
         self._updating, self._random = False, random_states()

@@ -12,9 +12,11 @@ from unittest.mock import patch
 
 import numpy as np
 import psutil
+from torch import Tensor
 
 import strixft
 from faults.smoke import ROWS, ended, fork, write_smoke_recipe
+from strixft.data.batches import Batch
 from strixft.evaluate.losses import row_losses
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Run
@@ -60,13 +62,13 @@ def _train(recipe: Path, folder: Path, looks: Path) -> None:
     run = strixft.open_run(recipe, folder)
     strixft.prepare_recipe(run)
     strixft.plan_recipe(run)
-    look, one_update = _Look(run, looks), TrainingLoop._one_update
+    look, finish = _Look(run, looks), TrainingLoop._finish_update
 
-    def update_and_look(loop: TrainingLoop) -> None:
-        one_update(loop)
+    def finish_and_look(loop: TrainingLoop, batches: list[Batch], loss: Tensor) -> None:
+        finish(loop, batches, loss)
         look(loop)
 
-    with patch.object(TrainingLoop, "_one_update", update_and_look):
+    with patch.object(TrainingLoop, "_finish_update", finish_and_look):
         strixft.train_recipe(run)
 
 
