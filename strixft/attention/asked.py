@@ -1,10 +1,13 @@
-"""What a model asks of attention, written down while it runs without weights."""
+"""Attention that a model asks for, written down while the model runs without weights.
+
+Shapes: B rows, H heads, T tokens, D head size.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,10 +18,13 @@ MaskKind = Literal["causal", "both ways", "other", "unknown"]
 """`other`: causal, with more to it than a window, such as chunks. `unknown`: not made by
 transformers' own functions."""
 
+TRIED = 64
+"""Tokens back that are tried where there is no window."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """What a token sees."""
+    """The tokens that a token sees."""
 
     kind: MaskKind
     window: int | None = None
@@ -38,16 +44,13 @@ class AttentionCall:
     softcap: float | None
     sinks: bool
     window: int | None
-    """As the layer passes it on; a mask may say something else."""
+    """Passed on by the layer; a mask may say something else."""
     mask: Mask
 
     @property
     def asked(self) -> tuple[Any, ...]:
-        """All but who asked."""
-        return (
-            self.query_heads, self.key_heads, self.head_size, self.value_size, self.softcap,
-            self.sinks, self.window, self.mask,
-        )  # fmt: skip
+        """All but the layer that asked."""
+        return astuple(self)[1:]
 
     @property
     def cached_numbers(self) -> int:
@@ -57,16 +60,16 @@ class AttentionCall:
 
 @dataclass
 class Watch:
-    """Masks that were made, and calls of attention."""
+    """Notes masks that are made, and calls of attention."""
 
     calls: list[AttentionCall] = field(default_factory=list)
     _masks: dict[int, tuple[Tensor, Mask]] = field(default_factory=dict)
 
     def make_mask(self, options: dict[str, Any]) -> Tensor:
-        """Note what a mask would show, and give one to be told by."""
+        """Note the tokens that a mask would show; return one to know it by, (B, 1, T, T)."""
         rows, length = options["batch_size"], options["q_length"]
         made = torch.ones(rows, 1, length, length, dtype=torch.bool, device=options["device"])
-        self._masks[made.untyped_storage()._cdata] = made, _read_mask(options)
+        self._masks[_identity(made)] = made, _read_mask(options)
         return made
 
     def _mask_of(self, mask: Any, module: nn.Module) -> Mask:
@@ -74,7 +77,7 @@ class Watch:
             return Mask("unknown" if getattr(module, "is_causal", True) else "both ways")
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             return Mask("unknown")
-        return self._masks.get(mask.untyped_storage()._cdata, (mask, Mask("unknown")))[1]
+        return self._masks.get(_identity(mask), (mask, Mask("unknown")))[1]
 
     def attend(
         self,
@@ -85,7 +88,7 @@ class Watch:
         mask: Any,
         options: dict[str, Any],
     ) -> Tensor:
-        """Note a call; the result has its shape."""
+        """Note a call; return an empty result, (B, T, H, D). See `core.attend`."""
         call = AttentionCall(
             module=id(module),
             query_heads=query.shape[1],
@@ -101,9 +104,15 @@ class Watch:
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
 
 
+def _identity(mask: Tensor) -> int:
+    # models pass views of a mask on; torch has no public name of a storage, nor `meta` an address
+    identity: int = mask.untyped_storage()._cdata
+    return identity
+
+
 @contextlib.contextmanager
 def documents_unsought() -> Iterator[None]:
-    """Within this block transformers does not look for documents in the positions.
+    """Keep transformers from looking for documents in the positions.
 
     It would wait for the device to tell (transformers 5.23, `find_packed_sequence_indices`).
     """
@@ -116,12 +125,12 @@ def documents_unsought() -> Iterator[None]:
 
 
 watch: Watch | None = None
-"""Where calls are noted now."""
+"""The watch that notes calls now."""
 
 
 @contextlib.contextmanager
 def watching() -> Iterator[list[AttentionCall]]:
-    """Within this block nothing is attended to, and every call is noted."""
+    """Note every call of attention in this block, and compute none."""
     global watch
     before, watch = watch, Watch()
     try:
@@ -132,24 +141,20 @@ def watching() -> Iterator[list[AttentionCall]]:
 
 
 def _read_mask(options: dict[str, Any]) -> Mask:
-    """What a token sees, found out by asking for some pairs of tokens."""
+    """Find out which tokens a token sees, by asking for some pairs of tokens."""
     sees: Callable[..., Any] = options["mask_function"]
-    size = options.get("local_size")
-    end = 2 * (size or TRIED) + 3
-    queries = sorted({0, 1, (size or TRIED) - 1, size or TRIED, end - 1})
+    window = options.get("local_size")
+    end = 2 * (window or TRIED) + 3
+    queries = sorted({0, 1, (window or TRIED) - 1, window or TRIED, end - 1})
     first = torch.zeros((), dtype=torch.long, device="cpu")
-    keys = torch.arange(end, device="cpu")
+    keys = torch.arange(end, device="cpu")  # (end,)
     try:
         seen = [sees(first, first, torch.tensor(q, device="cpu"), keys) for q in queries]
     except RuntimeError:  # it depends on the row, as Llama 4's chunks do, and that is on meta
-        return Mask("other", size)
+        return Mask("other", window)
     rows = [row.expand(end) for row in seen]
     if any(bool(row[q + 1 :].any()) for q, row in zip(queries, rows, strict=True)):
-        return Mask("both ways", size)
-    plain = [(keys <= q) & (keys > q - (size or end)) for q in queries]
+        return Mask("both ways", window)
+    plain = [(keys <= q) & (keys > q - (window or end)) for q in queries]
     same = all(torch.equal(row, want) for row, want in zip(rows, plain, strict=True))
-    return Mask("causal" if same else "other", size)
-
-
-TRIED = 64
-"""Tokens back that are tried where there is no window."""
+    return Mask("causal" if same else "other", window)

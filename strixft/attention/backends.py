@@ -1,7 +1,7 @@
-"""`BACKENDS`: ways to compute attention over packed rows, the fastest first.
+"""`BACKENDS`: implementations of attention, the fastest first.
 
-Which one a device takes is measured there (`strixft.probe`); for a machine that is only planned
-for, it is the first that nothing speaks against.
+A device takes the one that is measured there to be right and fast (`strixft.probe`). A machine that
+is only planned for takes the first that nothing speaks against.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from strixft.support.tables import Table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionBackend:
-    """One way to compute attention."""
+    """One implementation of attention, with the form of its mask."""
 
     name: str
     packed: bool
     """Several documents in one row, closed off from each other."""
     mask: Literal["lengths", "blocks", "dense", "none"]
-    """What the layers are given: cumulative lengths, a block mask, T × T truths, or nothing."""
+    """Given to the layers: cumulative lengths, a block mask, T × T truths, or nothing."""
     devices: tuple[str, ...]
-    """Device types that have gradients of it."""
+    """Device types that compute its gradients."""
     implementation: str = "strixft"
     """Its name among `core.FUNCTIONS` and in transformers' attention interface."""
     module: str = "strixft.attention.core"
-    """Adds it to `core.FUNCTIONS` when it is imported."""
+    """The module that adds it to `core.FUNCTIONS` when it is imported."""
     kernels: str | None = None
     """Flash kernels of a package, as torch's registry calls them; None for torch's own."""
     package: str | None = None
-    """What has these kernels; it need not be installed."""
+    """The package with these kernels; it need not be installed."""
     keeps_scores: bool = False
     """Memory grows with T × T of every head, so it gives way to all that keep less."""
+    caps_scores: bool = False
+    """Knows tanh-capped scores (Gemma 2); the others would leave the cap out."""
     why: str
     source: str
 
@@ -63,6 +65,7 @@ BACKENDS: Table[AttentionBackend] = Table(
         packed=True,
         mask="blocks",
         devices=("cuda",),
+        caps_scores=True,
         why="a generated kernel that skips blocks between documents; it knows tanh-capped scores",
         source="torch.nn.attention.flex_attention; it has no gradients on a CPU (torch 2.13)",
     ),
@@ -89,6 +92,7 @@ BACKENDS: Table[AttentionBackend] = Table(
         devices=("cuda", "cpu"),
         implementation="strixft-eager",
         keeps_scores=True,
+        caps_scores=True,
         why="plain products and softmax; keeps T × T scores of every head",
         source="arXiv:1706.03762",
     ),
@@ -99,20 +103,35 @@ BACKENDS: Table[AttentionBackend] = Table(
         devices=("cuda", "cpu"),
         implementation="strixft-eager",
         keeps_scores=True,
+        caps_scores=True,
         why="the same with one chat a row, where documents cannot share one",
         source="arXiv:1706.03762",
     ),
 )
 
-BACKEND_NAMES = tuple(BACKENDS)
-"""Names, the fastest first."""
-
-
-CAPS_SCORES = frozenset({"flex", "eager", "eager-rows"})
-"""Rungs that know tanh-capped scores (Gemma 2); the others would leave the cap out."""
-
 LARGEST_FLASH_HEAD = 256
 """torch 2.11 ATen/native/transformers/sdp_utils: flash attention takes heads up to this size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """The attention that a model needs."""
+
+    model_type: str
+    head_size: int
+    query_heads: int
+    key_heads: int
+    """Keys and values have fewer heads than queries where heads are grouped."""
+    softcap: float | None
+    """Scores are softcap × tanh(scores / softcap)."""
+    windowed: bool
+    """Some layers look back only so far."""
+    carries_state: bool = False
+    """Some layers are not attention, or take no positions: documents cannot share a row."""
+    value_size: int | None = None
+    """Size of values that have another one than queries and keys."""
+    mask_alone: bool = False
+    """Only a mask says what layers look back to: chunks, or a window that they do not pass on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +146,15 @@ class KnownBad:
     """Empty for any."""
     what: str
     source: str
+
+    def applies(self, backend: AttentionBackend, heads: Heads, device: str) -> bool:
+        """Tell whether the report is about a backend, a model and a device."""
+        return (
+            self.device == device
+            and backend.name in self.backends
+            and (not self.model_types or heads.model_type in self.model_types)
+            and (not self.head_sizes or heads.head_size in self.head_sizes)
+        )
 
 
 _AOTRITON = ("varlen", "sdpa-packed", "sdpa")
@@ -156,28 +184,6 @@ KNOWN_BAD = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heads:
-    """What attention has to compute in a model."""
-
-    model_type: str
-    head_size: int
-    query_heads: int
-    key_heads: int
-    """Keys and values have fewer heads than queries where heads are grouped."""
-    softcap: float | None
-    """Scores are softcap × tanh(scores / softcap)."""
-    windowed: bool
-    """Some layers look back only so far."""
-    carries_state: bool = False
-    """Some layers are no attention, or take no positions: documents cannot share a row."""
-
-    value_size: int | None = None
-    """Where values are of another size than queries and keys."""
-    mask_alone: bool = False
-    """Only a mask says what layers look back to: chunks, or a window that they do not pass on."""
-
-
 def _is_missing(package: str | None) -> bool:
     try:
         return package is not None and not metadata.version(package)
@@ -189,8 +195,8 @@ def cannot(backend: AttentionBackend, heads: Heads, device_type: str) -> str | N
     """Return why a backend cannot train a model on a type of device; None if it can.
 
     Args:
-        backend: The way.
-        heads: What the model needs.
+        backend: A row of `BACKENDS`.
+        heads: The attention that the model needs.
         device_type: `cuda` or `cpu`.
     """
     if device_type not in backend.devices:
@@ -199,7 +205,7 @@ def cannot(backend: AttentionBackend, heads: Heads, device_type: str) -> str | N
         return f"{backend.package} is not installed"
     if backend.packed and heads.carries_state:
         return "its layers would carry on from one document of a row to the next"
-    if heads.softcap is not None and backend.name not in CAPS_SCORES:
+    if heads.softcap is not None and not backend.caps_scores:
         return "leaves out the cap of the scores"
     if backend.mask == "lengths" and heads.head_size > LARGEST_FLASH_HEAD:
         return f"heads of {heads.head_size} are too large for flash attention"
@@ -209,48 +215,39 @@ def cannot(backend: AttentionBackend, heads: Heads, device_type: str) -> str | N
 
 
 def known_bad(backend: AttentionBackend, heads: Heads, device: str) -> KnownBad | None:
-    """The report that speaks against a rung on a device; None if there is none.
+    """Return the report that speaks against a backend on a device; None if there is none.
 
     Args:
-        backend: The way.
-        heads: What the model needs.
+        backend: A row of `BACKENDS`.
+        heads: The attention that the model needs.
         device: Architecture, such as `gfx1151`; empty if it does not matter.
     """
-    return next((bad for bad in KNOWN_BAD if _applies(bad, backend, heads, device)), None)
-
-
-def _applies(bad: KnownBad, backend: AttentionBackend, heads: Heads, device: str) -> bool:
-    return (
-        bad.device == device
-        and backend.name in bad.backends
-        and (not bad.model_types or heads.model_type in bad.model_types)
-        and (not bad.head_sizes or heads.head_size in bad.head_sizes)
-    )
+    return next((bad for bad in KNOWN_BAD if bad.applies(backend, heads, device)), None)
 
 
 def is_wanted(backend: AttentionBackend, *, packing: bool) -> bool:
-    """Whether a recipe that packs its rows, or does not, may take a rung."""
+    """Tell whether a recipe that packs its rows, or does not, may take a backend."""
     return packing or not backend.packed
 
 
 def known_backends(
     heads: Heads, device_type: str, device: str = "", *, packing: bool = True
 ) -> list[AttentionBackend]:
-    """Rungs that nothing speaks against before anything is measured; never empty.
+    """Return the backends that nothing speaks against before anything is measured; never none.
 
     Args:
-        heads: What the model needs.
+        heads: The attention that the model needs.
         device_type: `cuda` or `cpu`.
         device: Architecture, such as `gfx1151`.
         packing: Whether the recipe wants packed rows.
 
     Returns:
-        The first to be tried first.
+        Backends, the one to be tried first first.
     """
     return [
         backend
         for backend in BACKENDS.values()
-        if backend.package is None  # whether its kernels do here is known once they were tried
+        if backend.package is None  # its kernels are known to run here once they were tried
         and is_wanted(backend, packing=packing)
         and cannot(backend, heads, device_type) is None
         and known_bad(backend, heads, device) is None

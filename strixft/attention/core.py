@@ -1,7 +1,7 @@
 """Attention as our models call it.
 
-What the mask is decides the way: cumulative lengths, a block mask, T × T truths, or none. On
-`meta`, where torch would fall back to the mathematical path that keeps T × T scores, it is the
+The form of the mask decides the operator: cumulative lengths, a block mask, T × T truths, or none.
+On `meta`, where torch would fall back to the mathematical path that keeps T × T scores, it is the
 operator of the device planned for.
 
 Shapes: B rows, H heads, T tokens, D head size, N documents.
@@ -22,11 +22,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from strixft.attention import asked
 
 NAME = "strixft"
-"""What `attn_implementation` is called."""
+"""The name for `attn_implementation`."""
 
 EAGER_NAME = "strixft-eager"
 """The same with plain products and softmax."""
-
 
 aten = torch.ops.aten
 
@@ -37,7 +36,7 @@ _kernels: str | None = None
 
 @contextlib.contextmanager
 def planned_for(device: str) -> Iterator[None]:
-    """Within this block, attention on `meta` is what it would be on a device.
+    """Let attention on `meta` be, in this block, what it would be on a device.
 
     Args:
         device: `cpu` or `cuda`.
@@ -54,7 +53,7 @@ def use_kernels(name: str | None) -> None:
     """Let flash attention of this process take the kernels of a package, or torch's own again.
 
     Args:
-        name: What torch's registry calls them, such as `FA4`; None for torch's own.
+        name: Their name in torch's registry, such as `FA4`; None for torch's own.
     """
     global _kernels
     if name == _kernels:
@@ -66,45 +65,86 @@ def use_kernels(name: str | None) -> None:
     _kernels = name
 
 
-def _on_meta(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    if value.shape[-1] != query.shape[-1]:
-        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device="meta").tril()
-        return _plain_on_meta(query, key, value, seen, scale)
-    if _planned_device == "cpu":
-        operator, options = aten._scaled_dot_product_flash_attention_for_cpu, {}
-    else:
-        operator, options = aten._scaled_dot_product_flash_attention, {"return_debug_mask": False}
-    output: Tensor = operator(query, key, value, 0.0, True, **options, scale=scale)[0]
-    return output  # (B, H, T, D)
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Compute causal attention by the operator that its mask asks for.
+
+    Args:
+        module: The attention layer.
+        query: (B, H, T, D).
+        key: (B, fewer H, T, D).
+        value: As `key`.
+        attention_mask: Lengths (1, 1, 1, N + 1) in int32, a block mask, truths (B, 1, T, T), or
+            None for plain causal attention.
+        scaling: Factor of the scores; 1/√D if not given.
+        options: Whatever else transformers passes on.
+
+    Returns:
+        (B, T, H, D), and no weights.
+    """
+    if asked.watch is not None:
+        return asked.watch.attend(module, query, key, value, attention_mask, options), None
+    if isinstance(attention_mask, BlockMask):
+        return flex_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )[0], None
+    if attention_mask is not None and attention_mask.dtype is torch.int32:
+        longest = options.get("max_length_q") or query.shape[2]
+        window = options.get("sliding_window")
+        lengths = attention_mask.flatten()
+        return varlen(query, key, value, lengths, longest, scaling, window), None
+    if query.is_meta:
+        output = _on_meta(query, key, value, attention_mask, scaling)
+        return output.transpose(1, 2).contiguous(), None
+    attended: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **options
+    )
+    return attended
 
 
-def _plain_on_meta(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None
-) -> Tensor:
-    """Without a kernel for values of another size than queries, torch keeps T × T scores."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(2, 3)) * (scale or query.shape[-1] ** -0.5)
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value  # (B, H, T, D)
+def attend_eagerly(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Compute the same by plain products and a softmax in float32; knows tanh-capped scores.
 
+    Args:
+        module: The attention layer.
+        query: (B, H, T, D).
+        key: (B, fewer H, T, D).
+        value: As `key`.
+        attention_mask: Truths (B, 1, T, T), or None for plain causal attention.
+        scaling: Factor of the scores; 1/√D if not given.
+        softcap: Scores are softcap × tanh(scores / softcap).
+        options: Whatever else transformers passes on.
 
-def _masked_on_meta(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None
-) -> Tensor:
-    """With a mask, transformers repeats K and V, and torch turns the mask into a bias per call."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if value.shape[-1] != query.shape[-1] and _planned_device == "cpu":
-        return _plain_on_meta(query, key, value, mask, scale)
-    bias = torch.zeros_like(mask, dtype=query.dtype)  # (B, 1, T, T)
-    if _planned_device == "cpu":
-        operator = aten._scaled_dot_product_flash_attention_for_cpu
-        output: Tensor = operator(query, key, value, 0.0, False, attn_mask=bias, scale=scale)[0]
-    else:
-        bias = bias.expand(-1, query.shape[1], -1, -1)
-        operator = aten._scaled_dot_product_efficient_attention
-        output = operator(query, key, value, bias, True, 0.0, False, scale=scale)[0]
-    return output  # (B, H, T, D)
+    Returns:
+        (B, T, H, D), and no weights.
+    """
+    key, value = _for_each_query(query, key, value)
+    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)  # (B, H, T, T)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = attention_mask
+    if seen is None:
+        cached = scores.shape[-1] - scores.shape[-2]  # tokens that all queries come after
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(cached)
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 def varlen(
@@ -116,7 +156,7 @@ def varlen(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """Flash attention over documents laid end to end.
+    """Compute flash attention over documents laid end to end.
 
     Args:
         query: (B, H, T, D).
@@ -135,88 +175,55 @@ def varlen(
     if narrow != size:  # flash attention has one size for all: columns of zeros give zeros
         value = nn.functional.pad(value, (0, size - narrow))
     flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # (B·T, H, D)
-    sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    limits = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     output: Tensor = aten._flash_attention_forward(
-        *flat, cu_seq_lens, cu_seq_lens, longest, longest, 0.0, True, False, scale=scale, **sides
+        *flat, cu_seq_lens, cu_seq_lens, longest, longest, 0.0, True, False, scale=scale, **limits
     )[0]
     return output.view(rows, length, *output.shape[1:])[..., :narrow]
 
 
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention.
-
-    Args:
-        module: The attention layer.
-        query: (B, H, T, D).
-        key: (B, fewer H, T, D).
-        value: As `key`.
-        attention_mask: Lengths (1, 1, 1, N + 1) in int32, a block mask, truths (B, 1, T, T), or
-            None for plain causal attention.
-        scaling: Factor of the scores; 1/√D if not given.
-        options: What else transformers passes on.
-
-    Returns:
-        (B, T, H, D), and no weights.
-    """
-    if asked.watch is not None:
-        return asked.watch.attend(module, query, key, value, attention_mask, options), None
-    if isinstance(attention_mask, BlockMask):
-        return flex_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **options
-        )[0], None
-    if attention_mask is not None and attention_mask.dtype is torch.int32:
-        longest = options.get("max_length_q") or query.shape[2]
-        window = options.get("sliding_window")
-        lengths = attention_mask.flatten()
-        return varlen(query, key, value, lengths, longest, scaling, window), None
-    if query.is_meta:
-        output = (
-            _on_meta(query, key, value, scaling)
-            if attention_mask is None
-            else _masked_on_meta(query, key, value, attention_mask, scaling)
-        )
-        return output.transpose(1, 2).contiguous(), None
-    attended: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, **options
-    )
-    return attended
+# On `meta`: the operators of the device planned for
 
 
-def attend_eagerly(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """As `attend`, by plain products and a softmax in float32; knows tanh-capped scores."""
+def _on_meta(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Return what attention would on the planned device, (B, H, T, D), and keep as much of it."""
+    on_cpu, is_narrow = _planned_device == "cpu", value.shape[-1] != query.shape[-1]
+    if mask is None and not is_narrow:
+        if on_cpu:
+            operator, options = aten._scaled_dot_product_flash_attention_for_cpu, {}
+        else:
+            operator = aten._scaled_dot_product_flash_attention
+            options = {"return_debug_mask": False}
+        output: Tensor = operator(query, key, value, 0.0, True, **options, scale=scale)[0]
+        return output
+    key, value = _for_each_query(query, key, value)  # as transformers does where there is a mask
+    if is_narrow and (on_cpu or mask is None):  # no kernel has values of another size than queries
+        if mask is None:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device="meta").tril()
+        scores = (query @ key.transpose(2, 3)) * (scale or query.shape[-1] ** -0.5)  # (B, H, T, T)
+        return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value
+    assert mask is not None
+    bias = torch.zeros_like(mask, dtype=query.dtype)  # (B, 1, T, T): torch makes one in each call
+    if on_cpu:
+        operator = aten._scaled_dot_product_flash_attention_for_cpu
+        output = operator(query, key, value, 0.0, False, attn_mask=bias, scale=scale)[0]
+    else:
+        bias = bias.expand(-1, query.shape[1], -1, -1)
+        operator = aten._scaled_dot_product_efficient_attention
+        output = operator(query, key, value, bias, True, 0.0, False, scale=scale)[0]
+    return output
+
+
+def _for_each_query(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat keys and values (B, fewer H, T, D) for each head of the queries: (B, H, T, D)."""
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)  # (B, H, T, T)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    seen = attention_mask
-    if seen is None:
-        cached = scores.shape[-1] - scores.shape[-2]  # tokens that all queries come after
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(cached)
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
 
 FUNCTIONS: dict[str, Callable[..., tuple[Tensor, None]]] = {
     NAME: attend,
     EAGER_NAME: attend_eagerly,
 }
-"""Ways to call attention, by `AttentionBackend.implementation`; `interface` registers them."""
+"""Attention by `AttentionBackend.implementation`; `interface` registers it with transformers."""

@@ -1,9 +1,12 @@
-"""What the layers are told of the documents of packed rows, for each way to compute attention."""
+"""Masks that keep the documents of packed rows apart, in the form that each backend takes.
+
+Shapes: B rows of T tokens, N documents in all rows.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +20,7 @@ from strixft.attention.backends import AttentionBackend
 
 
 def documents_of(cu_seq_lens: Tensor, rows: int, length: int) -> Tensor:
-    """The document each token belongs to, (B, T).
+    """Return the number of the document that each token belongs to, (B, T).
 
     Args:
         cu_seq_lens: Where documents begin in the rows laid end to end, and the end, (N + 1,).
@@ -30,11 +33,11 @@ def documents_of(cu_seq_lens: Tensor, rows: int, length: int) -> Tensor:
 
 
 def dense_mask(documents: Tensor, window: int | None = None) -> Tensor:
-    """Which token sees which: those before it in its own document, and itself, (B, 1, T, T).
+    """Return which tokens see which, (B, 1, T, T): their own document, up to themselves.
 
     Args:
         documents: Document numbers, (B, T).
-        window: Tokens it looks back, itself included.
+        window: Tokens that a token looks back, itself included.
     """
     same = documents.unsqueeze(-1) == documents.unsqueeze(-2)  # (B, T, T)
     seen = same.tril()
@@ -44,7 +47,7 @@ def dense_mask(documents: Tensor, window: int | None = None) -> Tensor:
 
 
 def block_mask(documents: Tensor, window: int | None = None) -> Any:
-    """The same as a block mask of flex attention."""
+    """Return the same as a block mask of flex attention; arguments as `dense_mask`."""
     rows, length = documents.shape
 
     def seen(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -57,15 +60,21 @@ def block_mask(documents: Tensor, window: int | None = None) -> Any:
 
 
 @dataclass
-class _Packed:
-    """Documents that share rows."""
+class _PackedBatch:
+    """A batch whose documents share rows, and its masks by the layers' window."""
 
     backend: AttentionBackend
     batch: dict[str, Any]
     made: dict[int | None, Any] = field(default_factory=dict)
 
+    @property
+    def longest(self) -> dict[str, Any]:
+        """The longest document's tokens, for layers that take lengths."""
+        is_needed = self.backend.mask == "lengths"
+        return {"max_length_q": self.batch["longest"]} if is_needed else {}
+
     def mask(self, options: dict[str, Any]) -> Any:
-        """What layers that look back so far are given; made once for all that do."""
+        """Return the mask of layers with a window; all with the same one share it."""
         window: int | None = options.get("local_size")
         if window not in self.made:
             self.made[window] = self._make(window, options)
@@ -80,11 +89,11 @@ class _Packed:
         if self.backend.mask == "blocks":
             return block_mask(documents, window)
         if window and getattr(options["config"], "attention_chunk_size", None):
-            return self._as_asked(documents, options["mask_function"])
+            return self._chunked(documents, options["mask_function"])
         return dense_mask(documents, window)
 
-    def _as_asked(self, documents: Tensor, sees: Callable[..., Any]) -> Tensor:
-        """What the model's own function lets see, asked by places in the document."""
+    def _chunked(self, documents: Tensor, sees: Any) -> Tensor:
+        """Ask the model's own function, by places in the document (B, T); return (B, 1, T, T)."""
         row = torch.arange(len(documents), device=documents.device).view(-1, 1, 1)
         positions = self.batch["position_ids"]  # (B, T)
         query, key = positions.unsqueeze(2), positions.unsqueeze(1)
@@ -93,11 +102,11 @@ class _Packed:
         return seen.unsqueeze(1)
 
 
-_packed: _Packed | None = None
+_packed: _PackedBatch | None = None
 
 
 def make_mask(**options: Any) -> Any:
-    """Make what transformers' functions for masks ask for; documents of packed rows are apart.
+    """Make the mask that transformers asks for; documents of packed rows are kept apart.
 
     So it is the model that says which layers have a window, and how long it is.
     """
@@ -110,24 +119,23 @@ def make_mask(**options: Any) -> Any:
 
 @contextlib.contextmanager
 def packed_rows(backend: AttentionBackend, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Within this block a model keeps the documents of packed rows apart.
+    """Let a model keep the documents of packed rows apart in this block.
 
     Args:
-        backend: How attention is computed.
+        backend: A row of `BACKENDS`.
         batch: See `strixft.data.Batch`.
 
     Yields:
-        What the decoder is given besides the tokens of the batch.
+        Arguments of the decoder besides the tokens of the batch.
     """
     global _packed
     if "cu_seq_lens" not in batch:
         yield {}
         return
-    longest = {"max_length_q": batch["longest"]} if backend.mask == "lengths" else {}
-    before, _packed = _packed, _Packed(backend, batch)
+    before, _packed = _packed, _PackedBatch(backend, batch)
     try:
         with asked.documents_unsought():
-            yield {"position_ids": batch["position_ids"], **longest}
+            yield {"position_ids": batch["position_ids"], **_packed.longest}
     finally:
         _packed = before
 
@@ -135,13 +143,13 @@ def packed_rows(backend: AttentionBackend, batch: dict[str, Any]) -> Iterator[di
 def layer_inputs(
     backend: AttentionBackend, batch: dict[str, Any], window: int | None
 ) -> dict[str, Any]:
-    """Return what one attention layer is given of packed rows.
+    """Return the arguments of one attention layer for packed rows.
 
     Args:
-        backend: How attention is computed.
+        backend: A row of `BACKENDS`.
         batch: See `strixft.data.Batch`.
-        window: Tokens it looks back.
+        window: Tokens that a token looks back.
     """
-    longest = {"max_length_q": batch["longest"]} if backend.mask == "lengths" else {}
-    mask = _Packed(backend, batch).mask({"local_size": window, "config": None})
-    return {"attention_mask": mask, "sliding_window": window, **longest}
+    packed = _PackedBatch(backend, batch)
+    mask = packed.mask({"local_size": window, "config": None})
+    return {"attention_mask": mask, "sliding_window": window, **packed.longest}

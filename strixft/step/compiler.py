@@ -76,7 +76,7 @@ def lower_in_place(operator: Any, without_result: Any) -> None:
     Args:
         operator: Returns its first argument.
         without_result: The same, returning nothing: a result would keep the matrix while the code
-            runs, and the compiler's own way would copy the matrix first.
+            runs, and the compiler's own code would copy the matrix first.
     """
 
     def generate(first: Any, *others: Any) -> Any:

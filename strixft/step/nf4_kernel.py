@@ -65,11 +65,11 @@ def _split(node: fx.Node) -> None:
 def unpack_late(graph: fx.Graph) -> None:
     """Write weights out right before they are multiplied: one at a time is in memory."""
     for weight in calls(graph, UNPACK):
-        way = [weight]  # the weight, perhaps its transpose, the product
-        while len(way[-1].users) == 1 and way[-1].target in (UNPACK, aten.permute.default):
-            way += way[-1].users
-        if len(way) > 1:
-            _bring(way[-2], way[-1])
+        path = [weight]  # the weight, perhaps its transpose, the product
+        while len(path[-1].users) == 1 and path[-1].target in (UNPACK, aten.permute.default):
+            path += path[-1].users
+        if len(path) > 1:
+            _bring(path[-2], path[-1])
 
 
 def _bring(node: fx.Node, place: fx.Node) -> None:

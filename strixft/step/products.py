@@ -71,9 +71,9 @@ class _Join:
 
 
 def _write_in_order(graph: fx.Graph) -> None:
-    """Let a kernel write as it is read what an operator reads through a view.
+    """Let a kernel write a result in the order in which an operator reads it through a view.
 
-    The compiler lets a kernel write in the order of its sides, whatever strides they have here, and
+    The compiler lets a kernel write in the order of its dimensions, whatever strides they have, and
     then copies, as for queries and keys between their rotation and attention.
     """
     for node in graph.nodes:
@@ -179,7 +179,7 @@ def _product_in(term: fx.Node, root: fx.Node) -> fx.Node | None:
 def _find_sums(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
     """Yield each sum of two products and more, with these products, the last sum first.
 
-    What else is added to the products may be another such sum.
+    Another such sum may be added to the products.
     """
     seen = set[fx.Node]()
     for root in reversed(list(filter(_is_sum, calls(graph, aten.add.Tensor)))):
@@ -192,7 +192,7 @@ def _find_sums(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
 
 
 def _add_up(root: fx.Node, products: list[fx.Node], join: _Join) -> None:
-    """Let products add themselves up, and add to their total what else is in the sum."""
+    """Let products add themselves up, and add the other terms of the sum to their total."""
     graph = root.graph
     others = [term for term in _terms(root, set()) if _source(term) not in products]
     total = _total(products, join)
@@ -209,7 +209,7 @@ def _total(products: list[fx.Node], join: _Join) -> fx.Node:
     thin = [node for node in products if _depth(node) <= THIN]
     first = thin or products[:1]
     with graph.inserting_before(first[0]):
-        left, right = ([cast("fx.Node", node.args[side]) for node in first] for side in (0, 1))
+        left, right = ([cast("fx.Node", node.args[at]) for node in first] for at in (0, 1))
         total = call(graph, aten.mm.default, join(left, 1), join(right, 0))
     for node in products:
         if node not in first:

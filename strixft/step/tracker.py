@@ -174,7 +174,7 @@ def peak_memory(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Yield the block's peak memory in bytes: torch's count on a GPU, our tracker's on a CPU.
 
     Args:
-        model: What is trained in the block.
+        model: The model that is trained in the block.
     """
     found: dict[str, Any] = dict.fromkeys(("peak_bytes", "reserved_bytes", "peak_parts"))
     if device_type() == "cuda":
