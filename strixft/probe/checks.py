@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from strixft.attention.backends import (
-    BACKEND_NAMES,
     BACKENDS,
     AttentionBackend,
     Heads,
@@ -118,7 +117,7 @@ def _beside(verdict: Verdict, later: Sequence[Verdict]) -> Verdict:
 def probe_attention(
     heads: Heads,
     host: Host,
-    names: Collection[str] = BACKEND_NAMES,
+    names: Collection[str] = tuple(BACKENDS),
     *,
     fresh: bool = False,
     peak: bool = False,
