@@ -155,6 +155,7 @@ def _require_room(planned: DryRun, host: Host, limit: Budget) -> None:
             f"measuring with {planned.num_layers} layers needs {format_gib(need)} and {host.name}"
             f" has {format_gib(limit.num_bytes)} for it",
             fix="--set train.micro_batch=1",
+            settings={"train.micro_batch": 1},
         )
 
 

@@ -195,6 +195,7 @@ def _require_master_weights(recipe: Recipe, host: Host) -> None:
             f"method: {recipe.method} trains weights in float16 on {host.name}, which has no bf16:"
             " small updates would be lost, and scaled gradients cannot be undone",
             fix="--set method=lora",
+            settings={"method": "lora"},
         )
 
 
@@ -206,6 +207,7 @@ def _require_positions(recipe: Recipe, config: Any) -> None:
             f"rows may have {asked:,} tokens, and {recipe.model} looks positions up in a table that"
             f" ends at {most:,}",
             fix=f"--set dataset.max_length={most}",
+            settings={"dataset.max_length": most},
         )
 
 

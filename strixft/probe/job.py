@@ -122,6 +122,7 @@ def _choose_options(
             f"attention {train.attention!r} cannot train {heads.model_type} on {host.name}"
             f"{reasons}",
             fix="--set train.attention=auto",
+            settings={"train.attention": "auto"},
         )
     on_gpu, one_length = host.device == "cuda", found[0].packed  # other lengths compile anew
     compiled = on_gpu and one_length if train.compile == "auto" else train.compile == "layers"
