@@ -1,8 +1,9 @@
 """The plan: what the dry run says is what the tracker counts over real tensors."""
 
-from dataclasses import astuple
+from itertools import pairwise
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun, Step, dry_run, run_schedule, trace_run
 from strixft.plan.full_depth import Schedule, rounded_all
 from strixft.plan.result import plan_figures, plan_recipe
-from strixft.plan.scale import Regime, Traces, sample
+from strixft.plan.scale import Dims, Regime, Traces
 from strixft.plan.trace import RowShape, trace_step
 from strixft.prepare.stage import prepare_recipe
 from strixft.probe.job import Job
@@ -257,16 +258,27 @@ def test_stacked_compiled_layers_are_the_whole_model() -> None:
     assert ours.peak_bytes == pytest.approx(theirs.peak_bytes, rel=1e-3)
 
 
-@pytest.mark.parametrize("vocabulary", [32_000, 49_152, 131_072, 151_936, 200_000, 262_144])
+@pytest.mark.parametrize("vocabulary", [1_000, 32_000, 49_152, 131_072, 151_936, 262_144])
 @pytest.mark.parametrize("chunks", [1, 2, 3])
-def test_the_sides_of_a_sample_share_no_prime(vocabulary: int, chunks: int) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("beyond", [(), (False,), (True,), (True, False)])
+def test_no_two_products_of_dimensions_grow_alike_between_two_samples(
+    vocabulary: int, chunks: int, packed: bool, beyond: tuple[bool, ...], monkeypatch: Any
+) -> None:
+    windows = {(): (), (True, False): (1024, 4096)}.get(beyond, (512,))
+    asked = SimpleNamespace(windows=windows)
+    monkeypatch.setattr("strixft.plan.scale.architecture_of", lambda _: asked)
     config = AutoConfig.for_model(**LLAMA | {"vocab_size": vocabulary})
-    found = sample(config, Regime(False, (), chunks, False), 64 * 160)
-    assert found is not None
-    for at, prime in enumerate(found.primes):
-        divided = [side % prime == 0 for side in astuple(found.sides)[:5]]
-        assert prime == 1 or divided[at]
-        assert prime == 1 or chunks == 1 or sum(divided) == 1
+    regime = Regime(False, beyond, chunks, packed)
+    samples = regime.samples(config)
+    assert [Regime.of(config, shape) for shape in samples] == [regime, regime]
+    small, large = (Dims.of(shape, vocabulary) for shape in samples)
+    growth = dict(zip(["1", "BT", "n", "m", "K", "BTT", "BTL", "TT", "B", "T"],
+                      large.terms() / small.terms(), strict=True))  # fmt: skip
+    same = [] if packed else ["BTL"]  # documents that share no row have no length of their own
+    same += ["n", "m"] if chunks == 1 else []
+    factors = sorted(factor for name, factor in growth.items() if name not in same)
+    assert min(b / a for a, b in pairwise(factors)) > 1 + 1e-6
 
 
 @SHAPES
@@ -287,6 +299,17 @@ def test_a_trace_answers_for_other_micro_batches(shape: dict[str, Any], method: 
         assert scaled.seconds_per_update == pytest.approx(fresh.seconds_per_update, rel=0.01)
         asked = traces.estimate(step).asked_bytes
         assert scaled.peak_bytes - scaled.unsplit_bytes == asked
+
+
+def test_a_trace_of_compiled_layers_answers_for_other_micro_batches() -> None:
+    wide = LLAMA | {"hidden_size": 1792, "intermediate_size": 4864, "num_attention_heads": 14}
+    wide |= {"num_key_value_heads": 2, "head_dim": 128, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(**wide)
+    traces = Traces(Job.of(a_recipe("qlora", compile="layers"), config, HOSTS["h200-141"]))
+    step = Step(RowShape(4, 2048, 8000, PackedShape(2048, 40, 1500)), 0, 1)
+    scaled, fresh = traces.dry_run(step), traces.fresh(step)
+    assert scaled.peak_bytes == pytest.approx(fresh.peak_bytes, rel=1e-3)
+    assert scaled.seconds_per_update == pytest.approx(fresh.seconds_per_update, rel=0.01)
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])

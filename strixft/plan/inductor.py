@@ -232,7 +232,7 @@ def _parts(
     """A unit with the views that it reads; None for what is there, and for what is asked for."""
     if is_generated(unit[0]):
         read = {value for node in unit for value in units.values[node]} - {*unit}
-        yield _Kernel(unit, units), [*read]
+        yield _Kernel(unit, units), sorted(read)  # in order, so that traces are freed alike
         return
     views = _views(unit[0], units)
     yield from ((_Operator(view), view.all_input_nodes) for view in views)

@@ -1,23 +1,22 @@
-"""A trace's sizes at another number of rows, tokens or trained tokens.
+"""Sizes and costs of a step at any number of rows, tokens and trained tokens, from two traces.
 
-A trace is made with sides that are multiples of primes which divide no side of the model. Which of
-them divide a size, and how often, then says how it grows: with B, with B × T, with B × T², with the
-trained tokens, with a chunk of the head. Events and their order are the same within a `Regime`.
+Two micro-batches of a `Regime` have the same events in the same order, so their traces are compared
+number by number: what a size has grown by says what it is proportional to. Every dimension of the
+two micro-batches differs by another factor, so no two products of dimensions are mistaken.
 
-Shapes: B rows, T tokens, K trained tokens, n rows of a chunk of the head, m rows of its last chunk,
-L tokens of the longest document.
+Letters: B rows, T tokens of a row, K trained tokens, n trained tokens of a chunk of the head, m
+those of its last chunk, L tokens of the longest document.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
-from torch.utils._pytree import tree_iter
 
 from strixft.data.batches import PackedShape
 from strixft.model.architecture import architecture_of, sample_layers
@@ -26,24 +25,27 @@ from strixft.plan.cost import SEEN, Floats, Rates, Seconds, Work
 from strixft.plan.dry_run import DryRun, Step, dry_run, layer_kinds, run_schedule, trace_run
 from strixft.plan.full_depth import Ints, Kind, Schedule, rounded_all, stands_for
 from strixft.plan.op_cache import Memo
-from strixft.plan.trace import Place, RowShape, Trace, one_step
+from strixft.plan.trace import RowShape, Trace, one_step
 from strixft.probe.job import Job
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
 
 TILE = 32
 """Some attention operators pad T to a multiple of this (aten/src/ATen/native/transformers)."""
 
-OUTSIDE = Place(0, "load")
-"""Where weights outside the layers are born, such as a vision tower, whose sides are many: frozen,
-they grow with nothing, whatever divides their sizes."""
+SAMPLED_ROWS = (8, 24)
+"""B of the two traces."""
 
-LARGEST = 10_000
-"""Where the search for a traced length ends."""
+SAMPLED_LENGTH = 1024
+"""T of the smaller trace, where no window asks for another one. B × T is of a real micro-batch's
+size: the compiler keeps what is smaller, weights or activations."""
+
+TOKENS, CHUNK = 1, 2
+"""Indices of `Dims.terms`: B × T, and n."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dims:
-    """The sides of a micro-batch that sizes grow with."""
+    """Dimensions of a micro-batch that sizes and costs grow with."""
 
     rows: int
     length: int
@@ -55,7 +57,7 @@ class Dims:
 
     @classmethod
     def of(cls, shape: RowShape, vocabulary: int) -> Dims:
-        """Of a micro-batch."""
+        """Return the dimensions of a micro-batch."""
         chunk = chunk_rows(shape.trained, vocabulary)
         rest = shape.trained - chunk * (math.ceil(shape.trained / chunk) - 1)
         longest = shape.packed.longest if shape.packed else 1
@@ -65,6 +67,13 @@ class Dims:
     def chunks(self) -> int:
         """Chunks of the head."""
         return math.ceil(self.trained / self.chunk)
+
+    def terms(self) -> Floats:
+        """Return every product of dimensions that a size, FLOP or bytes moved can grow with."""
+        rows, length, tokens = self.rows, self.length, self.rows * self.length
+        head = (self.chunk, self.last_chunk, self.trained)
+        attention = (tokens * length, tokens * self.longest, length * length)  # scores, mask
+        return np.array([1, tokens, *head, *attention, rows, length], dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,196 +91,123 @@ class Regime:
 
     @classmethod
     def of(cls, config: Any, shape: RowShape) -> Regime:
-        """The regime of a micro-batch."""
-        sides = Dims.of(shape, config.get_text_config().vocab_size)
-        windows = architecture_of(config).windows
-        beyond = tuple(shape.length >= window for window in windows)
-        chunks = min(sides.chunks, 3)
+        """Return the regime of a micro-batch."""
+        chunks = Dims.of(shape, config.get_text_config().vocab_size).chunks
+        beyond = tuple(shape.length >= window for window in architecture_of(config).windows)
         packed = shape.packed is not None
-        return cls(shape.rows == 1 and not packed, beyond, chunks, packed)
+        return cls(shape.rows == 1 and not packed, beyond, min(chunks, 3), packed)
+
+    def samples(self, config: Any) -> tuple[RowShape, RowShape]:
+        """Return two micro-batches of this regime, all of whose dimensions grow differently."""
+        vocabulary = config.get_text_config().vocab_size
+        lengths = _two_lengths(architecture_of(config).windows, self.beyond)
+        most = max(1, CHUNK_ELEMENTS // vocabulary)  # trained tokens of a chunk
+        least = max((self.chunks - 1) * most, most // 2)
+        # one token more than full chunks: then n, m and K do not grow by the same factor
+        trained = (
+            next(k for k in count(least + 1) if k % self.chunks == 1 % self.chunks),
+            self.chunks * most,
+        )
+        rows = (1, 1) if self.one_row else SAMPLED_ROWS
+        packed: tuple[PackedShape | None, ...] = (None, None)
+        if self.packed:  # L is a multiple of SEEN: its share of the FLOP is not rounded
+            packed = tuple(
+                PackedShape(length, b, SEEN * longest)
+                for length, b, longest in zip(lengths, rows, (3, 5), strict=True)
+            )
+        small, large = map(RowShape, rows, lengths, trained, packed)
+        return small, large
 
 
-def _is_prime(number: int) -> bool:
-    return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
-
-
-def _primes(first: int = 29) -> Iterator[int]:
-    return filter(_is_prime, range(first, LARGEST))
-
-
-def _largest_prime_factor(number: int) -> int:
-    return max((d for d in range(2, number + 1) if number % d == 0 and _is_prime(d)), default=1)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The micro-batch that is traced for a regime."""
-
-    sides: Dims
-    primes: tuple[int, ...]
-    """One that divides each of the sides and none of the others; 1 where a side does not vary."""
-
-    @property
-    def shape(self) -> RowShape:
-        """The micro-batch; documents of a row change no size that matters."""
-        rows, length, trained = self.sides.rows, self.sides.length, self.sides.trained
-        is_packed, longest = self.sides.longest > 1, self.sides.longest
-        packed = PackedShape(length, rows, longest) if is_packed else None
-        return RowShape(rows, length, trained, packed)
-
-
-def _lengths(windows: Iterable[int], beyond: Iterable[bool]) -> Iterator[tuple[int, int]]:
-    """Lengths on the right side of each window, with their prime."""
+def _two_lengths(windows: Sequence[int], beyond: Sequence[bool]) -> tuple[int, int]:
+    """Return two lengths on the right side of each window, multiples of `TILE` if possible."""
     sides = list(zip(windows, beyond, strict=True))
-    tiled = ((TILE * prime, prime) for prime in _primes())
-    plain = ((number, number) for number in range(LARGEST // TILE, 2, -1) if _is_prime(number))
-    for length, prime in chain(tiled, plain):
-        if all((length >= window) == is_beyond for window, is_beyond in sides):
-            yield length, prime
-
-
-def _told_apart(numbers: Sequence[int], primes: Sequence[int], taken: int) -> bool:
-    """Whether each prime divides its own number alone, and no side that is taken."""
-    divides = [[number % prime == 0 for prime in primes] for number in numbers]
-    own = [[i == j for j in range(len(primes))] for i in range(len(numbers))]
-    return divides == own and min(primes) > 7 and math.gcd(taken, math.prod(primes)) == 1
-
-
-def _trained(
-    regime: Regime, vocabulary: int, taken: int, others: int
-) -> Iterator[tuple[Dims, tuple[int, ...]]]:
-    """Trained tokens in as many chunks as the regime says, with primes of K, n and m.
-
-    Args:
-        regime: What the micro-batch should be an instance of.
-        vocabulary: Logits of a token.
-        taken: A product of sides that their primes should not divide.
-        others: A product of the primes of the other sides, which should divide none of them.
-    """
-    most = max(1, CHUNK_ELEMENTS // vocabulary)
-    for trained in range(regime.chunks * most, (regime.chunks - 1) * most, -1):
-        sides = Dims.of(RowShape(1, 1, trained), vocabulary)
-        numbers = [trained, sides.chunk, sides.last_chunk][: 1 if regime.chunks == 1 else 3]
-        primes = list(map(_largest_prime_factor, numbers))
-        if _told_apart(numbers, primes, taken) and math.gcd(others, math.prod(numbers)) == 1:
-            yield sides, (*primes, 1, 1)[:3]
-
-
-def sample(config: Any, regime: Regime, taken: int) -> Sample | None:
-    """A micro-batch of a regime whose sides are told apart by their primes; None if there is none.
-
-    Args:
-        config: The model's configuration.
-        regime: What the micro-batch should be an instance of.
-        taken: A product of the model's own sides, which share no prime with the micro-batch's.
-    """
-    rows = 1 if regime.one_row else next(p for p in _primes(11) if taken % p)
-    taken *= rows
-    longest_prime = next(p for p in _primes() if taken % p) if regime.packed else 1
-    longest = SEEN * longest_prime if regime.packed else 1
-    taken *= longest_prime
-    vocabulary = config.get_text_config().vocab_size
-    for length, prime in _lengths(architecture_of(config).windows, regime.beyond):
-        if taken % prime:
-            others = rows * prime * longest_prime
-            for sides, primes in _trained(regime, vocabulary, taken * prime, others):
-                found = replace(sides, rows=rows, length=length, longest=longest)
-                return Sample(found, (rows, prime, *primes, longest_prime))
-    return None
+    least = max((window for window, is_beyond in sides if is_beyond), default=1)
+    below = min((window for window, is_beyond in sides if not is_beyond), default=None)
+    if below is None:
+        first = -(-max(least, SAMPLED_LENGTH) // TILE) * TILE
+        return first, first + TILE
+    last = (below - 1) // TILE * TILE
+    if last - TILE >= least:
+        return last - TILE, last
+    return max(least, below - 2), below - 1
 
 
 class _Growth:
-    """How numbers grow with the sides of the micro-batch.
+    """Numbers as functions of the dimensions.
 
     Args:
-        numbers: As they were traced.
-        traced: The micro-batch of the trace.
-        fixed: Which of them do not grow.
+        small: Numbers of the smaller trace.
+        large: The same numbers in the larger trace.
+        dims: Dimensions of both.
     """
 
-    def __init__(self, numbers: Ints, traced: Sample, fixed: Sequence[bool] = ()) -> None:
-        self.powers = np.stack([_powers(numbers, prime) for prime in traced.primes], axis=1)
-        self.powers[np.flatnonzero(fixed)] = 0
-        self._unit = numbers / self._product(traced.sides)
+    def __init__(self, small: Ints, large: Ints, dims: tuple[Dims, Dims]) -> None:
+        before, after = (each.terms() for each in dims)
+        ratio = np.where(small == large, 1.0, large / np.maximum(small, 1))
+        is_like = np.isclose(ratio[:, None], after / before, rtol=1e-9, atol=0)  # (numbers, terms)
+        is_product = is_like.any(1)
+        self.term = np.where(is_product, is_like.argmax(1), TOKENS)
+        # a sum, such as of documents and one, becomes a line over the tokens
+        line = (large - small) / (after[TOKENS] - before[TOKENS])
+        self._slope = np.where(is_product, small / before[self.term], line)
+        self._offset = np.where(is_product, 0, small - line * before[TOKENS])
 
-    def _product(self, sides: Dims) -> Floats:
-        logs = np.log(np.array(astuple(sides), dtype=np.float64))
-        product: Floats = np.exp(self.powers @ logs)
-        return product
-
-    def at(self, sides: Dims) -> Floats:
-        """The numbers for other sides."""
-        return np.rint(self._unit * self._product(sides))
-
-
-def _powers(numbers: Ints, prime: int) -> Ints:
-    """How often a prime divides each number."""
-    powers, rest = np.zeros_like(numbers), numbers.copy()
-    while prime > 1 and (divides := (rest != 0) & (rest % prime == 0)).any():
-        powers += divides
-        rest = np.where(divides, rest // prime, rest)
-    return powers
+    def at(self, dims: Dims) -> Floats:
+        """Return the numbers for other dimensions."""
+        return np.rint(self._offset + self._slope * dims.terms()[self.term])
 
 
 class ScaledTrace:
-    """A trace, and what its numbers are for other micro-batches of its regime.
+    """A trace, and its numbers for other micro-batches of its regime.
 
     Args:
-        trace: Of the sample.
-        traced: The sample.
+        small: Trace of the smaller micro-batch.
+        large: Trace of the larger one, with the same events.
+        dims: Dimensions of both.
     """
 
-    def __init__(self, trace: Trace, traced: Sample) -> None:
-        costs = [cost for _, cost in trace.work]
-        self.trace = trace
-        self._chunks = traced.sides.chunks
-        frozen = [s.part == "weights" and s.born == OUTSIDE for s in trace.storages]
-        self._sizes = _Growth(np.array([s.num_bytes for s in trace.storages]), traced, frozen)
-        self._flop = _Growth(np.array([cost.flop for cost in costs]), traced)
-        self._moved = _Growth(np.array([part for cost in costs for part in cost.moved]), traced)
+    def __init__(self, small: Trace, large: Trace, dims: tuple[Dims, Dims]) -> None:
+        def growth(numbers: Any) -> _Growth:
+            return _Growth(*(np.array(numbers(t), dtype=np.int64) for t in (small, large)), dims)
+
+        costs = [cost for _, cost in small.work]
+        self.trace = small
+        self._chunks = dims[0].chunks
+        self._sizes = growth(lambda trace: [s.num_bytes for s in trace.storages])
+        self._flop = growth(lambda trace: [cost.flop for _, cost in trace.work])
+        self._moved = growth(lambda trace: [part for _, cost in trace.work for part in cost.moved])
         self._owner = np.repeat(np.arange(len(costs)), [len(cost.moved) for cost in costs])
         self._dtypes = [cost.dtype for cost in costs]
 
-    def keeps_weights(self) -> bool:
-        """Whether no weight seems to grow with the micro-batch: its sides would share a prime."""
-        loaded = [s.born.phase == "load" for s in self.trace.storages]
-        return not self._sizes.powers[loaded].any()
+    def sizes(self, dims: Dims) -> Ints:
+        """Return the bytes of each storage, rounded to the allocator's block."""
+        return rounded_all(self._sizes.at(dims).astype(np.int64))
 
-    def sizes(self, sides: Dims) -> Ints:
-        """Bytes of each storage, rounded to the allocator's block."""
-        return rounded_all(self._sizes.at(sides).astype(np.int64))
+    def seconds(self, dims: Dims, rates: Rates | None) -> Seconds | None:
+        """Return the predicted time of each operator; None where the host's rates are not known."""
+        moved = np.bincount(self._owner, self._moved.at(dims), len(self._dtypes))
+        work = Work(self._flop.at(dims), moved.astype(np.float64), self._dtypes)
+        return work.seconds(rates, self._repeats(dims))
 
-    def work(self, sides: Dims) -> Work:
-        """What each operator computes and moves."""
-        each = self._moved.at(sides)
-        moved: Floats = np.bincount(self._owner, each, len(self._dtypes)).astype(np.float64)
-        return Work(self._flop.at(sides), moved, self._dtypes)
+    def _repeats(self, dims: Dims) -> Floats:
+        """Return how often each operator runs for each time it was traced.
 
-    def repeats(self, sides: Dims) -> Floats:
-        """How often each operator runs for each time it was traced: chunks in the middle do."""
-        of_chunk = 3
-        moved = np.bincount(self._owner, self._moved.powers[:, of_chunk], len(self._dtypes))
-        in_chunk = (moved > 0) | (self._flop.powers[:, of_chunk] > 0)
-        more = (sides.chunks - 1) / (self._chunks - 1) if self._chunks > 1 else 1.0
+        Chunks in the middle of the head run more often than in a trace of three.
+        """
+        moved = np.bincount(self._owner, self._moved.term == CHUNK, len(self._dtypes))
+        in_chunk = (moved > 0) | (self._flop.term == CHUNK)
+        more = (dims.chunks - 1) / (self._chunks - 1) if self._chunks > 1 else 1.0
         return np.where(in_chunk, more, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a step asks for, without the allocator's rules."""
+    """Memory of a step without the allocator's rules, and its time."""
 
     asked_bytes: int
     """At the peak, with BLAS's workspace; blocks and segments of the allocator take more."""
     seconds_per_update: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Scaled:
-    """A step's schedule with the sizes and times of its micro-batch."""
-
-    schedule: Schedule
-    sizes: Ints
-    seconds: Seconds | None
 
 
 class Traces:
@@ -282,83 +218,66 @@ class Traces:
     """
 
     def __init__(self, job: Job) -> None:
-        self._job, self._config, self._host = job, job.config, job.host
+        self._job = job
+        self._vocabulary = job.config.get_text_config().vocab_size
         self._memo = Memo()
         self._scaled: dict[Any, ScaledTrace | None] = {}
         self._schedules: dict[Any, Schedule] = {}
         self._numbers: dict[Any, tuple[Ints, Seconds | None]] = {}
 
-    def _sides(self) -> list[int]:
-        """The model's own sides."""
-        sides = [side for side in tree_iter(self._config.to_dict()) if type(side) is int]
-        return [*{side for side in sides if side > 1}, self._job.recipe.lora.r]
-
-    def _trace(self, step: Step, regime: Regime, shape: RowShape, kinds: list[Kind]) -> Trace:
-        """A trace of a micro-batch, from disk where it was made before."""
-        about = regime, shape
-        name = trace_cache.name_of(self._job, about, kinds)
+    def _trace(self, shape: RowShape, recomputed_layers: int, kinds: Sequence[Kind]) -> Trace:
+        """Return the trace of a micro-batch, from disk where it was made before."""
+        name = trace_cache.name_of(self._job, shape, kinds)
         found = trace_cache.load(name)
         if found is None:
-            layers = step.recomputed_layers
-            found = trace_run(self._job, shape, layers, 2, self._memo).trace
+            found = trace_run(self._job, shape, recomputed_layers, 2, self._memo).trace
             trace_cache.save(name, found)
         return found
 
-    def _make(self, step: Step, regime: Regime, kinds: list[Kind]) -> ScaledTrace | None:
-        """A trace whose primes divide no side of the model, where there are such."""
-        traced = sample(self._config, regime, math.prod(self._sides()))
-        if traced is None:
-            return None
-        scaled = ScaledTrace(self._trace(step, regime, traced.shape, kinds), traced)
-        return scaled if scaled.keeps_weights() else None
+    def _scale(self, regime: Regime, layers: int, kinds: Sequence[Kind]) -> ScaledTrace | None:
+        """Return what answers for a regime; None where its two traces are not alike."""
+        samples = regime.samples(self._job.config)
+        small, large = (self._trace(shape, layers, kinds) for shape in samples)
+        first, second = (Dims.of(shape, self._vocabulary) for shape in samples)
+        return ScaledTrace(small, large, (first, second)) if small.is_like(large) else None
 
-    def _scaled_trace(self, step: Step) -> tuple[Any, ScaledTrace | None]:
-        """The trace that answers for a step, and what tells it from others."""
-        kinds = layer_kinds(self._config, step.recomputed_layers)
-        regime = Regime.of(self._config, step.shape)
-        sampled = [kinds[layer] for layer in sample_layers(kinds)]
-        key = regime, tuple(sampled)
+    def _find(self, step: Step) -> tuple[Schedule, Ints, Seconds | None] | None:
+        """Return a step's events, with the sizes and times of its micro-batch."""
+        kinds = layer_kinds(self._job.config, step.recomputed_layers)
+        sampled = sample_layers(kinds)
+        regime = Regime.of(self._job.config, step.shape)
+        key = regime, tuple(kinds[layer] for layer in sampled)
         if key not in self._scaled:
-            self._scaled[key] = self._make(step, regime, sampled)
-        return key, self._scaled[key]
-
-    def _schedule(self, key: Any, scaled: ScaledTrace, step: Step) -> Schedule:
-        key = *key, step.recomputed_layers, step.steps > 1
-        if key not in self._schedules:
-            kinds = layer_kinds(self._config, step.recomputed_layers)
-            deep = None if len(sample_layers(kinds)) >= len(kinds) else stands_for(kinds)
-            trace = scaled.trace if step.steps > 1 else one_step(scaled.trace)
-            self._schedules[key] = Schedule(trace, deep)
-        return self._schedules[key]
-
-    def _find(self, step: Step) -> _Scaled | None:
-        key, scaled = self._scaled_trace(step)
+            self._scaled[key] = self._scale(regime, step.recomputed_layers, key[1])
+        scaled = self._scaled[key]
         if scaled is None:
             return None
-        sides = Dims.of(step.shape, self._config.get_text_config().vocab_size)
-        if (*key, sides) not in self._numbers:
-            seconds = scaled.work(sides).seconds(Rates.of(self._host), scaled.repeats(sides))
-            self._numbers[*key, sides] = scaled.sizes(sides), seconds
-        return _Scaled(self._schedule(key, scaled, step), *self._numbers[*key, sides])
+        deep = *key, step.recomputed_layers, step.steps > 1
+        if deep not in self._schedules:
+            trace = scaled.trace if step.steps > 1 else one_step(scaled.trace)
+            all_traced = len(sampled) >= len(kinds)
+            self._schedules[deep] = Schedule(trace, None if all_traced else stands_for(kinds))
+        dims = Dims.of(step.shape, self._vocabulary)
+        if (*key, dims) not in self._numbers:
+            seconds = scaled.seconds(dims, Rates.of(self._job.host))
+            self._numbers[*key, dims] = scaled.sizes(dims), seconds
+        return self._schedules[deep], *self._numbers[*key, dims]
 
     def estimate(self, step: Step) -> Estimate:
-        """What a step asks for: milliseconds once its like was traced."""
+        """Return what a step asks for, in milliseconds once its regime was traced."""
         found = self._find(step)
         if found is None:
-            run = self.dry_run(step)
+            run = self.fresh(step)
             return Estimate(run.peak_bytes, run.seconds_per_update)
-        schedule, seconds = found.schedule, found.seconds
-        time = schedule.seconds_per_update(found.sizes, seconds, step.steps)
-        asked = int(schedule.live_bytes(found.sizes).max())
-        return Estimate(asked + int(self._host.workspace_bytes.value), time)
+        schedule, sizes, seconds = found
+        asked = int(schedule.live_bytes(sizes).max()) + int(self._job.host.workspace_bytes.value)
+        return Estimate(asked, schedule.seconds_per_update(sizes, seconds, step.steps))
 
     def dry_run(self, step: Step) -> DryRun:
-        """A step's figures: those of a fresh trace, from one that was scaled."""
+        """Return a step's figures: those of a trace of its own, from two that were made."""
         found = self._find(step)
-        if found is None:
-            return self.fresh(step)
-        return run_schedule(found.schedule, found.sizes, found.seconds, self._host, step)
+        return self.fresh(step) if found is None else run_schedule(*found, self._job.host, step)
 
     def fresh(self, step: Step) -> DryRun:
-        """A step's figures from a trace of its own."""
+        """Return a step's figures from a trace of its own."""
         return dry_run(self._job, step.shape, step.recomputed_layers, step.steps, self._memo)

@@ -97,6 +97,14 @@ class Trace:
     work: list[tuple[Place, Cost]] = field(default_factory=list)
     """What each operator computes and moves, in order."""
 
+    def is_like(self, other: Trace) -> bool:
+        """Return whether another trace has the same events and operators, of whatever sizes."""
+        ours, theirs = (
+            (t.events, [(place, len(c.moved), c.dtype) for place, c in t.work])
+            for t in (self, other)
+        )
+        return ours == theirs
+
     @cached_property
     def segments(self) -> list[Segment]:
         """The events, place by place, once they are recorded."""
@@ -322,13 +330,13 @@ def trace_step(
     with _known_on_meta(), planned_for(job.host.device):
         if not options.compiled:
             return record(memo)
-        with planned_kernels(_like(job, shape)):
+        with planned_kernels(_like(job)):
             return _settled(record, memo)
 
 
-def _like(job: Job, shape: RowShape) -> Hashable:
-    """What compiled layers depend on; not how many there are."""
-    return job.recipe.model_dump_json(), str(job.config.to_dict()), shape, job.options
+def _like(job: Job) -> Hashable:
+    """What compiled layers depend on but for the micro-batch, which the compiler guards."""
+    return job.recipe.model_dump_json(), str(job.config.to_dict()), job.options
 
 
 def _settled(record: Callable[[Memo], Trace], memo: Memo) -> Trace:
