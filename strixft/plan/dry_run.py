@@ -97,8 +97,8 @@ def parts_at_peak(schedule: Schedule, sizes: Ints) -> tuple[dict[str, int], int]
 def _held(schedule: Schedule, sizes: Ints, host: Host) -> Replay:
     """What torch's allocator holds; a CPU has none, and holds what is asked for."""
     if host.device == "cuda":
-        blocks = schedule.blocks
-        return replay(sizes[blocks.storages].tolist(), blocks.events)
+        storages, events = schedule.blocks
+        return replay(sizes[storages].tolist(), events)
     asked = int(schedule.live_bytes(sizes).max())
     return Replay(asked, asked)
 

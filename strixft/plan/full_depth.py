@@ -1,16 +1,14 @@
-"""A deep model's trace from that of a few layers.
+"""A deep model's events, from the trace of a few of its layers.
 
 Decoder layers of one kind do the same in the same order. So a trace with one layer of each kind,
-between a first and a last one, holds every event of the deep model; here they are put together
-again, layer by layer, with storages of their own. Storages that one layer hands to the next are
-matched by their order among those that leave a layer.
+between a first and a last one, holds every event of the deep model. Here they are put together
+again, layer by layer, each layer with storages of its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
@@ -24,37 +22,26 @@ from strixft.step.tracker import BLOCK
 
 Kind = Hashable
 
-Key = tuple[int, int | None]
-"""Storage of the small trace, and the deep model's layer it stands for."""
-
 Ints = npt.NDArray[np.int64]
 
 
 def rounded_all(num_bytes: Ints) -> Ints:
-    """Bytes of the allocator's blocks; see `tracker.rounded`."""
+    """Return bytes of the allocator's blocks, any shape; see `tracker.rounded`."""
     blocks: Ints = -(-num_bytes // BLOCK) * BLOCK
     return blocks
 
 
 def stands_for(kinds: Sequence[Kind]) -> list[int]:
-    """For each layer of the deep model, which of `sample_layers` stands for it."""
+    """Return, for each layer of the deep model, which of `sample_layers` stands for it."""
     sampled = sample_layers(kinds)
     of_kind = {kinds[layer]: index for index, layer in enumerate(sampled[1:-1], start=1)}
     return [0, *(of_kind[kind] for kind in kinds[1:-1]), len(sampled) - 1]
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """Allocations and frees of a deep model, one by one."""
-
-    storages: list[int]
-    """For each block, the small trace's storage whose size it has."""
-    events: list[int]
-    """A block's number where it is allocated; `~number` where it is freed."""
-
-
 class Schedule:
-    """What happens in a model of full depth, told by a trace's storages.
+    """The events of a model of full depth, told by a trace's storages.
+
+    Letters: S storages of the trace, W pieces of its work, E events of the deep model.
 
     Args:
         trace: Of a few layers, or of all.
@@ -64,26 +51,121 @@ class Schedule:
 
     def __init__(self, trace: Trace, stands_for: Sequence[int] | None = None) -> None:
         self.trace = trace
-        self._stands_for = stands_for
-        self.num_layers = trace.num_layers if stands_for is None else len(stands_for)
+        self._stands_for = range(trace.num_layers) if stands_for is None else stands_for
+        self.num_layers = len(self._stands_for)
+        self._copies = Counter[int | None]([None, *self._stands_for])
+        """Layers of the deep model that each layer of the trace stands for."""
 
     @cached_property
-    def blocks(self) -> Blocks:
-        """Each block of the deep model."""
-        if self._stands_for is not None:
-            return _Stack(self.trace, self._stands_for).build()
-        events = [index if born else ~index for _, index, born in self.trace.events]
-        return Blocks(list(range(len(self.trace.storages))), events)
+    def _passes(self) -> list[tuple[int, Segment, int | None]]:
+        """The trace's segments with the deep layers that they are repeated for, in order."""
+        found: list[tuple[int, Segment, int | None]] = []
+        by_pass = groupby(
+            enumerate(self.trace.segments),
+            key=lambda s: (s[1].place.micro_batch, s[1].place.phase, s[1].place.layer is None),
+        )
+        for (_, phase, is_global), group in by_pass:
+            if is_global or phase == "update":
+                found += [(number, segment, None) for number, segment in group]
+                continue
+            by_layer = defaultdict(list)
+            for number, segment in group:
+                by_layer[segment.place.layer].append((number, segment))
+            layers = list(enumerate(self._stands_for))
+            for deep, sample in reversed(layers) if phase == "backward" else layers:
+                found += [(number, segment, deep) for number, segment in by_layer[sample]]
+        return found
+
+    def _events(
+        self, segment: Segment, layer: int | None, *, is_last: bool
+    ) -> Iterator[tuple[int, int | None]]:
+        """Yield what a segment does in a deep layer.
+
+        Args:
+            segment: Of the trace.
+            layer: The deep layer, None outside the layers.
+            is_last: Whether no later layer repeats the segment.
+
+        Yields:
+            A storage where it is allocated, `~storage` where it is freed; and the deep layer that
+            it belongs to.
+        """
+        for index, is_born in segment.events:
+            owner, change = self.trace.storages[index].born.layer, index if is_born else ~index
+            if owner is None:
+                if is_born or is_last:  # a mask, say, is freed by the last layer that reads it
+                    yield change, None
+            elif segment.place.phase == "update":  # gradients and optimiser state of every layer
+                yield from (
+                    (change, n) for n, stands in enumerate(self._stands_for) if stands == owner
+                )
+            elif layer is None:  # freed outside the layers
+                yield change, self._last_copy[owner]
+            else:  # the layer's own, or handed on by the one before or behind it
+                yield change, layer + owner - self._stands_for[layer]
+
+    @cached_property
+    def _last_copy(self) -> dict[int, int]:
+        """The last deep layer that each layer of the trace stands for."""
+        return {sample: deep for deep, sample in enumerate(self._stands_for)}
+
+    @cached_property
+    def _last_repeat(self) -> dict[int, int | None]:
+        """The deep layer that each segment is repeated for last."""
+        return {number: layer for number, _, layer in self._passes}
 
     @cached_property
     def changes(self) -> Ints:
-        """Storages in the order of their births, and `~storage` where one dies."""
-        if self._stands_for is not None:
-            return _changes(self.trace, self._stands_for)
-        return np.array([index if born else ~index for _, index, born in self.trace.events])
+        """Storages in the order of their births, and `~storage` where one dies; (E,)."""
+        made: dict[tuple[int, bool], Ints] = {}  # the same for every layer but the last
+        pieces = []
+        for number, segment, layer in self._passes:
+            is_last = self._last_repeat[number] == layer
+            if (number, is_last) not in made:
+                events = self._events(segment, layer, is_last=is_last)
+                made[number, is_last] = np.array([change for change, _ in events], dtype=np.int64)
+            pieces.append(made[number, is_last])
+        return np.concatenate(pieces)
+
+    @cached_property
+    def blocks(self) -> tuple[list[int], list[int]]:
+        """Each block of the deep model: the storage whose size it has; and the events, (E,).
+
+        An event is a block's number where it is allocated, `~number` where it is freed.
+        """
+        storages, events = list[int](), list[int]()
+        alive: dict[tuple[Hashable, int | None], int] = {}
+        twins = self._twins
+        for number, segment, layer in self._passes:
+            is_last = self._last_repeat[number] == layer
+            for change, deep in self._events(segment, layer, is_last=is_last):
+                index = max(change, ~change)
+                key = twins.get(index, index), deep
+                if change < 0:
+                    events.append(~alive.pop(key))
+                    continue
+                alive[key] = len(storages)
+                events.append(len(storages))
+                storages.append(index)
+        return storages, events
+
+    @cached_property
+    def _twins(self) -> dict[int, Hashable]:
+        """Name storages that a layer hands on by their order among those.
+
+        Whoever frees one means that of the layer beside it, which may be of another kind.
+        """
+        found: dict[int, Hashable] = {}
+        handed_on = Counter[Place]()
+        for index, storage in enumerate(self.trace.storages):
+            born, died = storage.born, storage.died
+            if died and None not in (born.layer, died.layer) and born.layer != died.layer:
+                found[index] = born.micro_batch, born.phase, handed_on[born]
+                handed_on[born] += 1
+        return found
 
     def live_bytes(self, sizes: Ints) -> Ints:
-        """Bytes alive after each change, if the trace's storages have these sizes."""
+        """Return the bytes alive after each event, (E,), where storages have these sizes, (S,)."""
         signed = np.concatenate([sizes, -sizes[::-1]])  # ~storage counts from the end
         return np.cumsum(signed[self.changes])
 
@@ -94,8 +176,8 @@ class Schedule:
         processor does.
 
         Args:
-            sizes: Of the trace's storages.
-            seconds: Of each piece of the trace's work; None where the host's rates are not known.
+            sizes: Bytes of the trace's storages, (S,).
+            seconds: Of each piece of work, (W,); None where the host's rates are not known.
             steps: Micro-batches of an update; each does what the trace's last one does.
         """
         if seconds is None:
@@ -110,154 +192,15 @@ class Schedule:
 
     @cached_property
     def _counts(self) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """For each piece of work, layers that do it in the last micro-batch; and the update's."""
+        """Layers that do each piece of work in the last micro-batch; which are the update's; (W,)."""
         places, numbers = self.trace.work_places
         last = max((place.micro_batch for place in places), default=0)
-        of_last = [self._count(p.layer) if p.micro_batch == last else 0 for p in places]
+        of_last = [self._copies[p.layer] if p.micro_batch == last else 0 for p in places]
         updates = [p.micro_batch == last and p.phase == "update" for p in places]
         return np.array(of_last, dtype=np.float64)[numbers], np.array(updates, dtype=bool)[numbers]
 
-    def _count(self, layer: int | None) -> int:
-        return 1 if layer is None or self._stands_for is None else self._stands_for.count(layer)
-
-    @cached_property
-    def _trained(self) -> tuple[Ints, Ints]:
-        """Trained storages, and how many layers have the like."""
-        trained = [i for i, s in enumerate(self.trace.storages) if s.part == "adapter"]
-        counts = [self._count(self.trace.storages[i].born.layer) for i in trained]
-        return np.array(trained, dtype=np.int64), np.array(counts, dtype=np.int64)
-
     def _trained_growth(self, sizes: Ints) -> tuple[float, float]:
-        """Trained bytes of the deep model ÷ those of the trace; the same for trained tensors."""
-        trained, counts = self._trained
-        return float(sizes[trained] @ counts / sizes[trained].sum()), float(counts.mean())
-
-
-def _passes(trace: Trace, stands_for: Sequence[int]) -> Iterator[tuple[int, Segment, int | None]]:
-    """Segments of the trace with the deep layers they are emitted for, numbered, in order."""
-    layers = range(len(stands_for))
-    by_pass = groupby(
-        enumerate(trace.segments),
-        key=lambda s: (s[1].place.micro_batch, s[1].place.phase, s[1].place.layer is None),
-    )
-    for (_, phase, is_global), group in by_pass:
-        segments = list(group)
-        if is_global or phase == "update":
-            yield from ((number, segment, None) for number, segment in segments)
-            continue
-        by_layer = defaultdict(list)
-        for number, segment in segments:
-            by_layer[segment.place.layer].append((number, segment))
-        for layer in reversed(layers) if phase == "backward" else layers:
-            for number, segment in by_layer[stands_for[layer]]:
-                yield number, segment, layer
-
-
-class _Stack:
-    """Builds the blocks of the deep model."""
-
-    def __init__(self, trace: Trace, stands_for: Sequence[int]) -> None:
-        self._trace = trace
-        self._stands_for = stands_for
-        self._deep = Blocks([], [])
-        self._alive: dict[Key, int] = {}
-        self._leaving = self._find_leaving()
-        self._uses: Counter[int] = Counter()
-
-    def _find_leaving(self) -> dict[Place, list[int]]:
-        """Storages that die in another layer than they were born in, by birth place, in order."""
-        leaving: dict[Place, list[int]] = defaultdict(list)
-        for index, storage in enumerate(self._trace.storages):
-            born, died = storage.born, storage.died
-            if died and None not in (born.layer, died.layer) and born.layer != died.layer:
-                leaving[born].append(index)
-        return leaving
-
-    def _resolve(self, index: int, layer: int | None) -> Key:
-        """The deep model's storage that a free in this layer means."""
-        born = self._trace.storages[index].born
-        if born.layer is None:
-            return index, None
-        if layer is None:  # freed outside the layers: it is the last layer's, or the first's
-            deep_layer = len(self._stands_for) - 1 if born.layer else 0
-            return index, deep_layer
-        here = self._stands_for[layer]
-        deep_layer = layer + born.layer - here
-        there = self._stands_for[deep_layer]
-        if there == born.layer:
-            return index, deep_layer
-        order = self._leaving[born].index(index)
-        twin = Place(born.micro_batch, born.phase, there)
-        return self._leaving[twin][order], deep_layer
-
-    def _allocate(self, index: int, layer: int | None) -> None:
-        self._alive[index, layer] = len(self._deep.storages)
-        self._deep.events.append(len(self._deep.storages))
-        self._deep.storages.append(index)
-
-    def _free(self, key: Key) -> None:
-        self._deep.events.append(~self._alive.pop(key))
-
-    def _emit(self, events: Sequence[tuple[int, bool]], layer: int | None) -> None:
-        for index, born in events:
-            if born:
-                self._allocate(index, layer)
-            elif layer is None or self._is_last_use(index, layer):
-                self._free(self._resolve(index, layer))
-
-    def _is_last_use(self, index: int, layer: int) -> bool:
-        """Whether a free in this layer is the one that counts.
-
-        What was born outside the layers, such as a mask, is freed by the last layer of its kind.
-        """
-        if self._trace.storages[index].born.layer is not None:
-            return True
-        self._uses[index] += 1
-        return self._uses[index] == self._stands_for.count(self._stands_for[layer])
-
-    def _emit_update(self, segment: Segment) -> None:
-        """The optimiser's states of every layer are born, the gradients of every layer die."""
-        for index, born in segment.events:
-            of_layer = self._trace.storages[index].born.layer
-            if of_layer is None:
-                self._emit([(index, born)], None)
-                continue
-            for layer, sample in enumerate(self._stands_for):
-                if sample == of_layer and born:
-                    self._allocate(index, layer)
-                elif sample == of_layer:
-                    self._free((index, layer))
-
-    def build(self) -> Blocks:
-        """The deep model's blocks."""
-        for _, segment, layer in _passes(self._trace, self._stands_for):
-            if segment.place.phase == "update":
-                self._emit_update(segment)
-            else:
-                self._emit(segment.events, layer)
-        return self._deep
-
-
-def _change_of(trace: Trace, segment: Segment, stands_for: Sequence[int], *, is_last: bool) -> Ints:
-    """Storages born in a segment, and `~storage` of those that die in it."""
-    found: list[int] = []
-    for index, born in segment.events:
-        layer = trace.storages[index].born.layer
-        change = index if born else ~index
-        if segment.place.phase == "update" and layer is not None:
-            found += [change] * stands_for.count(layer)
-        elif born or is_last or layer is not None:  # see `_Stack._is_last_use`
-            found.append(change)
-    return np.array(found, dtype=np.int64)
-
-
-def _changes(trace: Trace, stands_for: Sequence[int]) -> Ints:
-    """What `_Stack` does to the live bytes, segment by segment instead of block by block."""
-    pieces = list(_passes(trace, stands_for))
-    last_layer = {number: layer for number, _, layer in pieces}
-    made: dict[tuple[int, bool], Ints] = {}
-    for number, segment, layer in pieces:
-        is_last = last_layer[number] == layer
-        if (number, is_last) not in made:
-            made[number, is_last] = _change_of(trace, segment, stands_for, is_last=is_last)
-    return np.concatenate([made[n, last_layer[n] == layer] for n, _, layer in pieces])
+        """Return trained bytes of the deep model ÷ the trace's; the same for trained tensors."""
+        trained = [i for i, s in enumerate(self.trace.storages) if s.part == "adapter"]
+        copies = np.array([self._copies[self.trace.storages[i].born.layer] for i in trained])
+        return float(sizes[trained] @ copies / sizes[trained].sum()), float(copies.mean())
