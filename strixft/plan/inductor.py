@@ -1,6 +1,6 @@
-"""Which kernels a graph becomes, in which order they run, and which results they write.
+"""The kernels that a graph becomes, their order, and the results that they write.
 
-As inductor does it (torch 2.11 and 2.13: `ir.StorageBox.should_realize_on_reuse`,
+As inductor makes them (torch 2.11 and 2.13: `ir.StorageBox.should_realize_on_reuse`,
 `Scheduler.fuse_nodes`). An elementwise result that only generated code reads is computed again
 wherever it is read. One that a product, an attention or the caller reads is written, by a kernel
 that writes whatever runs over as many elements and reads the same.
@@ -28,12 +28,12 @@ from strixft.step.tracker import uncounted
 torch.library.define("strixft::kernel", "(Tensor[] read, Tensor[] written, bool unpacks) -> ()")
 
 KERNEL = torch.ops.strixft.kernel.default
-"""Tells a dispatch mode that a kernel has run, what it has read and written, and whether those are
-4-bit weights, written out."""
+"""Tells a dispatch mode that a kernel has run: the tensors that it has read and written, of any
+shapes; `unpacks` where those are 4-bit weights, written out."""
 
 
 @torch.library.impl("strixft::kernel", "CompositeExplicitAutograd")
-def _kernel(read: list[torch.Tensor], written: list[torch.Tensor], unpacks: bool) -> None:
+def _do_nothing(read: list[torch.Tensor], written: list[torch.Tensor], unpacks: bool) -> None:
     pass
 
 
@@ -41,51 +41,41 @@ MOST_READS = 4
 """A result made of more tensors than this is written if it is used twice, whoever uses it."""
 
 
-def _is_sum(node: fx.Node) -> bool:
-    return torch.Tag.reduction in getattr(node.target, "tags", ())
+Env = dict[fx.Node, Any]
+"""Values of a graph's nodes while it runs."""
+
+Run = Callable[[Env], None]
 
 
 def _elements(node: fx.Node) -> int:
-    """Elements that a kernel runs over: the largest of what it reads and writes."""
+    """Return the elements that a kernel runs over: the largest of what it reads and writes."""
     values = (source.meta.get("val") for source in (node, *node.all_input_nodes))
     return max((value.numel() for value in values if isinstance(value, torch.Tensor)), default=0)
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Who reads a result, views looked through."""
+    """Yield the nodes that read a result, views looked through."""
     for user in node.users:
         yield from _readers(user) if is_view(user) else (user,)
 
 
-Env = dict[fx.Node, Any]
-
-
-class _New:
-    """Makes a node's result."""
-
-    def __init__(self, node: fx.Node) -> None:
-        value = node.meta["val"]
-        self._layout, self._dtype = (value.shape, value.stride()), value.dtype
-
-    def __call__(self) -> torch.Tensor:
-        with uncounted():
-            return torch.empty_strided(*self._layout, dtype=self._dtype, device="meta")
-
-
 class Units:
-    """What runs as one: a kernel with the results that it writes, or any other operator."""
+    """A graph in units that run as one: a kernel with its results, or any other operator."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.values: dict[fx.Node, set[fx.Node]] = {}
-        """What each node reads from memory: views and what is computed again looked through."""
+        """Values that each node reads from memory, looked up through views and inlined nodes."""
         self.inlined: set[fx.Node] = set()
+        """Elementwise results that are computed again wherever they are read."""
         self._unit: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             self.values[node] = {v for n in node.all_input_nodes for v in self._read_by(n)}
             if is_generated(node) and not self._is_written(node):
                 self.inlined.add(node)
-            elif not is_view(node):
-                self._add(node)
+            elif not is_view(node):  # joins the kernel that reads most of what it reads
+                unit = self._best(node) if is_generated(node) else None
+                self._unit[node] = unit = [] if unit is None else unit
+                unit.append(node)
         self._read_from: dict[fx.Node, list[fx.Node]] = {}
         for reader in self._unit:
             for value in self.values[reader]:
@@ -95,28 +85,23 @@ class Units:
         return self.values[source] if self.passes(source) else (source,)
 
     def passes(self, node: fx.Node) -> bool:
-        """Whether it is nothing in memory of its own."""
+        """Return whether a node has no memory of its own."""
         return node in self.inlined or is_view(node)
 
     def _is_written(self, node: fx.Node) -> bool:
         readers = list(_readers(node))
+        is_sum = torch.Tag.reduction in getattr(node.target, "tags", ())
         is_large = len(readers) > 1 and len(self.values[node]) > MOST_READS
-        return is_large or _is_sum(node) or not all(map(is_generated, readers))
-
-    def _add(self, node: fx.Node) -> None:
-        """To the kernel that reads most of what it reads, or alone."""
-        joins = self._best(node) if is_generated(node) else None
-        unit = joins if joins is not None else []
-        unit.append(node)
-        self._unit[node] = unit
+        return is_large or is_sum or not all(map(is_generated, readers))
 
     def _best(self, node: fx.Node) -> list[fx.Node] | None:
+        """Return the kernel that shares most elements with a node and can run with it."""
         scores = ((self._shared(unit, node), unit) for unit in self.all() if is_generated(unit[0]))
         found = sorted((pair for pair in scores if pair[0]), key=lambda pair: -pair[0])
         return next((unit for _, unit in found if not self._is_between(unit, node)), None)
 
     def _shared(self, unit: list[fx.Node], node: fx.Node) -> int:
-        """Elements of what both read, or one writes and the other reads."""
+        """Return the elements that both read, or that one writes and the other reads."""
         if _elements(unit[0]) != _elements(node):
             return 0
         known = {*unit, *(value for one in unit for value in self.values[one])}
@@ -124,7 +109,7 @@ class Units:
         return sum(one.meta["val"].numel() for one in shared if "val" in one.meta)
 
     def _is_between(self, unit: list[fx.Node], node: fx.Node) -> bool:
-        """Whether something else must run after the unit and before the node."""
+        """Return whether something else must run after the unit and before the node."""
         look_at = [v for v in self.values[node] if self._unit[v] is not unit]
         seen = set[fx.Node]()
         while look_at:
@@ -138,11 +123,11 @@ class Units:
         return False
 
     def all(self) -> list[list[fx.Node]]:
-        """Every unit, by its first node."""
+        """Return every unit, by its first node."""
         return list({id(unit): unit for unit in self._unit.values()}.values())
 
     def in_order(self) -> list[list[fx.Node]]:
-        """As they run: whatever a unit reads comes before it."""
+        """Return the units as they run: each after those that it reads from."""
         placed, order = set[int](), list[list[fx.Node]]()
 
         def place(unit: list[fx.Node]) -> None:
@@ -157,51 +142,66 @@ class Units:
             place(unit)
         return order
 
+    def reads(self, unit: list[fx.Node]) -> list[fx.Node]:
+        """Return the values that a kernel reads, in the graph's order: traces are freed alike."""
+        return sorted({value for node in unit for value in self.values[node]} - {*unit})
+
+    def views(self, node: fx.Node) -> list[fx.Node]:
+        """Return the views that a node reads, the innermost first."""
+        found = dict[fx.Node, None]()
+        for source in node.all_input_nodes:
+            if self.passes(source):
+                found |= dict.fromkeys([*self.views(source), source])
+        return list(found)
+
     def stays_inside(self, node: fx.Node) -> bool:
-        """Whether it is never written: computed again, or read by its own kernel alone."""
+        """Return whether a node is never written: inlined, or read by its own kernel alone."""
         if not is_generated(node):
             return False
         unit = self._unit.get(node)
         return all(self._unit[reader] is unit for reader in self._read_from.get(node, ()))
 
 
-class _Kernel:
-    """Makes what a kernel writes, and tells a dispatch mode of it."""
+def _kernel(unit: list[fx.Node], units: Units) -> Run:
+    """Return what makes a kernel's results, of any shapes, and tells a dispatch mode of it."""
+    read = [n for n in units.reads(unit) if isinstance(n.meta.get("val"), torch.Tensor)]
+    written = [node for node in unit if not units.stays_inside(node)]
+    unpacks = any(writes_4bit_out(node.target) for node in written)
+    values = [node.meta["val"] for node in written]
+    layouts = [(value.shape, value.stride(), value.dtype) for value in values]
 
-    def __init__(self, unit: list[fx.Node], units: Units) -> None:
-        read = {value for node in unit for value in units.values[node]} - {*unit}
-        self._read = [node for node in sorted(read) if _is_tensor(node)]
-        self._written = [node for node in unit if not units.stays_inside(node)]
-        self._unpacks = any(writes_4bit_out(node.target) for node in self._written)
-        self._make = list(map(_New, self._written))
+    def run(env: Env) -> None:
+        with uncounted():  # `KERNEL` tells of them
+            made = [
+                torch.empty_strided(size, stride, dtype=dtype, device="meta")
+                for size, stride, dtype in layouts
+            ]
+        env.update(zip(written, made, strict=True))
+        KERNEL([env[node] for node in read], made, unpacks)
 
-    def __call__(self, env: Env) -> None:
-        made = [make() for make in self._make]
-        env.update(zip(self._written, made, strict=True))
-        KERNEL([env[node] for node in self._read], made, self._unpacks)
+    return run
 
 
-class _Operator:
-    """Runs one node of the graph."""
+def _operator(node: fx.Node) -> Run:
+    """Return what runs one node of the graph."""
+    target = cast("Callable[..., Any]", node.target)
 
-    def __init__(self, node: fx.Node) -> None:
-        self._node, self._target = node, cast("Callable[..., Any]", node.target)
+    def run(env: Env) -> None:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        env[node] = target(*args, **kwargs)
 
-    def __call__(self, env: Env) -> None:
-        args, kwargs = fx.map_arg((self._node.args, self._node.kwargs), env.__getitem__)
-        env[self._node] = self._target(*args, **kwargs)
+    return run
 
 
 class Kernels:
     """Runs a graph on `meta` as its kernels would; a dispatch mode is told of them by `KERNEL`."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        units = Units(module.graph)
         nodes = list(module.graph.nodes)
         self._inputs = [node for node in nodes if node.op == "placeholder"]
         self._constants = {n: getattr(module, n.target) for n in nodes if n.op == "get_attr"}
         self._output = nodes[-1].args
-        self._steps = list(_steps(units))
+        self._steps = list(_steps(Units(module.graph)))
 
     def __call__(self, values: list[Any]) -> Any:
         """Take the inputs out of a list, so that what backward needs no more is freed."""
@@ -214,9 +214,19 @@ class Kernels:
         return fx.map_arg(self._output, env.__getitem__)[0]
 
 
-def _steps(units: Units) -> Iterator[tuple[Callable[[Env], None], list[fx.Node]]]:
-    """What to run, each with what nobody reads after it."""
-    parts = [part for unit in units.in_order() for part in _parts(unit, units)]
+def _steps(units: Units) -> Iterator[tuple[Run, list[fx.Node]]]:
+    """Yield what to run, each with the nodes that nothing reads after it."""
+    parts: list[tuple[Run | None, list[fx.Node]]] = []
+    for unit in units.in_order():
+        node = unit[0]
+        if is_generated(node):
+            parts.append((_kernel(unit, units), units.reads(unit)))
+            continue
+        views = units.views(node)
+        parts += [(_operator(view), view.all_input_nodes) for view in views]
+        # inputs and constants are there, and the output is asked for at the end
+        run = _operator(node) if node.op == "call_function" else None
+        parts.append((run, [*views, *node.all_input_nodes]))
     last = {node: number for number, (_, read) in enumerate(parts) for node in read}
     done_with: dict[int, list[fx.Node]] = {}
     for node, number in last.items():
@@ -226,49 +236,22 @@ def _steps(units: Units) -> Iterator[tuple[Callable[[Env], None], list[fx.Node]]
             yield run, done_with.get(number, [])
 
 
-def _parts(
-    unit: list[fx.Node], units: Units
-) -> Iterator[tuple[Callable[[Env], None] | None, list[fx.Node]]]:
-    """A unit with the views that it reads; None for what is there, and for what is asked for."""
-    if is_generated(unit[0]):
-        read = {value for node in unit for value in units.values[node]} - {*unit}
-        yield _Kernel(unit, units), sorted(read)  # in order, so that traces are freed alike
-        return
-    views = _views(unit[0], units)
-    yield from ((_Operator(view), view.all_input_nodes) for view in views)
-    is_call = unit[0].op == "call_function"
-    yield _Operator(unit[0]) if is_call else None, [*views, *unit[0].all_input_nodes]
-
-
-def _views(node: fx.Node, units: Units) -> list[fx.Node]:
-    """Views that a node reads, the innermost first."""
-    found = dict[fx.Node, None]()
-    for source in node.all_input_nodes:
-        if units.passes(source):
-            found |= dict.fromkeys([*_views(source, units), source])
-    return list(found)
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
-
-
 @dataclass(slots=True)
 class _Compiled:
-    """What Dynamo holds for plans."""
+    """Compiled layers that Dynamo holds for plans."""
 
     like: Hashable = None
-    """What tells its steps from others; None where it holds nothing."""
+    """See `planned_kernels`; None where it holds nothing."""
     num_graphs: int = 0
     is_shared: bool = False
-    """Whether the next trace may use it too."""
+    """The next trace may use them too."""
 
 
 _compiled = _Compiled()
 
 
 def num_compiled() -> int:
-    """Graphs that the plan's step has by now."""
+    """Return the number of graphs that the plan's step has by now."""
     return _compiled.num_graphs
 
 
@@ -278,7 +261,7 @@ def _compile(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
     kernels = Kernels(module)
     _compiled.num_graphs += 1
 
-    def run(args: list[Any]) -> Any:
+    def run(args: list[Any]) -> Any:  # a function, as `_boxed_call` is looked for on one
         return kernels(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
@@ -286,7 +269,7 @@ def _compile(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
 
 
 def make_backend(compile_graph: Callable[..., Any]) -> Any:
-    """A backend for `torch.compile` that splits and decomposes graphs as inductor does.
+    """Make a backend for `torch.compile` that splits and decomposes graphs as inductor does.
 
     Args:
         compile_graph: Takes a graph, of forward or of backward, and gives what runs it.
@@ -310,10 +293,10 @@ def _forget(like: Hashable = None) -> None:
 
 @contextlib.contextmanager
 def planned_kernels(like: Hashable) -> Iterator[None]:
-    """Within this block, layers compile to what a plan counts.
+    """Compile layers, within this block, to what a plan counts.
 
     Args:
-        like: What tells the step from others: its shapes, and what decides how it is compiled.
+        like: Everything but the micro-batch that decides how a step is compiled.
     """
     _forget(like)
     before, layers.BACKEND = layers.BACKEND, _backend
@@ -327,7 +310,7 @@ def planned_kernels(like: Hashable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared_kernels() -> Iterator[None]:
-    """Traces in this block share what was compiled, one after the other, where they are alike."""
+    """Let traces in this block share compiled layers, one after the other, where they are alike."""
     before, _compiled.is_shared = _compiled.is_shared, True
     try:
         yield
