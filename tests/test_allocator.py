@@ -4,18 +4,18 @@ from itertools import count
 
 import pytest
 
-from strixft.plan.allocator import LARGE_SEGMENT, SMALL_SEGMENT, Mode, Replay, replay
+from strixft.plan.allocator import LARGE_SEGMENT, SMALL_SEGMENT, Replay, replay
 from strixft.support.units import MIB
 
 Step = int | tuple[str, int]
 
 
-def replayed(*steps: Step, mode: Mode = "default") -> Replay:
+def replayed(*steps: Step) -> Replay:
     """Of allocations by size, frees as ("free", number of the allocation)."""
     sizes = [step for step in steps if isinstance(step, int)]
     numbers = count()
     events = [~step[1] if isinstance(step, tuple) else next(numbers) for step in steps]
-    return replay(sizes, events, mode)
+    return replay(sizes, events)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,6 @@ def test_neighbours_merge_when_both_are_free() -> None:
     assert found.reserved_bytes == 30 * MIB
 
 
-def test_fragments_cost_memory_and_expandable_segments_save_it() -> None:
+def test_segments_do_not_merge() -> None:
     steps: list[Step] = [20 * MIB, 20 * MIB, ("free", 0), ("free", 1), 40 * MIB]
     assert replayed(*steps).reserved_bytes == 80 * MIB
-    assert replayed(*steps, mode="expandable").reserved_bytes == 40 * MIB
-
-
-def test_expandable_segments_grow_by_pages() -> None:
-    assert replayed(21 * MIB, mode="expandable").reserved_bytes == 40 * MIB
-    assert replayed(512, mode="expandable").reserved_bytes == SMALL_SEGMENT

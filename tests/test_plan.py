@@ -19,7 +19,7 @@ from strixft.data.pack import training_order
 from strixft.guard.host import find_host
 from strixft.model.load import build, load_config
 from strixft.plan.choose import AS_FAST, Planner, choose
-from strixft.plan.cost import Rates, Work
+from strixft.plan.cost import Costs, Rates
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun, Step, dry_run, run_schedule, trace_run
 from strixft.plan.full_depth import Schedule, rounded_all
@@ -344,7 +344,7 @@ def asked(run: DryRun) -> int:
 def figures_of(schedule: Schedule, step: Step) -> DryRun:
     trace = schedule.trace
     sizes = rounded_all(np.array([storage.num_bytes for storage in trace.storages]))
-    seconds = Work.of([cost for _, cost in trace.work]).seconds(Rates.of(HOST))
+    seconds = Costs.of([cost for _, cost in trace.work]).seconds(Rates.of(HOST))
     return run_schedule(schedule, sizes, seconds, HOST, step)
 
 

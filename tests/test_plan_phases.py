@@ -14,7 +14,6 @@ from strixft.data.batches import shape_batch
 from strixft.guard.host import find_host
 from strixft.model.load import build, load_base, load_config
 from strixft.plan.dry_run import dry_run
-from strixft.plan.op_cache import Memo
 from strixft.plan.phases import MERGED_BYTES, PROCESS, PhasePeaks, Tensors, kv_cache_bytes
 from strixft.plan.result import plan_figures
 from strixft.plan.trace import RowShape, forward_bytes
@@ -59,7 +58,7 @@ def test_the_cache_is_the_one_of_transformers(shape: dict[str, Any], tokens: int
 def test_the_forward_pass_is_the_real_one(method: str, write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe(method=method))
     shape = RowShape(3, 120, 200)
-    planned = forward_bytes(Job.of(recipe, load_config(recipe), find_host("cpu")), shape, Memo())
+    planned = forward_bytes(Job.of(recipe, load_config(recipe), find_host("cpu")), shape)
     assert planned == pytest.approx(real_forward(build(recipe, "cpu", torch.float32)), rel=0.01)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from strixft.step.tracker import BLOCK
 from strixft.support.units import MIB
@@ -26,14 +25,10 @@ OWN_SEGMENT = 10 * MIB
 
 ROUND_LARGE = 2 * MIB
 
-
 ADDRESS_BITS = 40
-"""Of a free block's number; above them its size."""
+"""Lower bits of a free block's number; its size is above them."""
 
 ADDRESS_MASK = (1 << ADDRESS_BITS) - 1
-
-
-Mode = Literal["default", "expandable"]
 
 
 class _Pool:
@@ -43,11 +38,10 @@ class _Pool:
     in which the allocator looks. Neighbours are found by where a free block begins and ends.
     """
 
-    def __init__(self, *, small: bool, expandable: bool) -> None:
+    def __init__(self, *, small: bool) -> None:
         self.reserved = 0
-        self._least_rest = 1 if small or expandable else SMALL_SIZE // BLOCK + 1
+        self._least_rest = 1 if small else SMALL_SIZE // BLOCK + 1
         self._segment = (SMALL_SEGMENT if small else LARGE_SEGMENT) // BLOCK
-        self._expandable = expandable
         self._small = small
         self._free: list[int] = []
         self._size_at: dict[int, int] = {}
@@ -55,7 +49,7 @@ class _Pool:
         self._end = 0
 
     def allocate(self, size: int) -> tuple[int, int]:
-        """Address and size of the best free block, or of a new segment's."""
+        """Return address and size of the best free block, or of a new segment's."""
         index = bisect_left(self._free, size << ADDRESS_BITS)
         if index == len(self._free):
             self._grow(size)
@@ -91,43 +85,31 @@ class _Pool:
         del self._free[bisect_left(self._free, size << ADDRESS_BITS | address)]
 
     def _grow(self, size: int) -> None:
-        if self._expandable:
-            last = self._start_at.get(self._end)
-            missing = size - (self._end - last if last is not None else 0)
-            self._map(-(-missing // self._segment) * self._segment)
-            return
-        own = not self._small and size >= OWN_SEGMENT // BLOCK
-        self._end += 1  # no neighbour of another segment's blocks
-        steps = ROUND_LARGE // BLOCK
-        self._map(-(-size // steps) * steps if own else self._segment)
-
-    def _map(self, length: int) -> None:
-        """More memory at the end; an expandable segment's free end grows by it."""
-        start = self._end
-        self._end += length
+        own, steps = not self._small and size >= OWN_SEGMENT // BLOCK, ROUND_LARGE // BLOCK
+        length = -(-size // steps) * steps if own else self._segment
+        start = self._end + 1  # a gap: blocks of two segments are not merged
+        self._end = start + length
         self.reserved += length
         self.free(start, length)
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What the allocator would have reported."""
+    """Figures that the allocator would have reported."""
 
     allocated_bytes: int
     """Peak of `memory_allocated`: blocks, with the rests that were too small to split off."""
     reserved_bytes: int
 
 
-def replay(sizes: Sequence[int], events: Iterable[int], mode: Mode = "default") -> Replay:
+def replay(sizes: Sequence[int], events: Iterable[int]) -> Replay:
     """Replay allocations and frees, in order.
 
     Args:
         sizes: Bytes of each block, rounded to the allocator's.
         events: A block's number where it is allocated, `~number` where it is freed.
-        mode: `default`, or `expandable` for `expandable_segments:True`.
     """
-    expandable = mode == "expandable"
-    large, small = (_Pool(small=small, expandable=expandable) for small in (False, True))
+    large, small = _Pool(small=False), _Pool(small=True)
     units = [max(-(-size // BLOCK), 1) for size in sizes]
     pools = [small if size <= SMALL_SIZE // BLOCK else large for size in units]
     blocks: dict[int, tuple[int, int]] = {}

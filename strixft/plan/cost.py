@@ -1,4 +1,4 @@
-"""What an operator costs: FLOP, bytes moved, and the time they take at a host's rates.
+"""Cost of an operator: FLOP, bytes moved, and the time they take at a host's rates.
 
 Each operator takes the longer of its FLOP at the matrix rate and its bytes at the bandwidth
 (roofline, doi:10.1145/1498765.1498785), and a moment in which the device goes on to the next. The
@@ -40,11 +40,11 @@ class Rates:
     python_s: float
     gap_s: float
     shares: dict[str, float]
-    """Of the bandwidth, where a 4-bit matrix is written out; by the `Cost`'s dtype."""
+    """Shares of the bandwidth where a 4-bit matrix is written out, by the `Cost`'s dtype."""
 
     @classmethod
     def of(cls, host: Host) -> Rates | None:
-        """A host's rates; None where they are not known."""
+        """Return a host's rates; None where they are not known."""
         if host.bandwidth_bytes_per_s is None or not host.matmul_flop_per_s:
             return None
         rates = {dtype: rate.value for dtype, rate in host.matmul_flop_per_s.items()}
@@ -57,7 +57,7 @@ class Rates:
         return cls(bandwidth, rates, *times, shares)
 
     def of_dtype(self, dtype: str) -> float:
-        """Matrix rate of a dtype; the fastest known where it was not measured."""
+        """Return the matrix rate of a dtype; the fastest known where it was not measured."""
         return self.flop_per_s.get(dtype) or max(self.flop_per_s.values())
 
 
@@ -66,7 +66,7 @@ UNTYPED, UNPACKED, UNPACKED_BY_KERNEL = "none", "4-bit", "4-bit, compiled"
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one operator computes and moves."""
+    """FLOP and bytes of one operator."""
 
     flop: int
     moved: tuple[int, ...]
@@ -75,14 +75,14 @@ class Cost:
 
 
 def weight_of_4bit(args: Any) -> tuple[int, int]:
-    """Rows and columns of the matrix behind a `bitsandbytes::gemm_4bit`."""
+    """Return rows and columns of the matrix behind a `bitsandbytes::gemm_4bit`."""
     rows, columns = args[2]
     return rows, columns
 
 
 @cache
 def is_4bit_product(func: Any) -> bool:
-    """Whether an operator multiplies by a 4-bit matrix."""
+    """Return whether an operator multiplies by a 4-bit matrix."""
     return str(func).startswith("bitsandbytes.gemm_4bit")
 
 
@@ -96,24 +96,14 @@ IN_PLACE = {aten.addmm_: aten.addmm}
 """Products that compiled layers add up, and what torch counts them as."""
 
 PADDED = "aten._scaled_dot_product"
-"""How the names of all operators of attention over padded rows begin."""
-
-
-def _varlen_flop(packet: Any, args: Any) -> int:
-    forward = packet is aten._flash_attention_forward
-    query, longest = (args[0], args[5]) if forward else (args[1], args[8])
-    return int(2 * VARLEN_PRODUCTS[packet] * query.numel() * longest // SEEN)
-
-
-def _padded_flop(packet: Any, args: Any) -> int:
-    """As torch counts it from 2.12 on; 2.11 refuses heads that share keys."""
-    backward = str(packet).endswith("backward")
-    query, key = args[1:3] if backward else args[:2]  # (B, H, T, D)
-    return int(2 * (5 if backward else 2) * query.numel() * key.shape[-2])
+"""Prefix of the names of all operators of attention over padded rows."""
 
 
 def count_flop(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Floating-point operations of an operator; those of elementwise ones do not count."""
+    """Return the floating-point operations of an operator; elementwise ones do not count.
+
+    Letters: N tokens of all documents, B rows, H heads, T tokens of a row, D head size.
+    """
     if is_4bit_product(func):
         rows, columns = weight_of_4bit(args)
         tokens: int = args[0].numel() // columns
@@ -123,15 +113,19 @@ def count_flop(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     packet: Any = getattr(func, "overloadpacket", None)
     packet = IN_PLACE.get(packet, packet)
     if packet in VARLEN_PRODUCTS:
-        return _varlen_flop(packet, args)
-    if str(packet).startswith(PADDED):
-        return _padded_flop(packet, args)
+        forward = packet is aten._flash_attention_forward
+        query, longest = (args[0], args[5]) if forward else (args[1], args[8])  # (N, H, D)
+        return int(2 * VARLEN_PRODUCTS[packet] * query.numel() * longest // SEEN)
+    if str(packet).startswith(PADDED):  # counted here, as torch 2.11 refuses heads that share keys
+        backward = str(packet).endswith("backward")
+        query, key = args[1:3] if backward else args[:2]  # (B, H, T, D)
+        return int(2 * (5 if backward else 2) * query.numel() * key.shape[-2])
     counter = flop_registry.get(packet)
     return int(counter(*args, **kwargs, out_val=result)) if counter else 0
 
 
 def count_moved(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, ...]:
-    """Bytes of each tensor read and written; a view moves nothing."""
+    """Return the bytes of each tensor read and written; a view moves nothing."""
     if getattr(func, "is_view", False):
         return ()
     tensors = (t for t in tree_iter((result, args, kwargs)) if isinstance(t, Tensor))
@@ -143,24 +137,24 @@ def _bytes_of(tensor: Tensor) -> int:
 
 
 def kernel_cost(read: Sequence[Tensor], written: Sequence[Tensor], *, unpacks: bool) -> Cost:
-    """Cost of a generated kernel.
+    """Return the cost of a generated kernel.
 
     Args:
-        read: What it reads.
-        written: What it writes.
-        unpacks: Whether that is a 4-bit matrix, written out.
+        read: Tensors of any shapes.
+        written: Tensors of any shapes.
+        unpacks: It writes a 4-bit matrix out.
     """
     moved = tuple(map(_bytes_of, (*read, *written)))
     return Cost(0, moved, UNPACKED_BY_KERNEL if unpacks else UNTYPED)
 
 
 def unpack_cost(packed: Tensor, weight: Tensor) -> Cost:
-    """Cost of writing a 4-bit matrix out, before it is multiplied."""
+    """Return the cost of writing a 4-bit matrix out, (rows, columns), before it is multiplied."""
     return Cost(0, (_bytes_of(packed), _bytes_of(weight)), UNPACKED)
 
 
 def operator_cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost:
-    """Cost of one operator."""
+    """Return the cost of one operator."""
     first = next((t for t in tree_iter(result) if isinstance(t, Tensor)), None)
     if first is None:
         return Cost(0, (), UNTYPED)
@@ -172,18 +166,18 @@ def operator_cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Predicted time of each operator."""
+    """Predicted time of each piece of work, (W,)."""
 
     device: Floats
     launch: Floats
-    """Of the processor, to launch it."""
+    """Time that the processor takes to launch it."""
     python_s: float
-    """Of the processor, in a micro-batch besides."""
+    """Time that the processor takes in a micro-batch besides."""
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Costs of many operators."""
+class Costs:
+    """Costs of many operators, each (W,)."""
 
     flop: Floats
     moved: Floats
@@ -191,18 +185,18 @@ class Work:
     dtypes: list[str]
 
     @classmethod
-    def of(cls, costs: Sequence[Cost]) -> Work:
-        """One row for each operator."""
+    def of(cls, costs: Sequence[Cost]) -> Costs:
+        """Put the costs of operators side by side."""
         flop = np.array([cost.flop for cost in costs], dtype=np.float64)
         moved = np.array([sum(cost.moved) for cost in costs], dtype=np.float64)
         return cls(flop, moved, [cost.dtype for cost in costs])
 
     def seconds(self, rates: Rates | None, repeats: Floats | float = 1.0) -> Seconds | None:
-        """Predicted time of each operator; None where the host's rates are not known.
+        """Return the predicted time of each operator; None where the host's rates are not known.
 
         Args:
             rates: The host's.
-            repeats: How often each operator runs.
+            repeats: Runs of each operator, (W,).
         """
         if rates is None:
             return None

@@ -1,4 +1,4 @@
-"""What a training step keeps in memory: its trace, at full depth, without loading anything."""
+"""Memory and time of a training step: its trace at full depth, without loading anything."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from strixft.catalog.hosts import Host
 from strixft.model.architecture import architecture_of, sample_layers
 from strixft.model.load import build
 from strixft.plan.allocator import Replay, replay
-from strixft.plan.cost import Rates, Seconds, Work
+from strixft.plan.cost import Costs, Rates, Seconds
 from strixft.plan.full_depth import Ints, Kind, Schedule, rounded_all, stands_for
-from strixft.plan.op_cache import Memo
 from strixft.plan.trace import RowShape, trace_step
 from strixft.probe.job import Job
 from strixft.step.tracker import PARTS, MemoryTracker
@@ -33,11 +32,11 @@ class DryRun:
     parts: dict[str, int]
     """Bytes at the peak, by part; `workspace` has BLAS's buffers and `unsplit_bytes`."""
     unsplit_bytes: int
-    """What the allocator's blocks are larger than asked for, at the peak."""
+    """Bytes of the allocator's blocks beyond those asked for, at the peak."""
     resident_bytes: int
     """Bytes between updates."""
     reserved_bytes: int
-    """What the caching allocator holds for it."""
+    """Held by the caching allocator."""
     steps: int
     """Micro-batches of an update."""
     seconds_per_update: float | None
@@ -50,7 +49,7 @@ class DryRun:
 
 
 def layer_kinds(config: Any, recomputed_layers: int) -> list[Kind]:
-    """What tells one decoder layer from another."""
+    """Return for each decoder layer whether it is recomputed, and its kind in the model."""
     kinds = architecture_of(config).kinds
     return [(index < recomputed_layers, kind) for index, kind in enumerate(kinds)]
 
@@ -60,7 +59,6 @@ def trace_run(
     shape: RowShape,
     recomputed_layers: int,
     steps: int,
-    memo: Memo | None = None,
     layers: Sequence[int] | None = None,
 ) -> Schedule:
     """Return the events at full depth; layers of one kind are traced once.
@@ -70,7 +68,6 @@ def trace_run(
         shape: The largest micro-batch.
         recomputed_layers: Layers whose activations are not kept.
         steps: Micro-batches of an update.
-        memo: Operators that earlier traces ran.
         layers: Only these of the model's layers.
     """
     known = job.architecture.kinds
@@ -79,28 +76,8 @@ def trace_run(
     sampled = sample_layers(kinds)
     recomputed = sum(index < recomputed_layers for index in sampled)
     of_model = [layers[index] for index in sampled]
-    trace = trace_step(job, shape, recomputed, steps, memo, of_model)
+    trace = trace_step(job, shape, recomputed, steps, of_model)
     return Schedule(trace, None if len(sampled) == len(kinds) else stands_for(kinds))
-
-
-def parts_at_peak(schedule: Schedule, sizes: Ints) -> tuple[dict[str, int], int]:
-    """Bytes by part at the peak, and bytes alive at the end."""
-    live = schedule.live_bytes(sizes)
-    until = schedule.changes[: live.argmax() + 1]
-    of_part = np.array([PARTS.index(storage.part) for storage in schedule.trace.storages])
-    born, died = until[until >= 0], ~until[until < 0]
-    parts = np.bincount(of_part[born], sizes[born], len(PARTS))
-    parts -= np.bincount(of_part[died], sizes[died], len(PARTS))
-    return dict(zip(PARTS, map(int, parts), strict=True)), int(live[-1])
-
-
-def _held(schedule: Schedule, sizes: Ints, host: Host) -> Replay:
-    """What torch's allocator holds; a CPU has none, and holds what is asked for."""
-    if host.device == "cuda":
-        storages, events = schedule.blocks
-        return replay(sizes[storages].tolist(), events)
-    asked = int(schedule.live_bytes(sizes).max())
-    return Replay(asked, asked)
 
 
 def require_all_weights(job: Job, run: DryRun) -> None:
@@ -124,7 +101,7 @@ def require_all_weights(job: Job, run: DryRun) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A training step: which micro-batch, how often, and with what kept."""
+    """A training step, as a plan may choose it."""
 
     shape: RowShape
     recomputed_layers: int
@@ -135,18 +112,27 @@ class Step:
 def run_schedule(
     schedule: Schedule, sizes: Ints, seconds: Seconds | None, host: Host, step: Step
 ) -> DryRun:
-    """A dry run's figures.
+    """Return a dry run's figures.
 
     Args:
-        schedule: What happens.
-        sizes: Of the trace's storages.
-        seconds: Of each operator of the trace.
+        schedule: Events at full depth.
+        sizes: Bytes of the trace's storages, (S,).
+        seconds: Of each piece of the trace's work, (W,).
         host: Its allocator and its workspace.
-        step: What was traced.
+        step: The step that was traced.
     """
-    parts, resident = parts_at_peak(schedule, sizes)
-    workspace = int(host.workspace_bytes.value)
-    asked, held = sum(parts.values()), _held(schedule, sizes, host)
+    live = schedule.live_bytes(sizes)
+    until = schedule.changes[: live.argmax() + 1]  # the peak
+    of_part = np.array([PARTS.index(storage.part) for storage in schedule.trace.storages])
+    born, died = until[until >= 0], ~until[until < 0]
+    at_peak = np.bincount(of_part[born], sizes[born], len(PARTS))
+    at_peak -= np.bincount(of_part[died], sizes[died], len(PARTS))
+    parts = dict(zip(PARTS, map(int, at_peak), strict=True))
+    asked, workspace = int(live.max()), int(host.workspace_bytes.value)
+    held = Replay(asked, asked)  # a CPU has no allocator of torch's, and holds what is asked for
+    if host.device == "cuda":
+        storages, events = schedule.blocks
+        held = replay(sizes[storages].tolist(), events)
     parts["workspace"] += workspace + held.allocated_bytes - asked
     return DryRun(
         shape=step.shape,
@@ -154,7 +140,7 @@ def run_schedule(
         num_layers=schedule.num_layers,
         parts=parts,
         unsplit_bytes=held.allocated_bytes - asked,
-        resident_bytes=resident + workspace,
+        resident_bytes=int(live[-1]) + workspace,
         reserved_bytes=held.reserved_bytes + workspace,
         steps=step.steps,
         seconds_per_update=schedule.seconds_per_update(sizes, seconds, step.steps),
@@ -166,11 +152,10 @@ def dry_run(
     shape: RowShape,
     recomputed_layers: int = 0,
     steps: int = 1,
-    memo: Memo | None = None,
     layers: Sequence[int] | None = None,
 ) -> DryRun:
-    """Two updates of the training step on `meta`; see `trace_run` for the arguments."""
-    schedule = trace_run(job, shape, recomputed_layers, steps, memo, layers)
+    """Run two updates of the training step on `meta`; see `trace_run` for the arguments."""
+    schedule = trace_run(job, shape, recomputed_layers, steps, layers)
     sizes = rounded_all(np.array([s.num_bytes for s in schedule.trace.storages]))
-    seconds = Work.of([cost for _, cost in schedule.trace.work]).seconds(Rates.of(job.host))
+    seconds = Costs.of([cost for _, cost in schedule.trace.work]).seconds(Rates.of(job.host))
     return run_schedule(schedule, sizes, seconds, job.host, Step(shape, recomputed_layers, steps))

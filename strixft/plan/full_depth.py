@@ -192,7 +192,7 @@ class Schedule:
 
     @cached_property
     def _counts(self) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """Layers that do each piece of work in the last micro-batch; which are the update's; (W,)."""
+        """Layers that do each piece of work, (W,), in the last micro-batch; the update's pieces."""
         places, numbers = self.trace.work_places
         last = max((place.micro_batch for place in places), default=0)
         of_last = [self._copies[p.layer] if p.micro_batch == last else 0 for p in places]

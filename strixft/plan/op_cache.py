@@ -1,4 +1,4 @@
-"""Operators on `meta` that were run before with the same shapes are not run again.
+"""Results of operators on `meta`, kept by their shapes.
 
 A trace runs the same few operators for each layer and micro-batch, and torch takes 0.1 to 0.4 ms to
 find the shape of one result. Only operators that give new tensors are kept.
@@ -7,7 +7,6 @@ find the shape of one result. Only operators that give new tensors are kept.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,23 +21,14 @@ _ALWAYS_RUN = {
     aten._unsafe_view.default,  # its schema does not say that it gives a view
 }
 
+MOST = 50_000
+"""Operators kept; a trace has a few hundred that differ."""
+
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    results: tuple[Layout, ...] | None
-    """None where the operator has to run."""
-    single: bool
-    cost: Cost
 
 
 def _layout(tensor: Tensor) -> Layout:
     return tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _is_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
 
 
 def _key(value: Any) -> Any:
@@ -49,50 +39,50 @@ def _key(value: Any) -> Any:
     return type(value), value
 
 
-def _gives_new_tensors(func: Any) -> bool:
+def _layouts(func: Any, results: tuple[Any, ...]) -> tuple[Layout, ...] | None:
+    """Return the layouts of results of any shapes; None where the operator has to run."""
     schema = func._schema
-    return func not in _ALWAYS_RUN and all(
+    are_new = func not in _ALWAYS_RUN and all(
         argument.alias_info is None for argument in (*schema.arguments, *schema.returns)
     )
+    are_meta = all(isinstance(value, Tensor) and value.is_meta for value in results)
+    return tuple(map(_layout, results)) if are_new and are_meta else None
 
 
-def _make(layout: Layout) -> Tensor:
-    size, stride, dtype = layout
-    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
-
-
-class Memo:
-    """Results and costs by operator and shapes."""
+class OpCache:
+    """Layouts of results, and costs, by operator and shapes of its arguments."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, _Known] = {}
+        self._known: dict[Any, tuple[tuple[Layout, ...] | None, Cost]] = {}
 
     def run(
         self, func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]
     ) -> tuple[Any, Cost]:
-        """The operator's result and cost.
+        """Return an operator's result and cost.
 
         Args:
             func: An overload of an operator.
-            args: Its arguments.
+            args: Its arguments, tensors of any shapes among them.
             kwargs: Its named arguments.
             run: Runs it.
         """
         key = func, _key(args), tuple((name, _key(value)) for name, value in kwargs.items())
-        known = self._known.get(key)
-        if known is not None and known.results is not None:
-            made = tuple(map(_make, known.results))
-            return (made[0] if known.single else made), known.cost
+        layouts, cost = self._known.get(key, (None, None))
+        if layouts is not None and cost is not None:
+            made = tuple(
+                torch.empty_strided(size, stride, dtype=dtype, device="meta")
+                for size, stride, dtype in layouts
+            )
+            return (made if len(func._schema.returns) > 1 else made[0]), cost
         result = run(func, args, kwargs)
-        if known is None:
-            known = self._remember(func, args, kwargs, result)
-            self._known[key] = known
-        return result, known.cost
+        if cost is None:
+            if len(self._known) >= MOST:
+                self._known.clear()
+            cost = operator_cost(func, args, kwargs, result)
+            results = result if isinstance(result, tuple) else (result,)
+            self._known[key] = _layouts(func, results), cost
+        return result, cost
 
-    @staticmethod
-    def _remember(func: Any, args: Any, kwargs: Any, result: Any) -> _Known:
-        cost = operator_cost(func, args, kwargs, result)
-        given = result if isinstance(result, tuple) else (result,)
-        fresh = _gives_new_tensors(func) and all(map(_is_meta, given))
-        layouts = tuple(map(_layout, given)) if fresh else None
-        return _Known(layouts, not isinstance(result, tuple), cost)
+
+SHARED = OpCache()
+"""Kept for every trace of this process: results depend on operator and shapes alone."""

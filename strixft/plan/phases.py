@@ -19,7 +19,6 @@ from strixft.model.shapes import shape_base
 from strixft.model.stream import PIECE_BYTES
 from strixft.plan import trace_cache
 from strixft.plan.dry_run import DryRun
-from strixft.plan.op_cache import Memo
 from strixft.plan.trace import RowShape, forward_bytes
 from strixft.probe.job import Job
 from strixft.step.loss import rows_of_whole_chunks
@@ -63,20 +62,20 @@ class Tensors:
     """Weights of the largest tensors of a model."""
 
     largest: int
-    """Of any: usually the embedding."""
+    """Any tensor: usually the embedding."""
     largest_linear: int
-    """Of the layers' matrices."""
+    """A matrix of a layer."""
 
     @classmethod
     def of(cls, job: Job) -> Tensors:
-        """Of a configuration; one layer of each kind is looked at."""
+        """Return those of a job's model; one layer of each kind is looked at."""
         base = shape_base(job.config, METHODS["full"], job.dtype, layers=_one_of_each(job))
         inside = [p.numel() for p in text_layers(base).parameters()]
         return cls(max(p.numel() for p in base.parameters()), max(inside))
 
 
 def outside_layers_bytes(job: Job) -> int:
-    """Embedding, last norm and head: kept in the host's own dtype by every method."""
+    """Return bytes of embedding, last norm and head, which every method keeps in `job.dtype`."""
     base = shape_base(job.config, METHODS["full"], job.dtype, layers=[0])
     inside = sum(p.nbytes for p in text_layers(base).parameters())
     return sum(p.nbytes for p in base.parameters()) - inside
@@ -87,7 +86,7 @@ def _one_of_each(job: Job) -> list[int]:
 
 
 def kv_cache_bytes(config: Any, rows: int, tokens: int, element_bytes: int) -> int:
-    """Keys and values of a batch of answers; a layer with a window keeps no more than that."""
+    """Return bytes of keys and values of a batch of answers; a window's layer keeps no more."""
     cached = architecture_of(config).cached
     numbers = sum(layer.numbers * min(tokens, layer.window or tokens) for layer in cached)
     return numbers * rows * element_bytes
@@ -99,20 +98,18 @@ class PhasePeaks:
     Args:
         job: What runs, and where.
         run: The dry run of the training step.
-        memo: Operators that earlier traces ran.
     """
 
-    def __init__(self, job: Job, run: DryRun, memo: Memo | None = None) -> None:
+    def __init__(self, job: Job, run: DryRun) -> None:
         self._job, self._config, self._host, self._run = job, job.config, job.host, run
         self._method, self._dtype = job.method, job.dtype
         self._element = self._dtype.itemsize
         self._tensors = Tensors.of(job)
         self._fixed = run.parts["weights"] + run.parts["adapter"]
-        self._memo = memo or Memo()
         self._forwards: dict[RowShape, int] = {}
 
     def load(self) -> Phase:
-        """Weights come tensor by tensor, the embedding first, and are quantised one by one.
+        """Return the peak of loading: tensor by tensor, the embedding first, quantised one by one.
 
         So the device holds what is loaded and, where it is quantised or cast, the tensor as it was
         read. The host holds pieces of the files, and a file of 4-bit weights that is written.
@@ -130,45 +127,42 @@ class PhasePeaks:
         return self._phase(max(self._fixed + in_flight, first), PIECE_BYTES + written + moved)
 
     def train(self) -> Phase:
-        """What the allocator holds; the host has the process, and rows that do not count."""
+        """Return what the allocator holds; the host has the process, and rows that do not count."""
         return self._phase(self._run.reserved_bytes, 0)
 
     def proof(self) -> Phase:
-        """Weights, and the scores and logits of a document by the model's own forward pass."""
+        """Return weights, and scores and logits of a document by the model's own forward pass."""
         spare = self._run.reserved_bytes - self._fixed
         return self._phase(self._fixed + min(max(spare, GIB), MOST_PROOF_BYTES), 0)
 
     def evaluate(self, rows: int = MOST_EVALUATED) -> Phase:
-        """Weights, and a forward pass without gradients over rows trained whole, run dry."""
+        """Return weights, and a dry forward pass without gradients over rows trained whole."""
         length, vocabulary = self._run.shape.length, self._config.get_text_config().vocab_size
         trained = rows_of_whole_chunks(rows * (length - 1), vocabulary)
         return self._phase(self._fixed + self._forward(RowShape(rows, length, trained)), 0)
 
     def generate(self, rows: int = MOST_EVALUATED) -> Phase:
-        """Weights, the prompts' forward pass, run dry, and keys and values up to `max_length`."""
+        """Return weights, the prompts' dry forward pass, and keys and values up to `max_length`."""
         length = self._run.shape.length
         cache = kv_cache_bytes(self._config, rows, length, self._element)
         prompts = RowShape(rows, length, rows)
         return self._phase(self._fixed + self._forward(prompts) + cache, 0)
 
     def evaluated_rows(self, budget_bytes: int) -> int:
-        """Rows evaluated at once: the largest power of two that fits the budget, at least one."""
-        rows = MOST_EVALUATED
-        while rows > 1 and self._evaluation_bytes(rows) > budget_bytes:
+        """Return the largest power of two of rows whose evaluation fits the budget, at least 1."""
+        rows, both = MOST_EVALUATED, (self.evaluate, self.generate)
+        while rows > 1 and max(phase(rows)["device_bytes"] for phase in both) > budget_bytes:
             rows //= 2
         return rows
 
-    def _evaluation_bytes(self, rows: int) -> int:
-        return max(phase(rows)["device_bytes"] for phase in (self.evaluate, self.generate))
-
     def merge(self) -> Phase:
-        """Tensor by tensor on the host: the largest merged one, or the largest that is copied."""
+        """Return the largest tensor on the host that is merged or copied, one at a time."""
         adapter = self._run.parts["adapter"] if self._method.adapter != "none" else 0
         merged = self._tensors.largest_linear * MERGED_BYTES if adapter else 0
         return self._phase(0, max(merged, self._tensors.largest * self._element) + adapter)
 
     def export(self) -> Phase:
-        """Tensor by tensor on the host, through float32."""
+        """Return the largest tensor on the host, through float32, one at a time."""
         return self._phase(0, self._tensors.largest * CONVERTED_BYTES)
 
     def _forward(self, shape: RowShape) -> int:
@@ -176,7 +170,7 @@ class PhasePeaks:
             layers = _one_of_each(self._job)
             name = trace_cache.name_of(self._job, shape, "forward")
             self._forwards[shape] = trace_cache.number(
-                name, lambda: forward_bytes(self._job, shape, self._memo, layers)
+                name, lambda: forward_bytes(self._job, shape, layers)
             )
         return int(self._host.workspace_bytes.value) + self._forwards[shape]
 
@@ -186,7 +180,7 @@ class PhasePeaks:
 
 
 def phases(life: PhasePeaks, evaluated_rows: int) -> dict[str, Phase]:
-    """Device and host peak of each phase; see `PhasePeaks` for each one's rule."""
+    """Return device and host peak of each phase; see `PhasePeaks` for each one's rule."""
     return {
         "load": life.load(),
         "proof": life.proof(),

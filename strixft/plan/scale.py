@@ -11,7 +11,7 @@ those of its last chunk, L tokens of the longest document.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -21,10 +21,9 @@ import numpy as np
 from strixft.data.batches import PackedShape
 from strixft.model.architecture import architecture_of, sample_layers
 from strixft.plan import trace_cache
-from strixft.plan.cost import SEEN, Floats, Rates, Seconds, Work
+from strixft.plan.cost import SEEN, Costs, Floats, Rates, Seconds
 from strixft.plan.dry_run import DryRun, Step, dry_run, layer_kinds, run_schedule, trace_run
 from strixft.plan.full_depth import Ints, Kind, Schedule, rounded_all, stands_for
-from strixft.plan.op_cache import Memo
 from strixft.plan.trace import RowShape, Trace, one_step
 from strixft.probe.job import Job
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
@@ -53,7 +52,7 @@ class Dims:
     chunk: int
     last_chunk: int
     longest: int = 1
-    """Of the documents that share a row; 1 where each has a row of its own."""
+    """L; 1 where each document has a row of its own."""
 
     @classmethod
     def of(cls, shape: RowShape, vocabulary: int) -> Dims:
@@ -137,8 +136,8 @@ class _Growth:
     """Numbers as functions of the dimensions.
 
     Args:
-        small: Numbers of the smaller trace.
-        large: The same numbers in the larger trace.
+        small: Numbers of the smaller trace, (N,).
+        large: The same numbers in the larger trace, (N,).
         dims: Dimensions of both.
     """
 
@@ -154,7 +153,7 @@ class _Growth:
         self._offset = np.where(is_product, 0, small - line * before[TOKENS])
 
     def at(self, dims: Dims) -> Floats:
-        """Return the numbers for other dimensions."""
+        """Return the numbers for other dimensions, (N,)."""
         return np.rint(self._offset + self._slope * dims.terms()[self.term])
 
 
@@ -168,8 +167,9 @@ class ScaledTrace:
     """
 
     def __init__(self, small: Trace, large: Trace, dims: tuple[Dims, Dims]) -> None:
-        def growth(numbers: Any) -> _Growth:
-            return _Growth(*(np.array(numbers(t), dtype=np.int64) for t in (small, large)), dims)
+        def growth(numbers: Callable[[Trace], list[int]]) -> _Growth:
+            before, after = (np.array(numbers(t), dtype=np.int64) for t in (small, large))
+            return _Growth(before, after, dims)
 
         costs = [cost for _, cost in small.work]
         self.trace = small
@@ -181,14 +181,14 @@ class ScaledTrace:
         self._dtypes = [cost.dtype for cost in costs]
 
     def sizes(self, dims: Dims) -> Ints:
-        """Return the bytes of each storage, rounded to the allocator's block."""
+        """Return the bytes of each storage, (S,), rounded to the allocator's block."""
         return rounded_all(self._sizes.at(dims).astype(np.int64))
 
     def seconds(self, dims: Dims, rates: Rates | None) -> Seconds | None:
         """Return the predicted time of each operator; None where the host's rates are not known."""
         moved = np.bincount(self._owner, self._moved.at(dims), len(self._dtypes))
-        work = Work(self._flop.at(dims), moved.astype(np.float64), self._dtypes)
-        return work.seconds(rates, self._repeats(dims))
+        costs = Costs(self._flop.at(dims), moved.astype(np.float64), self._dtypes)
+        return costs.seconds(rates, self._repeats(dims))
 
     def _repeats(self, dims: Dims) -> Floats:
         """Return how often each operator runs for each time it was traced.
@@ -220,19 +220,16 @@ class Traces:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._vocabulary = job.config.get_text_config().vocab_size
-        self._memo = Memo()
         self._scaled: dict[Any, ScaledTrace | None] = {}
         self._schedules: dict[Any, Schedule] = {}
         self._numbers: dict[Any, tuple[Ints, Seconds | None]] = {}
 
     def _trace(self, shape: RowShape, recomputed_layers: int, kinds: Sequence[Kind]) -> Trace:
         """Return the trace of a micro-batch, from disk where it was made before."""
-        name = trace_cache.name_of(self._job, shape, kinds)
-        found = trace_cache.load(name)
-        if found is None:
-            found = trace_run(self._job, shape, recomputed_layers, 2, self._memo).trace
-            trace_cache.save(name, found)
-        return found
+        return trace_cache.trace(
+            trace_cache.name_of(self._job, shape, kinds),
+            lambda: trace_run(self._job, shape, recomputed_layers, 2).trace,
+        )
 
     def _scale(self, regime: Regime, layers: int, kinds: Sequence[Kind]) -> ScaledTrace | None:
         """Return what answers for a regime; None where its two traces are not alike."""
@@ -280,4 +277,4 @@ class Traces:
 
     def fresh(self, step: Step) -> DryRun:
         """Return a step's figures from a trace of its own."""
-        return dry_run(self._job, step.shape, step.recomputed_layers, step.steps, self._memo)
+        return dry_run(self._job, step.shape, step.recomputed_layers, step.steps)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from strixft.plan.cost import (
     weight_of_4bit,
 )
 from strixft.plan.inductor import KERNEL, num_compiled, planned_kernels
-from strixft.plan.op_cache import Memo
+from strixft.plan.op_cache import SHARED, OpCache
 from strixft.probe.job import Job
 from strixft.step.tracker import MemoryTracker, current_part, is_counted
 from strixft.step.update import StepOptions, TrainingStep, token_losses
@@ -52,12 +52,12 @@ class RowShape:
     trained: int
     """K: trained tokens."""
     packed: PackedShape | None = None
-    """Of packed rows."""
+    """Set where rows are packed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where in the training an event stands."""
+    """An event's place in the training."""
 
     micro_batch: int
     """Counted over all updates."""
@@ -79,7 +79,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What happens at one place before another one's turn."""
+    """Events at one place, up to the next place's turn."""
 
     place: Place
     events: list[tuple[int, bool]]
@@ -95,7 +95,7 @@ class Trace:
     events: list[tuple[Place, int, bool]] = field(default_factory=list)
     """Place, index of the storage, whether it is allocated."""
     work: list[tuple[Place, Cost]] = field(default_factory=list)
-    """What each operator computes and moves, in order."""
+    """Cost of each operator, in order."""
 
     def is_like(self, other: Trace) -> bool:
         """Return whether another trace has the same events and operators, of whatever sizes."""
@@ -120,7 +120,7 @@ class Trace:
 
 
 def one_step(trace: Trace) -> Trace:
-    """A trace of updates of one micro-batch, from one whose second update has two."""
+    """Make a trace of updates of one micro-batch from one whose second update has two."""
     last = max(place.micro_batch for place, _, _ in trace.events)
     update = Place(last, "update")
 
@@ -137,7 +137,10 @@ def one_step(trace: Trace) -> Trace:
 
 
 def _grouped_product(_: Any, args: Any, kwargs: Any) -> Any:
-    """Products of groups of rows, which torch 2.13 has on `meta` for bf16 alone."""
+    """Return products of groups of rows, which torch 2.13 has on `meta` for bf16 alone.
+
+    Rows (N, C) times (G, C, D) give (N, D); (C, N) times (N, D) give (G, C, D).
+    """
     left, right = args[:2]
     groups = (args[2] if len(args) > 2 else kwargs["offs"]).shape[0]
     sides = (left.shape[-2], right.shape[-1])  # (rows, columns)
@@ -148,10 +151,10 @@ def _grouped_product(_: Any, args: Any, kwargs: Any) -> Any:
 class _Recorder(MemoryTracker):
     """A tracker that writes a trace, and answers what `meta` tensors cannot."""
 
-    def __init__(self, num_layers: int, host: Host, memo: Memo) -> None:
+    def __init__(self, num_layers: int, host: Host, op_cache: OpCache) -> None:
         super().__init__()
         self.trace = Trace(num_layers)
-        self._memo = memo
+        self._op_cache = op_cache
         self._on_gpu = host.device == "cuda"
         self.place = Place(0, "load")
         self._index: dict[int, int] = {}
@@ -175,7 +178,7 @@ class _Recorder(MemoryTracker):
     def _counted(self, func: Any, args: Any, kwargs: Any) -> Any:
         is_experts = func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16
         run = _grouped_product if is_experts else super().run
-        result, cost = self._memo.run(func, args, kwargs, run)
+        result, cost = self._op_cache.run(func, args, kwargs, run)
         if is_counted():  # what stays inside a kernel costs nothing beside what the kernel moves
             self.trace.work.append((self.place, cost))
         return result
@@ -186,7 +189,7 @@ class _Recorder(MemoryTracker):
         self.trace.work.append((self.place, kernel_cost(read, written, unpacks=unpacks)))
 
     def _run_4bit_product(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """It writes the whole weight out inside, where no tracker sees it.
+        """Count the whole weight, (rows, columns), that it writes out inside, unseen by a tracker.
 
         Source: bitsandbytes 0.50.2, backends/cuda/ops.py, `_dequant_linear_fallback`.
         """
@@ -239,7 +242,7 @@ class _Recorder(MemoryTracker):
             self._follow(index, layer, last=index == len(layers) - 1)
 
     def _follow(self, index: int, layer: Any, *, last: bool) -> None:
-        """Hooks would be compiled with the layer, so its call is wrapped."""
+        """Wrap a layer's call: hooks would be compiled with the layer."""
         call = layer._compiled_call_impl or layer._call_impl
 
         def followed(*args: Any, **kwargs: Any) -> Any:
@@ -275,9 +278,10 @@ def _adapted_experts(proxy: Any, weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _known_on_meta() -> Iterator[None]:
-    """Lets run on `meta` what asks for its device: the fused optimiser, and PEFT's expert adapters.
+    """Let the fused optimiser and PEFT's expert adapters run on `meta`.
 
-    torch does not list it, and PEFT 0.21 turns autocast off around these, which it has not.
+    torch does not list `meta` for the one. PEFT 0.21 turns autocast off around the others, and
+    `meta` has none.
     """
     adam: Any = importlib.import_module("torch.optim.adam")
     layer: Any = importlib.import_module("peft.tuners.lora.layer")
@@ -308,7 +312,6 @@ def trace_step(
     shape: RowShape,
     recomputed_layers: int,
     steps: int,
-    memo: Memo | None = None,
     layers: Sequence[int] | None = None,
 ) -> Trace:
     """Run two updates on `meta` and record them.
@@ -318,32 +321,21 @@ def trace_step(
         shape: The micro-batch.
         recomputed_layers: Layers whose activations are not kept.
         steps: Micro-batches of an update; 2 stand for any more.
-        memo: Operators that earlier traces ran.
         layers: The layers of the model that are run; all if not given.
     """
     options = job.options_with(recomputed_layers)
-
-    def record(memo: Memo) -> Trace:
-        return _record(job, shape, options, steps, memo, layers)
-
-    memo = memo or Memo()
+    record = partial(_record, job, shape, options, steps, layers)
     with _known_on_meta(), planned_for(job.host.device):
         if not options.compiled:
-            return record(memo)
-        with planned_kernels(_like(job)):
-            return _settled(record, memo)
-
-
-def _like(job: Job) -> Hashable:
-    """What compiled layers depend on but for the micro-batch, which the compiler guards."""
-    return job.recipe.model_dump_json(), str(job.config.to_dict()), job.options
-
-
-def _settled(record: Callable[[Memo], Trace], memo: Memo) -> Trace:
-    """A trace during which nothing was compiled: the compiler makes tensors of its own."""
-    before = num_compiled()
-    trace = record(memo if before else Memo())  # its own would not be told from the step's
-    return trace if num_compiled() == before else _settled(record, memo)
+            return record(SHARED)
+        # all that decides how layers are compiled but the micro-batch, which the compiler guards
+        alike = job.recipe.model_dump_json(), str(job.config.to_dict()), job.options
+        with planned_kernels(alike):
+            while True:  # until nothing is compiled: the compiler makes tensors of its own
+                before = num_compiled()
+                trace = record(SHARED if before else OpCache())
+                if num_compiled() == before:
+                    return trace
 
 
 def _record(
@@ -351,14 +343,14 @@ def _record(
     shape: RowShape,
     options: StepOptions,
     steps: int,
-    memo: Memo,
     kept: Sequence[int] | None,
+    op_cache: OpCache,
 ) -> Trace:
     model = build(job.recipe, "meta", job.dtype, job.config, kept)
     layers = decoder_layers(model)
     batch = shape_batch(shape.rows, shape.length, shape.trained, "meta", shape.packed)
     step = _TracedStep(model, job.recipe.train, options)
-    recorder = step.recorder = _Recorder(len(layers), job.host, memo)
+    recorder = step.recorder = _Recorder(len(layers), job.host, op_cache)
     recorder.watch_model(model)
     recorder.follow(layers)
     with recorder:
@@ -369,22 +361,16 @@ def _record(
     return recorder.trace
 
 
-def forward_bytes(
-    job: Job,
-    shape: RowShape,
-    memo: Memo,
-    layers: Sequence[int] | None = None,
-) -> int:
+def forward_bytes(job: Job, shape: RowShape, layers: Sequence[int] | None = None) -> int:
     """Return the peak of a forward pass without gradients, in bytes beside the weights.
 
     Args:
         job: What is trained, and where.
         shape: The batch.
-        memo: Operators that earlier traces ran.
-        layers: Of the model; a few say as much as many.
+        layers: Layers of the model; a few tell as much as many.
     """
     model = build(job.recipe, "meta", job.dtype, job.config, layers)
-    recorder = _Recorder(len(decoder_layers(model)), job.host, memo)
+    recorder = _Recorder(len(decoder_layers(model)), job.host, SHARED)
     recorder.watch_model(model)
     before = recorder.live_bytes
     batch = shape_batch(shape.rows, shape.length, shape.trained, "meta")

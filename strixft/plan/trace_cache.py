@@ -1,8 +1,8 @@
-"""Traces on disk: a trace says the same for every micro-batch of its regime, and for every run.
+"""Traces on disk, and numbers that took a forward pass to find.
 
-So does a number that took a forward pass to find. A file's name is a digest of all that they depend
-on: the model's sides, method, adapter, the ways of the step, the device's type, the versions of the
-libraries, and our own source.
+A trace is the same for every run of its regime. A file's name is a digest of everything that it
+depends on: the model's dimensions, method, adapter, step options, the device's type, the versions
+of the libraries, and strixft's own source.
 """
 
 from __future__ import annotations
@@ -26,14 +26,20 @@ FOLDER = "plans"
 
 @cache
 def _source_digest() -> str:
-    """Of all of our own code: any of it may change what a step does."""
+    """Return a digest of all strixft code: any of it may change what a step does."""
     package = Path(__file__).parent.parent
     texts = (path.read_bytes() for path in sorted(package.rglob("*.py")))
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
 def name_of(job: Job, regime: Any, kinds: Sequence[Any]) -> str:
-    """The file's name of a trace, or of what was measured."""
+    """Return the file name of a job's trace, or of anything else that was found for it.
+
+    Args:
+        job: Method, adapter, model, host and step options; its data do not count.
+        regime: The micro-batches that it is for.
+        kinds: Kinds of the layers that were traced.
+    """
     recipe, host = job.recipe, job.host
     depends_on = {
         "versions": versions(),
@@ -42,7 +48,7 @@ def name_of(job: Job, regime: Any, kinds: Sequence[Any]) -> str:
         "method": recipe.method,
         "lora": recipe.lora.model_dump(),
         "optimizer": recipe.train.optimizer,
-        "ways": asdict(job.options),
+        "options": asdict(job.options),
         "device": [host.device, host.architecture, host.bfloat16],
         "regime": str(regime),
         "kinds": kinds,
@@ -56,62 +62,55 @@ def _path(name: str) -> Path:
 
 
 def _write(name: str, data: Any) -> None:
-    """Write a file; a cache that cannot be written is none."""
     path = _path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(data, separators=(",", ":")))
-    except OSError:
+    except OSError:  # a cache that cannot be written is not needed either
         return
 
 
-def save(name: str, trace: Trace) -> None:
-    """Write a trace."""
-    places: dict[Place, int] = {}
-
-    def number(place: Place | None) -> int | None:
-        return None if place is None else places.setdefault(place, len(places))
-
-    data = {
-        "num_layers": trace.num_layers,
-        "storages": [[s.num_bytes, s.part, number(s.born), number(s.died)] for s in trace.storages],
-        "events": [[number(place), index, born] for place, index, born in trace.events],
-        "work": [[number(place), c.flop, c.moved, c.dtype] for place, c in trace.work],
-    }
-    _write(name, data | {"places": [astuple(place) for place in places]})
-
-
-def _read(name: str) -> Any:
-    return json.loads(_path(name).read_text(encoding="utf-8"))
-
-
-def load(name: str) -> Trace | None:
-    """A trace from disk; None where there is none, or the file is damaged."""
-    try:
-        return _trace(_read(name))
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return None
-
-
 def number(name: str, find: Callable[[], int]) -> int:
-    """A number from disk; found and kept where there is none, or the file is damaged."""
+    """Return a number from disk; find and keep it if there is none, or the file is damaged."""
     try:
-        return int(_read(name))
+        return int(json.loads(_path(name).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         found = find()
         _write(name, found)
         return found
 
 
-def _trace(data: dict[str, Any]) -> Trace:
-    places = [Place(*place) for place in data["places"]]
+def trace(name: str, find: Callable[[], Trace]) -> Trace:
+    """Return a trace from disk; make and keep it if there is none, or the file is damaged."""
+    try:
+        return _decoded(json.loads(_path(name).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        found = find()
+        _write(name, _encoded(found))
+        return found
 
-    def place_of(number: int | None) -> Any:
-        return None if number is None else places[number]
 
+def _encoded(trace: Trace) -> dict[str, Any]:
+    """Return a trace as JSON: each place is written once, and named by its number."""
+    places: dict[Place | None, int] = {}
+
+    def at(place: Place | None) -> int:
+        return places.setdefault(place, len(places))
+
+    return {
+        "num_layers": trace.num_layers,
+        "storages": [[s.num_bytes, s.part, at(s.born), at(s.died)] for s in trace.storages],
+        "events": [[at(place), index, born] for place, index, born in trace.events],
+        "work": [[at(place), c.flop, c.moved, c.dtype] for place, c in trace.work],
+        "places": [place and astuple(place) for place in places],  # the last: `at` fills it
+    }
+
+
+def _decoded(data: dict[str, Any]) -> Trace:
+    places: list[Any] = [place and Place(*place) for place in data["places"]]
     return Trace(
         data["num_layers"],
-        [Storage(size, part, places[b], place_of(d)) for size, part, b, d in data["storages"]],
-        [(places[number], index, born) for number, index, born in data["events"]],
+        [Storage(size, part, places[b], places[d]) for size, part, b, d in data["storages"]],
+        [(places[n], index, born) for n, index, born in data["events"]],
         [(places[n], Cost(flop, tuple(moved), kind)) for n, flop, moved, kind in data["work"]],
     )
