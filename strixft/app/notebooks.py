@@ -35,6 +35,9 @@ from strixft.support.tables import did_you_mean
 from strixft.support.text import redact_all, typed
 from strixft.train.stage import out_of_memory
 
+START_TIMEOUT_S = 600
+"""Seconds that a kernel may take to start: papermill's 60 are too few on a busy machine."""
+
 _SETTINGS = re.compile(r"(?:--set (?:'[^']*'|[^\s,;]+) *)+")
 
 _KEY = re.compile(r"--set '?([\w.]+)=")
@@ -113,6 +116,7 @@ def _execute(notebook: Path, target: Path, parameters: Mapping[str, Any]) -> Non
             kernel_name=NATIVE_KERNEL_NAME,
             kernel_manager_class=OwnKernel,
             progress_bar=False,
+            start_timeout=START_TIMEOUT_S,
             extra_arguments=[
                 "--IPKernelApp.log_level=ERROR",
                 "--IPKernelApp.ignore_cwd=True",

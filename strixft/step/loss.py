@@ -126,6 +126,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(gradient, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
                 grad_weight.addmm_(gradient.T, hidden[chunk])
+            del gradient  # or the next chunk's logits are made beside it
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
