@@ -49,6 +49,8 @@ def render_report(run: Run) -> str:
     body += f"<h2>Export</h2>{exported._repr_html_()}" if exported else ""
     body += f"<h2>Recipe</h2><pre>{escape(dump_recipe(run.recipe))}</pre><h2>Versions</h2>"
     body += html.mapping(results[-1].versions | results[-1].host) if results else ""
+    times = [[result.name, format_seconds(result.seconds)] for result in results]
+    body += "<h2>Time</h2>" + html.table(times, ["stage", "took"])
     lead = f"{run.recipe.method} on {run.recipe.model}, {format_seconds(seconds)} in all"
     return html.page(run.name, lead, body)
 

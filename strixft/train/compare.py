@@ -115,7 +115,8 @@ def _proof_shown(proof: Figures) -> dict[str, str]:
     own, apart = format_number(proof["own_loss"], 5), f"{proof['difference']:.2g}"
     return {
         "first loss": f"{format_number(proof['loss'], 5)} on {proof['tokens']} tokens; the model's"
-        f" own forward {own}, at most {apart} nats a token apart"
+        f" own forward {own}, at most {apart} nats a token apart;"
+        f" comparing took {format_seconds(proof['seconds'])}"
     }
 
 
