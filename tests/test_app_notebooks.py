@@ -1,6 +1,7 @@
 """The stages as notebooks: the same result three ways, resume, and failures that help."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import nbformat
 import papermill
 import pytest
 from conftest import REPOSITORY, WriteRecipe, chats, write_lines
+from test_train import trained
 
 from strixft.app.notebooks import notebook_of, run_notebook, run_stages
 from strixft.run.folder import STAGES, Result, Run, chosen_stages
@@ -27,22 +29,31 @@ def losses(folder: Path) -> list[float]:
     return found
 
 
-def test_the_three_ways_give_the_same_losses(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe()
-    run = open_run(recipe, tmp_path / "run")
+@pytest.fixture(scope="module")
+def done(
+    write_module_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Run]:
+    """A recipe and its run, all stages through notebooks."""
+    recipe = write_module_recipe("done")
+    run = open_run(recipe, tmp_path_factory.mktemp("runs") / "run")
     run_stages(run, recipe, {})
+    return recipe, run
+
+
+def test_the_three_ways_give_the_same_losses(done: tuple[Path, Run], tmp_path: Path) -> None:
+    recipe, run = done
     for stage in ("prepare", "plan", "train"):
+        if stage == "train":
+            shutil.copytree(tmp_path / "papermill", tmp_path / "by-hand")
+            by_hand(notebook_of(stage), recipe, tmp_path / "by-hand")
         papermill.execute_notebook(
             str(notebook_of(stage)),
             str(tmp_path / "out.ipynb"),
             parameters={"recipe": str(recipe), "run_dir": str(tmp_path / "papermill")},
             progress_bar=False,
         )
-        by_hand(notebook_of(stage), recipe, tmp_path / "by-hand")
-    assert (
-        losses(tmp_path / "run") == losses(tmp_path / "papermill") == losses(tmp_path / "by-hand")
-    )
-    assert [path.name for path in sorted(run.folder.glob("*/*.ipynb"))]
+    assert losses(run.folder) == losses(tmp_path / "papermill") == losses(tmp_path / "by-hand")
+    assert len(list(run.folder.glob("*/*.ipynb"))) == len(STAGES) - 1  # export is not asked for
 
 
 def by_hand(notebook: Path, recipe: Path, run_dir: Path) -> None:
@@ -55,22 +66,18 @@ def by_hand(notebook: Path, recipe: Path, run_dir: Path) -> None:
     NotebookClient(page, resources={"metadata": {"path": str(notebook.parent)}}).execute()
 
 
-def test_what_is_done_is_skipped(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe()
-    run = open_run(recipe, tmp_path / "run")
+def test_what_is_done_is_skipped(done: tuple[Path, Run]) -> None:
+    recipe, run = done
     told: list[tuple[str, bool]] = []
-    run_stages(run, recipe, {}, last="plan", notify=lambda *row: told.append(row))
-    run_stages(run, recipe, {}, last="plan", notify=lambda *row: told.append(row))
-    assert told == [("prepare", False), ("plan", False), ("prepare", True), ("plan", True)]
+    run_stages(run, recipe, {}, notify=lambda *row: told.append(row))
+    assert told == [(stage, True) for stage in ("prepare", "plan", "train", "evaluate")]
 
 
-def test_from_sets_aside_and_does_again(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe()
-    run = open_run(recipe, tmp_path / "run")
-    run_stages(run, recipe, {}, last="plan")
-    run_stages(run, recipe, {}, first="plan", last="plan")
-    assert (run.folder / "plan.1" / "result.json").is_file()
-    assert run.is_done("plan")
+def test_from_sets_aside_and_does_again(done: tuple[Path, Run]) -> None:
+    recipe, run = done
+    run_stages(run, recipe, {}, first="evaluate")
+    assert (run.folder / "evaluate.1" / "result.json").is_file()
+    assert run.is_done("evaluate")
 
 
 def test_an_error_of_ours_survives_the_notebook(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -159,7 +166,7 @@ def test_a_killed_run_is_finished_by_the_next_call(
     subprocess.run([*RUN, recipe, "--run-dir", folder], check=True, cwd=REPOSITORY)
     assert Run(folder, open_run(recipe, folder).recipe).is_done("evaluate")
     undisturbed = open_run(recipe, tmp_path / "undisturbed")
-    run_stages(undisturbed, recipe, {}, last="train")
+    trained(undisturbed)
     assert losses(folder) == pytest.approx(losses(undisturbed.folder), rel=1e-6)
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, WriteRecipe, chats
 
+from strixft.plan.result import plan_recipe
+from strixft.prepare.stage import prepare_recipe
 from strixft.run.folder import Run
-from strixft.run.open import find_run
+from strixft.run.open import find_run, open_run
 from strixft.run.stop import stop_run
 from strixft.support.errors import StageError
 
@@ -92,6 +94,9 @@ def test_a_signal_to_a_run_through_notebooks_reaches_the_kernel(
     recipe: Path, tmp_path: Path, processes: list[Process], number: signal.Signals
 ) -> None:
     folder = tmp_path / "run"
+    run = open_run(recipe, folder)
+    prepare_recipe(run)
+    plan_recipe(run)
     processes.append(start("run", recipe, folder))
     wait_until_it_trains(processes[0], folder)
     processes[0].send_signal(number)
