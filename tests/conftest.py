@@ -26,7 +26,24 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 REPOSITORY = Path(__file__).resolve().parent.parent
 EMBEDDED = "embedded:smollm2-135m"
 
+SLOW = """
+    test_app_chat test_app_lab test_app_notebooks test_bench_run test_cli test_damage test_data_ends
+    test_docs test_doctor_mkl test_doctor_probe test_evaluate test_evaluate_judge test_export_merge
+    test_export_stage test_faults test_fuzz test_gguf test_harness test_hostile test_merge
+    test_models test_opening test_plan test_prepare_augment test_probe test_step_products
+    test_step_update test_stop test_templates test_train
+""".split()
+"""Files of tests that take more than ten seconds each."""
+
 WriteRecipe = Callable[..., Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make check` leaves out."""
+    assert {path.stem for path in Path(__file__).parent.rglob("test_*.py")}.issuperset(SLOW)
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

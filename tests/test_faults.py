@@ -1,4 +1,4 @@
-"""A few of the faults that `make faults` plays in full: what was disturbed ends like the rest."""
+"""Three of the faults that `make faults` plays in full: what was disturbed ends like the rest."""
 
 from __future__ import annotations
 
@@ -35,14 +35,10 @@ def play(name: str, folder: Path, *counts: int) -> Any:
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def test_killed_runs_finish_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    where, faults = play("kills", tmp_path, 2)
-    assert sum(where.values()) == 2
+def test_a_killed_run_finishes_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    where, faults = play("kills", tmp_path, 1)
+    assert sum(where.values()) == 1
     assert faults == {}
-
-
-def test_torn_checkpoints_are_set_aside_and_the_run_goes_on(tmp_path: Path) -> None:
-    assert play("torn", tmp_path, 1) == {}
 
 
 def test_memory_that_runs_out_stops_a_training_in_time(tmp_path: Path) -> None:
@@ -50,20 +46,7 @@ def test_memory_that_runs_out_stops_a_training_in_time(tmp_path: Path) -> None:
     assert [faults for _, faults in found.values()] == [[], []]
 
 
-def test_two_starts_and_a_clock_that_runs_backwards(tmp_path: Path) -> None:
-    found = play("starts", tmp_path, 1)
-    assert found == {"two at once 0": [], "clock": []}
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
     found = play("disks", tmp_path, 1)
     assert found == {"full 0": [], "read-only": []}
-
-
-def test_a_soak_counts_what_grows(tmp_path: Path) -> None:
-    updates = 150
-    found = play("soak", tmp_path, updates)
-    assert set(found) == {"resident_bytes", "threads", "os_threads", "open_files"}
-    for counted in ("threads", "open_files"):  # a leak has one a look, six in all these updates
-        assert found[counted] * updates / 1000 < 3
