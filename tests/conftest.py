@@ -26,13 +26,38 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 REPOSITORY = Path(__file__).resolve().parent.parent
 EMBEDDED = "embedded:smollm2-135m"
 
-SLOW = """
-    test_app_chat test_app_lab test_app_notebooks test_bench_run test_cli test_damage test_data_ends
-    test_docs test_doctor_mkl test_doctor_probe test_evaluate test_evaluate_judge test_export_merge
-    test_export_stage test_faults test_fuzz test_gguf test_harness test_hostile test_merge
-    test_models test_opening test_plan test_prepare_augment test_probe test_step_products
-    test_step_update test_stop test_templates test_train
-""".split()
+SLOW = [
+    "test_app_chat",
+    "test_app_lab",
+    "test_app_notebooks",
+    "test_bench_run",
+    "test_cli",
+    "test_damage",
+    "test_data_ends",
+    "test_docs",
+    "test_doctor_mkl",
+    "test_doctor_probe",
+    "test_evaluate",
+    "test_evaluate_judge",
+    "test_export_merge",
+    "test_export_stage",
+    "test_faults",
+    "test_fuzz",
+    "test_gguf",
+    "test_harness",
+    "test_hostile",
+    "test_merge",
+    "test_models",
+    "test_opening",
+    "test_plan",
+    "test_prepare_augment",
+    "test_probe",
+    "test_step_products",
+    "test_step_update",
+    "test_stop",
+    "test_templates",
+    "test_train",
+]
 """Files of tests that take more than ten seconds each."""
 
 WriteRecipe = Callable[..., Path]
