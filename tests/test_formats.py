@@ -9,10 +9,9 @@ import pytest
 import strategies
 from hypothesis import given, settings
 
-from strixft.formats.detect import fitting, suggest_columns
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import ROLES, Chat, read_tools
-from strixft.formats.table import FORMATS, Format
+from strixft.formats.table import FORMATS, Format, fitting, suggest_columns
 
 CALL = {"name": "find", "arguments": {"what": "keys"}}
 

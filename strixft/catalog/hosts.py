@@ -27,7 +27,7 @@ STRIX_HALO_DEVICE = "0x1586"
 """PCI device of Radeon 8060S, 8050S and 8040S (Niko1221/Strata: docs/STRIX_HALO.md)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Sourced:
     """A number with its origin."""
 
@@ -36,64 +36,21 @@ class Sourced:
     source: str
 
 
-def _measured(value: float, source: str) -> Sourced:
-    return Sourced(value=value, mark="measured", source=source)
+HIP_CONTEXT = Sourced(700 * MIB, "measured", "600–700 MB, unslothai/unsloth commit 300292b2f0")
 
-
-def _vendor(value: float, source: str) -> Sourced:
-    return Sourced(value=value, mark="vendor", source=source)
-
-
-def _derived(value: float, source: str) -> Sourced:
-    return Sourced(value=value, mark="derived", source=source)
-
-
-NO_WORKSPACE = _derived(0, "CPU libraries allocate outside torch")
-
-NOTHING_OUTSIDE = _derived(0, "a CPU has no context")
-
-HIP_CONTEXT = _measured(700 * MIB, "600–700 MB, unslothai/unsloth commit 300292b2f0")
-
-HIP_WORKSPACE = _derived(
-    108 * MIB, "hipBLAS 32 MiB + hipBLASLt 76 MiB, torch 2.14 ATen/cuda/CublasHandlePool.cpp"
+HIP_WORKSPACE = Sourced(
+    108 * MIB,
+    "derived",
+    "hipBLAS 32 MiB + hipBLASLt 76 MiB, torch 2.14 ATen/cuda/CublasHandlePool.cpp",
 )
 
-CUDA_WORKSPACE = _measured(
+CUDA_WORKSPACE = Sourced(
     64 * MIB,
+    "measured",
     "alive after training beyond all tensors, H200, torch 2.11, dev/LOG.md 2026-11-23",
 )
 
-LAUNCH = _derived(
-    25.5e-6,
-    "time ÷ launches of compiled steps that wait for them, QLoRA and LoRA alike, on an H200,"
-    " docs/plan-accuracy.md; not measured on other hosts",
-)
-
-UNPACK = _derived(
-    0.4,
-    "bitsandbytes on an H200, 1.5 ps a weight, in any micro-batch whatever its rows,"
-    " docs/plan-accuracy.md; not measured on other hosts",
-)
-
-COMPILED_UNPACK = _measured(
-    0.7,
-    "14,336 × 4,096 on an H200, 28,672 × 8,192 has 0.77, docs/performance.md;"
-    " not measured on other hosts",
-)
-
-GAP = _derived(
-    1.25e-6,
-    "compiled steps of 2 to 16 rows on an H200, QLoRA and LoRA alike, docs/plan-accuracy.md;"
-    " not measured on other hosts",
-)
-
-PYTHON = _derived(
-    14e-3,
-    "LoRA and QLoRA of a 1B, 1 × 1024 tokens, beyond their launches, on an H200:"
-    " python dev/small_run.py qlora lora, 2026-11-30; not measured on other hosts",
-)
-
-NO_LAUNCH = _derived(0, "a CPU computes where it launches")
+NO_LAUNCH = Sourced(0, "derived", "a CPU computes where it launches")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,24 +70,49 @@ class Host:
     """Architecture of the GPU, such as `gfx1151`; empty if nothing depends on it."""
     here: bool = False
     """It is this machine, so everything can be tried on it before it is used."""
-    workspace_bytes: Sourced = NO_WORKSPACE
+    workspace_bytes: Sourced = Sourced(0, "derived", "CPU libraries allocate outside torch")
     """Memory that BLAS keeps inside torch's allocator once it has run."""
     driver_bytes: Sourced | None = None
     """Unified memory that the driver gives; the host's reserve is not subtracted from it."""
-    outside_bytes: Sourced = NOTHING_OUTSIDE
+    outside_bytes: Sourced = Sourced(0, "derived", "a CPU has no context")
     """Device memory that a process takes outside torch's allocator: the context, code objects."""
     bandwidth_bytes_per_s: Sourced | None = None
     matmul_flop_per_s: Mapping[str, Sourced] = field(default_factory=dict)
     """Rate of large square products by dtype."""
-    launch_s: Sourced = LAUNCH
+    launch_s: Sourced = Sourced(
+        25.5e-6,
+        "derived",
+        "time ÷ launches of compiled steps that wait for them, QLoRA and LoRA alike, on an H200,"
+        " docs/plan-accuracy.md; not measured on other hosts",
+    )
     """Processor time to launch an operator, Python included."""
-    python_s: Sourced = PYTHON
+    python_s: Sourced = Sourced(
+        14e-3,
+        "derived",
+        "LoRA and QLoRA of a 1B, 1 × 1024 tokens, beyond their launches, on an H200:"
+        " python dev/small_run.py qlora lora, 2026-11-30; not measured on other hosts",
+    )
     """Processor time of a micro-batch besides its launches."""
-    unpack_share: Sourced = UNPACK
+    unpack_share: Sourced = Sourced(
+        0.4,
+        "derived",
+        "bitsandbytes on an H200, 1.5 ps a weight, in any micro-batch whatever its rows,"
+        " docs/plan-accuracy.md; not measured on other hosts",
+    )
     """Share of the bandwidth at which 4-bit matrices are written out to be multiplied."""
-    compiled_unpack_share: Sourced = COMPILED_UNPACK
+    compiled_unpack_share: Sourced = Sourced(
+        0.7,
+        "measured",
+        "14,336 × 4,096 on an H200, 28,672 × 8,192 has 0.77, docs/performance.md;"
+        " not measured on other hosts",
+    )
     """The same share for the kernel of a compiled layer."""
-    gap_s: Sourced = GAP
+    gap_s: Sourced = Sourced(
+        1.25e-6,
+        "derived",
+        "compiled steps of 2 to 16 rows on an H200, QLoRA and LoRA alike, docs/plan-accuracy.md;"
+        " not measured on other hosts",
+    )
     """Time on the device between the end of one kernel and the work of the next."""
     bus_bytes_per_s: Sourced | None = None
     """Most that the memory bus can move, by its width and clock."""
@@ -153,21 +135,27 @@ _STRIX_HALO_128 = Host(
     name="strix-halo-128",
     device="cuda",
     unified=True,
-    memory_bytes=_derived(
-        125 * GIB, "MemTotal of a 128 GB board with a 0.5 GiB carve-out and GTT raised"
+    memory_bytes=Sourced(
+        125 * GIB, "derived", "MemTotal of a 128 GB board with a 0.5 GiB carve-out and GTT raised"
     ),
     bfloat16=True,
     architecture=STRIX_HALO,
     workspace_bytes=HIP_WORKSPACE,
     outside_bytes=HIP_CONTEXT,
-    bandwidth_bytes_per_s=_measured(212.6e9, "lhl/strix-halo-testing: hardware-test/README.md"),
+    bandwidth_bytes_per_s=Sourced(
+        212.6e9, "measured", "lhl/strix-halo-testing: hardware-test/README.md"
+    ),
     matmul_flop_per_s={
-        "bfloat16": _measured(32.4e12, "ROCm/TheRock#5314 (4096³, forward layout, hipBLASLt)"),
-        "float32": _measured(3.1e12, "ROCm/ROCm#5807"),
+        "bfloat16": Sourced(
+            32.4e12, "measured", "ROCm/TheRock#5314 (4096³, forward layout, hipBLASLt)"
+        ),
+        "float32": Sourced(3.1e12, "measured", "ROCm/ROCm#5807"),
     },
-    bus_bytes_per_s=_derived(256e9, "256 bit × 8000 MT/s"),
-    peak_flop_per_s=_derived(
-        59.4e12, "512 FLOP × 40 CU × 2.9 GHz, lhl/strix-halo-testing: llm-bench/README.md"
+    bus_bytes_per_s=Sourced(256e9, "derived", "256 bit × 8000 MT/s"),
+    peak_flop_per_s=Sourced(
+        59.4e12,
+        "derived",
+        "512 FLOP × 40 CU × 2.9 GHz, lhl/strix-halo-testing: llm-bench/README.md",
     ),
     quirks=("over-commit can freeze the host instead of raising an error",),
 )
@@ -176,17 +164,19 @@ _H200 = Host(
     name="h200-141",
     device="cuda",
     unified=False,
-    memory_bytes=_measured(143771 * MIB, "nvidia-smi, H200"),
+    memory_bytes=Sourced(143771 * MIB, "measured", "nvidia-smi, H200"),
     bfloat16=True,
     workspace_bytes=CUDA_WORKSPACE,
-    bandwidth_bytes_per_s=_measured(4.25e12, "strixft bench bandwidth, torch 2.11"),
+    bandwidth_bytes_per_s=Sourced(4.25e12, "measured", "strixft bench bandwidth, torch 2.11"),
     matmul_flop_per_s={
-        "bfloat16": _measured(
-            680e12, "strixft bench gemm, 8192³, torch 2.11: 664 to 697 on five cards at 700 W"
+        "bfloat16": Sourced(
+            680e12,
+            "measured",
+            "strixft bench gemm, 8192³, torch 2.11: 664 to 697 on five cards at 700 W",
         )
     },
-    bus_bytes_per_s=_vendor(4.8e12, "H200 datasheet"),
-    peak_flop_per_s=_vendor(989e12, "H200 datasheet"),
+    bus_bytes_per_s=Sourced(4.8e12, "vendor", "H200 datasheet"),
+    peak_flop_per_s=Sourced(989e12, "vendor", "H200 datasheet"),
 )
 
 HOSTS: Table[Host] = Table(
@@ -195,45 +185,45 @@ HOSTS: Table[Host] = Table(
     replace(
         _STRIX_HALO_128,
         name="strix-halo-64",
-        memory_bytes=_derived(62 * GIB, "as strix-halo-128, for a 64 GB board"),
-        bandwidth_bytes_per_s=_derived(212.6e9, "same memory bus as strix-halo-128"),
-        matmul_flop_per_s={"bfloat16": _derived(32.4e12, "same chip")},
+        memory_bytes=Sourced(62 * GIB, "derived", "as strix-halo-128, for a 64 GB board"),
+        bandwidth_bytes_per_s=Sourced(212.6e9, "derived", "same memory bus as strix-halo-128"),
+        matmul_flop_per_s={"bfloat16": Sourced(32.4e12, "derived", "same chip")},
     ),
     Host(
         name="dgx-spark",
         device="cuda",
         unified=True,
-        memory_bytes=_measured(121 * GIB, "JustVugg/colibri#136"),
+        memory_bytes=Sourced(121 * GIB, "measured", "JustVugg/colibri#136"),
         bfloat16=True,
         workspace_bytes=CUDA_WORKSPACE,
-        bandwidth_bytes_per_s=_measured(218e9, _SPARK),
-        matmul_flop_per_s={"bfloat16": _measured(92e12, _SPARK)},
-        bus_bytes_per_s=_vendor(273e9, "DGX Spark datasheet"),
+        bandwidth_bytes_per_s=Sourced(218e9, "measured", _SPARK),
+        matmul_flop_per_s={"bfloat16": Sourced(92e12, "measured", _SPARK)},
+        bus_bytes_per_s=Sourced(273e9, "vendor", "DGX Spark datasheet"),
     ),
     Host(
         name="v100-32",
         device="cuda",
         unified=False,
-        memory_bytes=_vendor(32510 * MIB, "Tesla V100 SXM2 32 GB"),
+        memory_bytes=Sourced(32510 * MIB, "vendor", "Tesla V100 SXM2 32 GB"),
         bfloat16=False,
         workspace_bytes=CUDA_WORKSPACE,
-        bandwidth_bytes_per_s=_vendor(900e9, "V100 datasheet"),
+        bandwidth_bytes_per_s=Sourced(900e9, "vendor", "V100 datasheet"),
         matmul_flop_per_s={
-            "float16": _measured(95e12, "lablup/mlxcel#1654"),
-            "float32": _measured(14e12, "lablup/mlxcel#1654"),
+            "float16": Sourced(95e12, "measured", "lablup/mlxcel#1654"),
+            "float32": Sourced(14e12, "measured", "lablup/mlxcel#1654"),
         },
-        bus_bytes_per_s=_vendor(900e9, "V100 datasheet"),
-        peak_flop_per_s=_vendor(125e12, "V100 datasheet"),
+        bus_bytes_per_s=Sourced(900e9, "vendor", "V100 datasheet"),
+        peak_flop_per_s=Sourced(125e12, "vendor", "V100 datasheet"),
         quirks=("no bf16 in hardware: fp16 with loss scaling",),
     ),
     replace(
         _H200,
         name="h100-80",
-        memory_bytes=_measured(81559 * MIB, "nvidia-smi, H100 80GB HBM3"),
-        bandwidth_bytes_per_s=_vendor(3.35e12, "H100 SXM datasheet"),
-        matmul_flop_per_s={"bfloat16": _derived(680e12, "as an H200, the same chip")},
-        bus_bytes_per_s=_vendor(3.35e12, "H100 SXM datasheet"),
-        peak_flop_per_s=_vendor(989e12, "H100 SXM datasheet"),
+        memory_bytes=Sourced(81559 * MIB, "measured", "nvidia-smi, H100 80GB HBM3"),
+        bandwidth_bytes_per_s=Sourced(3.35e12, "vendor", "H100 SXM datasheet"),
+        matmul_flop_per_s={"bfloat16": Sourced(680e12, "derived", "as an H200, the same chip")},
+        bus_bytes_per_s=Sourced(3.35e12, "vendor", "H100 SXM datasheet"),
+        peak_flop_per_s=Sourced(989e12, "vendor", "H100 SXM datasheet"),
     ),
     _H200,
 )
@@ -303,7 +293,8 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _read_int(path: Path) -> int | None:
+def read_int(path: Path) -> int | None:
+    """Return the number in a small file of the kernel; None if there is none."""
     text = _read_text(path)
     return int(text) if text.isdecimal() and text.isascii() else None  # not "max"
 
@@ -337,7 +328,7 @@ def _left_in(folder: Path, limit: str, current: str, prefix: str) -> list[tuple[
 
     Files in the page cache count as used, but are dropped before anything is killed.
     """
-    most, used = _read_int(folder / limit), _read_int(folder / current)
+    most, used = read_int(folder / limit), read_int(folder / current)
     if most is None or used is None:
         return []
     stat = _read_text(folder / "memory.stat")
@@ -360,8 +351,8 @@ def available_host_memory(root: Path = Path("/")) -> Sourced:
     left = _cgroup_left(root)
     if left is not None and left[0] < available:
         source = f"/{left[1].relative_to(root)} less what is used beside cached files"
-        return Sourced(value=left[0], mark="read here", source=source)
-    return Sourced(value=available, mark="read here", source="MemAvailable of /proc/meminfo")
+        return Sourced(left[0], "read here", source)
+    return Sourced(available, "read here", "MemAvailable of /proc/meminfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +383,7 @@ def read_amd_cards(root: Path = Path("/")) -> list[AmdCard]:
         AmdCard(
             device,
             _read_text(device / "device"),
-            *(_read_int(device / f"mem_info_{name}") for name in names),
+            *(read_int(device / f"mem_info_{name}") for name in names),
         )
         for device in amd
     ]
@@ -413,7 +404,7 @@ def amd_memory(root: Path = Path("/")) -> tuple[Sourced, bool] | None:
         unified = vram < gtt
         source = f"{card.folder}/mem_info_{'gtt' if unified else 'vram'}_total − used"
         free = gtt - gtt_used if unified else vram - vram_used
-        return Sourced(value=free, mark="read here", source=source), unified
+        return Sourced(free, "read here", source), unified
     return None
 
 

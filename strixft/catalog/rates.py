@@ -92,20 +92,6 @@ def _read() -> dict[str, Any]:
     )
 
 
-def measured_rates(device: str) -> dict[str, Any]:
-    """Return the measured rates of a device by their names in `Host`; empty if there are none.
-
-    Raises:
-        HostError: The file cannot be read.
-    """
-    row = _read().get(device, {})
-    rates = {dtype: Sourced(**rate) for dtype, rate in row.get("matmul_flop_per_s", {}).items()}
-    bandwidth = row.get("bandwidth_bytes_per_s")
-    return ({"bandwidth_bytes_per_s": Sourced(**bandwidth)} if bandwidth else {}) | (
-        {"matmul_flop_per_s": rates} if rates else {}
-    )
-
-
 def write_rates(
     device: str, bandwidth: Sourced | None = None, matmul: Mapping[str, Sourced] | None = None
 ) -> Path:
@@ -138,15 +124,12 @@ def with_rates(host: Host, root: Path = Path("/")) -> Host:
     Raises:
         HostError: The measured rates cannot be read.
     """
-    row = row_of(host, root)
-    known = {}
-    if row is not None:
-        names = ("bandwidth_bytes_per_s", "matmul_flop_per_s", "bus_bytes_per_s", "peak_flop_per_s")
-        known = {name: getattr(row, name) for name in names}
-    measured = measured_rates(device_name(host, root))
-    if "matmul_flop_per_s" in measured:
-        measured["matmul_flop_per_s"] = {
-            **known.get("matmul_flop_per_s", {}),
-            **measured["matmul_flop_per_s"],
-        }
-    return replace(host, **(known | measured))
+    row, measured = row_of(host, root), _read().get(device_name(host, root), {})
+    names = ("bandwidth_bytes_per_s", "matmul_flop_per_s", "bus_bytes_per_s", "peak_flop_per_s")
+    known: dict[str, Any] = {name: getattr(row, name) for name in names} if row else {}
+    if bandwidth := measured.get("bandwidth_bytes_per_s"):
+        known["bandwidth_bytes_per_s"] = Sourced(**bandwidth)
+    if matmul := measured.get("matmul_flop_per_s"):
+        rates = {dtype: Sourced(**rate) for dtype, rate in matmul.items()}
+        known["matmul_flop_per_s"] = {**known.get("matmul_flop_per_s", {}), **rates}
+    return replace(host, **known)

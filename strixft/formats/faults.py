@@ -231,48 +231,28 @@ class Keys:
         """Refuse what is left and could be shown to a model; note the rest in `unused`.
 
         Args:
-            kind: Of the mapping: `message`, `part` or `call`.
+            kind: `row`, `text` (a row of plain text, which holds all that its author wanted to be
+                seen), `message`, `part` or `call`.
 
         Raises:
-            RowFault: A key holds text, a list or a mapping, and is not metadata.
+            RowFault: A column belongs to what a model is shown; or a key inside the row holds text,
+                a list or a mapping, and is not metadata.
         """
+        is_row = kind in ("row", "text")
         for name, value in self._left.items():
             if is_empty(value):
                 continue
-            describes = name in METADATA or name.endswith(("_id", "_at", "_time", "_timestamp"))
-            says = isinstance(value, (str, list, Mapping)) and not describes
-            if says or name in CHANGES:
-                raise RowFault(
-                    "unknown_key",
-                    f"{self.what} has {shown(name)}, which is not read: {shown(value)}",
-                    name,
-                )
-            self.unused.add(f"{kind}.{_label(name)}")
-
-    def finish_row(self, *, is_text: bool) -> None:
-        """Refuse columns that the format should read; note the others in `unused`.
-
-        Args:
-            is_text: The row is plain text, which holds what its author wanted to be seen.
-
-        Raises:
-            RowFault: A column belongs to what a model is shown.
-        """
-        for name, value in self._left.items():
-            if is_empty(value):
-                continue
-            if name in MEDIA:
+            if is_row and name in MEDIA:
                 raise RowFault(
                     "media", f"has {name!r}, and only text is trained: {shown(value)}", name
                 )
-            if name in SHOWN and not is_text:
-                raise RowFault(
-                    "unknown_key",
-                    f"has {name!r}, which its format does not read: {shown(value)}",
-                    name,
-                )
-            self.unused.add(_label(name))
-
-
-def _label(name: str) -> str:
-    return name if name.isprintable() and len(name) <= 60 else shown(name)
+            describes = name in METADATA or name.endswith(("_id", "_at", "_time", "_timestamp"))
+            says = isinstance(value, (str, list, Mapping)) and not describes
+            if kind == "row" and name in SHOWN:
+                problem = f"has {name!r}, which its format does not read: {shown(value)}"
+                raise RowFault("unknown_key", problem, name)
+            if not is_row and (says or name in CHANGES):
+                problem = f"{self.what} has {shown(name)}, which is not read: {shown(value)}"
+                raise RowFault("unknown_key", problem, name)
+            label = name if name.isprintable() and len(name) <= 60 else shown(name)
+            self.unused.add(label if is_row else f"{kind}.{label}")

@@ -6,15 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from strixft.formats.faults import (
-    Keys,
-    RowFault,
-    as_text,
-    check_json,
-    is_empty,
-    parse_json,
-    shown,
-)
+from strixft.formats.faults import Keys, RowFault, as_text, check_json, is_empty, parse_json, shown
 
 Message = dict[str, Any]
 """`role`, `content` (text) and, where the row has them, `tool_calls`, `tool_call_id`, `name`;
@@ -29,7 +21,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of the OpenAI chat format, which chat templates are written for."""
 
 
-OTHER_NAMES = {
+_ROLE_OF = {
+    **{role: role for role in ROLES},
     "human": "user",
     "gpt": "assistant",
     "function_call": "assistant",
@@ -37,10 +30,7 @@ OTHER_NAMES = {
     "function": "tool",
     "function_response": "tool",
 }
-"""ShareGPT's names for them, and OpenAI's earlier one."""
-
-_ROLE_OF = {**{role: role for role in ROLES}, **OTHER_NAMES}
-
+"""ShareGPT's names beside them, and OpenAI's earlier one."""
 
 FLAGS = ("train", "weight", "loss_weight", "loss", "loss_scale")
 """Names of the flag that an answer is trained: axolotl, OpenAI, ms-swift, others."""
@@ -130,10 +120,11 @@ def _call(call: object, what: str, above: Keys) -> dict[str, Any]:
     if kind not in ("function", "function_call", None):
         raise RowFault("bad_tool_call", f"{keys.what} has the type {shown(kind)}, not 'function'")
     arguments = inner.take("arguments", "parameters")
-    if isinstance(arguments, str):
+    if isinstance(arguments, str) and arguments.strip():
         about = f"the arguments of a call in {what}"
-        arguments = parse_json(arguments, "bad_tool_call", about) if arguments.strip() else {}
-    arguments = {} if arguments is None else arguments
+        arguments = parse_json(arguments, "bad_tool_call", about)
+    elif arguments is None or isinstance(arguments, str):
+        arguments = {}
     if not isinstance(arguments, Mapping):
         raise RowFault("bad_tool_call", f"{keys.what} has arguments without names: {shown(call)}")
     check_json(arguments, "bad_tool_call", f"{keys.what}: {name}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -115,52 +114,52 @@ def _kind_of(path: Path) -> FileKind | None:
     return FILE_KINDS.get(Path(name).suffix)
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+def _paths_in(folder: Path) -> list[Path]:
+    """Return what a folder holds at any depth, but for hidden files, in a fixed order."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+    )
 
 
-def _check_regular(path: Path) -> None:
+def _is_data(path: Path) -> bool:
+    about = path.name in ABOUT and (path.parent / ABOUT[0]).is_file()
+    return not (_kind_of(path) is None or path.suffix == ".md" or path.is_dir() or about)
+
+
+def _file(path: Path, folder: Path | None = None) -> SourceFile:
+    """Return a file to read; refuse a link out of its folder, as the user did not name its target.
+
+    Args:
+        path: The file.
+        folder: The folder that the user named instead.
+    """
+    target = path.resolve() if folder and path.is_symlink() else path
+    if folder and target is not path and not target.is_relative_to(folder.resolve()):
+        raise DataError(
+            f"{shown_path(path)} is a link that leaves its folder, to {shown_path(target)}",
+            fix=f"name the file itself in dataset.source: {shown_path(target)}",
+        )
     if not path.is_file():
         raise DataError(
             f"{shown_path(path)} is not a regular file",
             fix="name files, folders or patterns of files in dataset.source",
         )
+    return SourceFile(path, _kind_of(path) or "jsonl")
 
 
-def _check_inside(path: Path, folder: Path) -> None:
-    """Refuse a link that leads out of the folder: the user did not name its target."""
-    target = path.resolve() if path.is_symlink() else path
-    if path.is_symlink() and not target.is_relative_to(folder.resolve()):
-        raise DataError(
-            f"{shown_path(path)} is a link that leaves its folder, to {shown_path(target)}",
-            fix=f"name the file itself in dataset.source: {shown_path(target)}",
-        )
-
-
-def _refuse_splits(entries: list[Path]) -> None:
-    """Refuse a folder that `datasets` divided: its test rows are not to be trained."""
-    for path in entries:
-        if path.name == SPLITS:
+def _in_folder(folder: Path) -> list[SourceFile]:
+    paths = _paths_in(folder)
+    for path in paths:
+        if path.name == SPLITS:  # `datasets` divided it: its test rows are not to be trained
             names = sorted(p.name for p in path.parent.iterdir() if (p / ABOUT[0]).is_file())
             named = path.parent / ("train" if "train" in names or not names else names[0])
             raise DataError(
                 f"the folder {shown_path(path.parent)} holds the splits {', '.join(names)}",
                 fix=f"name one of them in dataset.source: {shown_path(named)}",
             )
-
-
-def _in_folder(folder: Path) -> list[SourceFile]:
-    entries = sorted(path for path in folder.rglob("*") if not _hidden(path, folder))
-    _refuse_splits(entries)
-    found = []
-    for path in entries:
-        kind = _kind_of(path)
-        about = path.name in ABOUT and (path.parent / ABOUT[0]).is_file()
-        if kind is None or path.suffix == ".md" or path.is_dir() or about:
-            continue
-        _check_inside(path, folder)
-        _check_regular(path)
-        found.append(SourceFile(path, kind))
+    found = [_file(path, folder) for path in paths if _is_data(path)]
     if not found:
         raise DataError(
             f"the folder {shown_path(folder)} holds no data files",
@@ -184,7 +183,7 @@ def _matching(pattern: str) -> list[SourceFile]:
         raise DataError(
             f"no file matches {pattern!r}", fix=f"ls {shown_path(root)}   shows what is there"
         )
-    return [SourceFile(file, _kind_of(file) or "jsonl") for file in found]
+    return [_file(path) for path in found]
 
 
 def _missing(path: Path) -> DataError:
@@ -210,30 +209,26 @@ def find_files(source: str) -> list[SourceFile]:
     try:
         if path.is_dir():
             return _in_folder(path)
-        if not path.exists() and not path.is_symlink() and _GLOB.search(source):
+        if path.exists():
+            return [_file(path)]
+        if not path.is_symlink() and _GLOB.search(source):
             return _matching(source)
-        if not path.exists():
-            raise _missing(path)
-        _check_regular(path)
-    except DataError:
-        raise
+        raise _missing(path)
     except PermissionError as error:
         raise unreadable(shown_path(path), error) from None
     except (OSError, ValueError) as error:  # name too long, a null byte, a loop of links
+        if isinstance(error, DataError):
+            raise
         raise DataError(
             f"{shown_path(path)[:200]} cannot be found: {error}", fix="correct dataset.source"
         ) from None
-    return [SourceFile(path, _kind_of(path) or "jsonl")]
 
 
 def ignored_files(source: str) -> list[str]:
     """Return the files of a folder that are not read, since their ending is unknown."""
     folder = Path(source)
-    if not folder.is_dir():
-        return []
-    read = {file.path for file in _in_folder(folder)}
-    paths = (p for p in sorted(folder.rglob("*")) if p.is_file() and not _hidden(p, folder))
-    return [shown_path(path) for path in paths if path not in read]
+    paths = _paths_in(folder) if folder.is_dir() else []
+    return [shown_path(path) for path in paths if path.is_file() and not _is_data(path)]
 
 
 def fingerprint(sources: list[str]) -> tuple[str, list[dict[str, Any]]]:
@@ -245,17 +240,14 @@ def fingerprint(sources: list[str]) -> tuple[str, list[dict[str, Any]]]:
     Raises:
         DataError: A file is missing or cannot be read.
     """
-    files = [row for source in sources if not is_hub(source) for row in _described(source)]
+    files: list[dict[str, Any]] = []
+    for file in (one for source in sources if not is_hub(source) for one in find_files(source)):
+        try:
+            size = file.path.stat().st_size
+            files.append({"path": file.name, "bytes": size, "sha256": digest(file.path)})
+        except OSError as error:
+            raise unreadable(file.name, error) from None
     hashes = [row["sha256"] for row in files]
     if len(hashes) == 1:
         return hashes[0], files
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest(), files
-
-
-def _described(source: str) -> Iterator[dict[str, Any]]:
-    for file in find_files(source):
-        try:
-            size = file.path.stat().st_size
-            yield {"path": file.name, "bytes": size, "sha256": digest(file.path)}
-        except OSError as error:
-            raise unreadable(file.name, error) from None

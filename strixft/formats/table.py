@@ -1,11 +1,17 @@
-"""The table of formats: one row for each shape of data that is read as it is."""
+"""`FORMATS`: one row for each shape of data that is read as it is; how a shape is found, and read.
+
+A row of a data set asks something in one column, as text or as messages, and answers it in another,
+or its messages hold the answer too.
+"""
 
 from __future__ import annotations
 
+import difflib
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from strixft.formats.faults import Keys, RowFault, as_text, is_empty, parse_json, shown
 from strixft.formats.messages import (
@@ -25,6 +31,15 @@ Columns = frozenset[str]
 
 SYSTEM = ("system", "system_prompt", "system_message")
 """Columns that hold the system message."""
+
+MESSAGES = ("messages", "conversations")
+"""Columns that hold a chat."""
+
+ASKED = (*reversed(MESSAGES), "prompt", "question", "instruction")
+"""Columns before the two answers of a pair; the first that is filled counts."""
+
+NOT_WANTED = "not_wanted"
+"""Fault of a row that the chosen format leaves out on purpose; it is not a bad row."""
 
 _JSON_MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:")
 """A list of messages as text, such as in a cell of CSV."""
@@ -64,8 +79,11 @@ class Format:
         """
         keys = Keys(row, "the row", ignored)
         chat = self.read(keys)
-        keys.finish_row(is_text=self.kind == "text")
+        keys.finish("text" if self.kind == "text" else "row")
         return replace(chat, unused=frozenset(keys.unused))
+
+
+# Read.
 
 
 def is_thumb(label: object) -> bool:
@@ -93,22 +111,20 @@ def _with_system(system: object, messages: list[Message]) -> list[Message]:
     return messages
 
 
-def _tools(row: Keys, messages: list[Message]) -> list[dict[str, Any]] | None:
-    """Return the functions that the row, or a message of it, names."""
+def _chat(row: Keys, messages: list[Message], rejected: list[Message] | None = None) -> Chat:
+    """Return a chat with the row's system message, and the tools that it or a message names."""
     said = [read_tools(row.take("tools")), read_tools(row.take("functions"))]
-    said += [message.pop("tools", None) for message in messages]
+    said += [message.pop("tools", None) for message in [*messages, *(rejected or [])]]
     found = [tools for tools in said if tools]
     if any(tools != found[0] for tools in found):
         raise RowFault("two_values", "has tools in two places, which differ")
-    return found[0] if found else None
+    system = row.take(*SYSTEM)
+    other = None if rejected is None else _with_system(system, rejected)
+    return Chat(_with_system(system, messages), found[0] if found else None, rejected=other)
 
 
-def _chat(row: Keys, messages: list[Message]) -> Chat:
-    return Chat(_with_system(row.take(*SYSTEM), messages), _tools(row, messages))
-
-
-def _chats(column: str) -> Callable[[Keys], Chat]:
-    return lambda row: _chat(row, read_messages(row.take(column), column, row))
+def _user(value: object, what: str) -> Message:
+    return {"role": "user", "content": as_text(value, what)}
 
 
 def _answer(value: object, column: str, reasoning: object = None) -> Message:
@@ -116,16 +132,6 @@ def _answer(value: object, column: str, reasoning: object = None) -> Message:
     if not is_empty(reasoning):
         content = with_reasoning(content, as_text(reasoning, "the reasoning"), f"{column!r}")
     return {"role": "assistant", "content": content}
-
-
-def _user(value: object, what: str) -> Message:
-    return {"role": "user", "content": as_text(value, what)}
-
-
-def _instruction(value: object, row: Keys) -> Message:
-    text, more = as_text(value, "'instruction'"), row.take("input")
-    parts = [text] if is_empty(more) else [text, as_text(more, "'input'")]
-    return _user("\n\n".join(filter(str.strip, parts)), "'instruction'")
 
 
 def _history(row: Keys) -> list[Message]:
@@ -140,45 +146,85 @@ def _history(row: Keys) -> list[Message]:
     return messages
 
 
-def _exchange(row: Keys, asked: Message, column: str) -> Chat:
-    answer = _answer(row.take(column), column, row.take(*REASONING))
-    return _chat(row, [*_history(row), asked, answer])
-
-
-def _alpaca(row: Keys) -> Chat:
-    return _exchange(row, _instruction(row.take("instruction"), row), "output")
-
-
-def _question_answer(row: Keys) -> Chat:
-    return _exchange(row, _user(row.take("question"), "'question'"), "answer")
-
-
 def _is_list(value: object) -> bool:
     if isinstance(value, str):
         return _JSON_MESSAGES.match(value) is not None
     return isinstance(value, list)
 
 
-def _prompt(value: object, column: str, row: Keys) -> list[Message]:
-    return read_messages(value, column, row) if _is_list(value) else [_user(value, f"{column!r}")]
+def _asked(row: Keys, column: str, value: object, *, plain: bool = False) -> list[Message]:
+    """Return the messages that a column asks with, and those of the row's history before them.
+
+    Args:
+        row: The row.
+        column: A column of `ASKED`.
+        value: Its value.
+        plain: Text alone is read, not a list of messages.
+    """
+    if column in MESSAGES:
+        return read_messages(value, column, row)
+    if column == "instruction":
+        text, more = as_text(value, "'instruction'"), row.take("input")
+        parts = [text] if is_empty(more) else [text, as_text(more, "'input'")]
+        asked = [_user("\n\n".join(filter(str.strip, parts)), "'instruction'")]
+    elif not plain and _is_list(value):
+        asked = read_messages(value, column, row)
+    else:
+        asked = [_user(value, f"{column!r}")]
+    return [*_history(row), *asked]
+
+
+def _chats(column: str) -> Callable[[Keys], Chat]:
+    """Return the reader of a column with a whole chat."""
+    return lambda row: _chat(row, read_messages(row.take(column), column, row))
+
+
+def _exchange(asked: str, column: str, *, plain: bool = True) -> Callable[[Keys], Chat]:
+    """Return the reader of a column that asks and one that answers.
+
+    Args:
+        asked: Column with the question.
+        column: Column with the answer.
+        plain: They hold text alone, not lists of messages.
+    """
+
+    def read(row: Keys) -> Chat:
+        before, value = _asked(row, asked, row.take(asked), plain=plain), row.take(column)
+        if plain or (isinstance(value, str) and not _is_list(value)):
+            return _chat(row, [*before, _answer(value, column, row.take(*REASONING))])
+        return _chat(row, [*before, *_reply(value, column, row)])
+
+    return read
 
 
 def _reply(value: object, column: str, row: Keys) -> list[Message]:
     if _is_list(value):
         return read_messages(value, column, row)
-    if isinstance(value, Mapping):
-        return [read_message(value, 1, row)]
-    return [_answer(value, column)]
+    return [read_message(value, 1, row) if isinstance(value, Mapping) else _answer(value, column)]
 
 
-def _prompt_completion(row: Keys) -> Chat:
-    asked = _prompt(row.take("prompt"), "prompt", row)
-    value = row.take("completion")
-    if isinstance(value, str) and not _is_list(value):
-        answer = [_answer(value, "completion", row.take(*REASONING))]
-    else:
-        answer = _reply(value, "completion", row)
-    return _chat(row, [*_history(row), *asked, *answer])
+def _ending(*columns: str) -> Callable[[Keys], Chat]:
+    """Return the reader of answers, each with the whole chat or behind the same question."""
+
+    def read(row: Keys) -> Chat:
+        said = {column: _reply(row.take(column), column, row) for column in columns}
+        answers = [one for one, turns in said.items() if turns[0]["role"] not in ("system", "user")]
+        if answers:
+            filled = ((name, value) for name in ASKED if not is_empty(value := row.take(name)))
+            name, value = next(filled, ("", None))
+            if not name:
+                raise RowFault("no_prompt", f"has {answers[0]!r}, and no prompt before it")
+            before = _asked(row, name, value)
+            said |= {one: [*before, *said[one]] for one in answers}
+        chosen, *others = said.values()
+        if chosen in others:
+            raise RowFault("same_answers", "chosen and rejected are the same")
+        return _chat(row, chosen, *others)
+
+    return read
+
+
+_prompt_completion = _exchange("prompt", "completion", plain=False)
 
 
 def _text(row: Keys) -> Chat:
@@ -188,137 +234,156 @@ def _text(row: Keys) -> Chat:
     return Chat([], text=text)
 
 
-def _before(row: Keys) -> list[Message]:
-    """Return the messages before the two answers of a pair, under any of their usual names."""
-    for column in ("conversations", "messages"):
-        if not is_empty(value := row.take(column)):
-            return read_messages(value, column, row)
-    for column in ("prompt", "question"):
-        if not is_empty(value := row.take(column)):
-            return [*_history(row), *_prompt(value, column, row)]
-    asked = row.take("instruction")
-    return [] if is_empty(asked) else [*_history(row), _instruction(asked, row)]
+def _thumbs(*, good_only: bool = False) -> Callable[[Keys], Chat]:
+    """Return the reader of labelled chats; of good ones alone it forgets the label."""
+
+    def read(row: Keys) -> Chat:
+        label = row.take("label")
+        if not is_thumb(label):
+            raise RowFault("bad_label", f"'label' should be true or false, it is {shown(label)}")
+        good = str(label).lower() in ("1", "true")
+        if good_only and not good:
+            raise RowFault(NOT_WANTED, "has a thumbs-down")
+        for column in MESSAGES:
+            if not is_empty(value := row.take(column)):
+                chat = _chat(row, read_messages(value, column, row))
+                break
+        else:
+            chat = _prompt_completion(row)
+        return chat if good_only else replace(chat, label=good)
+
+    return read
 
 
-def _ending(row: Keys, *columns: str) -> list[list[Message]]:
-    """Return the chats that end with the answers in these columns."""
-    said = {column: _reply(row.take(column), column, row) for column in columns}
-    answers = [one for one, turns in said.items() if turns[0]["role"] not in ("system", "user")]
-    before = _before(row) if answers else []
-    if answers and not before:
-        raise RowFault("no_prompt", f"has {answers[0]!r}, and no prompt before it")
-    return [[*before, *turns] if one in answers else turns for one, turns in said.items()]
+# The table.
 
 
-def _pair(row: Keys) -> Chat:
-    chosen, rejected = _ending(row, "chosen", "rejected")
-    if chosen == rejected:
-        raise RowFault("same_answers", "chosen and rejected are the same")
-    system = row.take(*SYSTEM)
-    return Chat(
-        _with_system(system, chosen),
-        _tools(row, [*chosen, *rejected]),
-        rejected=_with_system(system, rejected),
-    )
+def _format(
+    name: str,
+    kind: FormatKind,
+    read: Callable[[Keys], Chat],
+    shapes: Sequence[str],
+    example: DataRow,
+    more: str = "",
+    *,
+    detected: bool = True,
+) -> Format:
+    sets = tuple(frozenset(columns.split()) for columns in shapes)
+    beside = frozenset(() if kind == "text" else ("system", "tools", *more.split()))
+    return Format(name, kind, read, sets, beside, example, detected)
 
 
-def _chosen(row: Keys) -> Chat:
-    (messages,) = _ending(row, "chosen")
-    return _chat(row, messages)
-
-
-def _label(row: Keys) -> bool:
-    label = row.take("label")
-    if not is_thumb(label):
-        raise RowFault("bad_label", f"'label' should be true or false, it is {shown(label)}")
-    return str(label).lower() in ("1", "true")
-
-
-def _labelled(row: Keys) -> Chat:
-    for column in ("messages", "conversations"):
-        if not is_empty(value := row.take(column)):
-            return _chat(row, read_messages(value, column, row))
-    return _prompt_completion(row)
-
-
-def _thumbs(row: Keys) -> Chat:
-    return replace(_labelled(row), label=_label(row))
-
-
-def _thumbs_up(row: Keys) -> Chat:
-    if not _label(row):
-        raise RowFault(NOT_WANTED, "has a thumbs-down")
-    return _labelled(row)
-
-
-NOT_WANTED = "not_wanted"
-"""Fault of a row that the chosen format leaves out on purpose; it is not a bad row."""
-
-
-def _sets(*columns: str) -> tuple[Columns, ...]:
-    return tuple(frozenset(names.split()) for names in columns)
-
-
-_BESIDE, _WITH_HISTORY, _WITH_INPUT, _BEFORE = _sets(
-    "system tools",
-    "system tools history",
-    "system tools history input",
-    "system tools history input prompt conversations messages question instruction",
-)
-
-_PAIRS = _sets(
-    "chosen rejected",
-    "prompt chosen rejected",
-    "conversations chosen rejected",
-    "messages chosen rejected",
-    "question chosen rejected",
-)
-
-_THUMBS = _sets("messages label", "conversations label", "prompt completion label")
 _ANSWER = '{"command": "ping", "host": "nas"}'
-_MESSAGES = {
-    "messages": [
-        {"role": "user", "content": "Ping nas."},
-        {"role": "assistant", "content": _ANSWER},
-    ]
-}
-_TURNS = {
-    "conversations": [
-        {"from": "human", "value": "Ping nas."},
-        {"from": "gpt", "value": _ANSWER},
-    ]
-}
+_ASK, _REPLY = ({"role": "user", "content": "Ping nas."}, {"role": "assistant", "content": _ANSWER})
+_MESSAGES = {"messages": [_ASK, _REPLY]}
+_TURNS = [{"from": "human", "value": "Ping nas."}, {"from": "gpt", "value": _ANSWER}]
 _TASK = {"instruction": "Ping it.", "input": "nas", "output": '{"command": "ping"}'}
 _PROMPT = {"prompt": "Ping nas.", "completion": _ANSWER}
-_QUESTION = {
-    "question": "What does ping do?",
-    "answer": "It asks whether a host is there.",
-}
+_QUESTION = {"question": "What does ping do?", "answer": "It asks whether a host is there."}
 _PLAIN = {"text": "A nas keeps files for the whole network."}
-_PAIR = {
-    "prompt": "Ping nas.",
-    "chosen": '{"command": "ping"}',
-    "rejected": "What is a nas?",
-}
+_PAIR = {"prompt": "Ping nas.", "chosen": '{"command": "ping"}', "rejected": "What is a nas?"}
 _THUMB = {**_MESSAGES, "label": True}
 
+_PAIRS = ("chosen rejected", *(f"{column} chosen rejected" for column in ASKED))
+_LABELLED = ("messages label", "conversations label", "prompt completion label")
+_ANY = " ".join(("history", "input", *ASKED))
+_alpaca, _question = _exchange("instruction", "output"), _exchange("question", "answer")
 
 FORMATS: Table[Format] = Table(
     "format",
-    Format("messages", "chat", _chats("messages"), _sets("messages"), _BESIDE, _MESSAGES),
-    Format("sharegpt", "chat", _chats("conversations"), _sets("conversations"), _BESIDE, _TURNS),
-    Format("alpaca", "chat", _alpaca, _sets("instruction output"), _WITH_INPUT, _TASK),
-    Format(
-        *("prompt-completion", "chat", _prompt_completion),
-        *(_sets("prompt completion"), _WITH_HISTORY, _PROMPT),
+    _format("messages", "chat", _chats("messages"), ["messages"], _MESSAGES),
+    _format(
+        "sharegpt", "chat", _chats("conversations"), ["conversations"], {"conversations": _TURNS}
     ),
-    Format(
-        *("question-answer", "chat", _question_answer),
-        *(_sets("question answer"), _WITH_HISTORY, _QUESTION),
+    _format("alpaca", "chat", _alpaca, ["instruction output"], _TASK, "history input"),
+    _format(
+        "prompt-completion", "chat", _prompt_completion, ["prompt completion"], _PROMPT, "history"
     ),
-    Format("text", "text", _text, _sets("text"), frozenset(), _PLAIN),
-    Format("preference", "pairs", _pair, _PAIRS, _BEFORE, _PAIR),
-    Format("thumbs", "thumbs", _thumbs, _THUMBS, _BESIDE, _THUMB),
-    Format("chosen", "chat", _chosen, _sets("chosen"), _BEFORE, _PAIR, detected=False),
-    Format("thumbs-up", "chat", _thumbs_up, _THUMBS, _BESIDE, _THUMB, detected=False),
+    _format("question-answer", "chat", _question, ["question answer"], _QUESTION, "history"),
+    _format("text", "text", _text, ["text"], _PLAIN),
+    _format("preference", "pairs", _ending("chosen", "rejected"), _PAIRS, _PAIR, _ANY),
+    _format("thumbs", "thumbs", _thumbs(), _LABELLED, _THUMB),
+    _format("chosen", "chat", _ending("chosen"), ["chosen"], _PAIR, _ANY, detected=False),
+    _format("thumbs-up", "chat", _thumbs(good_only=True), _LABELLED, _THUMB, detected=False),
 )
+
+
+# Find.
+
+SYNONYMS = {
+    "messages": ("dialog", "dialogue", "chat", "conversation", "turns"),
+    "instruction": ("task", "query"),
+    "input": ("context",),
+    "output": ("response", "target", "result"),
+    "prompt": ("input", "query", "request", "user", "human", "source"),
+    "completion": ("response", "output", "reply", "target", "assistant", "answer"),
+    "question": ("query", "problem"),
+    "answer": ("response", "solution"),
+    "text": ("content", "body", "document"),
+    "chosen": ("preferred", "accepted"),
+    "system": SYSTEM,
+}
+"""Words that other data sets use for our columns."""
+
+
+def fitting(row: DataRow, used: Columns = frozenset()) -> list[Format]:
+    """Return the formats that a row may have; one with more columns hides those with fewer.
+
+    Args:
+        row: With its columns named as ours. A column without a value does not count.
+        used: Columns that the recipe maps; the format must use them all.
+    """
+    columns = frozenset(name for name, value in row.items() if value is not None)
+    if "label" in columns and not is_thumb(row["label"]):
+        columns -= {"label"}
+    return [FORMATS[name] for name in _fitting(columns, used)]
+
+
+@functools.lru_cache(maxsize=256)
+def _fitting(columns: Columns, used: Columns) -> tuple[str, ...]:
+    filled = [
+        (form, shape)
+        for form in FORMATS.values()
+        for shape in form.shapes
+        if form.detected and shape <= columns and used <= shape | form.optional
+    ]
+    largest = [form for form, shape in filled if not any(shape < other for _, other in filled)]
+    return tuple(dict.fromkeys(form.name for form in largest))
+
+
+def _paths(value: object, path: str = "", depth: int = 0) -> Iterator[str]:
+    """Yield the dotted paths of a row: columns, and what they hold (of a list, its first entry)."""
+    if path:
+        yield path
+    if depth >= 3:
+        return
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _paths(inner, f"{path}.{key}" if path else str(key), depth + 1)
+    elif isinstance(value, list) and value and not isinstance(value[0], str):
+        yield from _paths(value[0], f"{path}.0", depth + 1)
+
+
+def suggest_columns(row: DataRow) -> dict[str, str] | None:
+    """Return a mapping under which a row would fit a format; None if none is near.
+
+    >>> suggest_columns({"task": "Ping nas.", "runs": [{"output": "ok"}]})
+    {'instruction': 'task', 'output': 'runs.0.output'}
+    """
+    leaves = {path.rpartition(".")[2].lower(): path for path in reversed(list(_paths(row)))}
+
+    def path_of(column: str, *, near: bool) -> str | None:
+        """Return the path that ends with a column's name, a synonym, or a word spelled alike."""
+        names = [column, *SYNONYMS.get(column, ())]
+        names += difflib.get_close_matches(column, leaves, n=1, cutoff=0.8) if near else []
+        return next((leaves[name] for name in names if name in leaves), None)
+
+    best: dict[str, str] = {}
+    for form in FORMATS.values():
+        found = {name: path_of(name, near=True) for name in sorted(form.columns)}
+        used = {path for path in found.values() if path is not None}
+        if form.detected and len(used) == len(found) > len(best):
+            extra = {name: path_of(name, near=False) for name in sorted(form.optional)}
+            found |= {name: path for name, path in extra.items() if path not in used}
+            best = {name: path for name, path in found.items() if path is not None}
+    return best or None
