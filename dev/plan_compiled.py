@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strixft.bench.train import TrainBench, bench_config, bench_recipe
+from strixft.bench.train import Trial, bench_job
 from strixft.catalog.hosts import HOSTS, Budget
 
 PREDICTED = Path(__file__).with_name("plan-compiled-predicted.json")
@@ -48,10 +48,9 @@ GROUPS = [
 
 def predict(group: Group) -> list[dict[str, Any]]:
     """The choice, then its neighbours."""
-    recipe = bench_recipe(group.model, group.method, LENGTH, tokens_per_update=group.tokens)
-    limit = Budget(int(BUDGET_GB * 1e9), "--budget-gb")
-    config = bench_config(group.model)
-    bench = TrainBench(recipe, config, HOSTS["h200-141"], limit, group.updates)
+    host, limit = HOSTS["h200-141"], Budget(int(BUDGET_GB * 1e9), "--budget-gb")
+    job = bench_job(group.model, group.method, LENGTH, host, tokens_per_update=group.tokens)
+    bench = Trial(job, limit, group.updates)
     return [
         {
             "model": group.model,

@@ -22,7 +22,7 @@ def test_recipes_are_planned_for_a_host_and_a_failure_is_a_row(
         return real(recipe, "cpu")
 
     monkeypatch.setattr(page, "plan_figures", plan)
-    html = predict_training(["demo", "llama-3.1-8b-lora"]).html
+    html = predict_training(["demo", "llama-3.1-8b-lora"])
     assert "not planned: no such operator<" in html
     assert html.count(">predicted<") == 1
     assert html.count("<td>") == 2 * len(HEADER)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,19 @@ from test_cli import Type
 from test_cli import enter as enter
 
 from strixft.attention.backends import BACKENDS
-from strixft.bench import data, gemm, timing
-from strixft.bench.result import Measured, append, read_store, store_file
-from strixft.bench.run import BENCHES, run_bench, write_host_row
-from strixft.bench.timing import Sample
+from strixft.bench import data, kernels, timing
+from strixft.bench.run import (
+    BENCHES,
+    Bench,
+    Measured,
+    append,
+    read_store,
+    run_bench,
+    store_file,
+)
 from strixft.catalog.models import MODELS
-from strixft.formats.table import FORMATS
 from strixft.guard.host import find_host
-from strixft.support.errors import FitError, RecipeError, StageError, StrixftError
+from strixft.support.errors import FitError, HostError, RecipeError, StageError, StrixftError
 
 
 def test_an_unknown_bench_is_told_with_the_known_ones() -> None:
@@ -50,49 +56,56 @@ def test_both_preparations_train_the_same_answers(capsys: pytest.CaptureFixture[
         assert ours["cpu_ms_per_chat"] > 0
 
 
-def test_the_chats_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        rng = random.Random(1)
-        data.write_chats(tmp_path / name, 5, data.numbered_words(rng), lambda: 30)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert FORMATS["messages"].name == "messages"
+def test_without_trl_its_rows_are_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(HostError, match=r"TRL, .* is not installed") as caught:
+        run_bench("data", rows=40)
+    assert caught.value.fix == "pip install 'strixft[dev]'; or --no-peer"
+    rows = run_bench("data", rows=40, repeat=1, peer=False).rows
+    assert [row["preparation"] for row in rows] == ["strixft"] * 3
 
 
-def test_english_chats_have_about_300_tokens(tmp_path: Path) -> None:
-    import json
-
-    rng, tokenizer = random.Random(0), data.real_tokenizer()
-    word = data.real_words(rng, tokenizer)
-    path = data.write_chats(tmp_path / "x", 200, word, lambda: data.lengths_alike(rng))
+@pytest.mark.parametrize("kind", data.SETS)
+def test_chats_are_the_same_each_time_and_have_about_300_tokens(kind: str, tmp_path: Path) -> None:
+    tokenizer = data.embedded_tokenizer()
+    path, again = (data.write_chats(tmp_path / name, 200, kind, tokenizer) for name in "ab")
+    assert path.read_bytes() == again.read_bytes()
     texts = [
         tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
         for line in path.read_text().splitlines()
     ]
     tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"]) / 200
-    assert 280 < tokens < 360
+    assert 280 < tokens < 400
 
 
 # Timing.
 
 
-def test_a_sample_has_a_median_a_spread_and_a_difference_turn_by_turn() -> None:
-    sample = Sample((1.0, 4.0, 2.0))
-    assert (sample.median, sample.spread) == (2.0, 1.5)
-    assert sample.per(8).values == (8.0, 2.0, 4.0)
-    assert sample.beside(Sample((1.0, 2.0, 1.0))) == 1.0
-
-
-def test_ways_take_turns_and_short_work_is_repeated() -> None:
+def test_a_rate_has_a_median_a_spread_and_a_difference_turn_by_turn() -> None:
+    assert timing.columns("x", [1.0, 4.0, 2.0]) == {"x": 2.0, "spread": 1.5, "repeats": 3}
     order: list[str] = []
 
-    def measure(name: str) -> float:
-        order.append(name)
-        return 1.0
+    def measure(name: str, *seconds: float) -> Callable[[], float]:
+        left = iter(seconds)
 
-    timing.take_turns({"a": lambda: measure("a"), "b": lambda: measure("b")}, 2)
-    assert order == ["a", "b", "a", "b"]
+        def turn() -> float:
+            order.append(name)
+            return next(left)
+
+        return turn
+
+    ours, direct = measure("ours", 1.0, 4.0, 2.0), measure("direct", 1.0, 8.0, 2.0)
+    found = timing.rate_columns("per_s", 8.0, 3, ours, direct)
+    assert list(found) == ["per_s", "spread", "repeats", "direct_per_s", "off"]
+    assert list(found.values()) == [4.0, 1.5, 3, 4.0, 0.0]
+    assert order == ["ours", "direct"] * 3
+
+
+def test_short_work_is_repeated() -> None:
     calls: list[int] = []
-    timing.time_work(lambda: calls.append(1), "cpu", 2, check=True)
+    timing.work_columns("per_s", 1.0, 2, lambda: calls.append(1), "cpu", check=True)
     assert len(calls) == 3 + 2 * 2 * timing.MOST_CALLS
 
 
@@ -102,9 +115,8 @@ def test_sensors_that_are_not_there_are_left_out(tmp_path: Path) -> None:
     (device / "vendor").write_text("0x1002")
     (device / "hwmon/hwmon3/freq1_input").write_text("2900000000")
     (device / "hwmon/hwmon3/power1_average").write_text("85000000")
-    read = timing.sensors_of("cuda", tmp_path)
-    assert read() == {"clock_mhz": 2900, "power_w": 85}
-    with timing.watched(read) as seen:
+    assert timing.read_sensors("cuda", tmp_path) == {"clock_mhz": 2900, "power_w": 85}
+    with timing.watched(lambda: timing.read_sensors("cuda", tmp_path)) as seen:
         pass
     assert seen == {"clock_mhz": 2900, "power_w": 85}
 
@@ -125,13 +137,13 @@ def small_layers(monkeypatch: pytest.MonkeyPatch) -> str:
     }
     small = replace(MODELS["Qwen/Qwen3-4B"], name="small", config=config)
     monkeypatch.setitem(MODELS._rows, "small", small)
-    monkeypatch.setitem(gemm.SQUARES, "cpu", (64,))
+    monkeypatch.setitem(kernels.SQUARES, "cpu", (64,))
     monkeypatch.setattr(timing, "LEAST_TURN_S", 0.001)
     return "small"
 
 
 def test_layers_of_a_model_stand_once_each() -> None:
-    assert gemm.layer_shapes("meta-llama/Llama-3.1-8B-Instruct", 512) == {
+    assert kernels.layer_shapes("meta-llama/Llama-3.1-8B-Instruct", 512) == {
         "q_proj": (512, 4096, 4096),
         "k_proj": (512, 4096, 1024),
         "up_proj": (512, 4096, 14336),
@@ -140,12 +152,12 @@ def test_layers_of_a_model_stand_once_each() -> None:
     }
 
 
-@pytest.mark.parametrize("layout", gemm.LAYOUTS)
+@pytest.mark.parametrize("layout", kernels.LAYOUTS)
 def test_a_layout_multiplies_as_autograd_does(layout: str) -> None:
     import torch
 
     shape = (3, 4, 5)
-    left, right = gemm.operands(shape, layout, "cpu", torch.float64)
+    left, right = kernels.operands(shape, layout, "cpu", torch.float64)
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     y = torch.nn.functional.linear(x, weight)
     y.sum().backward()
@@ -164,7 +176,7 @@ def test_products_are_measured_in_every_layout_beside_torch_alone(small_layers: 
         assert row["tflop_per_s"] > 0
         assert row["direct_tflop_per_s"] > 0
         assert row["share_of_peak"] is None
-    assert {row["layout"] for row in result.rows} == set(gemm.LAYOUTS)
+    assert {row["layout"] for row in result.rows} == set(kernels.LAYOUTS)
 
 
 def test_a_dtype_that_is_not_measured_is_refused() -> None:
@@ -187,10 +199,8 @@ def test_buffers_that_do_not_fit_are_refused() -> None:
 
 
 def test_measured_rates_become_the_hosts(small_layers: str) -> None:
-    bandwidth = run_bench("bandwidth", size_gib=0.01, repeat=1)
-    products = run_bench("gemm", model=small_layers, tokens=16, repeat=1)
-    write_host_row(bandwidth)
-    write_host_row(products)
+    bandwidth = run_bench("bandwidth", size_gib=0.01, repeat=1, host_row=True)
+    products = run_bench("gemm", model=small_layers, tokens=16, repeat=1, host_row=True)
     host = find_host("auto")
     assert host.bandwidth_bytes_per_s is not None
     assert host.bandwidth_bytes_per_s.value == pytest.approx(bandwidth.rows[0]["gb_per_s"] * 1e9)
@@ -204,7 +214,7 @@ def test_measured_rates_become_the_hosts(small_layers: str) -> None:
 
 
 def test_a_model_is_decoded_from_an_empty_cache_and_behind_a_prompt(tiny_model: Path) -> None:
-    write_host_row(run_bench("bandwidth", size_gib=0.01, repeat=1))
+    run_bench("bandwidth", size_gib=0.01, repeat=1, host_row=True)
     result = run_bench("decode", model=str(tiny_model), new_tokens=16, depth=64, repeat=2)
     first, behind = result.rows
     assert [row["test"] for row in result.rows] == ["tg16", "tg16@d64"]
@@ -308,7 +318,7 @@ def test_results_are_appended_and_read_again() -> None:
 def test_lines_of_another_version_are_kept_and_named() -> None:
     append(measured())
     with store_file().open("a") as file:
-        file.write(json.dumps(measured(format=9).to_dict()) + "\n[1]\n")
+        file.write(json.dumps({**measured().model_dump(), "format": 9}) + "\n[1]\n")
     append(measured(seconds=2.0))
     stored = read_store()
     assert [result.seconds for result in stored.results] == [1.0, 2.0]
@@ -316,7 +326,7 @@ def test_lines_of_another_version_are_kept_and_named() -> None:
         "line 2",
         "line 3",
     ]
-    assert "format 9, not 1" in stored.left_out[0]
+    assert "format: Input should be 1" in stored.left_out[0]
     assert len(store_file().read_text().splitlines()) == 4
 
 
@@ -335,10 +345,10 @@ def test_a_line_that_was_cut_off_does_not_spoil_the_next() -> None:
 
 @pytest.mark.parametrize("name", BENCHES)
 def test_every_option_of_a_bench_has_a_default_and_a_help(name: str) -> None:
-    options = BENCHES[name].options
-    assert options.__doc__
-    assert options.model_fields
-    for field in options.model_fields.values():
+    bench = BENCHES[name].load()
+    assert bench.__doc__ != Bench.__doc__
+    assert set(bench.model_fields) > set(Bench.model_fields)
+    for field in bench.model_fields.values():
         assert field.description
         assert type(field.default) is field.annotation
 
@@ -429,17 +439,13 @@ def test_attention_is_tried_anew_and_every_way_has_a_verdict(tiny_model: Path) -
 
 
 def test_neighbours_of_a_choice_fit_and_are_others() -> None:
-    from strixft.bench.train import TrainBench, bench_config, bench_recipe
+    from strixft.bench.train import Trial, bench_job
     from strixft.catalog.hosts import HOSTS, Budget
 
-    recipe = bench_recipe(
-        "meta-llama/Llama-3.2-1B-Instruct", "qlora", 512, tokens_per_update=4096, compile="none"
-    )
-    config, limit = (
-        bench_config("meta-llama/Llama-3.2-1B-Instruct"),
-        Budget(4 * 10**9, "--budget-gb"),
-    )
-    bench = TrainBench(recipe, config, HOSTS["h200-141"], limit, updates=1)
+    model, host = "meta-llama/Llama-3.2-1B-Instruct", HOSTS["h200-141"]
+    job = bench_job(model, "qlora", 512, host, tokens_per_update=4096, compile="none")
+    limit = Budget(4 * 10**9, "--budget-gb")
+    bench = Trial(job, limit, updates=1)
     runs = bench.plans(4)
     assert len({(run.shape.rows, run.recomputed_layers) for run in runs}) == len(runs) == 5
     assert max(run.reserved_bytes for run in runs) <= limit.num_bytes

@@ -13,9 +13,8 @@ import pytest
 from conftest import EMBEDDED
 from http_server import Cut, serving
 
-from strixft.bench.result import read_store
-from strixft.bench.run import run_bench
-from strixft.bench.served import find_api, find_model
+from strixft.bench.backends import find_api, find_model
+from strixft.bench.run import read_store, run_bench
 from strixft.support.errors import HostError, RecipeError, StrixftError
 
 MODELS = {"data": [{"id": "tiny"}]}

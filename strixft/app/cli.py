@@ -433,7 +433,7 @@ class _Benches(TyperGroup):
             return self.commands[cmd_name]
         from strixft.bench.run import bench_command
 
-        return bench_command(cmd_name, _run_bench, debug=Debug)
+        return bench_command(cmd_name, _run_bench, as_json=AsJson, debug=Debug)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         from strixft.bench.run import BENCHES
@@ -453,16 +453,16 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 
-def _run_bench(
-    name: str, settings: dict[str, Any], *, save: bool, as_json: bool, host_row: bool = False
-) -> None:
-    from strixft.bench.run import run_bench, write_host_row
+def _run_bench(name: str, settings: dict[str, Any], *, as_json: bool, debug: bool) -> None:
+    from strixft.bench.run import run_bench
+    from strixft.catalog.rates import hosts_file
 
-    result = run_bench(name, save=save, **settings)
-    if host_row:
-        _note(f"rates for planning: {write_host_row(result)}")
+    del debug  # its own callback has seen it
+    result = run_bench(name, **settings)
+    if settings.get("host_row"):
+        _note(f"rates for planning: {hosts_file()}")
     if as_json:
-        _print_json(result.to_dict())
+        _print_json(result.model_dump())
         return
     _print_table(*result.table())
     for text in result.details():

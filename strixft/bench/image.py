@@ -13,19 +13,17 @@ from typing import Any
 
 from pydantic import Field
 
-from strixft.bench.result import BenchRow, Options
-from strixft.bench.served import find_model
-from strixft.bench.timing import Sample
+from strixft.bench.backends import find_model
+from strixft.bench.run import Bench, BenchRow
+from strixft.bench.timing import columns
 from strixft.catalog.rates import data_folder
 from strixft.support.errors import HostError, RecipeError
 from strixft.support.http import ask, base_url
 
-PNG = b"\x89PNG\r\n\x1a\n"
-
 NOT_PUBLISHED = "No measured time of Z-Image-Turbo on gfx1151 was found published."
 
 
-class ImageOptions(Options):
+class Image(Bench):
     """Time images of /v1/images/generations.
 
     No time of Z-Image-Turbo on gfx1151 is published.
@@ -46,6 +44,51 @@ class ImageOptions(Options):
     )
     repeat: int = Field(3, ge=1, description="Images, after one to warm up.")
     folder: str = Field("", description="Folder for images; empty: images in the data folder.")
+
+    def measure(self) -> list[BenchRow]:
+        """Time images of one server or several.
+
+        Raises:
+            RecipeError: The size is not width x height.
+        """
+        if not re.fullmatch(r"\d+x\d+", self.size):
+            raise RecipeError(f"{self.size!r} is not the size of an image", fix="--size 512x512")
+        folder = Path(self.folder).expanduser() if self.folder else data_folder() / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for number, word in enumerate(self.server.split(","), start=1):
+            name, named, address = word.strip().rpartition("=")
+            name = re.sub(r"\W", "-", name) if named else f"server-{number}"
+            rows.append(self._row(name, base_url(address), folder))
+        return rows
+
+    def _row(self, name: str, url: str, folder: Path) -> BenchRow:
+        body: dict[str, Any] = {
+            "model": find_model(url, self.model),
+            "prompt": self.prompt,
+            "size": self.size,
+            "n": 1,  # Lemonade allows no more
+            "response_format": "b64_json",
+            **({"steps": self.steps} if self.steps else {}),
+        }
+        _image(url, {**body, "seed": 0})  # loads the model
+        stamp, taken, size = datetime.now(UTC).strftime("%Y%m%dT%H%M%S"), list[float](), ""
+        for seed in range(1, self.repeat + 1):
+            image, seconds = _image(url, {**body, "seed": seed})
+            size = image_size(image)
+            (folder / f"{name}-{stamp}-{seed}.png").write_bytes(image)
+            taken.append(seconds)
+        figures = columns("seconds", taken)
+        return {
+            "backend": name,
+            "model": body["model"],
+            "server": url,
+            "size": size,
+            "steps": self.steps or None,
+            **figures,
+            "seconds_per_step": figures["seconds"] / self.steps if self.steps else None,
+            "pictures": str(folder),
+        }
 
 
 def _image(url: str, body: dict[str, Any]) -> tuple[bytes, float]:
@@ -68,56 +111,8 @@ def image_size(image: bytes) -> str:
     Raises:
         HostError: It is not an image.
     """
-    if image.startswith(PNG) and len(image) > 24:
+    if image.startswith(b"\x89PNG\r\n\x1a\n") and len(image) > 24:
         return "{}x{}".format(*struct.unpack(">II", image[16:24]))
     if image.startswith((b"\xff\xd8", b"RIFF")):
         return "not PNG"
     raise HostError("the server sent bytes that are not an image", fix="look at the server's log")
-
-
-def _row(name: str, url: str, options: ImageOptions, folder: Path) -> BenchRow:
-    model = find_model(url, options.model)
-    body: dict[str, Any] = {
-        "model": model,
-        "prompt": options.prompt,
-        "size": options.size,
-        "n": 1,  # Lemonade allows no more
-        "response_format": "b64_json",
-        **({"steps": options.steps} if options.steps else {}),
-    }
-    _image(url, {**body, "seed": 0})  # loads the model
-    stamp, seconds, size = datetime.now(UTC).strftime("%Y%m%dT%H%M%S"), list[float](), ""
-    for seed in range(1, options.repeat + 1):
-        image, took = _image(url, {**body, "seed": seed})
-        size = image_size(image)
-        (folder / f"{name}-{stamp}-{seed}.png").write_bytes(image)
-        seconds.append(took)
-    sample = Sample(tuple(seconds))
-    return {
-        "backend": name,
-        "model": model,
-        "server": url,
-        "size": size,
-        "steps": options.steps or None,
-        **sample.columns("seconds"),
-        "seconds_per_step": sample.median / options.steps if options.steps else None,
-        "pictures": str(folder),
-    }
-
-
-def bench_image(options: ImageOptions) -> list[BenchRow]:
-    """Time images of one server or several.
-
-    Raises:
-        RecipeError: The size is not width x height.
-    """
-    if not re.fullmatch(r"\d+x\d+", options.size):
-        raise RecipeError(f"{options.size!r} is not the size of an image", fix="--size 512x512")
-    folder = Path(options.folder).expanduser() if options.folder else data_folder() / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number, word in enumerate(options.server.split(","), start=1):
-        name, named, address = word.strip().rpartition("=")
-        name = re.sub(r"\W", "-", name) if named else f"server-{number}"
-        rows.append(_row(name, base_url(address), options, folder))
-    return rows

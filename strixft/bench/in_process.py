@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from strixft.bench.generation import Generation
+from strixft.bench.backends import Backend, Generation
 from strixft.bench.roofline import CACHE_BYTES
 from strixft.bench.timing import synchronize
 from strixft.catalog.hosts import Host, budget
@@ -30,35 +30,37 @@ from strixft.train.stage import ADAPTER, Trained
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class Loaded(Backend):
     """A model on this device."""
 
-    model: Any
-    name: str
-    variant: str
-    """`base`, `adapter` or `merged`."""
     host: Host
     load_s: float
 
-    @property
-    def label(self) -> dict[str, Any]:
-        """The columns that name it."""
-        names = {"backend": "transformers", "model": self.name, "variant": self.variant}
-        return {**names, "server": None}
+    @classmethod
+    def of(cls, model: Any, name: str, variant: str, host: Host, load_s: float) -> Self:
+        """Count what a model reads for one token.
 
-    @property
-    def read_parameters(self) -> float:
-        """Parameters used for one token."""
-        return sum(count for count, _ in _read(self.model))
-
-    def bytes_per_token(self, depth: int) -> float:
-        """Return the bytes of those parameters and of the cache."""
-        config = self.model.config.get_text_config()
+        Args:
+            model: On the device.
+            name: Hub id, folder or embedded model.
+            variant: `base`, `adapter` or `merged`.
+            host: This machine.
+            load_s: Seconds that loading took.
+        """
+        config, read = model.config.get_text_config(), list(_read(model))
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        size = CACHE_BYTES if self.host.device == "cuda" else 4
-        cache = depth * size * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-        return float(sum(num_bytes for _, num_bytes in _read(self.model)) + cache)
+        size = CACHE_BYTES if host.device == "cuda" else 4
+        cache = size * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        return cls(
+            model=model,
+            label={"backend": "transformers", "model": name, "variant": variant, "server": None},
+            host=host,
+            load_s=load_s,
+            read_parameters=sum(count for count, _ in read),
+            read_bytes=sum(num_bytes for _, num_bytes in read),
+            cache_bytes_per_position=cache,
+        )
 
     def prompt(self, tokens: int, seed: int) -> Tensor:
         """Return random tokens, (1, T), like llama-bench."""
@@ -106,6 +108,25 @@ def decode(model: Any, token: Tensor, cache: Any, count: int) -> Tensor:
     return token
 
 
+@torch.no_grad()
+def bare_seconds(model: Any, ids: Tensor, new_tokens: int) -> float:
+    """Time an answer by torch and transformers alone, with one clock around it, for `--check`.
+
+    Args:
+        model: A causal language model.
+        ids: Prompt, (1, T).
+        new_tokens: Tokens of the answer.
+    """
+    synchronize(ids.device.type)
+    start = time.perf_counter()
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    for _ in range(new_tokens - 1):
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+    synchronize(ids.device.type)
+    return time.perf_counter() - start
+
+
 def _read(model: Any) -> Iterator[tuple[float, float]]:
     """Yield count and bytes of each parameter read for one token."""
     base = base_of(model)
@@ -149,9 +170,9 @@ def load_model(name: str, method: str) -> Iterator[Loaded]:
         method: Training method, as which its weights are stored.
     """
     settings = {"model": name, "method": method, "dataset": {"source": "-"}}
-    recipe, host = check_recipe(settings, name="bench"), find_host("auto")
-    model, load_s = _load(recipe, host)
-    yield Loaded(model=model, name=name, variant="base", host=host, load_s=load_s)
+    host = find_host("auto")
+    model, load_s = _load(check_recipe(settings, name="bench"), host)
+    yield Loaded.of(model, name, "base", host, load_s)
 
 
 def load_run(run_name: str) -> Iterator[Loaded]:
@@ -167,32 +188,9 @@ def load_run(run_name: str) -> Iterator[Loaded]:
             f"run {run.name} has no adapter in {folder}",
             fix=f"{run.resume_command} --to train, or --model with a folder",
         )
-    host = find_host("auto")
+    host, name = find_host("auto"), run.recipe.model
     model, load_s = _load(run.recipe, host)
-    base = Loaded(model=model, name=run.recipe.model, variant="base", host=host, load_s=load_s)
-    yield base
+    yield Loaded.of(model, name, "base", host, load_s)
     adapted: Any = load_adapter(model, folder).eval()
-    yield replace(base, model=adapted, variant="adapter")
-    yield replace(base, model=adapted.merge_and_unload().eval(), variant="merged")
-
-
-@torch.no_grad()
-def bare_seconds(model: Any, ids: Tensor, new_tokens: int) -> float:
-    """Time the same answer by transformers alone, with one clock around it, for `--check`.
-
-    Args:
-        model: A causal language model.
-        ids: Prompt, (1, T).
-        new_tokens: Tokens of the answer.
-    """
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1:].argmax(-1)
-    for _ in range(new_tokens - 1):
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    yield Loaded.of(adapted, name, "adapter", host, load_s)
+    yield Loaded.of(adapted.merge_and_unload().eval(), name, "merged", host, load_s)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strixft.bench.image import NOT_PUBLISHED
 from strixft.bench.published import REFERENCE, Figure, expect_decode, figures, first_guide
-from strixft.bench.result import Stored, read_store
 from strixft.bench.roofline import FLOP_PER_TOKEN, WEIGHTS, compute_ceiling, file_bytes, weights_of
+from strixft.bench.run import Stored, read_store
 from strixft.catalog.hosts import HOSTS
 from strixft.catalog.models import MODELS
 from strixft.plan.result import plan_figures
 from strixft.recipe.load import load_recipe
 from strixft.support import html
+from strixft.support.html import Markup
 from strixft.support.progress import progress_bar
 from strixft.support.units import format_figure, format_number, format_seconds
 
@@ -49,16 +49,6 @@ Model = tuple[str, str, float | None]
 """Name, quantisation, size of the file in 10⁹ bytes."""
 
 
-@dataclass(frozen=True)
-class Html:
-    """Markup that a notebook shows."""
-
-    html: str
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-
 def compare_cell(model: Model, host: str) -> str:
     """Return the best measured rate of a model on a host, or the rate that the roofline allows."""
     name, quantisation, file_gb = model
@@ -69,50 +59,56 @@ def compare_cell(model: Model, host: str) -> str:
         and (row.host, row.mark != "claimed") == (host, True)
     ]
     best = max(rows, key=lambda row: row.value or 0, default=None)
-    if best is not None and best.value is not None and best.ceiling is not None:
-        share = best.ceiling.share(best.value)
-        return f"{best.value:g} [{LETTERS[best.mark]}] ({share:.2f})"
+    if best and best.share is not None:
+        return f"{best.value:g} [{LETTERS[best.mark]}] ({best.share:.2f})"
     size = file_bytes(WEIGHTS[name], quantisation, file_gb)
     if size > HOSTS[host].memory_bytes.value:
         return f"does not fit: {size / 1e9:.3g} GB"
-    if quantisation.startswith(SPARK_FORMATS) and host != SPARK:
-        return "–"
-    expected = expect_decode(name, quantisation, host, file_gb)
+    other = quantisation.startswith(SPARK_FORMATS) and host != SPARK
+    expected = None if other else expect_decode(name, quantisation, host, file_gb)
     if expected is None:
         return "–"
-    return f"≈ {expected.tok_per_s:.3g} ({expected.low:.3g}–{expected.high:.3g}) [D]"
+    low, median, high = expected
+    return f"≈ {median:.3g} ({low:.3g}–{high:.3g}) [D]"
 
 
-def compared_models() -> list[Model]:
-    """Return the models measured on at least one host or named by the first guide."""
-    rows = [row for row in figures() if row.figure == "decode"]
-    rows.sort(key=lambda row: COMPARED.index(row.host))
-    found: dict[tuple[str, str], float | None] = {}
-    for row in rows:
-        if row.mark != "claimed" or row in first_guide():
-            found.setdefault((row.model, row.quantisation), row.file_gb)
-    return [(name, quantisation, size) for (name, quantisation), size in found.items()]
+def _source(url: str) -> Markup:
+    host = url.removeprefix("https://").removeprefix("github.com/").partition("/")[0]
+    return html.link(url, host)
 
 
-def _linked(rows: list[list[str]], header: list[str], here: int = 0) -> Html:
-    """Make a table whose last column holds addresses.
+class Point(NamedTuple):
+    """A decode figure as a picture shows it."""
 
-    The first `here` rows are this machine's: they are highlighted and have no address.
-    """
-    cells = [[*row[:-1], f"@{number}@"] for number, row in enumerate(rows)]
-    markup = html.table(cells, header).replace("<tr><td>", '<tr class="here"><td>', here)
-    for number, row in enumerate(rows):
-        url = row[-1]
-        host = url.removeprefix("https://").removeprefix("github.com/").partition("/")[0]
-        link = f'<a href="{escape(url, quote=True)}">{escape(host)}</a>'
-        markup = markup.replace(f"@{number}@", escape(url) if number < here else link)
-    return Html(markup)
+    host: str
+    mark: str
+    tok_per_s: float
+    gb_per_token: float
+    ceiling_tok_per_s: float | None
 
 
-def _share(row: Figure | None) -> str:
-    """Format a figure as a share of its ceiling."""
-    known = row is not None and row.ceiling is not None and row.value is not None
-    return format_figure(row.ceiling.share(row.value) if known else None)  # type: ignore[union-attr, arg-type]
+HERE = "this machine"
+
+COLOURS = {"v100-32": "#64748b", "strix-halo-128": "#c2410c", SPARK: "#15803d", HERE: "#1d4ed8"}
+
+MARKERS = {"measured": "o", "vendor": "s", "derived": "s", "claimed": "x"}
+
+
+def _picture(figure: Any, points: Iterable[tuple[Point, float]], x: str, y: str) -> Markup:
+    """Draw points by host (colour) and mark (marker) at a place on the x axis, and the scales."""
+    (axes,), groups = figure.axes, dict[tuple[str, str], list[tuple[float, float]]]()
+    for point, place in points:
+        groups.setdefault(point[:2], []).append((place, point.tok_per_s))
+    for (host, mark), places in sorted(groups.items()):
+        marker, size = ("*", 110) if host == HERE else (MARKERS[mark], 26)
+        style = {"color": COLOURS[host], "marker": marker, "s": size, "zorder": 3}
+        axes.scatter(*zip(*places, strict=True), **style, label=f"{host}, {mark}")
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(color=html.FAINT, linewidth=0.4)
+    axes.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return Markup(html.picture(figure, f"{y} over {x}"))
 
 
 @dataclass(frozen=True)
@@ -122,49 +118,83 @@ class Benchmarks:
     stored: Stored
 
     def _repr_html_(self) -> str:
-        return self.compared().html
+        return self.compared()
 
-    def compared(self) -> Html:
+    def compared(self) -> Markup:
         """Return models by host, the V100 first."""
-        rows = [
-            [f"{model[0]}, {model[1]}", *(compare_cell(model, host) for host in COMPARED)]
-            for model in compared_models()
+        rows = [row for row in figures() if row.figure == "decode"]
+        rows.sort(key=lambda row: COMPARED.index(row.host))
+        found: dict[tuple[str, str], float | None] = {}
+        for row in rows:
+            if row.mark != "claimed" or row in first_guide():
+                found.setdefault((row.model, row.quantisation), row.file_gb)
+        cells = [
+            [", ".join(name), *(compare_cell((*name, size), host) for host in COMPARED)]
+            for name, size in found.items()
         ]
-        return Html(html.note(KEY) + html.table(rows, ["model", *COMPARED]))
+        return Markup(html.note(KEY) + html.table(cells, ["model", *COMPARED]))
 
-    def roofline(self) -> Html:
+    def roofline(self) -> Markup:
         """Draw every decode figure under its host's line, or above it."""
-        return Html(draw_roofline(figures(), self.points()))
+        figure, axes = html.new_figure(8.4, 4.4)
+        points = self.points()
+        ends = (min(1.0, *(point.gb_per_token for point in points)), 80.0)
+        for host in COMPARED:
+            if bus := HOSTS[host].bus_bytes_per_s:
+                rates = [bus.value / 1e9 / gigabytes for gigabytes in ends]
+                axes.plot(ends, rates, color=COLOURS[host], linewidth=1.2, label=f"{host}, at most")
+        placed = [(point, point.gb_per_token) for point in points]
+        return _picture(figure, placed, "GB of weights read for a token", "tokens/s, decoding")
 
-    def against_ceiling(self) -> Html:
-        """Draw every decode figure against its ceiling."""
-        return Html(draw_against_ceiling(figures(), self.points()))
+    def against_ceiling(self) -> Markup:
+        """Draw every decode figure against its ceiling; above the line it cannot be true."""
+        figure, axes = html.new_figure(8.4, 4.4)
+        ends = (1.0, 400.0)
+        axes.plot(ends, ends, color=html.INK, linewidth=1.2)
+        axes.fill_between(ends, ends, [1000, 1000], color="#fee2e2", zorder=0)
+        axes.text(1.3, 250, "cannot be true", color="#b91c1c", fontsize=9)
+        axes.set(xlim=ends, ylim=ends)
+        placed = [(p, p.ceiling_tok_per_s) for p in self.points() if p.ceiling_tok_per_s]
+        return _picture(figure, placed, "ceiling, tokens/s", "tokens/s as published")
 
-    def claims(self) -> Html:
+    def points(self) -> list[Point]:
+        """Return the decode figures of the pictures, this machine's last."""
+        published = [
+            Point(row.host, row.mark, row.value, ceiling.per_token / 1e9, ceiling.tok_per_s)
+            for row in figures()
+            if row.figure == "decode" and row.value and (ceiling := row.ceiling)
+        ]
+        keys = ("tok_per_s", "gb_per_token", "ceiling_tok_per_s")
+        return published + [
+            Point(HERE, "measured", *(row[key] for key in keys))
+            for result in self.stored.results
+            for row in result.rows
+            if row.get("gb_per_token")
+        ]
+
+    def claims(self) -> Markup:
         """Return the first guide's table, cell by cell, with the arithmetic."""
         rows = [
             [
-                row.model,
-                row.host,
-                format_figure(row.value),
-                row.verdict or "",
+                *(row.model, row.host, format_figure(row.value), row.verdict or ""),
                 row.ceiling.arithmetic(row.value) if row.ceiling else "",
                 compare_cell((row.model, row.quantisation, row.file_gb), row.host),
             ]
             for row in first_guide()
         ]
         header = ["model", "host", "first guide", "verdict", "arithmetic", "instead"]
-        return Html(html.table(rows, header))
+        return Markup(html.table(rows, header))
 
-    def decode(self) -> Html:
+    def decode(self) -> Markup:
         """Return every published decode figure with its source."""
         return self._rates("decode")
 
-    def prefill(self) -> Html:
+    def prefill(self) -> Markup:
         """Return every published prefill figure with its source."""
         return self._rates("prefill")
 
-    def _rates(self, kind: str) -> Html:
+    def _rates(self, kind: str) -> Markup:
+        """Return rates as a table; this machine's stand first, highlighted."""
         here = list(self._rates_here(kind))
         published = [
             [
@@ -172,18 +202,18 @@ class Benchmarks:
                 row.host,
                 f"{format_figure(row.value)} [{LETTERS[row.mark]}]",
                 format_figure(row.ceiling and row.ceiling.tok_per_s),
-                _share(row),
+                format_figure(row.share),
                 row.verdict or "",
                 row.settings,
-                row.source,
+                _source(row.source),
             ]
             for row in figures()
             if row.figure == kind
         ]
-        return _linked(here + published, RATE_HEADER, len(here))
+        table = html.table(here + published, RATE_HEADER)
+        return Markup(table.replace("<tr><td>", '<tr class="here"><td>', len(here)))
 
     def _rates_here(self, kind: str) -> Iterator[list[str]]:
-        """Yield this machine's rows in the columns of the published ones."""
         for result in self.stored.results:
             for row in result.rows if result.bench == kind else []:
                 yield [
@@ -196,7 +226,7 @@ class Benchmarks:
                     f"strixft bench {kind}, {result.started[:10]}",
                 ]
 
-    def training(self) -> Html:
+    def training(self) -> Markup:
         """Return published time and memory of training, and rates against the matrix units."""
         runs: dict[tuple[str, ...], dict[str, Figure]] = {}
         for row in figures():
@@ -204,43 +234,28 @@ class Benchmarks:
                 key = (row.model, row.method, row.host, row.source)
                 runs.setdefault(key, {})[row.figure] = row
         rows = []
-        for (model, method, host, source), run in runs.items():
+        for (*names, source), run in runs.items():
             first, rate = next(iter(run.values())), run.get("train_tok_per_s")
             peak, seconds = run.get("train_peak_gb"), run.get("train_seconds")
             memory = "–" if peak is None else format_figure(peak.value or "out of memory")
             rows.append(
                 [
-                    model,
-                    method,
-                    host,
-                    memory,
-                    format_seconds(seconds.value if seconds else None),
+                    *(*names, memory, format_seconds(seconds.value if seconds else None)),
                     format_number(rate.value if rate else None, 0),
-                    _share(rate),
+                    format_figure(rate and rate.share),
                     (rate and rate.verdict) or "",
-                    LETTERS[first.mark],
-                    first.settings,
-                    source,
+                    *(LETTERS[first.mark], first.settings, _source(source)),
                 ]
             )
-        return _linked(rows, [*TRAINING_HEADER, "settings", "source"])
+        return Markup(html.table(rows, [*TRAINING_HEADER, "settings", "source"]))
 
-    def here(self) -> Html:
+    def here(self) -> Markup:
         """Return the results of this machine."""
         markup = "".join(html.warning(text) for text in self.stored.left_out)
         if not self.stored.results:
-            return Html(markup + html.note("Nothing was measured here yet: strixft bench decode"))
+            return Markup(markup + html.note("Nothing was measured here yet: strixft bench decode"))
         latest = {(result.bench, result.host["device"]): result for result in self.stored.results}
-        return Html(markup + "".join(result._repr_html_() for result in latest.values()))
-
-    def points(self) -> list[Point]:
-        """Return this machine's decode figures, for the pictures."""
-        return [
-            (row["gb_per_token"], row["tok_per_s"], row["ceiling_tok_per_s"])
-            for result in self.stored.results
-            for row in result.rows
-            if row.get("gb_per_token")
-        ]
+        return Markup(markup + "".join(result._repr_html_() for result in latest.values()))
 
     def page(self) -> str:
         """Return all of it as one page of HTML."""
@@ -253,9 +268,9 @@ class Benchmarks:
             "Prompts": self.prefill(),
             "Training": self.training(),
             "This machine": self.here(),
-            "Images": Html(html.note(NOT_PUBLISHED)),
+            "Images": html.note(NOT_PUBLISHED),
         }
-        body = "".join(f"<h2>{title}</h2>{part.html}" for title, part in parts.items())
+        body = "".join(f"<h2>{title}</h2>{part}" for title, part in parts.items())
         lead = "Published figures with source and mark, each beside the most that memory allows."
         return html.page("Benchmarks", lead, body, width_rem=80)
 
@@ -269,110 +284,27 @@ def open_benchmarks() -> Benchmarks:
     return Benchmarks(read_store())
 
 
-# Pictures.
-
-COLOURS = {"v100-32": "#64748b", "strix-halo-128": "#c2410c", "dgx-spark": "#15803d"}
-
-HERE = "#1d4ed8"
-"""Colour of this machine."""
-
-MARKERS = {"measured": "o", "vendor": "s", "derived": "s", "claimed": "x"}
-
-LEAST_GB, MOST_GB = 1.0, 80.0
-
-
-Point = tuple[float, float, float | None]
-"""One decode figure of this machine: GB a token, tokens per second, ceiling."""
-
-
-def _mark_points(
-    axes: Any,
-    rows: Iterable[Figure],
-    place: Callable[[Any], tuple[float, float]],
-    here: Sequence[tuple[float, float]],
-) -> None:
-    """Draw decode figures by host (colour) and mark (marker), then this machine's."""
-    drawn = [row for row in rows if row.figure == "decode" and row.value and row.ceiling]
-    for host, colour in COLOURS.items():
-        for mark, marker in MARKERS.items():
-            places = [place(row) for row in drawn if (row.host, row.mark) == (host, mark)]
-            style = {"color": colour, "marker": marker, "s": 26, "zorder": 3}
-            if places:
-                axes.scatter(*zip(*places, strict=True), **style, label=f"{host}, {mark}")
-    if here:
-        style = {"color": HERE, "marker": "*", "s": 110, "zorder": 4}
-        axes.scatter(*zip(*here, strict=True), **style, label="this machine, measured")
-
-
-def _finish(axes: Any, x: str, y: str) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(color=html.FAINT, linewidth=0.4)
-    axes.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
-
-
-def draw_roofline(rows: Iterable[Figure], here: Sequence[Point]) -> str:
-    """Draw tokens per second over the bytes read for each, with the line of each host."""
-    figure, axes = html.new_figure(8.4, 4.4)
-    ends = (min([LEAST_GB, *(gigabytes for gigabytes, _, _ in here)]), MOST_GB)
-    for host, colour in COLOURS.items():
-        if bus := HOSTS[host].bus_bytes_per_s:
-            rates = [bus.value / 1e9 / gigabytes for gigabytes in ends]
-            axes.plot(ends, rates, color=colour, linewidth=1.2, label=f"{host}, at most")
-    stars = [(gigabytes, rate) for gigabytes, rate, _ in here]
-    _mark_points(axes, rows, lambda row: (row.ceiling.per_token / 1e9, row.value), stars)
-    _finish(axes, "GB of weights read for a token", "tokens/s, decoding")
-    return html.picture(figure, "tokens per second over bytes read, with each host's roofline")
-
-
-def draw_against_ceiling(rows: Iterable[Figure], here: Sequence[Point]) -> str:
-    """Draw figures against their ceilings; a figure above the line cannot be true."""
-    figure, axes = html.new_figure(8.4, 4.4)
-    ends = (1.0, 400.0)
-    axes.plot(ends, ends, color=html.INK, linewidth=1.2)
-    axes.fill_between(ends, ends, [1000, 1000], color="#fee2e2", zorder=0)
-    axes.text(1.3, 250, "cannot be true", color="#b91c1c", fontsize=9)
-    stars = [(ceiling, rate) for _, rate, ceiling in here if ceiling]
-    _mark_points(axes, rows, lambda row: (row.ceiling.tok_per_s, row.value), stars)
-    _finish(axes, "ceiling, tokens/s", "tokens/s as published")
-    axes.set_ylim(1, 400)
-    axes.set_xlim(*ends)
-    return html.picture(figure, "published figures against their ceilings")
-
-
-# Predictions.
-
-
-def _prediction(name: str, host: str) -> list[Any]:
+def _prediction(name: str, host: str) -> list[str]:
     recipe = load_recipe(name)
     try:
-        figures = plan_figures(recipe, host)
+        found = plan_figures(recipe, host)
     except Exception as error:  # the other recipes' rows are still worth showing
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         return [name, host, f"not planned: {reason[:SHOWN]}", *["–"] * (len(HEADER) - 3)]
-    rate, share = figures["tok_per_s"], None
+    rate, share = found["tok_per_s"], None
     if recipe.model in MODELS and rate is not None:
         model = MODELS[recipe.model]
         flop = FLOP_PER_TOKEN["full" if recipe.method == "full" else "adapter"]
         parameters = weights_of(recipe.model, model.text_config, model.source).read_parameters
         ceiling = compute_ceiling(HOSTS[host], parameters, flop)
         share = ceiling and ceiling.share(rate)
-    return [
-        name,
-        host,
-        f"{figures['peak_bytes'] / 1e9:.1f}" + ("" if figures["fits"] else ", does not fit"),
-        format_seconds(1e6 / rate if rate else None),
-        format_number(rate, 0),
-        format_figure(share),
-        "predicted",
-    ]
+    fits = "" if found["fits"] else ", does not fit"
+    time = format_seconds(1e6 / rate if rate else None)
+    figures = [f"{found['peak_bytes'] / 1e9:.1f}{fits}", time, format_number(rate, 0)]
+    return [name, host, *figures, format_figure(share), "predicted"]
 
 
-def predict_training(recipes: Iterable[str], host: str = "strix-halo-128") -> Html:
+def predict_training(recipes: Iterable[str], host: str = "strix-halo-128") -> Markup:
     """Plan recipes for a host, about ten seconds each. Nothing is measured.
 
     Args:
@@ -380,4 +312,4 @@ def predict_training(recipes: Iterable[str], host: str = "strix-halo-128") -> Ht
         host: A row of `HOSTS`.
     """
     rows = [_prediction(name, host) for name in progress_bar(list(recipes))]
-    return Html(html.table(rows, HEADER))
+    return Markup(html.table(rows, HEADER))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from strixft.bench.roofline import (
     FLOP_PER_TOKEN,
@@ -33,33 +34,38 @@ FIRST_GUIDE = "first guide, table"
 REFERENCE = "v100-32"
 """Host with which the others are compared."""
 
-
-Kind = Literal["decode", "prefill", "train_tok_per_s", "train_peak_gb", "train_seconds"]
-
-MarkOfFigure = Literal["measured", "vendor", "claimed", "derived"]
-
 RATES = ("decode", "prefill", "train_tok_per_s")
 """Figures in tokens per second."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
+def _address(text: str) -> str:
+    if not text.startswith("https://"):
+        raise ValueError("should be an address, https://…")
+    return text
+
+
+Number = Annotated[float | None, BeforeValidator(lambda text: text or None)]
+
+
+class Figure(BaseModel):
     """One published figure."""
 
-    figure: Kind
-    model: str
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    figure: Literal["decode", "prefill", "train_tok_per_s", "train_peak_gb", "train_seconds"]
+    model: Annotated[str, AfterValidator(lambda name: WEIGHTS[name].name)]
     quantisation: str
     method: str
     """Training method; empty for other figures."""
-    file_gb: float | None
+    file_gb: Number
     """Size of the very file in 10⁹ bytes, if published."""
-    host: str
-    value: float | None
+    host: Annotated[str, AfterValidator(lambda name: HOSTS[name].name)]
+    value: Number
     """Tokens per second, GB or seconds; None if the model does not run."""
     settings: str
     date: str
-    source: str
-    mark: MarkOfFigure
+    source: Annotated[str, AfterValidator(_address)]
+    mark: Literal["measured", "vendor", "claimed", "derived"]
 
     @property
     def ceiling(self) -> Ceiling | None:
@@ -74,32 +80,32 @@ class Figure:
         return compute_ceiling(host, weights.read_parameters, flop)
 
     @property
-    def fits(self) -> bool:
-        """True if all weights fit into the host's memory."""
-        size = file_bytes(WEIGHTS[self.model], self.quantisation, self.file_gb)
-        return size <= HOSTS[self.host].memory_bytes.value
+    def share(self) -> float | None:
+        """The value as a share of its ceiling."""
+        ceiling = self.ceiling
+        return ceiling.share(self.value) if ceiling and self.value is not None else None
 
     @property
     def verdict(self) -> Verdict | None:
         """The verdict; None for a figure that is not a rate."""
         ceiling = self.ceiling
-        return judge(self.value, ceiling, fits=self.fits) if ceiling else None
+        if ceiling is None:
+            return None
+        size = file_bytes(WEIGHTS[self.model], self.quantisation, self.file_gb)
+        return judge(self.value, ceiling, fits=size <= HOSTS[self.host].memory_bytes.value)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for `--json`."""
         ceiling, against = self.ceiling, dict[str, Any]()
         if ceiling:
-            share = None if self.value is None else round(ceiling.share(self.value), 4)
             against = {
                 "ceiling_tok_per_s": round(ceiling.tok_per_s, 2),
-                "share": share,
+                "share": None if self.share is None else round(self.share, 4),
                 "verdict": self.verdict,
                 "arithmetic": ceiling.arithmetic(self.value),
             }
         return {
-            "figure": self.figure,
-            "model": self.model,
-            "quantisation": self.quantisation,
+            **self.model_dump(include={"figure", "model", "quantisation"}),
             **({"method": self.method} if self.method else {}),
             "host": self.host,
             "tok_per_s" if self.figure in RATES else "value": self.value,
@@ -111,48 +117,28 @@ class Figure:
         }
 
 
-def _number(where: str, row: Mapping[str, str], key: str) -> float | None:
-    try:
-        return float(row[key]) if row[key] else None
-    except ValueError as error:
-        raise DataError(
-            f"{where}: {key} is not a number: {row[key]!r}", fix="a number, or nothing"
-        ) from error
-
-
 def read_figures(lines: Iterable[str], name: str = FILE.name) -> Iterator[Figure]:
     """Read figures from the lines of a CSV file, the first of which is its header.
 
     Raises:
         DataError: A row has no source or mark, or names an unknown host or model.
     """
-    known: dict[str, Iterable[str]] = {
-        "figure": get_args(Kind),
-        "mark": get_args(MarkOfFigure),
-        "host": HOSTS,
-        "model": WEIGHTS,
-    }
     for number, row in enumerate(csv.DictReader(lines), start=2):
-        where = f"{name}, line {number}"
-        for key in ("source", "mark", "host", "model", "figure"):
+        try:
+            yield Figure.model_validate(row)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            key, where = str(fault["loc"][0]), f"{name}, line {number}"
             if not row.get(key):
-                raise DataError(f"{where} has no {key}", fix=f"fill in {key}, or leave the row out")
-        for key, words in known.items():
-            if row[key] not in words:
                 raise DataError(
-                    f"{where}: there is no {key} {row[key]!r}", fix=f"one of: {', '.join(words)}"
-                )
-        if not row["source"].startswith("https://"):
-            source = row["source"]
-            raise DataError(f"{where}: the source is not an address: {source}", fix="https://…")
-        yield Figure(
-            **{key: row[key] for key in ("model", "quantisation", "method", "host", "settings")},
-            **{key: row[key] for key in ("date", "source")},
-            figure=cast(Kind, row["figure"]),
-            mark=cast(MarkOfFigure, row["mark"]),
-            file_gb=_number(where, row, "file_gb"),
-            value=_number(where, row, "value"),
-        )
+                    f"{where} has no {key}", fix=f"fill in {key}, or leave the row out"
+                ) from error
+            own = fault.get("ctx", {}).get("error")
+            if isinstance(own, RecipeError):  # a table has no such row
+                problem, fix = own.problem, own.fix
+            else:
+                problem, fix = f"{key} cannot be {row[key]!r}", fault["msg"]
+            raise DataError(f"{where}: {problem}", fix=fix) from error
 
 
 @cache
@@ -170,32 +156,22 @@ def first_guide() -> list[Figure]:
 def reached_shares(host: str, *, sparse: bool) -> list[float]:
     """Return the shares of the ceiling that measured decoding reaches on a host, in order."""
     return sorted(
-        row.ceiling.share(row.value)
+        row.share
         for row in figures()
-        if row.figure == "decode"
-        and (row.host, row.mark) == (host, "measured")
+        if (row.figure, row.host, row.mark) == ("decode", host, "measured")
         and WEIGHTS[row.model].sparse is sparse
-        and row.ceiling
-        and row.value is not None
+        and row.share is not None
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """A rate derived from the roofline, not measured."""
-
-    tok_per_s: float
-    low: float
-    high: float
 
 
 def expect_decode(
     model: str, quantisation: str, host: str, file_gb: float | None = None
-) -> Expected | None:
+) -> tuple[float, float, float] | None:
     """Derive the rate of a model on a host: its ceiling × the shares that other models reach there.
 
     Returns:
-        The rate by the median, lowest and highest share; None if nothing was measured there.
+        Tokens per second by the lowest, median and highest share; None if nothing was measured
+        there.
     """
     weights = WEIGHTS[model]
     shares = reached_shares(host, sparse=weights.sparse)
@@ -203,7 +179,7 @@ def expect_decode(
     if not shares or ceiling is None:
         return None
     top = ceiling.tok_per_s
-    return Expected(top * statistics.median(shares), top * shares[0], top * shares[-1])
+    return top * shares[0], top * statistics.median(shares), top * shares[-1]
 
 
 def to_json(chosen: Iterable[Figure]) -> dict[str, Any]:

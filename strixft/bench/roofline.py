@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gguf import GGML_QUANT_SIZES
+
 from strixft.catalog.hosts import Host
 from strixft.catalog.models import MODELS
 from strixft.support.errors import RecipeError
@@ -16,6 +18,17 @@ from strixft.support.tables import Table, did_you_mean
 
 CACHE_BYTES = 2
 """Bytes of a number in the attention cache, in 16 bit."""
+
+BITS: dict[str, float] = {
+    **{kind.name: 8 * size / block for kind, (block, size) in GGML_QUANT_SIZES.items()},
+    "FP8": 8,
+    "INT8": 8,
+    "Q4_K_M": 4.82,  # smallest published file: 70B, 42.5 GB
+    "Q4_K_XL": 4.82,  # as Q4_K_M
+    "NF4": 4.127,  # arXiv:2305.14314, section 3
+    "2.4 bit": 2.4,
+}
+"""Bits of a weight with its scales, by quantisation; llama.cpp's blocks are its package's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,47 +39,13 @@ class Weights:
     parameters: float
     read_parameters: float
     """Those used for one token: without inactive experts or an embedding that is only looked up."""
-    cache_bytes_per_position: float | None
+    cache_bytes_per_position: float | None = None
     source: str
 
     @property
     def sparse(self) -> bool:
         """True for a mixture of experts: far fewer weights are read than there are."""
         return self.read_parameters < self.parameters / 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantisation:
-    """A storage format."""
-
-    name: str
-    bits: float
-    """Bits of a weight, with scales."""
-    source: str
-
-
-_BLOCKS = "block of llama.cpp, ggml-common.h"
-
-_MIX = "smallest published file: 70B, 42.5 GB"
-
-
-QUANTISATIONS: Table[Quantisation] = Table(
-    "quantisation",
-    Quantisation(name="BF16", bits=16, source="its name"),
-    Quantisation(name="FP8", bits=8, source="its name"),
-    Quantisation(name="INT8", bits=8, source="its name"),
-    Quantisation(name="Q8_0", bits=8.5, source=_BLOCKS),
-    Quantisation(name="Q6_K", bits=6.5625, source=_BLOCKS),
-    Quantisation(name="Q5_0", bits=5.5, source=_BLOCKS),
-    Quantisation(name="Q4_1", bits=5.0, source=_BLOCKS),
-    Quantisation(name="Q4_K_M", bits=4.82, source=_MIX),
-    Quantisation(name="Q4_K_XL", bits=4.82, source="as Q4_K_M"),
-    Quantisation(name="Q4_0", bits=4.5, source=_BLOCKS),
-    Quantisation(name="NVFP4", bits=4.5, source="16 of 4 bit and a scale of 8"),
-    Quantisation(name="MXFP4", bits=4.25, source="32 of 4 bit and a scale of 8"),
-    Quantisation(name="NF4", bits=4.127, source="arXiv:2305.14314, section 3"),
-    Quantisation(name="2.4 bit", bits=2.4, source="its name"),
-)
 
 
 def weights_of(name: str, config: Mapping[str, Any], source: str) -> Weights:
@@ -94,51 +73,55 @@ def weights_of(name: str, config: Mapping[str, Any], source: str) -> Weights:
     )
 
 
-def _known(name: str, row: str) -> Weights:
-    return weights_of(name, MODELS[row].text_config, MODELS[row].source)
+_SHIPPED = {
+    "Gemma 2 27B": "google/gemma-2-27b-it",
+    "Gemma 3 1B": "google/gemma-3-1b-it",
+    "Gemma 3 4B": "google/gemma-3-4b-it",
+    "Gemma 3 12B": "google/gemma-3-12b-it",
+    "Gemma 3 27B": "google/gemma-3-27b-it",
+    "Qwen3 4B": "Qwen/Qwen3-4B",
+    "Qwen3 8B": "Qwen/Qwen3-8B",
+    "Qwen3 14B": "Qwen/Qwen3-14B",
+    "Qwen3 32B": "Qwen/Qwen3-32B",
+    "Llama 3 8B": "meta-llama/Llama-3.1-8B-Instruct",
+    "Llama 3.1 8B": "meta-llama/Llama-3.1-8B-Instruct",
+    "Llama 3.1 70B": "meta-llama/Llama-3.3-70B-Instruct",
+    "Llama 3.3 70B": "meta-llama/Llama-3.3-70B-Instruct",
+    "DeepSeek R1 70B": "deepseek-ai/DeepSeek-R1-Distill-Llama-70B",
+    "DeepSeek R1 Distill Llama 8B": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+    "DeepSeek R1 0528 Qwen3 8B": "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
+    "Mistral Small 24B": "mistralai/Mistral-Small-24B-Instruct-2501",
+    "Devstral Small 2 24B": "mistralai/Mistral-Small-24B-Instruct-2501",
+}
+"""Usual name → the row of `MODELS` with the same shape."""
+
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_experts_per_tok": 4,
+}
 
 
 def _gpt_oss(name: str, layers: int, experts: int) -> Weights:
-    config = {
-        "model_type": "gpt_oss",
-        "vocab_size": 201088,
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_local_experts": experts,
-        "num_experts_per_tok": 4,
-    }
+    config = {**_GPT_OSS, "num_hidden_layers": layers, "num_local_experts": experts}
     return weights_of(name, config, f"https://huggingface.co/openai/{name}/blob/main/config.json")
 
 
 def _counted(name: str, parameters: float, read: float, source: str) -> Weights:
-    counts = {"parameters": parameters, "read_parameters": read}
-    return Weights(name=name, **counts, cache_bytes_per_position=None, source=source)
+    return Weights(name=name, parameters=parameters, read_parameters=read, source=source)
 
 
 WEIGHTS: Table[Weights] = Table(
     "model with known weights",
-    _known("Gemma 2 27B", "google/gemma-2-27b-it"),
-    _known("Gemma 3 1B", "google/gemma-3-1b-it"),
-    _known("Gemma 3 4B", "google/gemma-3-4b-it"),
-    _known("Gemma 3 12B", "google/gemma-3-12b-it"),
-    _known("Gemma 3 27B", "google/gemma-3-27b-it"),
-    _known("Qwen3 4B", "Qwen/Qwen3-4B"),
-    _known("Qwen3 8B", "Qwen/Qwen3-8B"),
-    _known("Qwen3 14B", "Qwen/Qwen3-14B"),
-    _known("Qwen3 32B", "Qwen/Qwen3-32B"),
-    _known("Llama 3 8B", "meta-llama/Llama-3.1-8B-Instruct"),
-    _known("Llama 3.1 8B", "meta-llama/Llama-3.1-8B-Instruct"),
-    _known("Llama 3.1 70B", "meta-llama/Llama-3.3-70B-Instruct"),
-    _known("Llama 3.3 70B", "meta-llama/Llama-3.3-70B-Instruct"),
-    _known("DeepSeek R1 70B", "deepseek-ai/DeepSeek-R1-Distill-Llama-70B"),
-    _known("DeepSeek R1 Distill Llama 8B", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"),
-    _known("DeepSeek R1 0528 Qwen3 8B", "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B"),
-    _known("Mistral Small 24B", "mistralai/Mistral-Small-24B-Instruct-2501"),
-    _known("Devstral Small 2 24B", "mistralai/Mistral-Small-24B-Instruct-2501"),
+    *(
+        weights_of(name, MODELS[row].text_config, MODELS[row].source)
+        for name, row in _SHIPPED.items()
+    ),
     _gpt_oss("gpt-oss-20b", 24, 32),
     _gpt_oss("gpt-oss-120b", 36, 128),
     _counted("Llama 2 7B", 6.74e9, 6.61e9, "its paper; a table of 32000 × 4096 looked up"),
@@ -161,12 +144,12 @@ def file_bytes(weights: Weights, quantisation: str, file_gb: float | None) -> fl
     if file_gb is not None:
         return file_gb * 1e9
     name = quantisation.removeprefix("UD-")
-    if name not in QUANTISATIONS:
+    if name not in BITS:
         raise RecipeError(
             f"no size is known for {weights.name} in {quantisation!r}",
-            fix=f"give the file's size, or {did_you_mean(name, QUANTISATIONS)}",
+            fix=f"give the file's size, or {did_you_mean(name, BITS)}",
         )
-    return weights.parameters * QUANTISATIONS[name].bits / 8
+    return weights.parameters * BITS[name] / 8
 
 
 def read_bytes(weights: Weights, quantisation: str, file_gb: float | None = None) -> float:

@@ -14,22 +14,23 @@ import numpy as np
 from pydantic import Field
 
 from strixft.bench.data import lengths_of_chats
-from strixft.bench.gemm import DEFAULT_MODEL, product
-from strixft.bench.result import BenchRow, Options
-from strixft.bench.timing import Sample, seconds_of, time_work
+from strixft.bench.kernels import DEFAULT_MODEL, product_columns
+from strixft.bench.roofline import FLOP_PER_TOKEN, weights_of
+from strixft.bench.run import Bench, BenchRow
+from strixft.bench.timing import columns, seconds_of
 from strixft.catalog.hosts import Budget, Host
 from strixft.catalog.models import MODELS
 from strixft.data.batches import Batch, collate, on_device
 from strixft.data.pack import PackedRows, pack, training_order
 from strixft.guard.cap import cap
 from strixft.guard.host import budget_for, find_host
-from strixft.model.adapter import base_of
 from strixft.model.load import random_model
-from strixft.plan.choose import Choice, Planner
+from strixft.plan.choose import Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun
 from strixft.probe.job import Job
-from strixft.recipe.schema import Dataset, Recipe, Train
+from strixft.recipe.schema import Dataset, Recipe
+from strixft.recipe.schema import Train as TrainSection
 from strixft.step.tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
 
@@ -47,7 +48,32 @@ WARM = 3
 GB = 1e9
 
 
-class TrainOptions(Options):
+def bench_job(
+    model: str, method: str, length: int, host: Host, *, layers: int = 0, **train: Any
+) -> Job:
+    """Return a job without data: its rows are made here.
+
+    Args:
+        model: Model that planning knows.
+        method: Training method.
+        length: Tokens of a packed row.
+        host: Host of the job.
+        layers: Layers of the model; 0 means all of them.
+        **train: Settings of the recipe's section `train`.
+    """
+    from transformers import AutoConfig
+
+    recipe = Recipe(
+        model=model,
+        method=method,
+        dataset=Dataset(source="none", max_length=length),
+        train=TrainSection.model_validate(train),
+    )
+    config = MODELS[model].text_config | ({"num_hidden_layers": layers} if layers else {})
+    return Job.of(recipe, AutoConfig.for_model(**config), host)
+
+
+class Train(Bench):
     """Time the training step as the plan would run it, on random weights and packed chats."""
 
     model: str = Field(
@@ -79,65 +105,67 @@ class TrainOptions(Options):
         0, ge=0, description="Plans near the choice to time as well: is it the fastest here too?"
     )
 
-
-def bench_config(model: str, layers: int = 0) -> Any:
-    """Return the configuration of a model that planning knows; 0 layers means all of them."""
-    from transformers import AutoConfig
-
-    config = MODELS[model].text_config
-    return AutoConfig.for_model(**config | ({"num_hidden_layers": layers} if layers else {}))
-
-
-def bench_recipe(model: str, method: str, length: int, **train: Any) -> Recipe:
-    """Return a recipe without data: its rows are made here."""
-    return Recipe(
-        model=model,
-        method=method,
-        dataset=Dataset(source="none", max_length=length),
-        train=Train.model_validate(train),
-    )
-
-
-def bench_train(options: TrainOptions) -> list[BenchRow]:
-    """Time the training step by the plan's choice, and by plans near it."""
-    host = find_host("auto")
-    device = host.device
-    recompute = options.recompute
-    recipe = bench_recipe(
-        DEFAULT_MODEL[device] if options.model == "auto" else options.model,
-        options.method,
-        options.length or LENGTH[device],
-        tokens_per_update=options.tokens or TOKENS[device],
-        micro_batch=options.rows or "auto",
-        recompute=int(recompute) if recompute.isdecimal() else recompute,
-        attention=options.attention,
-        compile=options.compile,
-    )
-    limit = Budget(int(options.budget_gb * GB), "--budget-gb")
-    limit = limit if options.budget_gb else budget_for(recipe.memory, host)
-    config = bench_config(recipe.model, options.layers or LAYERS[device])
-    return TrainBench(recipe, config, host, limit, options.updates).rows(options.neighbours)
+    def measure(self) -> list[BenchRow]:
+        """Time the training step by the plan's choice, and by plans near it."""
+        host = find_host("auto")
+        device = host.device
+        job = bench_job(
+            DEFAULT_MODEL[device] if self.model == "auto" else self.model,
+            self.method,
+            self.length or LENGTH[device],
+            host,
+            layers=self.layers or LAYERS[device],
+            tokens_per_update=self.tokens or TOKENS[device],
+            micro_batch=self.rows or "auto",
+            recompute=int(self.recompute) if self.recompute.isdecimal() else self.recompute,
+            attention=self.attention,
+            compile=self.compile,
+        )
+        limit = Budget(int(self.budget_gb * GB), "--budget-gb")
+        limit = limit if self.budget_gb else budget_for(job.recipe.memory, host)
+        return Trial(job, limit, self.updates).rows(self.neighbours)
 
 
-class TrainBench:
-    """One model on this device, and plans of its training to be timed one after the other."""
+class Trial:
+    """One job, and plans of it to be timed one after the other.
 
-    def __init__(
-        self, recipe: Recipe, config: Any, host: Host, limit: Budget, updates: int
-    ) -> None:
-        self.recipe, self.config, self.host, self.limit = recipe, config, host, limit
-        self.job = Job.of(recipe, config, host)
-        self.updates = updates
-        length, tokens = recipe.dataset.max_length, int(recipe.train.tokens_per_update)
+    Args:
+        job: What is trained.
+        limit: Memory that plans may use.
+        updates: Timed updates of each plan.
+    """
+
+    def __init__(self, job: Job, limit: Budget, updates: int) -> None:
+        self.job, self.limit, self.updates = job, limit, updates
+        length, tokens = job.recipe.dataset.max_length, int(job.recipe.train.tokens_per_update)
         most = tokens * 4 // 3 + length  # rounding to whole micro-batches adds up to a third
-        self.chats = _chats((updates + WARM + 2) * most, length, config.vocab_size)
+        self.chats = _chats((updates + WARM + 2) * most, length, job.config.vocab_size)
         self.data = DataShape.of_packed(length, self.chats)
 
     def plans(self, num_neighbours: int) -> list[DryRun]:
-        """Return the plan's choice, then its neighbours."""
+        """Return the plan's choice, then the plans near it that are predicted to be fastest."""
         planner = Planner(self.job, self.data)
-        choice = planner.choose(self.limit)
-        return [choice.run, *neighbours(planner, choice, self.limit, num_neighbours)]
+        choice = planner.choose(self.limit).run
+        near = set(self._near(planner, choice) if num_neighbours else ())
+        near -= {(choice.shape.rows, choice.recomputed_layers)}
+        runs = [planner.dry_run(*plan) for plan in near]
+        fitting = [run for run in runs if planner.need_bytes(run) <= self.limit.num_bytes]
+        fitting.sort(key=lambda run: (run.seconds_per_update or 0.0) / (run.steps * run.shape.rows))
+        return [choice, *fitting[:num_neighbours]]
+
+    def _near(self, planner: Planner, choice: DryRun) -> Iterator[tuple[int, int]]:
+        """Yield other rows with the fewest recomputed layers that fit; more layers, and fewer."""
+        rows, layers = choice.shape.rows, choice.recomputed_layers
+        for other in planner.rows():
+            # `fewest_recomputed` asks for allocated bytes; the allocator's rounding counts here
+            fewest = planner.fewest_recomputed(other, self.limit).recomputed_layers
+            for count in planner.layers():
+                run = planner.dry_run(other, count) if count >= fewest else None
+                if run and planner.need_bytes(run) <= self.limit.num_bytes:
+                    yield other, count
+                    break
+        for step in (max(1, planner.num_layers * share // 80) for share in (1, 3, 10)):
+            yield from ((rows, n) for n in (layers + step, layers - step) if n in planner.layers())
 
     def planned_tok_per_s(self, run: DryRun) -> float | None:
         """Return the predicted rate of real tokens, or None where no time is predicted."""
@@ -146,25 +174,25 @@ class TrainBench:
 
     def rows(self, num_neighbours: int) -> list[BenchRow]:
         """Return plans as predicted and as measured."""
-        device, runs = self.host.device, self.plans(num_neighbours)
+        job, runs = self.job, self.plans(num_neighbours)
+        device = job.host.device
         cap(self.limit.num_bytes, max(run.reserved_bytes for run in runs))
-        dtype = self.job.dtype
-        size, name = SQUARE[device], str(dtype).removeprefix("torch.")
-        times = time_work(product((size,) * 3, "forward", device, name), device, repeat=5)
-        flop_per_s = 2.0 * size**3 / times["ours"].median
-        model = random_model(self.recipe, self.config, device, dtype)
-        return [self._row(model, run, flop_per_s) for run in runs]
+        name = str(job.dtype).removeprefix("torch.")
+        product = product_columns((SQUARE[device],) * 3, "forward", device, name, repeat=5)
+        model = random_model(job.recipe, job.config, device, job.dtype)
+        return [self._row(model, run, product["tflop_per_s"]) for run in runs]
 
-    def _row(self, model: Any, run: DryRun, flop_per_s: float) -> BenchRow:
+    def _row(self, model: Any, run: DryRun, tflop_per_s: float) -> BenchRow:
         release_memory()  # what was measured before must not count
-        options = self.job.options_with(run.recomputed_layers)
-        step = TrainingStep(model, self.recipe.train, options)
+        recipe, options = self.job.recipe, self.job.options_with(run.recomputed_layers)
+        step = TrainingStep(model, recipe.train, options)
         timed = self._timed(step, run)
         trains_all = all(parameter.requires_grad for parameter in step.model.parameters())
-        flop_per_token = (6 if trains_all else 4) * _linear_weights(step.model)
+        read = weights_of(recipe.model, self.job.config.to_dict(), "").read_parameters
+        flop = read * FLOP_PER_TOKEN["full" if trains_all else "adapter"]
         return {
-            "model": self.recipe.model,
-            "method": self.recipe.method,
+            "model": recipe.model,
+            "method": recipe.method,
             "rows×tokens": f"{run.shape.rows}×{run.shape.length}",
             "micro_batches": run.steps,
             "attention": options.attention,
@@ -174,13 +202,13 @@ class TrainBench:
             "planned_tok_per_s": self.planned_tok_per_s(run),
             "planned_peak_gb": run.peak_bytes / GB,
             "planned_reserved_gb": run.reserved_bytes / GB,
-            "product_tflop_per_s": flop_per_s / 1e12,
-            "share_of_product_rate": timed["tok_per_s"] * flop_per_token / flop_per_s,
+            "product_tflop_per_s": tflop_per_s,
+            "share_of_product_rate": timed["tok_per_s"] * flop / 1e12 / tflop_per_s,
         }
 
     def _timed(self, step: TrainingStep, run: DryRun) -> BenchRow:
         """Warm up, then time updates one after the other."""
-        updates, device = self._batches(run), self.host.device
+        updates, device = self._batches(run), self.job.host.device
         seconds, tokens, losses = list[float](), list[int](), list[Any]()
         with peak_memory(step.model) as memory:
             for _ in range(WARM + self.updates):
@@ -191,15 +219,16 @@ class TrainBench:
         first_s, seconds, tokens = seconds[0], seconds[WARM:], tokens[WARM:]
         rates = [count / spent for count, spent in zip(tokens, seconds, strict=True)]
         places = self.updates * run.steps * run.shape.rows * run.shape.length
+        allocated, reserved = memory["peak_bytes"], memory["reserved_bytes"]
         return {
             "tok_per_s": sum(tokens) / sum(seconds),
-            "spread": Sample(tuple(rates)).spread,
+            "spread": columns("", rates)["spread"],
             "s_per_update": statistics.median(seconds),
             "last_loss": float(losses[-1]),
             "first_update_s": first_s,
             "fill": sum(tokens) / places,
-            "peak_gb": _gb(memory["peak_bytes"]),
-            "reserved_gb": _gb(memory["reserved_bytes"]),
+            "peak_gb": allocated and allocated / GB,
+            "reserved_gb": reserved and reserved / GB,
         }
 
     def _batches(self, run: DryRun) -> Iterator[list[Batch]]:
@@ -209,14 +238,11 @@ class TrainBench:
         order = training_order(self.data.trained, len(self.chats), 0, size)
         batches = (order[start : start + size] for start in range(0, len(order), size))
         placed = (
-            on_device(collate(self.chats.take(rows), shape), self.host.device) for rows in batches
+            on_device(collate(self.chats.take(rows), shape), self.job.host.device)
+            for rows in batches
         )
         while True:
             yield [next(placed) for _ in range(run.steps)]
-
-
-def _gb(num_bytes: int | None) -> float | None:
-    return None if num_bytes is None else num_bytes / GB
 
 
 def _chats(num_tokens: int, length: int, vocabulary: int) -> PackedRows:
@@ -236,51 +262,3 @@ def _chats(num_tokens: int, length: int, vocabulary: int) -> PackedRows:
         }
     )
     return PackedRows(rows, pack(lengths, length))
-
-
-def _linear_weights(model: Any) -> int:
-    """Count the weights of the base's linear layers and head: 2 FLOP a token each."""
-    config = base_of(model).config
-    hidden, head_size = config.hidden_size, getattr(config, "head_dim", None)
-    head_size = head_size or hidden // config.num_attention_heads
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    layer = hidden * (heads * head_size + 3 * config.intermediate_size)
-    return int(config.num_hidden_layers * layer + config.vocab_size * hidden)
-
-
-# Plans near the choice.
-
-Plan = tuple[int, int]
-"""Rows of a micro-batch, recomputed layers."""
-
-
-def _near(planner: Planner, chosen: Plan, limit: Budget) -> Iterator[Plan]:
-    """Yield other numbers of rows with the fewest layers that fit, and more and fewer layers."""
-    rows, layers = chosen
-    for other in planner.rows():
-        if other != rows:
-            fewest = planner.fewest_recomputed(other, limit).recomputed_layers
-            counts = [count for count in planner.layers() if count >= fewest]
-            # `fewest_recomputed` asks for allocated bytes; the allocator's rounding counts here.
-            runs = ((n, planner.dry_run(other, n)) for n in counts)
-            fitting = (n for n, run in runs if planner.need_bytes(run) <= limit.num_bytes)
-            yield other, next(fitting, counts[-1])
-    for step in (max(1, planner.num_layers * share // 80) for share in (1, 3, 10)):
-        yield from ((rows, n) for n in (layers + step, layers - step) if n in planner.layers())
-
-
-def neighbours(planner: Planner, choice: Choice, limit: Budget, count: int) -> list[DryRun]:
-    """Return the plans near a choice that fit and are predicted to be fastest.
-
-    Args:
-        planner: Planner that made the choice.
-        choice: Plan to look around.
-        limit: Memory that plans may use.
-        count: Most plans to return.
-    """
-    chosen = choice.run.shape.rows, choice.run.recomputed_layers
-    plans = set(_near(planner, chosen, limit) if count else ()) - {chosen}
-    runs = (planner.dry_run(*plan) for plan in plans)
-    fitting = [run for run in runs if planner.need_bytes(run) <= limit.num_bytes]
-    fitting.sort(key=lambda run: (run.seconds_per_update or 0.0) / (run.steps * run.shape.rows))
-    return fitting[:count]

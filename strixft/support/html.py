@@ -35,8 +35,20 @@ img.sx { max-width: 100% } pre { background: #f1f5f9; padding: 1rem; overflow-x:
 """
 
 
+class Markup(str):
+    """Text that is HTML already; a notebook shows it as such."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+def link(url: str, text: str) -> Markup:
+    """Build a link."""
+    return Markup(f'<a href="{escape(url, quote=True)}">{_shown(text)}</a>')
+
+
 def _shown(value: object) -> str:
-    return escape(visible(str(value)))
+    return value if isinstance(value, Markup) else escape(visible(str(value)))
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
