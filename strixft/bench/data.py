@@ -33,7 +33,7 @@ MAX_LENGTH = 2048
 PEER_ROWS = 20_000
 """Most rows on which TRL is timed; it takes each row by itself."""
 
-TOKENS_PER_WORD = 1.33
+TOKENS_PER_WORD = 1.43
 """Mean of `english_words`."""
 
 CHATML = (
@@ -211,7 +211,7 @@ def lengths_of_chats(rng: random.Random, max_length: int) -> int:
 
 SETS: dict[str, Callable[[random.Random], int]] = {
     "english": lambda rng: rng.randrange(200, 260),
-    "numbered": lambda rng: rng.randrange(42, 50),
+    "numbered": lambda rng: rng.randrange(45, 53),
     "mixed lengths": lambda rng: int(lengths_of_chats(rng, MAX_LENGTH) / TOKENS_PER_WORD),
 }
 """Name of a set → the number of words of one of its chats."""
