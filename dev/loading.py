@@ -108,7 +108,7 @@ def load(way: str, folder: Path, method: str, device: str) -> dict[str, float]:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            quantization_config=ours._quantization(METHODS[method], dtype),
+            quantization_config=ours.quantization_of(METHODS[method], dtype),
             device_map={"": device},
             attn_implementation="sdpa",
         )

@@ -22,7 +22,7 @@ from strixft.evaluate.generate import generate
 from strixft.export.parity import END, compare, greedy_answers
 from strixft.export.texts import write_generation_config
 from strixft.formats.messages import Chat
-from strixft.model import gguf
+from strixft.servers import gguf
 from strixft.servers.llama_cpp import served
 from strixft.support.errors import DataError
 

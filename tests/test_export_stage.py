@@ -21,12 +21,11 @@ from strixft.export.parity import END, chosen_prompts, compare, measure_parity
 from strixft.export.result import Exported
 from strixft.export.stage import export_recipe
 from strixft.export.texts import modelfile
-from strixft.model import gguf
 from strixft.model.load import load_tokenizer
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Run
 from strixft.run.open import open_run
-from strixft.servers import llama_cpp
+from strixft.servers import gguf, llama_cpp
 from strixft.servers.llama_cpp import served
 from strixft.support.errors import RecipeError, StageError
 from strixft.support.http import ask

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from strixft.model import gguf
+from strixft.servers import gguf
 from strixft.support.errors import HostError, StageError
 
 FAKE = """

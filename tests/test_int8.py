@@ -8,8 +8,8 @@ from transformers import AutoConfig
 
 from strixft.catalog.methods import METHODS
 from strixft.catalog.models import MODELS
-from strixft.model.int8 import Int8Linear, shape_layer, use_own_product
-from strixft.model.shapes import shape_base
+from strixft.model.load import shape_base
+from strixft.model.quantised import Int8Linear, finish_loaded, int8_shape
 
 
 def layers(channels: int = 256, out: int = 512) -> tuple[nn.Linear, nn.Module]:
@@ -19,7 +19,7 @@ def layers(channels: int = 256, out: int = 512) -> tuple[nn.Linear, nn.Module]:
     loaded = bnb.nn.Linear8bitLt(channels, out, has_fp16_weights=False)
     loaded.load_state_dict(linear.state_dict())
     model = nn.Sequential(loaded.to("cpu"))
-    use_own_product(model)
+    finish_loaded(model)
     return linear, model[0]
 
 
@@ -60,11 +60,20 @@ def test_no_activation_is_kept_for_backward() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_shapes_are_those_of_a_loaded_layer(bias: bool) -> None:
-    shape = shape_layer(nn.Linear(64, 32, bias=bias, device="meta"))
+    shape = int8_shape(nn.Linear(64, 32, bias=bias, device="meta"))
     assert isinstance(shape, Int8Linear)
     assert shape.weight.dtype is torch.int8
     assert shape.scales.shape == (32,)
     assert (shape.bias is not None) == bias
+
+
+def test_a_plan_leaves_the_tables_of_bitsandbytes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb.functional, "name2qmap", {})
+    config = AutoConfig.for_model("llama", num_hidden_layers=1, hidden_size=64, vocab_size=64)
+    shape_base(config, METHODS["qlora"], torch.float32)
+    weight = torch.ones(64, 64)
+    packed = bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    torch.testing.assert_close(bnb.functional.dequantize_4bit(*packed), weight)
 
 
 def test_a_weight_takes_a_byte_and_a_row_four_more() -> None:

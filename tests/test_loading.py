@@ -25,10 +25,10 @@ from transformers import (
 
 from strixft.attention.interface import NAME
 from strixft.catalog.methods import METHODS
-from strixft.model import int8, nf4_cache, weights
+from strixft.model import nf4_cache, weights
 from strixft.model.files import shard_paths
-from strixft.model.load import _quantization, load_base, load_config
-from strixft.model.shapes import shape_base
+from strixft.model.load import load_base, load_config, quantization_of, shape_base
+from strixft.model.quantised import finish_loaded
 from strixft.model.stream import Shard, checksums_of, streaming
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Recipe
@@ -103,11 +103,11 @@ def by_transformers(folder: Path, method: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
-        quantization_config=_quantization(METHODS[method], torch.float32),
+        quantization_config=quantization_of(METHODS[method], torch.float32),
         device_map={"": "cpu"},
         attn_implementation=NAME,
     )
-    int8.use_own_product(model)
+    finish_loaded(model)
     return model
 
 
@@ -194,19 +194,19 @@ def test_names_that_transformers_converts_are_streamed_too(
 
 
 def test_a_type_of_a_device_is_cast_as_transformers_does(llama: Path) -> None:
-    target = weights.Target(
-        device="cpu",
-        dtype=torch.float16,
-        quantization=None,
-        attention="eager",
-        cache=Path("unused"),
-    )
-    ours = weights.load_weights(str(llama), llama, AutoConfig.from_pretrained(llama), target)
+    config = AutoConfig.from_pretrained(llama)
+    ours = loading(llama, config, torch.float16).run()
     theirs = AutoModelForCausalLM.from_pretrained(
-        llama, dtype=torch.float16, device_map={"": "cpu"}, attn_implementation="eager"
+        llama, dtype=torch.float16, device_map={"": "cpu"}, attn_implementation=NAME
     )
-    assert ours is not None
     assert same(ours, theirs) >= 12
+
+
+def loading(folder: Path, config: Any, dtype: torch.dtype) -> weights.Loading:
+    return weights.Loading(
+        source=str(folder), folder=folder, config=config, device="cpu", dtype=dtype,
+        quantization=None,
+    )  # fmt: skip
 
 
 def kept_folders(tmp_path: Path) -> list[Path]:
@@ -325,7 +325,8 @@ def test_torn_weights_are_made_again(
     told = capsys.readouterr().err
     assert f"the cached 4-bit weights in {kept} are damaged (" in told
     assert "4-bit weights cached for the next start" in told
-    assert nf4_cache._read(kept).paths
+    assert same(load_base(recipe, "cpu", torch.float32), theirs)
+    assert capsys.readouterr().err == ""  # the new ones are whole
 
 
 def test_what_a_killed_process_was_writing_is_removed(
@@ -588,15 +589,18 @@ def remove_weights(folder: Path, config: Any) -> None:
     ],
 )
 def test_what_is_not_streamed_is_said_and_left_to_transformers(
-    change: Any, words: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: Any,
+    words: str,
+    llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(weights.Loading, "_by_transformers", lambda _: "by transformers")
     folder = shutil.copytree(llama, tmp_path / "copy")
     config = AutoConfig.from_pretrained(folder)
     change(folder, config)
-    target = weights.Target(
-        device="cpu", dtype=torch.float32, quantization=None, attention="eager", cache=tmp_path
-    )
-    assert weights.load_weights(str(folder), folder, config, target) is None
+    assert loading(folder, config, torch.float32).run() == "by transformers"
     told = capsys.readouterr().err
     assert told.startswith("transformers loads the weights without streaming: ")
     assert words in told

@@ -79,7 +79,7 @@ def test_no_weight_is_read(
         first = int.from_bytes(file.read(8), "little") + 8
         file.truncate(first)
         file.truncate(size)
-    monkeypatch.setattr(stream.Reader, "read", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(stream.Shard, "read", lambda *_: pytest.fail("a weight was read"))
     assert require_exportable(recipe_on(base, write_recipe)) == []
 
 

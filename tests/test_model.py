@@ -15,8 +15,8 @@ from strixft.model.load import (
     model_source,
     native_dtype,
     random_model,
+    shape_base,
 )
-from strixft.model.shapes import shape_base
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import HostError, RecipeError

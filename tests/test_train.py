@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoTokenizer
 
+import strixft
+from strixft.app.cli import app
 from strixft.data.batches import Batch, collate
 from strixft.data.pack import largest_batch, rows_of_epochs, training_order
 from strixft.model.load import model_source
@@ -132,6 +136,42 @@ def test_the_next_updates_batches_are_made_before_an_update(
     hook.remove()
     proof = steps  # the first update's micro-batches, of which the first loss is proven
     assert seen == [proof + min(done + 2, updates) * steps for done in range(updates)]
+
+
+def test_the_walk_to_backward_is_the_one_that_is_written_down(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, package = write_recipe(), Path(strixft.__file__).parent
+    run, walked = open_run(recipe, tmp_path / "run"), list[str]()
+    prepare_recipe(run), plan_recipe(run)
+
+    def backward(_: Tensor) -> None:
+        frames = traceback.extract_stack()
+        walked.extend(f.name for f in frames if Path(f.filename).is_relative_to(package))
+        raise InterruptedError
+
+    monkeypatch.setattr(Tensor, "backward", backward)
+    with pytest.raises(InterruptedError):
+        app(["train", str(recipe), "--run-dir", str(run.folder)], standalone_mode=False)
+    guide = (package.parent / "CONTRIBUTING.md").read_text()
+    written = guide.partition("**From `strixft train` to `backward`**")[2].partition("\n\n")[0]
+    assert walked == re.findall(r"`([a-z_]+)`", written)
+    assert len(walked) <= 8
+
+
+def test_weights_that_are_downloaded_first_are_inputs_of_every_checkpoint(
+    tiny_model: Path, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, away = shutil.copytree(tiny_model, tmp_path / "base"), tmp_path / "on-the-hub"
+    run = open_run(write_recipe(model=str(folder), train=LONG, dataset=ALONE), tmp_path / "run")
+    prepare_recipe(run), plan_recipe(run)
+    (folder / "model.safetensors").rename(away)
+    monkeypatch.setattr(
+        "strixft.train.stage.fetch_base", lambda _: away.rename(folder / "model.safetensors")
+    )
+    train_recipe(run)
+    inputs = json.loads((last_checkpoint(run) / "manifest.json").read_text())["inputs"]
+    assert "model.safetensors" in inputs["base"]
 
 
 def counted(calls: dict[str, int], name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -252,20 +252,28 @@ def plan(
     require_fit(figures)
 
 
-def _add_stage_command(stage: str, summary: str) -> None:
-    @app.command(name=stage, help=summary)
-    def command(
-        recipe: RecipeArgument,
-        run_dir: RunDir = None,
-        settings: Set = None,
-        as_json: AsJson = False,
-        debug: Debug = False,
-    ) -> None:
-        _run_stages(stage, recipe, run_dir, settings, as_json)
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    run_dir: RunDir = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train by the plan; refuse a run that does not fit."""
+    _run_stages("train", recipe, run_dir, settings, as_json)
 
 
-_add_stage_command("train", "Train by the plan; refuse a run that does not fit.")
-_add_stage_command("evaluate", "Compare the base model with the tuned one.")
+@app.command()
+def evaluate(
+    recipe: RecipeArgument,
+    run_dir: RunDir = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the base model with the tuned one."""
+    _run_stages("evaluate", recipe, run_dir, settings, as_json)
 
 
 @app.command()

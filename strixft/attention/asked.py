@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
+from strixft.support.private_torch import storage_key
+
 MaskKind = Literal["causal", "both ways", "other", "unknown"]
 """`other`: causal, with more to it than a window, such as chunks. `unknown`: not made by
 transformers' own functions."""
@@ -69,7 +71,7 @@ class Watch:
         """Note the tokens that a mask would show; return one to know it by, (B, 1, T, T)."""
         rows, length = options["batch_size"], options["q_length"]
         made = torch.ones(rows, 1, length, length, dtype=torch.bool, device=options["device"])
-        self._masks[_identity(made)] = made, _read_mask(options)
+        self._masks[storage_key(made)] = made, _read_mask(options)
         return made
 
     def _mask_of(self, mask: Any, module: nn.Module) -> Mask:
@@ -77,7 +79,7 @@ class Watch:
             return Mask("unknown" if getattr(module, "is_causal", True) else "both ways")
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             return Mask("unknown")
-        return self._masks.get(_identity(mask), (mask, Mask("unknown")))[1]
+        return self._masks.get(storage_key(mask), (mask, Mask("unknown")))[1]
 
     def attend(
         self,
@@ -102,12 +104,6 @@ class Watch:
         )
         self.calls.append(call)
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-
-
-def _identity(mask: Tensor) -> int:
-    # models pass views of a mask on; torch has no public name of a storage, nor `meta` an address
-    identity: int = mask.untyped_storage()._cdata
-    return identity
 
 
 @contextlib.contextmanager

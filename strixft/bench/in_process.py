@@ -19,8 +19,7 @@ from strixft.catalog.methods import METHODS
 from strixft.guard.cap import cap
 from strixft.guard.host import device_type, find_host
 from strixft.model.adapter import base_of, load_adapter
-from strixft.model.load import load_base, load_config, native_dtype
-from strixft.model.shapes import shape_base
+from strixft.model.load import load_base, load_config, native_dtype, shape_base
 from strixft.recipe.load import check_recipe
 from strixft.recipe.schema import Recipe
 from strixft.run.open import find_run

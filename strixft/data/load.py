@@ -22,6 +22,7 @@ from strixft.formats.sources import HUB, SourceFile, find_files, is_hub
 from strixft.formats.table import FORMATS, Format, fitting, suggest_columns
 from strixft.recipe.schema import Dataset, Source
 from strixft.support.errors import DataError
+from strixft.support.private_hf import fingerprint_of
 
 LOOKED_AT = 1000
 """Rows that are looked at for one that shows the format."""
@@ -295,7 +296,7 @@ class HubSet:
     @property
     def fingerprint(self) -> str:
         """Changes when the data set does."""
-        return str(self.rows_on_disk._fingerprint)  # no public name; remove when there is one
+        return fingerprint_of(self.rows_on_disk)
 
     def rows(self) -> Iterator[RawRow]:
         """Return the rows, numbered from 1."""

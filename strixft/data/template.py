@@ -12,6 +12,7 @@ from typing import Any
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import REASONING, Chat, Message
 from strixft.support.errors import DataError
+from strixft.support.private_hf import compile_template
 
 QUESTIONS = ("zquestion one", "zquestion two")
 ANSWERS = ("zanswer one", "zanswer two")
@@ -79,16 +80,13 @@ class ChatTemplate:
                 fix="use the model's instruct version, or data of the format text",
             )
         from jinja2 import meta
-        from transformers.utils.chat_template_utils import _compile_jinja_template
 
         self._name, self._tools = tokenizer.name_or_path, [_TOOL] if for_tools else None
         self._in_parts = False
         self._special_tokens = dict(tokenizer.special_tokens_map)
         try:
             self._source: str = tokenizer.get_chat_template(tools=self._tools)
-            # Private: `apply_chat_template` prepares each call anew, which takes several times as
-            # long for the two renderings of each row. Remove when transformers compiles in public.
-            self._template = _compile_jinja_template(self._source)
+            self._template = compile_template(self._source)
             parsed = self._template.environment.parse(self._source)
             self.lists_tools = "tools" in meta.find_undeclared_variables(parsed)
             """The template has a place for functions."""

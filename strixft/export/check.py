@@ -1,4 +1,8 @@
-"""Checks on a few rows that the merged model is the trained one.
+"""Checks on a few rows that the merged model is the trained one, in float32 arithmetic.
+
+Two correct models in bfloat16 differ more by the rounding of their activations than by that of
+their weights. In float32 only the rounding of the weights is left. Each weight is widened where it
+is used, so that no second copy is kept.
 
 Shapes: K positions, V vocabulary.
 """
@@ -7,18 +11,19 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from strixft.attention.backends import BACKENDS
 from strixft.attention.interface import NAME, use_backend
 from strixft.catalog.methods import METHODS
 from strixft.evaluate.variants import load_variant
-from strixft.export.widened import in_float32
 from strixft.guard.host import budget_for, device_type, find_host, training_dtype
 from strixft.model.adapter import base_of
 from strixft.model.architecture import auto_class
@@ -27,6 +32,7 @@ from strixft.model.load import load_config
 from strixft.model.stream import Shard
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import StageError
+from strixft.support.private_torch import tree_leaves, tree_map
 
 ROWS = 4
 """Rows that are compared."""
@@ -49,9 +55,56 @@ LEAST_TOP1 = 0.99
 LEAST_LEARNED_KL = 1e-6
 """Nats a token below which training has changed too little for its absence to show."""
 
+WHOLE = {"F32", "I64"}
+"""Types in files whose weights no arithmetic rounds."""
 
 Logits = list[Tensor]
 """(K, V) of each row, float32, on the host."""
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+
+
+def _widen(value: Any) -> Any:
+    return value.float() if _is_half(value) else value
+
+
+class Float32(TorchFunctionMode):
+    """Run a forward pass in float32, whatever the types of the weights.
+
+    Looked-up embeddings become float32, and so does each 16-bit value that meets float32.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch with widened arguments, unless it writes into one of them."""
+        kwargs = kwargs or {}
+        if func is nn.functional.embedding:
+            return _widen(func(*args, **kwargs))
+        values = tree_leaves((args, kwargs))
+        is_wide = any(isinstance(v, Tensor) and v.dtype is torch.float32 for v in values)
+        if is_wide and any(map(_is_half, values)) and not func.__name__.endswith("_"):
+            args, kwargs = tree_map(_widen, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def in_float32(model: nn.Module) -> Float32:
+    """Return a context in which a model computes in float32.
+
+    From now on its 4-bit layers multiply in float32, and its experts run one after the other:
+    grouped products cast their input to the type of the weights.
+    """
+    base_of(model).set_experts_implementation("eager")
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype = torch.float32
+    return Float32()
 
 
 @torch.no_grad()
@@ -69,12 +122,11 @@ def _logits(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Logits:
 
 def _divergence(left: Logits, right: Logits) -> float:
     """Return the mean KL(left ‖ right) of all positions, in nats."""
-    total, count = 0.0, 0
+    total = 0.0
     for a, b in zip(left, right, strict=True):
         p, q = a.log_softmax(-1), b.log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())
-        count += len(a)
-    return total / count
+    return max(0.0, total / sum(map(len, left)))
 
 
 def compare(trained: Logits, merged: Logits, base: Logits | None) -> dict[str, Any]:
@@ -92,14 +144,13 @@ def compare(trained: Logits, merged: Logits, base: Logits | None) -> dict[str, A
     """
     pairs = list(zip(trained, merged, strict=True))
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
-    tokens = sum(map(len, trained))
-    largest = max(float(a.abs().max()) for a in trained)
+    tokens, largest = sum(map(len, trained)), max(float(a.abs().max()) for a in trained)
     return {
         "rows": len(trained),
         "tokens": tokens,
         "max_difference": max(float((a - b).abs().max()) for a, b in pairs) / largest,
-        "kl": max(0.0, _divergence(trained, merged)),
-        "learned_kl": None if base is None else max(0.0, _divergence(trained, base)),
+        "kl": _divergence(trained, merged),
+        "learned_kl": None if base is None else _divergence(trained, base),
         "top1": same / tokens,
     }
 
@@ -127,14 +178,7 @@ def faults(found: Mapping[str, Any], *, exact: bool) -> list[str]:
     return told
 
 
-def _is_exact(recipe: Recipe, merged: Path) -> bool:
-    """Return whether no weight was rounded: all are float32, in the files and in training."""
-    if METHODS[recipe.method].base != "native" or training_dtype() is not torch.float32:
-        return False
-    return stored_types(merged) <= {"F32", "I64"}
-
-
-def stored_types(folder: Path) -> set[str]:
+def _stored_types(folder: Path) -> set[str]:
     """Return the names of the types of a model's weights in its files."""
     kinds = set()
     for path in shard_paths(folder):
@@ -170,7 +214,7 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
     """
     size_bytes = sum(path.stat().st_size for path in shard_paths(folder))
     same = recipe.model_copy(update={"model": str(folder), "method": "lora"})
-    whole = stored_types(folder) <= {"F32", "I64"}  # 16 bits would round too much
+    whole = _stored_types(folder) <= WHOLE  # 16 bits would round too much
     dtype = torch.float32 if whole else training_dtype()
     fits = size_bytes < budget_bytes * 0.9
     if fits and dtype is training_dtype():
@@ -213,7 +257,8 @@ def check_merged(
     found = compare(trained, _logits(model, chosen), base)
     del model
     gc.collect()
-    exact = _is_exact(recipe, merged)
+    is_whole = METHODS[recipe.method].base == "native" and training_dtype() is torch.float32
+    exact = is_whole and _stored_types(merged) <= WHOLE
     seconds = round(time.monotonic() - began, 3)
     told = {"exact": exact, "offloaded": offloaded, "seconds": seconds}
     return {**found, **told, "faults": faults(found, exact=exact)}

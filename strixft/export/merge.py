@@ -19,13 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    int8_vectorwise_quant,
+    quantize_4bit,
+)
 from torch import Tensor, nn
 
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import device_type, training_dtype
-from strixft.model.files import beside_weights, shard_paths
-from strixft.model.int8 import LARGEST
-from strixft.model.load import load_config
+from strixft.model.files import INDEX, beside_weights, shard_paths
+from strixft.model.load import load_config, shape_base
 from strixft.model.mergeable import (
     PACKED,
     Group,
@@ -34,15 +39,12 @@ from strixft.model.mergeable import (
     own_names,
     quantised_parameters,
 )
-from strixft.model.shapes import shape_base
+from strixft.model.quantised import LARGEST
 from strixft.model.stream import DTYPES, Entry, Shard
 from strixft.recipe.schema import Recipe
 from strixft.support.disk import sync
 from strixft.support.errors import StageError
 from strixft.support.files import write_text
-
-STRETCH_BYTES = 4 * 2**20
-"""Bytes that are copied at once."""
 
 AGAIN = "strixft run RECIPE --from train"
 
@@ -52,60 +54,49 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class _Base:
     """The weights of the base, by their names in its files."""
 
-    def __init__(self, shards: Sequence[Shard], packed_as: torch.dtype, *, float32: bool) -> None:
-        self._float32 = float32
+    def __init__(self, shards: Sequence[Shard], config: Any, *, float32: bool) -> None:
         self._shards = {name: shard for shard in shards for name in shard.entries}
-        self._packed_as = packed_as
         self.entries: dict[str, Entry] = {n: s.entries[n] for n, s in self._shards.items()}
+        self._float32, self._unpacked = float32, torch.bfloat16
+        kind = getattr(config, "dtype", None)
+        if isinstance(kind, torch.dtype) and kind.itemsize > 1:
+            self._unpacked = kind
 
     def is_packed(self, name: str) -> bool:
         """Return whether bitsandbytes has packed a weight."""
         return self.entries[name].dtype in PACKED
 
-    def shape_of(self, name: str) -> Sequence[int]:
-        """Return the shape of a weight after unpacking."""
-        kinds = [n for n in self.entries if n.startswith(f"{name}.quant_state.")]
-        if not kinds:
-            return self.entries[name].shape
-        shape: list[int] = json.loads(self.stored(kinds[0]).numpy().tobytes())["shape"]
-        return shape
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        """Return the type in which a weight is written."""
-        dtype = self._packed_as if self.is_packed(name) else DTYPES[self.entries[name].dtype]
-        return torch.float32 if self._float32 and dtype.is_floating_point else dtype
-
-    def stored(self, name: str) -> Tensor:
-        """Read a tensor as it is stored."""
+    def written(self, name: str) -> tuple[torch.dtype, Sequence[int]]:
+        """Return the type and the shape in which a weight is written."""
         entry = self.entries[name]
-        stored = torch.empty(entry.size_bytes, dtype=torch.uint8)
-        self._shards[name].read(stored, entry.start)
-        return stored.view(DTYPES[entry.dtype]).view(entry.shape)
+        dtype = self._unpacked if self.is_packed(name) else DTYPES[entry.dtype]
+        if self._float32 and dtype.is_floating_point:
+            dtype = torch.float32
+        states = [n for n in self.entries if n.startswith(f"{name}.quant_state.")]
+        if not states:
+            return dtype, entry.shape
+        return dtype, json.loads(self._stored(states[0]).numpy().tobytes())["shape"]
+
+    def _stored(self, name: str) -> Tensor:
+        return self._shards[name].tensor(name)
+
+    def read(self, name: str) -> Tensor:
+        """Read a weight; unpack one that bitsandbytes has packed to float32."""
+        stored = self._stored(name)
+        if not self.is_packed(name):
+            return stored
+        if stored.dtype is torch.int8:
+            return _from_int8(stored, self._stored(name.removesuffix("weight") + "SCB"))
+        beside = {n: self._stored(n) for n in self.entries if n.startswith(f"{name}.")}
+        found: Tensor = dequantize_4bit(stored, QuantState.from_dict(beside, torch.device("cpu")))
+        return found.float()
 
     def unchanged(self, name: str) -> Iterator[Tensor]:
         """Yield a weight that is not merged into, piece by piece."""
         if self.is_packed(name) or self._float32:
-            yield self.read(name).to(self.dtype_of(name))
-            return
-        entry = self.entries[name]
-        for start in range(0, entry.size_bytes, STRETCH_BYTES):
-            stretch = torch.empty(min(STRETCH_BYTES, entry.size_bytes - start), dtype=torch.uint8)
-            self._shards[name].read(stretch, entry.start + start)
-            yield stretch
-
-    def read(self, name: str) -> Tensor:
-        """Read a weight; unpack one that bitsandbytes has packed to float32."""
-        if not self.is_packed(name):
-            return self.stored(name)
-        if self.entries[name].dtype == "I8":
-            scales = self.stored(name.removesuffix("weight") + "SCB")
-            return _from_int8(self.stored(name), scales)
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        beside = {n: self.stored(n) for n in self.entries if n.startswith(f"{name}.")}
-        state = QuantState.from_dict(beside, torch.device("cpu"))
-        found: Tensor = dequantize_4bit(self.stored(name), state).float()
-        return found
+            yield self.read(name).to(self.written(name)[0])
+        else:
+            yield from self._shards[name].pieces(name)
 
 
 class _File:
@@ -154,26 +145,16 @@ def as_stored(weight: Tensor, base: str) -> Tensor:
         base: Storage of the base in training: `native`, `nf4` or `int8`.
     """
     if base == "nf4":
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-        found: Tensor = dequantize_4bit(packed, state).float()
-        return found
+        packed = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+        found: Tensor = dequantize_4bit(*packed)
+        return found.float()
     if base == "int8":
-        from bitsandbytes.functional import int8_vectorwise_quant
-
-        integers, scales, _ = int8_vectorwise_quant(weight.half())
-        return _from_int8(integers, scales)
+        return _from_int8(*int8_vectorwise_quant(weight.half())[:2])
     return weight.float()
 
 
 def load_adapted(config: Any, adapter: Path, device: str) -> nn.Module:
-    """Return the base on `meta` with a trained adapter on a device.
-
-    Args:
-        config: Configuration of the base.
-        adapter: Folder of the adapter, as PEFT writes it.
-        device: Device of the adapter.
+    """Return the base on `meta` with a trained adapter, as PEFT writes it, on a device.
 
     Raises:
         StageError: The adapter is another model's, incomplete, or holds more than can be merged.
@@ -182,13 +163,12 @@ def load_adapted(config: Any, adapter: Path, device: str) -> nn.Module:
     from peft.tuners.lora import LoraLayer
     from peft.utils import load_peft_weights
 
+    def refused(problem: str) -> StageError:
+        return StageError(f"the adapter in {adapter} {problem}", fix=AGAIN)
+
     state = load_peft_weights(str(adapter), device="cpu")
-    strange = [name for name in state if ".lora_" not in name]
-    if strange:
-        raise StageError(
-            f"the adapter in {adapter} holds {strange[0]}, which cannot be merged",
-            fix=AGAIN,
-        )
+    if strange := [name for name in state if ".lora_" not in name]:
+        raise refused(f"holds {strange[0]}, which cannot be merged")
     base = shape_base(config, METHODS["lora"], torch.float32)
     with torch.device("meta"):
         model: nn.Module = PeftModel(base, PeftConfig.from_pretrained(adapter))
@@ -199,16 +179,10 @@ def load_adapted(config: Any, adapter: Path, device: str) -> nn.Module:
     try:
         result = set_peft_model_state_dict(model, state)
     except RuntimeError as error:
-        raise StageError(
-            f"the adapter in {adapter} is for another base model: {' '.join(str(error).split())}",
-            fix=AGAIN,
-        ) from error
+        raise refused(f"is for another base model: {' '.join(str(error).split())}") from error
     missing = [name for name in result.missing_keys if ".lora_" in name] + result.unexpected_keys
     if missing:
-        raise StageError(
-            f"the adapter in {adapter} and the base do not belong together: {missing[0]}",
-            fix=AGAIN,
-        )
+        raise refused(f"and the base do not belong together: {missing[0]}")
     return model
 
 
@@ -216,19 +190,20 @@ class _Merger:
     """Turns parameters of the base into those of the merged model."""
 
     def __init__(self, recipe: Recipe, config: Any, adapter: Path) -> None:
-        self._device, self._base = device_type(), METHODS[recipe.method].base
-        self._dtype = training_dtype()
-        self._model = load_adapted(config, adapter, self._device)
-        self._adapted = adapted_parameters(self._model)
-        self._quantised = quantised_parameters(config, self._base, self._dtype)
-
-    @property
-    def changed(self) -> set[str]:
+        self._device, self._dtype = device_type(), training_dtype()
+        self._storage = METHODS[recipe.method].base
+        self._adapted = adapted_parameters(load_adapted(config, adapter, self._device))
+        self._quantised = quantised_parameters(config, self._storage, self._dtype)
+        self.changed: set[str] = self._adapted.keys() | self._quantised
         """Names of the parameters that differ from the base's files."""
-        return self._adapted.keys() | self._quantised
+        self._shape = shape_base(config, METHODS["lora"], torch.float32)
+
+    def groups(self, base: _Base) -> list[Group]:
+        """Return the tensors of the base's files that become the changed parameters."""
+        return groups_for(self._shape, base.entries, self.changed)
 
     @torch.no_grad()
-    def merged(self, name: str, weight: Tensor, *, is_packed: bool) -> Tensor:
+    def _merged(self, name: str, weight: Tensor, *, is_packed: bool) -> Tensor:
         """Return a parameter of the merged model, in float32 on the device.
 
         Args:
@@ -237,18 +212,38 @@ class _Merger:
             is_packed: True if the files hold it packed: then it is the weight that training saw.
         """
         if name in self._quantised and not is_packed:
-            weight = as_stored(weight.to(self._device, self._dtype), self._base)
+            weight = as_stored(weight.to(self._device, self._dtype), self._storage)
         weight = weight.to(self._device, torch.float32)
         if name not in self._adapted:
             return weight
         layer, owner, leaf = self._adapted[name]
-        empty = owner._parameters[leaf]
-        owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+        empty = getattr(owner, leaf)
+        setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
         layer.merge()  # type: ignore[operator]
-        found = owner._parameters[leaf]
-        owner._parameters[leaf] = empty
-        assert found is not None
-        return found.data
+        found: Tensor = getattr(owner, leaf).data
+        setattr(owner, leaf, empty)
+        return found
+
+    def merge(self, group: Group, base: _Base) -> dict[str, Tensor]:
+        """Return the tensors of a group for the files of the merged model."""
+        is_packed = base.is_packed(group.names[0])
+        tensors = {name: base.read(name) for name in group.names}
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        made = group.convert(tensors, self._shape)
+        del tensors
+        if group.transform is None:
+            [name], [(target, weight)] = group.names, made.items()
+            merged = self._merged(target, weight, is_packed=is_packed)
+            return {name: merged.to(base.written(name)[0]).cpu()}
+        flat = torch.empty(sum(math.prod(shape) for shape in shapes.values()))
+        for target, places in _places(group, shapes, self._shape).items():
+            merged = self._merged(target, made.pop(target), is_packed=is_packed)
+            flat[places.flatten().long()] = merged.flatten().cpu()
+        parts = flat.split([math.prod(shape) for shape in shapes.values()])
+        return {
+            name: part.view(shape).to(base.written(name)[0])
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
 
 
 def _places(group: Group, shapes: Mapping[str, Sequence[int]], model: Any) -> dict[str, Tensor]:
@@ -274,28 +269,6 @@ def _places(group: Group, shapes: Mapping[str, Sequence[int]], model: Any) -> di
     return found
 
 
-def _merge_group(group: Group, base: _Base, merger: _Merger, model: Any) -> dict[str, Tensor]:
-    """Return the tensors of a group for the files of the merged model."""
-    is_packed = base.is_packed(group.names[0])
-    tensors = {name: base.read(name) for name in group.names}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    made = group.convert(tensors, model)
-    del tensors
-    if group.transform is None:
-        [name], [(target, weight)] = group.names, made.items()
-        merged = merger.merged(target, weight, is_packed=is_packed)
-        return {name: merged.to(base.dtype_of(name)).cpu()}
-    flat = torch.empty(sum(math.prod(shape) for shape in shapes.values()))
-    for target, places in _places(group, shapes, model).items():
-        merged = merger.merged(target, made.pop(target), is_packed=is_packed)
-        flat[places.flatten().long()] = merged.flatten().cpu()
-    parts = flat.split([math.prod(shape) for shape in shapes.values()])
-    return {
-        name: part.view(shape).to(base.dtype_of(name))
-        for (name, shape), part in zip(shapes.items(), parts, strict=True)
-    }
-
-
 def merge(
     recipe: Recipe, base_folder: Path, adapter: Path, target: Path, *, float32: bool = False
 ) -> None:
@@ -313,39 +286,29 @@ def merge(
     """
     config = load_config(recipe)
     merger = _Merger(recipe, config, adapter)
-    model = shape_base(config, METHODS["lora"], torch.float32)
     with contextlib.ExitStack() as stack:
         shards = [stack.enter_context(Shard(path)) for path in shard_paths(base_folder)]
-        base = _Base(shards, written_as(config), float32=float32)
-        groups = groups_for(model, base.entries, merger.changed)
-        names = own_names(base.entries)
+        base = _Base(shards, config, float32=float32)
+        groups, names = merger.groups(base), own_names(base.entries)
         files: dict[str, _File] = {}
         for shard in shards:
-            own = [name for name in names if name in shard.entries]
-            rows = {name: (base.dtype_of(name), base.shape_of(name)) for name in own}
+            rows = {name: base.written(name) for name in names if name in shard.entries}
             file = _File(target / shard.path.name, rows)
             stack.callback(file.close)
-            files |= dict.fromkeys(own, file)
-        changed = set()
-        for group, _ in groups:
-            changed |= set(group.names)
-            for name, tensor in _merge_group(group, base, merger, model).items():
+            files |= dict.fromkeys(rows, file)
+        for group in groups:
+            for name, tensor in merger.merge(group, base).items():
                 files[name].write(name, [tensor])
+        changed = {name for group in groups for name in group.names}
         for name in names:
             if name not in changed:
                 files[name].write(name, base.unchanged(name))
     copy_beside(base_folder, target, float32=float32)
-    if len(set(files.values())) > 1:
+    if len(shards) > 1:
         size = sum(file.path.stat().st_size for file in set(files.values()))
         places = {name: file.path.name for name, file in files.items()}
         index = {"metadata": {"total_size": size}, "weight_map": places}
-        write_text(target / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def written_as(config: Any) -> torch.dtype:
-    """Return the type in which unpacked weights are written."""
-    dtype = getattr(config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) and dtype.itemsize > 1 else torch.bfloat16
+        write_text(target / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def copy_beside(base_folder: Path, target: Path, *, float32: bool = False) -> None:

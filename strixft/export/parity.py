@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,20 +126,6 @@ def _same_template(url: str, tokenizer: Any) -> bool | str:
     return bool(theirs.removeprefix(bos) == ours.removeprefix(bos))
 
 
-@contextlib.contextmanager
-def _started(
-    model: Path, longest: int, adapter: Path | None, tokenizer: Any
-) -> Iterator[tuple[str, bool | str]]:
-    """Start a server; yield its address and the result of `_same_template`."""
-    with contextlib.ExitStack() as stack:
-        try:
-            url = stack.enter_context(served(model, longest, adapter))
-        except TemplateError as error:  # tokens can still be compared
-            yield stack.enter_context(served(model, longest, adapter, ANY_TEMPLATE)), error.problem
-        else:
-            yield url, _same_template(url, tokenizer)
-
-
 def measure_parity(
     model: Path,
     kind: Quantisation,
@@ -156,14 +143,21 @@ def measure_parity(
         adapter: GGUF file of an adapter that the server applies to the model.
     """
     longest = max(len(prompt) + len(answer) for prompt, answer in prompts) + 8
-    with _started(model, longest, adapter, tokenizer) as (url, same_template):
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(served(model, longest, adapter))
+            same_template = _same_template(url, tokenizer)
+        except TemplateError as error:  # tokens can still be compared
+            url = stack.enter_context(served(model, longest, adapter, ANY_TEMPLATE))
+            same_template = error.problem
         same_tokens = _same_tokens(url, tokenizer, [prompt for prompt, _ in prompts])
         bar = progress_bar(prompts, unit="prompt", desc=kind.name)
         found = [compare(url, prompt, wanted) for prompt, wanted in bar]
-    lengths = [len(wanted) for _, wanted in prompts]
-    top1 = sum(agreed for _, agreed in found) / sum(lengths)
-    shares = [first / length for (first, _), length in zip(found, lengths, strict=True)]
-    greedy = sum(shares) / len(shares)
+    tokens = sum(len(wanted) for _, wanted in prompts)
+    top1 = sum(agreed for _, agreed in found) / tokens
+    greedy = statistics.fmean(
+        first / len(wanted) for (first, _), (_, wanted) in zip(found, prompts, strict=True)
+    )
     enough = top1 >= kind.least_top1 and greedy >= kind.least_greedy
     return {
         "top1": round(top1, 4),
@@ -171,7 +165,7 @@ def measure_parity(
         "least_top1": kind.least_top1,
         "least_greedy": kind.least_greedy,
         "prompts": len(prompts),
-        "tokens": sum(lengths),
+        "tokens": tokens,
         "same_tokens": same_tokens,
         "same_template": same_template,
         "passes": enough and same_tokens == 1 and same_template is True,

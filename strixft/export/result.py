@@ -47,6 +47,7 @@ class Exported(Result):
             return
         rows = {kind: self.figures["parity"][kind] for kind in self.differs}
         told = "; ".join(f"{kind}: {_verdict(row)}" for kind, row in rows.items())
+        settings: dict[str, Any] = {}
         if any(row["same_template"] is not True for row in rows.values()):
             fix = _TEMPLATE_FIX
         elif not rows.keys().isdisjoint(NOT_ROUNDED) or any(
@@ -56,7 +57,10 @@ class Exported(Result):
         else:
             command = f"{resume_command(self.folder.parent)} --from export"
             fix = f"{command} --set 'export.gguf=[f16]', or {_MERGED_FIX}"
-        raise StageError(f"the export differs from the trained model; {told}", fix=fix)
+            settings = {"export.gguf": ["f16"]}
+        raise StageError(
+            f"the export differs from the trained model; {told}", fix=fix, settings=settings
+        )
 
     def tables(self) -> list[CellTable]:
         """Return tables of the files, of the merged model, and of the comparison."""
@@ -64,14 +68,10 @@ class Exported(Result):
             [kind, row.get("path", ""), format_gib(row.get("bytes")), row.get("type", "")]
             for kind, row in self.figures["made"].items()
         ]
-        parity = [
-            [kind, f"{row['top1']:.3f}", f"{row['greedy']:.3f}", _verdict(row)]
-            for kind, row in self.figures["parity"].items()
-        ]
         found = [
             (made, ["export", "path", "size", "command"]),
             check_table(self.figures["made"]),
-            (parity, ["file", "same next token", "same answer", ""]),
+            parity_table(self.figures["parity"]),
         ]
         return [(rows, header) for rows, header in found if rows]
 
@@ -80,6 +80,15 @@ class Exported(Result):
         tables = "".join(html.table(rows, header) for rows, header in self.tables())
         compared = "" if self.figures["parity"] else html.note("Not compared.")
         return f"{warnings}{tables}{compared}"
+
+
+def parity_table(parity: Mapping[str, Any]) -> CellTable:
+    """Tell how GGUF files answer beside the trained model, from the figures of each."""
+    rows = [
+        [kind, f"{row['top1']:.3f}", f"{row['greedy']:.3f}", _verdict(row)]
+        for kind, row in parity.items()
+    ]
+    return rows, ["file", "same next token", "same answer", ""]
 
 
 def check_table(made: Mapping[str, Any]) -> CellTable:

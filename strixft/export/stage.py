@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from strixft.export.make import MAKE, ExportJob
 from strixft.export.parity import chosen_prompts, greedy_answers, measure_parity
 from strixft.export.result import Exported
 from strixft.guard.stage_watches import StageWatch
-from strixft.model import gguf
 from strixft.model.files import model_folder, shard_paths
-from strixft.model.load import load_config, load_tokenizer, model_source
+from strixft.model.load import load_config, model_source
 from strixft.plan.exportable import SERVED, require_kinds
 from strixft.run.folder import Run
 from strixft.run.open import set_aside
+from strixft.servers import gguf
 from strixft.support.disk import require_room
 from strixft.support.errors import HostError
 from strixft.support.files import write_text
@@ -37,16 +36,16 @@ SMALL_BYTES = 64 * 2**20
 """Space for the files beside the weights."""
 
 
-def _needed_bytes(run: Run, kinds: tuple[str, ...], base_folder: Path) -> int:
+def _needed_bytes(job: ExportJob, kinds: tuple[str, ...]) -> int:
     """Return the bytes that the export needs on disk.
 
     They are a copy of the base, each GGUF file, and a float16 file if one is quantised further or
     carries an adapter.
     """
-    size = sum(file.stat().st_size for file in shard_paths(base_folder))
-    if getattr(load_config(run.recipe), "quantization_config", None):
+    size = sum(file.stat().st_size for file in shard_paths(job.base_folder))
+    if getattr(load_config(job.run.recipe), "quantization_config", None):
         size *= 16 // UNPACKED_FROM_BITS
-    asked = run.recipe.export.gguf
+    asked = job.run.recipe.export.gguf
     files = sum(QUANTISATIONS[kind].bits / 16 for kind in asked)
     files += "f16" not in asked and not set(asked) <= set(gguf.DIRECT)
     copies = ("merged" in kinds) + ("gguf" in kinds) * files + ("gguf-lora" in kinds)
@@ -55,10 +54,11 @@ def _needed_bytes(run: Run, kinds: tuple[str, ...], base_folder: Path) -> int:
 
 def _parity(job: ExportJob, kinds: tuple[str, ...]) -> dict[str, Any]:
     """Compare every GGUF file with the trained model on the same prompts."""
-    recipe, tokenizer = job.run.recipe, load_tokenizer(job.run.recipe)
-    ends, prompts = job.ends(tokenizer), chosen_prompts(tokenizer, job.held_out())
+    recipe, tokenizer = job.run.recipe, job.tokenizer
+    held_out = list(job.prepared.token_rows(recipe.dataset).validation)
+    prompts = chosen_prompts(tokenizer, held_out)
     model = load_variant(recipe, job.adapter, "tuned")
-    answers = greedy_answers(model, tokenizer, ends, prompts)
+    answers = greedy_answers(model, tokenizer, job.ends, prompts)
     del model  # the servers need its memory
     gc.collect()
     pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if a]
@@ -67,43 +67,12 @@ def _parity(job: ExportJob, kinds: tuple[str, ...]) -> dict[str, Any]:
         for kind in (recipe.export.gguf if "gguf" in kinds else [])
     }
     if "gguf-lora" in kinds:
-        base = job.folder / ".base-f16.gguf"
-        gguf.convert_model(job.base_folder, base, "f16", ends.token_ids)
-        like = QUANTISATIONS["f16"]
-        found["gguf-lora"] = measure_parity(base, like, tokenizer, pairs, job.lora_path)
+        base, like = job.folder / ".base-f16.gguf", QUANTISATIONS["f16"]
+        gguf.convert_model(job.base_folder, base, "f16", job.ends.token_ids)
+        adapter = job.gguf_path("lora-f16")
+        found["gguf-lora"] = measure_parity(base, like, tokenizer, pairs, adapter)
         base.unlink()
     return found
-
-
-def _export(
-    run: Run, folder: Path, kinds: tuple[str, ...]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    trained, base_folder = run.require(Trained), model_folder(model_source(run.recipe.model))
-    if base_folder is None:
-        raise HostError(
-            f"the files of {run.recipe.model} are not on this machine",
-            fix=f"hf download {run.recipe.model}",
-        )
-    job = ExportJob(run, folder, base_folder, trained.folder / ADAPTER)
-    base = trained.require_same_base(run.recipe)
-    # Refuse before the work what would fail after it.
-    require_room(folder, _needed_bytes(run, kinds, base_folder))
-    require_kinds(run.recipe, kinds)
-    made, is_served = {}, bool(SERVED.intersection(kinds))
-    with StageWatch(run, looks=False).watching_memory() as seen:
-        for count, kind in enumerate(kinds):
-            run.report_progress(done=count, total=len(kinds) + is_served)
-            made[kind] = MAKE[kind](job)
-        parity = _parity(job, kinds) if is_served else {}
-    card = job.merged if job.merged.is_dir() else folder
-    readme = base_folder / "README.md"
-    licence = re.search(r"^license: *(\S+)", readme.read_text(), re.M) if readme.is_file() else None
-    text = texts.model_card(
-        run, load_tokenizer(run.recipe), licence[1] if licence else None, made, parity
-    )
-    write_text(card / "README.md", text)
-    figures = {"made": made, "parity": parity, "kinds": list(kinds), "memory": seen}
-    return {"base": base}, figures
 
 
 def export_recipe(run: Run, to: tuple[str, ...] = ()) -> Exported:
@@ -124,3 +93,30 @@ def export_recipe(run: Run, to: tuple[str, ...] = ()) -> Exported:
         kinds = with_needs((*kinds, *done.figures["kinds"]))
         set_aside(run, (Exported.name,))
     return run.once(Exported, lambda folder: _export(run, folder, kinds))
+
+
+def _export(
+    run: Run, folder: Path, kinds: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    trained, base_folder = run.require(Trained), model_folder(model_source(run.recipe.model))
+    if base_folder is None:
+        raise HostError(
+            f"the files of {run.recipe.model} are not on this machine",
+            fix=f"hf download {run.recipe.model}",
+        )
+    job = ExportJob(run, folder, base_folder, trained.folder / ADAPTER)
+    base = trained.require_same_base(run.recipe)
+    # Refuse before the work what would fail after it.
+    require_room(folder, _needed_bytes(job, kinds))
+    require_kinds(run.recipe, kinds)
+    made, is_served = {}, bool(SERVED.intersection(kinds))
+    with StageWatch(run, looks=False).watching_memory() as seen:
+        for count, kind in enumerate(kinds):
+            run.report_progress(done=count, total=len(kinds) + is_served)
+            made[kind] = MAKE[kind](job)
+        parity = _parity(job, kinds) if is_served else {}
+    card = job.merged if job.merged.is_dir() else folder
+    text = texts.model_card(run, base_folder, job.tokenizer, made, parity)
+    write_text(card / "README.md", text)
+    figures = {"made": made, "parity": parity, "kinds": list(kinds), "memory": seen}
+    return {"base": base}, figures

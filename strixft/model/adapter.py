@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,20 @@ from torch import nn
 
 from strixft.catalog.methods import Method
 from strixft.model.architecture import outside_text, text_decoder, text_layers
-from strixft.model.shapes import IDLE
 from strixft.recipe.schema import Lora
 from strixft.support.errors import RecipeError
+from strixft.support.private_hf import renamed_by_peft
 from strixft.support.tables import did_you_mean
 
 ADAPTER_NAME = "default"
 """PEFT's name for the one adapter of a model."""
 
-_ALL_LINEAR = "leave it out, or lora.target_modules: all-linear"
+_ALL_LINEAR = {"lora.target_modules": "all-linear"}
+
+_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+"""Model types whose kernels read the weights of `out_proj` past its adapter.
+
+Source: PEFT 0.21, tuners/tuners_utils.py, `_check_lora_target_modules_mamba`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +59,26 @@ def find_targets(base: Any, asked: str | list[str], idle: Collection[str] = ()) 
         RecipeError: A name does not belong to any linear layer.
     """
     decoder = {id(module) for module in text_decoder(base).modules()}
-    layers = _linear_layers(base)
-    inside = {n: m for n, m in layers.items() if id(m) in decoder and not _is_router(n, base)}
+    inside = [
+        path
+        for path, module in base.named_modules()
+        if id(module) in decoder and _is_linear(module) and not _is_router(path, base)
+    ]
     if isinstance(asked, list):
-        _require_known(base, asked, inside, idle)
-        wanted = [path for path in inside if _is_named(path, asked)]
-        return Targets(asked, _pattern(base, asked, wanted), [])
+        _require_adaptable(base, asked, inside, idle)
+        return Targets(asked, _pattern(base, asked, inside), [])
     taken = dict.fromkeys(idle, "training reads its weights past an adapter")
-    taken |= dict.fromkeys(_renamed_by_peft(base), "PEFT takes the name for that of the experts")
+    renamed = renamed_by_peft(getattr(base.config, "model_type", None))
+    taken |= dict.fromkeys(renamed, "PEFT takes the name for that of the experts")
     if getattr(base.config, "model_type", None) in _MAMBA:
         taken["out_proj"] = "kernels of Mamba layers read its weights past an adapter"
-    names = dict.fromkeys(_leaf(path) for path in inside)
+    names = list(dict.fromkeys(map(_leaf, inside)))
     kept = [name for name in names if name not in taken]
-    wanted = [path for path in inside if _leaf(path) in kept]
     left_out = [f"{name}: {taken[name]}" for name in names if name in taken]
-    blocks = (m for m in text_decoder(base).modules() if hasattr(m, "experts"))
-    if any(not _linear_layers(block.experts) for block in blocks):  # fused into one parameter
+    experts = (m.experts for m in text_decoder(base).modules() if hasattr(m, "experts"))
+    if any(not any(map(_is_linear, one.modules())) for one in experts):  # one fused parameter
         left_out.append("experts: those that a router chooses get no adapter")
-    return Targets(kept, _pattern(base, kept, wanted), left_out)
+    return Targets(kept, _pattern(base, kept, inside), left_out)
 
 
 def _leaf(path: str) -> str:
@@ -82,91 +89,55 @@ def _is_named(path: str, names: Collection[str]) -> bool:
     return any(f".{path}".endswith(f".{name}") for name in names)
 
 
-def _linear_layers(base: Any) -> dict[str, nn.Module]:
-    """Return the modules that multiply by a matrix and do nothing else, by name, in order."""
-
-    def is_linear(module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
-        is_own = type(module).__module__.startswith("transformers.models.")  # routers, for example
-        is_matrix = weight is not None and weight.ndim == 2
-        return is_matrix and not isinstance(module, nn.Embedding) and not is_own
-
-    return {name: module for name, module in base.named_modules() if is_linear(module)}
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module multiplies by a matrix and does nothing else."""
+    weight = getattr(module, "weight", None)
+    is_own = type(module).__module__.startswith("transformers.models.")  # routers, for example
+    is_matrix = weight is not None and weight.ndim == 2
+    return is_matrix and not isinstance(module, nn.Embedding) and not is_own
 
 
 def _is_router(path: str, base: Any) -> bool:
     """Return whether a layer decides which experts a token goes to."""
-    *parents, leaf = path.split(".")
-    block = base.get_submodule(".".join(parents))
-    return "router" in path.split(".") or (leaf == "gate" and hasattr(block, "experts"))
+    parent, _, leaf = path.rpartition(".")
+    is_gate = leaf == "gate" and hasattr(base.get_submodule(parent), "experts")
+    return is_gate or "router" in path.split(".")
 
 
-def _require_known(
-    base: Any, asked: list[str], inside: Mapping[str, nn.Module], idle: Collection[str]
+def _require_adaptable(
+    base: Any, asked: list[str], inside: list[str], idle: Collection[str]
 ) -> None:
-    """Require that every name belongs to a linear layer; PEFT is content if one of them does."""
-    unknown = []
-    parameters = {_leaf(name) for name, _ in text_decoder(base).named_parameters()}
-    renamed = _renamed_by_peft(base)
-    for name in asked:
-        is_there = any(_is_named(path, [name]) for path in inside)
-        is_of_experts = renamed.get(name) in parameters
-        named = [module for path, module in base.named_modules() if _is_named(path, [name])]
-        if base.get_output_embeddings() in named:
-            raise RecipeError(
-                "lora.target_modules: the head cannot have an adapter, its product is part of the"
-                " loss",
-                fix="leave lm_head out, or lora.target_modules: all-linear",
-            )
-        if not is_there and not is_of_experts:
-            unknown.append(name)
-        if _leaf(name) in idle:
-            raise RecipeError(
-                f"lora.target_modules: training reads the weights of {name} past an adapter, which"
-                " would not learn",
-                fix=_ALL_LINEAR,
-            )
-        if is_there and is_of_experts:
-            raise RecipeError(
-                f"lora.target_modules: {name} names both a layer and experts of this model, and"
-                " PEFT would adapt the experts alone",
-                fix=_ALL_LINEAR,
-            )
-    if unknown:
-        known = dict.fromkeys(_leaf(path) for path in inside)
-        raise RecipeError(
-            f"lora.target_modules: the model has no linear layer {', '.join(map(repr, unknown))};"
-            f" its layers are {', '.join(known)}",
-            fix=did_you_mean(unknown[0], known),
+    """Require that an adapter on each name will learn; PEFT is content if one name is known."""
+    head, known = base.get_output_embeddings(), list(dict.fromkeys(map(_leaf, inside)))
+    parameters = {_leaf(path) for path, _ in text_decoder(base).named_parameters()}
+    renamed = renamed_by_peft(getattr(base.config, "model_type", None))
+    heads = [path for path, m in base.named_modules() if m is head and _is_named(path, asked)]
+    there = [name for name in asked if any(_is_named(path, [name]) for path in inside)]
+    of_experts = [name for name in asked if renamed.get(name) in parameters]
+    unknown = [name for name in asked if name not in (*there, *of_experts)]
+    fix, settings = "leave it out, or lora.target_modules: all-linear", _ALL_LINEAR
+    if heads:
+        problem = "the head cannot have an adapter, its product is part of the loss"
+        fix = "leave lm_head out, or lora.target_modules: all-linear"
+    elif past := [name for name in asked if _leaf(name) in idle]:
+        problem = f"training reads the weights of {past[0]} past an adapter, which would not learn"
+    elif both := [name for name in there if name in of_experts]:
+        problem = (
+            f"{both[0]} names both a layer and experts of this model, and PEFT would adapt the"
+            " experts alone"
         )
+    elif unknown:
+        names = ", ".join(map(repr, unknown))
+        problem = f"the model has no linear layer {names}; its layers are {', '.join(known)}"
+        fix, settings = did_you_mean(unknown[0], known), {}
+    else:
+        return
+    raise RecipeError(f"lora.target_modules: {problem}", fix=fix, settings=settings)
 
 
-def _renamed_by_peft(base: Any) -> dict[str, str]:
-    """Return the names that PEFT takes for a mixture's experts or router, wherever they stand.
-
-    Source: PEFT 0.21, utils/transformers_weight_conversion.py, `_convert_peft_config_moe`.
-    """
-    try:
-        from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:  # an earlier PEFT renames nothing
-        return {}
-    kind = getattr(base.config, "model_type", None)
-    if conversion.get_checkpoint_conversion_mapping(kind) is None:
-        return {}
-    like = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind)
-    found: dict[str, str] = conversion._MOE_TARGET_MODULE_MAPPING.get(like, {})
-    return found
-
-
-_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-"""Model types whose kernels read the weights of `out_proj` past its adapter.
-
-Source: PEFT 0.21, tuners/tuners_utils.py, `_check_lora_target_modules_mamba`."""
-
-
-def _pattern(base: Any, names: Collection[str], wanted: Collection[str]) -> str | None:
+def _pattern(base: Any, names: Collection[str], inside: Collection[str]) -> str | None:
     """Return a pattern of the other modules with these names; None if there are none."""
-    kept = set(wanted)
+    kept = {path for path in inside if _is_named(path, names)}
     others = {
         re.sub(r"\d+", "0", path)
         for path, _ in base.named_modules()
@@ -186,18 +157,6 @@ class _MasterLinear(nn.Linear):
         return nn.functional.linear(x, (self.weight * self.factor).to(x.dtype))
 
 
-def _use_master_weights(model: nn.Module) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.cast_input_dtype_enabled = False  # PEFT would copy every input to float32
-            for module in layer.modules():
-                if type(module) is nn.Linear and module is not layer.get_base_layer():  # A and B
-                    module.to(torch.float32)
-                    module.__class__ = _MasterLinear
-
-
 class _ScaledInside:
     """Adds the outputs of base and adapter in PEFT's LoRA layers, with A multiplied by α/r.
 
@@ -214,11 +173,21 @@ class _ScaledInside:
         return result + adapter
 
 
-def _scale_inside(model: nn.Module) -> None:
+def _use_master_weights(model: nn.Module, *, scale_inside: bool) -> None:
+    """Keep an adapter's weights in float32, and multiply in the base's type."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and not layer.use_dora[ADAPTER_NAME]:
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        layer.cast_input_dtype_enabled = False  # PEFT would copy every input to float32
+        for module in layer.modules():
+            if type(module) is nn.Linear and module is not layer.get_base_layer():  # A and B
+                module.to(torch.float32)
+                module.__class__ = _MasterLinear
+        is_lora = isinstance(layer, LoraLayer) and not layer.use_dora[ADAPTER_NAME]
+        if scale_inside and is_lora:
             layer.lora_A[ADAPTER_NAME].factor = layer.scaling[ADAPTER_NAME]
             layer.lora_variant[ADAPTER_NAME] = _ScaledInside()
 
@@ -231,10 +200,16 @@ def _without_warning() -> Iterator[None]:
         yield
 
 
-def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
+def attach_adapter(
+    model: nn.Module, method: Method, lora: Lora, idle: Collection[str] = ()
+) -> nn.Module:
     """Return the model with its trainable weights: a frozen base with an adapter, or all of it.
 
-    Adapter weights stay in float32 and are cast to the base's dtype where they are used.
+    Args:
+        model: The base.
+        method: Kind of the adapter, whose weights stay in float32.
+        lora: Its size and its layers.
+        idle: `Architecture.idle` of the base: these layers get no adapter.
     """
     if method.adapter == "none":
         model.requires_grad_(True)
@@ -243,7 +218,7 @@ def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
         return model
     from peft import LoraConfig, get_peft_model
 
-    targets = find_targets(model, lora.target_modules, getattr(model, IDLE, ()))
+    targets = find_targets(model, lora.target_modules, idle)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -255,8 +230,7 @@ def attach_adapter(model: nn.Module, method: Method, lora: Lora) -> nn.Module:
     )
     with _without_warning():
         adapted: nn.Module = get_peft_model(model, config)
-    _use_master_weights(adapted)
-    _scale_inside(adapted)
+    _use_master_weights(adapted, scale_inside=True)
     return adapted
 
 
@@ -266,7 +240,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
     with _without_warning():
         adapted: nn.Module = PeftModel.from_pretrained(model, folder)
-    _use_master_weights(adapted)
+    _use_master_weights(adapted, scale_inside=False)
     return adapted
 
 

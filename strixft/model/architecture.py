@@ -9,23 +9,23 @@ Shapes: B rows, T tokens, C channels, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from strixft.attention.asked import AttentionCall, watching
 from strixft.attention.backends import Heads
 from strixft.attention.interface import NAME
 from strixft.model.config import first_lines
 from strixft.support.errors import RecipeError
+from strixft.support.private_torch import TorchDispatchMode
 
 aten = torch.ops.aten
 
@@ -48,35 +48,25 @@ def auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
 
 
-def text_decoder(base: Any) -> Any:
-    """Return the module that embeds tokens and runs the decoder's layers."""
-    return base.get_submodule(_layers_place(base)[0])
-
-
-def text_layers(base: Any) -> nn.ModuleList:
-    """Return the decoder's layers, in order."""
-    layers: nn.ModuleList = getattr(text_decoder(base), _layers_place(base)[1])
-    return layers
-
-
 _places: weakref.WeakKeyDictionary[nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
+"""Finding the decoder among many modules takes 10 ms, and each micro-batch asks."""
 
 
-def _layers_place(base: Any) -> tuple[str, str]:
+def _place_of_layers(base: Any) -> tuple[str, str]:
     """Return the path of the text decoder in a model, and the name of its list of layers.
 
     The decoder is the innermost module that holds the token embedding and a list of layers.
-    Finding it among many modules takes 10 ms, and each micro-batch asks.
     """
     if base not in _places:
         embedding, found = base.get_input_embeddings(), None
         for path, module in base.named_modules():
-            lists = {n: m for n, m in module.named_children() if isinstance(m, nn.ModuleList)}
-            if lists and any(inner is embedding for inner in module.modules()):
-                found = (
-                    path,
-                    max(lists, key=lambda n: sum(p.numel() for p in lists[n].parameters())),
-                )
+            sizes = {
+                name: sum(weight.numel() for weight in inner.parameters())
+                for name, inner in module.named_children()
+                if isinstance(inner, nn.ModuleList)
+            }
+            if sizes and any(inner is embedding for inner in module.modules()):
+                found = path, max(sizes, key=sizes.__getitem__)
         if found is None:
             raise RecipeError(
                 f"a {type(base).__name__} has no list of layers beside its token embedding",
@@ -84,6 +74,17 @@ def _layers_place(base: Any) -> tuple[str, str]:
             )
         _places[base] = found
     return _places[base]
+
+
+def text_decoder(base: Any) -> Any:
+    """Return the module that embeds tokens and runs the decoder's layers."""
+    return base.get_submodule(_place_of_layers(base)[0])
+
+
+def text_layers(base: Any) -> nn.ModuleList:
+    """Return the decoder's layers, in order."""
+    layers: nn.ModuleList = getattr(text_decoder(base), _place_of_layers(base)[1])
+    return layers
 
 
 def takes_positions(decoder: nn.Module) -> bool:
@@ -110,7 +111,7 @@ def keep_layers(base: Any, kept: Sequence[int]) -> None:
     `num_hidden_layers` stays: tables with a part for each layer keep their size.
     """
     decoder, layers = text_decoder(base), text_layers(base)
-    setattr(decoder, _layers_place(base)[1], nn.ModuleList([layers[layer] for layer in kept]))
+    setattr(decoder, _place_of_layers(base)[1], nn.ModuleList([layers[layer] for layer in kept]))
     configs = (base.config.get_text_config(), decoder.config)
     for config in {id(config): config for config in configs}.values():
         for key, value in list(vars(config).items()):
@@ -257,48 +258,27 @@ def build_shape(config: Any, dtype: torch.dtype) -> Any:
 
 def _ask(config: Any) -> Architecture:
     with torch.device("meta"):
-        base = build_shape(config, torch.bfloat16)
-    base.train()
-    with _called(base) as called:
-        calls, tables = _run(base)
-    _require_followed(config, calls)
+        base = build_shape(config, torch.bfloat16).train()
+    ran = _run(base)
+    _require_followed(config, ran.calls)
     layers = text_layers(base)
-    of_layer = _by_layer(layers, calls)
+    of_layer = _by_layer(layers, ran.calls)
     kinds = _kinds(layers, of_layer)
     if not _can_be_sampled(config, kinds, of_layer):
         kinds = list(range(len(layers)))
-    linear = {_leaf(n) for n, m in text_decoder(base).named_modules() if isinstance(m, nn.Linear)}
+    named = [(name.rpartition(".")[2], m) for name, m in text_decoder(base).named_modules()]
+    linear = {leaf for leaf, module in named if isinstance(module, nn.Linear)}
+    text, windows = config.get_text_config(), {call.mask.window for call in ran.calls}
+    most = getattr(text, "max_position_embeddings", None)
+    spare = range(most, most + 8) if isinstance(most, int) else ()  # OPT has two, for padding
     return Architecture(
-        heads=_heads_of(base, calls),
-        windows=tuple(sorted({call.mask.window for call in calls if call.mask.window})),
+        heads=_heads_of(base, ran.calls),
+        windows=tuple(sorted(window for window in windows if window)),
         kinds=tuple(kinds),
-        cached=tuple(Cached(call.cached_numbers, call.mask.window) for call in calls),
-        positions=_longest_row(config, tables),
-        idle=frozenset(linear - called),
+        cached=tuple(Cached(call.cached_numbers, call.mask.window) for call in ran.calls),
+        positions=most if any(n in spare and n != text.vocab_size for n in ran.tables) else None,
+        idle=frozenset(linear - {leaf for leaf, module in named if module in ran.modules}),
     )
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-@contextlib.contextmanager
-def _called(base: Any) -> Iterator[set[str]]:
-    """Collect the last parts of the names of modules that are called while a block runs."""
-    found: set[str] = set()
-
-    def note(last: str) -> Any:
-        return lambda *_: found.add(last)
-
-    handles = [
-        module.register_forward_pre_hook(note(_leaf(name)))
-        for name, module in text_decoder(base).named_modules()
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 _LOOK_UPS: dict[Any, Any] = {
@@ -312,67 +292,74 @@ _LOOK_UPS: dict[Any, Any] = {
 """Operator that looks numbers up → length of the table, from its arguments."""
 
 
-class _Tables(TorchDispatchMode):
-    """Records the lengths of tables in which a forward pass looks numbers up."""
+class _Ran(TorchDispatchMode):
+    """Records a forward pass on `meta`, where it lets numbers be asked for."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.lengths: list[int] = []
+        self.tables: list[int] = []
+        """Lengths of tables in which numbers are looked up."""
+        self.modules: set[nn.Module] = set()
+        self.calls: list[AttentionCall] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return 1  # models only ask to leave something out
         if func in _LOOK_UPS:
-            self.lengths += _LOOK_UPS[func](*args)
+            self.tables += _LOOK_UPS[func](*args)
         return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
-def _run(base: Any) -> tuple[list[AttentionCall], list[int]]:
-    """Run a row through a model; return its calls of attention and the lengths of its tables."""
+def _run(base: Any) -> _Ran:
+    """Run a row through a model."""
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")  # (B, T)
-    with watching() as calls, _Tables() as tables:
-        try:
-            decoder = text_decoder(base)
-            places = {"position_ids": ids} if takes_positions(decoder) else {}
+    decoder, ran = text_decoder(base), _Ran()
+    places = {"position_ids": ids} if takes_positions(decoder) else {}
+    hook = register_module_forward_pre_hook(lambda module, _: ran.modules.add(module))
+    try:
+        with watching() as ran.calls, ran:
             decoder(input_ids=ids, use_cache=False, **places)
-        except RecipeError:
-            raise
-        except Exception as error:  # whatever a model's code does on meta
-            raise RecipeError(
-                f"strixft cannot plan a {base.config.model_type}: its code fails without weights:"
-                f" {first_lines(error)}",
-                fix="report it with the output of --debug; strixft's planning fails here, the"
-                " model may be fine",
-            ) from error
-    return calls, tables.lengths
+    except RecipeError:
+        raise
+    except Exception as error:  # whatever a model's code does on meta
+        raise RecipeError(
+            f"strixft cannot plan a {base.config.model_type}: its code fails without weights:"
+            f" {first_lines(error)}",
+            fix="report it with the output of --debug; strixft's planning fails here, the"
+            " model may be fine",
+        ) from error
+    finally:
+        hook.remove()
+    return ran
 
 
 def _require_followed(config: Any, calls: Sequence[AttentionCall]) -> None:
     """Refuse a model that cannot be trained to continue text, or whose attention is unknown."""
-    kind = config.model_type
+    kind, masks = config.model_type, {call.mask.kind for call in calls}
     if getattr(config, "is_encoder_decoder", False):
-        raise RecipeError(
-            f"a {kind} is an encoder with a decoder; strixft trains models that continue one text",
-            fix="a model with a decoder alone",
+        problem = (
+            f"a {kind} is an encoder with a decoder; strixft trains models that continue one text"
         )
-    if any(call.mask.kind == "both ways" for call in calls):
-        raise RecipeError(
+        fix = "a model with a decoder alone"
+    elif "both ways" in masks:
+        problem = (
             f"in this {kind} a token sees those that come after it: it cannot be trained to"
-            " continue text",
-            fix="a causal language model (or is_decoder: true, use_bidirectional_attention: false"
-            " in config.json, if the weights were trained so)",
+            " continue text"
         )
-    if any(call.sinks for call in calls):
-        raise RecipeError(
-            f"the attention of {kind} has learned sinks, which strixft cannot compute yet",
-            fix="a model without sinks, such as those of: strixft recipe",
+        fix = (
+            "a causal language model (or is_decoder: true, use_bidirectional_attention: false in"
+            " config.json, if the weights were trained so)"
         )
-    if any(call.mask.kind == "unknown" for call in calls):
-        raise RecipeError(
-            f"a {kind} makes its own attention masks, which strixft cannot follow yet",
-            fix="report it with the model's name",
-        )
+    elif any(call.sinks for call in calls):
+        problem = f"the attention of {kind} has learned sinks, which strixft cannot compute yet"
+        fix = "a model without sinks, such as those of: strixft recipe"
+    elif "unknown" in masks:
+        problem = f"a {kind} makes its own attention masks, which strixft cannot follow yet"
+        fix = "report it with the model's name"
+    else:
+        return
+    raise RecipeError(problem, fix=fix)
 
 
 def _by_layer(layers: nn.ModuleList, calls: Sequence[AttentionCall]) -> list[list[AttentionCall]]:
@@ -428,7 +415,7 @@ def _can_be_sampled(
         small = build_shape(config, torch.bfloat16).train()
     keep_layers(small, sampled)
     try:
-        calls = _by_layer(text_layers(small), _run(small)[0])
+        calls = _by_layer(text_layers(small), _run(small).calls)
     except RecipeError:
         return False
     asked = [[call.asked for call in calls[i]] for i in range(len(sampled))]
@@ -441,9 +428,8 @@ def _carries_state(base: Any, calls: Sequence[AttentionCall]) -> bool:
         return True
     kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
     named = any("attention" not in kind or "linear" in kind for kind in kinds)
-    layers = text_layers(base)
-    state = {"A_log", "dt_bias", "time_decay"}
-    has_state = any(_leaf(name) in state for name, _ in layers.named_parameters())
+    layers, state = text_layers(base), (".A_log", ".dt_bias", ".time_decay")
+    has_state = any(f".{name}".endswith(state) for name, _ in layers.named_parameters())
     return named or has_state or any(isinstance(m, nn.Conv1d) for m in layers.modules())
 
 
@@ -466,14 +452,3 @@ def _heads_of(base: Any, calls: Sequence[AttentionCall]) -> Heads:
         value_size=None if largest.value_size == largest.head_size else largest.value_size,
         mask_alone=any(c.mask.kind == "other" or c.mask.window != c.window for c in calls),
     )
-
-
-def _longest_row(config: Any, tables: Sequence[int]) -> int | None:
-    """Return the most tokens a row may have, if positions are looked up in a table."""
-    text = config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None)
-    if not isinstance(most, int):
-        return None
-    spare = range(most, most + 8)  # OPT has two more, for padding
-    is_table = any(size in spare and size != text.vocab_size for size in tables)
-    return most if is_table else None

@@ -29,13 +29,8 @@ MOST = {
 OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
 """Sizes that may be null: transformers derives them, or does without."""
 
-NEEDED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "vocab_size",
-    "num_attention_heads",
-    "intermediate_size",
-)
+NEEDED_INSIDE = ("hidden_size", "num_hidden_layers")
+NEEDED = (*NEEDED_INSIDE, "vocab_size", "num_attention_heads", "intermediate_size")
 """Sizes for which no default of transformers would be right; `save_pretrained` writes all of them.
 A `text_config` leaves out defaults: only the first two are needed there."""
 
@@ -58,11 +53,6 @@ Raw = Mapping[str, Any]
 """A configuration, or the part of it for the text model, as JSON has it."""
 
 
-def _text_part(raw: Raw) -> Raw:
-    inner = raw.get("text_config")
-    return inner if isinstance(inner, Mapping) else raw
-
-
 def _size_faults(text: Raw) -> Iterator[str]:
     for name, most in MOST.items():
         value = text.get(name, 1)
@@ -76,12 +66,8 @@ def _size_faults(text: Raw) -> Iterator[str]:
             yield f"{name} should be a whole number from 1 to {most:,}, it is {value!r:.60}"
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 def _rotary_faults(text: Raw) -> Iterator[str]:
@@ -114,7 +100,7 @@ def _setting_faults(text: Raw) -> Iterator[str]:
             yield f"{name}: torch has no {value!r:.60}"
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
         value = text.get(name, 0)
-        if value is not None and (not _is_number(value) or not 0 <= value < 1):
+        if value is not None and (type(value) not in (int, float) or not 0 <= value < 1):
             yield f"{name} should be at least 0 and less than 1, it is {value!r:.60}"
 
 
@@ -132,7 +118,7 @@ def _relation_faults(text: Raw) -> Iterator[str]:
         yield f"the size of a head, {size:g}, is not even, as rotary positions need it"
 
 
-def _missing(raw: Raw) -> Iterator[str]:
+def _missing(raw: Raw, text: Raw) -> Iterator[str]:
     """Yield the needed sizes that no name of this type gives, as the type calls them."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -141,8 +127,8 @@ def _missing(raw: Raw) -> Iterator[str]:
         known = type(kind().get_text_config())
     except ValueError:  # a type with several text models, such as musicgen
         known = kind
-    text, saved = _text_part(raw), known().to_dict()
-    for name in NEEDED[:2] if "text_config" in raw else NEEDED:
+    saved = known().to_dict()
+    for name in NEEDED_INSIDE if "text_config" in raw else NEEDED:
         own = known.attribute_map.get(name, name)  # GPT-2: `n_embd`
         called = {name, own, *OLD_NAMES.get(name, ())}
         if not called & text.keys() and {name, own} & saved.keys():
@@ -150,55 +136,47 @@ def _missing(raw: Raw) -> Iterator[str]:
 
 
 def _faults(raw: Raw) -> list[str]:
-    text = _text_part(raw)
-    if not isinstance(raw.get("text_config", {}), Mapping | None):
-        return [f"text_config should hold settings, it is {raw['text_config']!r:.60}"]
-    found = list(_missing(raw))
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping | None):
+        return [f"text_config should hold settings, it is {text!r:.60}"]
+    text = raw if text is None else text
     checks = (_size_faults, _rotary_faults, _setting_faults)
-    found += [fault for check in checks for fault in check(text)] or _relation_faults(text)
+    found = [fault for check in checks for fault in check(text)] or _relation_faults(text)
     stored = raw.get("quantization_config")
     kind = stored.get("quant_method") if isinstance(stored, Mapping) else None
-    if kind is not None and kind not in STORED_AS:
-        found.append(f"the weights are stored as {kind}, which strixft cannot train")
-    return found
+    if kind not in (None, *STORED_AS):
+        found = [*found, f"the weights are stored as {kind}, which strixft cannot train"]
+    return [*_missing(raw, text), *found]
 
 
 def _check_type(raw: Raw, place: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WRAPPERS,
     )
 
     model_type = raw.get("model_type")
     shipped = sorted({row.text_config["model_type"] for row in MODELS.values()})
     if not isinstance(model_type, str):
-        raise RecipeError(
-            f"{place}: model_type is missing",
-            fix=f'"model_type": "llama" in {place}, or the type that the model has',
-        )
-    if model_type not in CONFIG_MAPPING:
-        raise RecipeError(
-            f"{place}: transformers does not know the model type {model_type!r}",
-            fix=f"{did_you_mean(model_type, shipped)}; or a model that transformers knows",
-        )
-    is_wrapper = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_wrapper:
-        raise RecipeError(
-            f"{place}: a {model_type} does not continue text",
-            fix=f"a causal language model, such as one of: {', '.join(shipped)}",
-        )
+        problem = "model_type is missing"
+        fix = f'"model_type": "llama" in {place}, or the type that the model has'
+    elif model_type not in CONFIG_MAPPING:
+        problem = f"transformers does not know the model type {model_type!r}"
+        fix = f"{did_you_mean(model_type, shipped)}; or a model that transformers knows"
+    elif model_type not in {**CAUSAL, **WRAPPERS}:
+        problem = f"a {model_type} does not continue text"
+        fix = f"a causal language model, such as one of: {', '.join(shipped)}"
+    else:
+        return
+    raise RecipeError(f"{place}: {problem}", fix=fix)
 
 
 def check_raw(raw: Any, place: str) -> None:
-    """Refuse a configuration from which no training step can be built.
-
-    Args:
-        raw: The JSON document.
-        place: The file, or the hub id.
+    """Refuse a configuration, as JSON has it, from which no training step can be built.
 
     Raises:
-        RecipeError: With every fault found.
+        RecipeError: With every fault found, and the place: a file or a hub id.
     """
     if not isinstance(raw, Mapping):
         raise RecipeError(f"{place} has no settings", fix=f"write {place} again")
@@ -225,11 +203,6 @@ def first_lines(error: Exception) -> str:
 
 def read_config(source: str, *, offline: bool, trust_remote_code: bool = False) -> Any:
     """Read and check the configuration of a folder or hub id.
-
-    Args:
-        source: A folder or hub id.
-        offline: Never ask the network.
-        trust_remote_code: Run the code that came with the model.
 
     Raises:
         RecipeError: The model cannot be trained.
@@ -262,31 +235,26 @@ def read_config(source: str, *, offline: bool, trust_remote_code: bool = False) 
         ) from error
 
 
-def _longrope_switch(config: Any) -> int | None:
-    """Return the tokens beyond which LongRoPE uses its long factors; None without LongRoPE."""
-    rotary = getattr(config, "rope_parameters", None) or {}
-    for one in (rotary, *rotary.values()):  # each type of layer may have its own
-        if isinstance(one, Mapping) and one.get("rope_type") == "longrope":
-            return one.get("original_max_position_embeddings")
-    return None
-
-
 def warnings_of(config: Any, max_length: int) -> list[str]:
     """Return sentences about rows of this length that the model was not trained for."""
-    text = config.get_text_config()
+    text, found = config.get_text_config(), []
     positions = getattr(text, "max_position_embeddings", None)
-    switch = _longrope_switch(text)
-    found = []
     if positions and max_length > positions:
         found.append(
             f"rows of {max_length:,} tokens are longer than the {positions:,} positions that the"
             " model was trained for: training runs, but the model does not know the positions"
             f" beyond them (--set dataset.max_length={positions})"
         )
-    if switch and max_length > switch:
-        found.append(
-            f"a chat of more than {switch:,} tokens uses the long factors of LongRoPE, and"
-            " transformers then uses them for all chats of its micro-batch: short chats are trained"
-            f" with other factors than they are answered (--set dataset.max_length={switch})"
-        )
+    rotary = getattr(text, "rope_parameters", None) or {}
+    for one in (rotary, *rotary.values()):  # each type of layer may have its own
+        is_longrope = isinstance(one, Mapping) and one.get("rope_type") == "longrope"
+        switch = one.get("original_max_position_embeddings") if is_longrope else None
+        if switch and max_length > switch:
+            found.append(
+                f"a chat of more than {switch:,} tokens uses the long factors of LongRoPE, and"
+                " transformers then uses them for all chats of its micro-batch: short chats are"
+                " trained with other factors than they are answered"
+                f" (--set dataset.max_length={switch})"
+            )
+            break
     return found

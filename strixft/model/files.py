@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from strixft.support.disk import cache_folder, disk_full, free_bytes
 from strixft.support.errors import HostError, RecipeError
@@ -47,11 +47,7 @@ _CONVERT = (
 
 
 def model_folder(source: str) -> Path | None:
-    """Return the folder of a model or its snapshot in the hub's cache; None if not on this machine.
-
-    Args:
-        source: A folder or a hub id.
-    """
+    """Return a model's folder, or the snapshot of a hub id in the cache; None if it is not here."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_dir():
@@ -105,9 +101,6 @@ def fingerprint_base(source: str) -> dict[str, str]:
     """Return each file of a base model with its hash; empty if the model is not on this machine.
 
     Training changes every weight, so samples are enough to notice another base.
-
-    Args:
-        source: A folder or a hub id.
     """
     folder = model_folder(source)
     kinds = ("*.safetensors", "*.json", "*.jinja", "*.model")
@@ -141,10 +134,6 @@ def fetch(source: str, *, offline: bool) -> Path | None:
     Completed files stay. huggingface_hub 2 also resumes within a file, both after a broken
     connection and after the process was stopped; earlier versions do so at the next start only.
 
-    Args:
-        source: A folder or a hub id.
-        offline: Never ask the network.
-
     Returns:
         None if the model is not on this machine and must not be downloaded.
 
@@ -152,41 +141,31 @@ def fetch(source: str, *, offline: bool) -> Path | None:
         HostError: The disk is too full for what is missing, or the connection broke.
         OSError: The model does not exist, or this user may not read it.
     """
-    from huggingface_hub import is_offline_mode
+    from huggingface_hub import is_offline_mode, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    def download(names: Sequence[str], **options: Any) -> Any:
+        try:
+            return snapshot_download(source, allow_patterns=list(names), **options)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # the HTTP client's own, which differs between versions
+            raise HostError(
+                f"the download of {source} was interrupted: {error}",
+                fix="run the same command again: completed files are kept",
+            ) from error
 
     if Path(source).is_dir() or offline or is_offline_mode():
         return model_folder(source)
-    folder = _download(source, SETTINGS)
+    folder = Path(download(SETTINGS))
     names = _weight_names(folder)
     if all((folder / name).exists() for name in names):
         return folder
-    _require_room(source, names)
-    return _download(source, [*SETTINGS, *names])
-
-
-def _download(source: str, names: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(names)))
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # the HTTP client's own, which differs between versions
-        raise HostError(
-            f"the download of {source} was interrupted: {error}",
-            fix="run the same command again: completed files are kept",
-        ) from error
-
-
-def _require_room(source: str, names: Sequence[str]) -> None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    files = snapshot_download(source, allow_patterns=list(names), dry_run=True)
-    missing = sum(file.file_size or 0 for file in files if file.will_download)
-    cache = Path(HF_HUB_CACHE)
+    listed = [file for file in download(names, dry_run=True) if file.will_download]
+    missing, cache = sum(file.file_size or 0 for file in listed), Path(HF_HUB_CACHE)
     if missing and free_bytes(cache) < missing + SPARE_BYTES:
         raise disk_full(cache, missing + SPARE_BYTES)
+    return Path(download([*SETTINGS, *names]))
 
 
 def embedded_file(name: str) -> Path:
@@ -204,29 +183,23 @@ def embedded_file(name: str) -> Path:
 def embedded_folder(name: str) -> Path:
     """Return the folder of an embedded model; the first use unpacks it into the cache folder."""
     folder = cache_folder() / name.replace(":", "-")
-    if not folder.is_dir():
-        file = embedded_file(name)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    if folder.is_dir():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    file = embedded_file(name)
+    packed = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+        whole = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            **packed, quantization_config=whole, dtype="bfloat16"
+        )
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(**packed).save_pretrained(temporary)
         try:
-            _unpack(file, temporary)
-            temporary.rename(folder)
+            Path(temporary).rename(folder)
         except OSError:
             if not folder.is_dir():  # another process may have been first
                 raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def _unpack(file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype="bfloat16",
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from strixft.catalog.methods import METHODS
 from strixft.model.adapter import attach_adapter, base_of
+from strixft.model.architecture import architecture_of
 from strixft.model.config import first_lines
 from strixft.model.files import model_folder, shard_paths
-from strixft.model.load import load_config, model_source
-from strixft.model.shapes import shape_base
+from strixft.model.load import load_config, model_source, shape_base
 from strixft.model.stream import Entry, Shard
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import StageError
@@ -97,26 +98,21 @@ def groups_of(model: Any, names: Iterable[str]) -> list[Group]:
 
 def own_names(entries: Mapping[str, Entry]) -> list[str]:
     """Return the names of weights, without what bitsandbytes stores beside the packed ones."""
-    packed = [name for name, entry in entries.items() if entry.dtype in PACKED]
-    beside = {name.removesuffix("weight") + "SCB" for name in packed}
-    beside |= {name.removesuffix("weight") + "weight_format" for name in packed}
-    return [name for name in entries if name not in beside and name.partition(".weight.")[2] == ""]
+    packed = [name.removesuffix("weight") for name, row in entries.items() if row.dtype in PACKED]
+    beside = {f"{name}{end}" for name in packed for end in ("SCB", "weight_format")}
+    return [name for name in entries if name not in beside and ".weight." not in name]
 
 
 def adapted_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module, str]]:
     """Return the parameters that an adapter changes, by their names in the base.
-
-    Args:
-        model: With PEFT's layers.
 
     Returns:
         PEFT's layer, the module that owns the parameter, and the parameter's name there.
     """
     from peft.tuners.lora import LoraLayer
 
-    base = base_of(model)
     found = {}
-    for path, layer in base.named_modules():
+    for path, layer in base_of(model).named_modules():
         if isinstance(layer, LoraLayer):
             leaf = getattr(layer, "parameter_name", "weight")
             own = [part for part in path.split(".") if part != "base_layer"]
@@ -125,17 +121,9 @@ def adapted_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module
 
 
 def quantised_parameters(config: Any, base: str, dtype: torch.dtype) -> set[str]:
-    """Return the names of the weights that training keeps quantised.
-
-    Args:
-        config: The model's configuration.
-        base: The method's storage of the base.
-        dtype: Type in which it computes.
-    """
+    """Return the names of the weights that a base of this storage keeps quantised."""
     if base == "native":
         return set()
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
     method = next(row for row in METHODS.values() if row.base == base)
     modules = shape_base(config, method, dtype).named_modules()
     return {
@@ -194,15 +182,8 @@ def _made_by(
     return list(made)
 
 
-def groups_for(
-    model: Any, entries: Mapping[str, Entry], wanted: Collection[str]
-) -> list[tuple[Group, list[str]]]:
-    """Return the groups that become the wanted parameters, each with all parameters it becomes.
-
-    Args:
-        model: The base.
-        entries: The tensors in its files.
-        wanted: Names of the parameters.
+def groups_for(model: Any, entries: Mapping[str, Entry], wanted: Collection[str]) -> list[Group]:
+    """Return the groups of a base's tensors that become the wanted parameters.
 
     Raises:
         StageError: A parameter is missing in the files, or cannot be changed through them.
@@ -216,11 +197,11 @@ def groups_for(
             continue
         if missing.intersection(made):
             missing.difference_update(made)
-            found.append((group, made))
+            found.append(group)
     if missing:
         why = f"; {faults[0]}" if faults else ""
         raise StageError(
-            f"nothing in the files of the base becomes {sorted(missing)[0]}{why}",
+            f"nothing in the files of the base becomes {min(missing)}{why}",
             fix="--set 'export.to=[gguf-lora]'   (the adapter alone)",
             settings={"export.to": ["gguf-lora"]},
         )
@@ -228,21 +209,17 @@ def groups_for(
 
 
 def check_merge(recipe: Recipe, entries: Mapping[str, Entry]) -> None:
-    """Run a merge dry: on names and shapes, with an adapter that does not exist yet.
-
-    Args:
-        recipe: The recipe to be trained.
-        entries: The tensors in the files of the base.
+    """Run a merge dry: on the names and shapes of a base, with an adapter yet to be trained.
 
     Raises:
         StageError: The merge would fail.
     """
-    method = METHODS[recipe.method]
+    method, config = METHODS[recipe.method], load_config(recipe)
     if method.adapter == "none":
         return
-    config = load_config(recipe)
     quantised = quantised_parameters(config, method.base, torch.float32)
     base, again = (shape_base(config, METHODS["lora"], torch.float32) for _ in range(2))
+    idle = architecture_of(config).idle
     with torch.device("meta"):
-        adapted = adapted_parameters(attach_adapter(again, METHODS["lora"], recipe.lora))
+        adapted = adapted_parameters(attach_adapter(again, METHODS["lora"], recipe.lora, idle))
     groups_for(base, entries, adapted.keys() | quantised)

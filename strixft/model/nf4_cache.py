@@ -1,7 +1,7 @@
 """The 4-bit weights of a base, kept on disk: the next start reads less than a third.
 
-<folder>/<fingerprint>/   an ordinary checkpoint of 4-bit weights; manifest.json is written last
-<folder>/.writing         the next one; flushed before it gets its name
+<root>/<hash of the inputs>/   an ordinary checkpoint of 4-bit weights; manifest.json comes last
+<root>/.writing                the next one; flushed before it gets its name
 
 There is one entry for each base, device and type: a new one replaces the old one. All of it may be
 deleted at any time.
@@ -14,8 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 
 from strixft.model.files import sampled_hash, shard_paths
 from strixft.model.stream import Checksums, checksums_of
-from strixft.support.disk import free_bytes, is_full, sync
+from strixft.support.disk import folder_bytes, free_bytes, is_full, sync
 from strixft.support.errors import StageError
 from strixft.support.files import read_manifest, write_manifest
 from strixft.support.locks import hold
@@ -31,7 +30,7 @@ from strixft.support.progress import say
 from strixft.support.text import redact_all
 from strixft.support.units import GIB, format_gib
 
-FORMAT = 1
+FORMAT = 2
 """Version of the cache, counted up when its contents change."""
 
 LEAST_BYTES = 2**30
@@ -43,44 +42,110 @@ SPARE_BYTES = 10 * GIB
 FILE_BYTES = 10**9
 """Size of one file; as much is in host memory while it is written."""
 
-Inputs = Mapping[str, Any]
-"""Everything that 4-bit weights depend on."""
 
-
-@dataclass(frozen=True, slots=True)
-class CachedWeights:
-    """4-bit weights on disk."""
-
-    folder: Path
-    paths: list[Path]
-    checksums: Checksums
-
-
-def cache_inputs(
-    source: str, paths: Sequence[Path], device: str, dtype: torch.dtype, quantization: Any
-) -> Inputs:
-    """Return everything that the 4-bit weights depend on.
+class Nf4Cache:
+    """The entry for the 4-bit weights of one model on one kind of device.
 
     Args:
+        root: Folder of all entries.
         source: Name of the model.
         paths: Its weights and `config.json`.
         device: Device that quantises them.
         dtype: Type of the weights before that.
         quantization: A `BitsAndBytesConfig`.
     """
-    found = {
-        "format": FORMAT,
-        "model": source,
-        "device": "hip" if torch.version.hip and device != "cpu" else device.partition(":")[0],
-        "dtype": str(dtype),
-        "quantization": quantization.to_dict(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("bitsandbytes", "transformers")
-        },
-        "files": {path.name: _identity(path) for path in paths},
-    }
-    plain: Inputs = redact_all(json.loads(json.dumps(found, default=str)))
-    return plain
+
+    def __init__(
+        self,
+        root: Path,
+        source: str,
+        paths: Sequence[Path],
+        device: str,
+        dtype: torch.dtype,
+        quantization: Any,
+    ) -> None:
+        everything = {
+            "format": FORMAT,
+            "model": source,
+            "device": "hip" if torch.version.hip and device != "cpu" else device.partition(":")[0],
+            "dtype": str(dtype),
+            "quantization": quantization.to_dict(),
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("bitsandbytes", "transformers")
+            },
+            "files": {path.name: _identity(path) for path in paths},
+        }
+        self._inputs = redact_all(json.loads(json.dumps(everything, default=str)))
+        text = json.dumps(self._inputs, sort_keys=True).encode()
+        self._root, self._folder = root, root / hashlib.sha256(text).hexdigest()[:32]
+
+    def load(self, stream: Callable[[list[Path], Checksums], Any]) -> Any:
+        """Return what `stream` makes of the kept files and checksums; None if there are none.
+
+        Damaged ones are removed, with a line that says so.
+        """
+        if not self._folder.is_dir():
+            return None
+        try:
+            checksums, paths = read_manifest(self._folder)["checksums"], shard_paths(self._folder)
+            if not paths:
+                raise ValueError("the weights are missing")
+            return stream(paths, checksums)
+        except (StageError, ValueError, KeyError, TypeError, OSError) as fault:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            return say(
+                f"the cached 4-bit weights in {self._folder} are damaged ({fault}):"
+                " quantising again"
+            )
+
+    def keep(self, model: Any) -> None:
+        """Write the weights of a model that was just quantised, if the disk has room for them."""
+        root = self._root
+        needed = sum(value.nbytes for value in model.state_dict().values()) + SPARE_BYTES
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            if free_bytes(root) < needed:
+                return say(
+                    f"4-bit weights are not cached: {root} has {format_gib(free_bytes(root))}"
+                    f" left, and {format_gib(needed)} are needed"
+                )
+            with contextlib.suppress(StageError), hold(root / ".lock", root, 0):
+                self._write(model)  # a process that holds the lock caches its own
+        except Exception as error:  # safetensors has errors of its own for a full disk
+            if not (isinstance(error, OSError | NotImplementedError) or is_full(error, root)):
+                raise  # not implemented: names that transformers cannot turn back
+            say(f"4-bit weights are not cached: {root} cannot be written ({error!r})")
+
+    def _write(self, model: Any) -> None:
+        temporary = self._root / ".writing"
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        if self._folder.is_dir():
+            return
+        try:
+            _save(model, temporary)
+            checksums: dict[str, int] = {}
+            for path in shard_paths(temporary):
+                sync(path)  # reading it afterwards takes it out of the page cache
+                checksums |= checksums_of(path)
+            write_manifest(temporary, {"inputs": self._inputs, "checksums": checksums})
+            sync(temporary)
+            temporary.rename(self._folder)
+            sync(self._root)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        total = format_gib(folder_bytes(self._folder))
+        say(f"4-bit weights cached for the next start: {total} in {self._folder}")
+        for folder in self._root.iterdir():
+            if folder.is_dir() and folder != self._folder and self._replaces(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _replaces(self, folder: Path) -> bool:
+        """Return whether nothing can use an entry again, once this one is there."""
+        try:
+            before = read_manifest(folder)["inputs"]
+            return all(before[key] == self._inputs[key] for key in ("model", "device", "dtype"))
+        except (ValueError, KeyError, TypeError):
+            return True
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -91,88 +156,6 @@ def _identity(path: Path) -> dict[str, Any]:
         "name": path.resolve().name,  # in the hub's cache the hash of the contents
         "hash": sampled_hash(path),
     }
-
-
-def _folder_of(root: Path, inputs: Inputs) -> Path:
-    text = json.dumps(inputs, sort_keys=True).encode()
-    return root / hashlib.sha256(text).hexdigest()[:32]
-
-
-def find_cached(root: Path, inputs: Inputs) -> CachedWeights | None:
-    """Return the weights that were cached for these inputs; damaged ones are removed."""
-    folder = _folder_of(root, inputs)
-    if not folder.is_dir():
-        return None
-    try:
-        return _read(folder)
-    except (ValueError, KeyError, TypeError, OSError) as fault:
-        discard(folder, str(fault))
-        return None
-
-
-def _read(folder: Path) -> CachedWeights:
-    files = read_manifest(folder)["files"]
-    checksums: dict[str, int] = {}
-    for name, listed in files.items():
-        if (folder / name).stat().st_size != listed["bytes"]:
-            raise ValueError(f"{name} has another size than was written")
-        checksums |= listed["sums"]
-    paths = shard_paths(folder)
-    if {path.name for path in paths} != set(files):
-        raise ValueError("there are other files than were written")
-    return CachedWeights(folder, paths, checksums)
-
-
-def discard(folder: Path, fault: str) -> None:
-    """Remove damaged weights and say so."""
-    shutil.rmtree(folder, ignore_errors=True)
-    say(f"the cached 4-bit weights in {folder} are damaged ({fault}): quantising again")
-
-
-def keep(model: Any, root: Path, inputs: Inputs) -> None:
-    """Write the weights of a model that has just been quantised if the disk has room for them.
-
-    Args:
-        model: As transformers loaded it.
-        root: Folder of the cache.
-        inputs: As `cache_inputs` returned them.
-    """
-    needed = sum(value.nbytes for value in model.state_dict().values()) + SPARE_BYTES
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if free_bytes(root) < needed:
-            return say(
-                f"4-bit weights are not cached: {root} has {format_gib(free_bytes(root))} left,"
-                f" and {format_gib(needed)} are needed"
-            )
-        with contextlib.suppress(StageError), hold(root / ".lock", root, 0):
-            _write(model, root, inputs)  # a process that holds the lock caches its own
-    except Exception as error:  # safetensors has errors of its own for a full disk
-        if not (isinstance(error, OSError | NotImplementedError) or is_full(error, root)):
-            raise  # not implemented: names that transformers cannot turn back
-        say(f"4-bit weights are not cached: {root} cannot be written ({error!r})")
-
-
-def _write(model: Any, root: Path, inputs: Inputs) -> None:
-    temporary, folder = root / ".writing", _folder_of(root, inputs)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    if folder.is_dir():
-        return
-    try:
-        _save(model, temporary)
-        files: dict[str, dict[str, Any]] = {}
-        for path in shard_paths(temporary):
-            sync(path)  # reading it afterwards takes it out of the page cache
-            files[path.name] = {"bytes": path.stat().st_size, "sums": checksums_of(path)}
-        write_manifest(temporary, {"inputs": inputs, "files": files})
-        sync(temporary)
-        temporary.rename(folder)
-        sync(root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    total = sum(row["bytes"] for row in files.values())
-    say(f"4-bit weights cached for the next start: {format_gib(total)} in {folder}")
-    _remove_replaced(root, folder, inputs)
 
 
 def _save(model: Any, folder: Path) -> None:
@@ -186,20 +169,6 @@ def _save(model: Any, folder: Path) -> None:
             model.save_pretrained(folder, max_shard_size=FILE_BYTES)
     finally:
         model.generation_config = generation
-
-
-def _remove_replaced(root: Path, newest: Path, inputs: Inputs) -> None:
-    """Remove entries for the same model, device and type: nothing can use them again."""
-    for folder in root.iterdir():
-        if folder == newest or not folder.is_dir():
-            continue
-        try:
-            before = read_manifest(folder)["inputs"]
-            replaced = all(before[key] == inputs[key] for key in ("model", "device", "dtype"))
-        except (ValueError, KeyError, TypeError):
-            replaced = True
-        if replaced:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,11 @@ from strixft.support.errors import StageError
 from strixft.support.progress import progress_bar
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
-}
+}  # fmt: skip
 """Names of types in a file's header."""
 
 PIECE_BYTES = 16 * 2**20
@@ -46,10 +38,6 @@ Checksums = Mapping[str, int]
 """CRC-32 of the bytes of each tensor."""
 
 _AGAIN = "download the base model again"
-
-
-class DamagedError(StageError):
-    """A tensor differs from what was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +53,7 @@ class Entry:
 
 
 class Shard(contextlib.AbstractContextManager["Shard"]):
-    """One safetensors file, open for reading.
-
-    Args:
-        path: The file.
+    """One safetensors file, open for reading, from any number of threads.
 
     Raises:
         StageError: It is truncated or not a safetensors file.
@@ -85,7 +70,7 @@ class Shard(contextlib.AbstractContextManager["Shard"]):
         self._file.close()
 
     def read(self, buffer: Tensor, start: int) -> None:
-        """Fill a host buffer, uint8 (bytes,), from an offset of the file; from any thread.
+        """Fill a host buffer, uint8 (bytes,), from an offset of the file.
 
         Raises:
             StageError: The file ends before.
@@ -101,6 +86,29 @@ class Shard(contextlib.AbstractContextManager["Shard"]):
     def _drop(self, start: int, size_bytes: int) -> None:
         """Drop a stretch from the page cache; 0 bytes mean up to the end."""
         os.posix_fadvise(self._file.fileno(), start, size_bytes, os.POSIX_FADV_DONTNEED)
+
+    def pieces(self, name: str, whole: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield a tensor's bytes, uint8 (at most `PIECE_BYTES`,), one piece after the other.
+
+        Args:
+            name: The tensor.
+            whole: Host memory for all of it, uint8 (bytes,); else the next piece overwrites one.
+        """
+        entry = self.entries[name]
+        if whole is None:
+            buffer = torch.empty(min(PIECE_BYTES, entry.size_bytes), dtype=torch.uint8)
+        for start in range(0, entry.size_bytes, PIECE_BYTES):
+            end = min(start + PIECE_BYTES, entry.size_bytes)
+            piece = buffer[: end - start] if whole is None else whole[start:end]
+            self.read(piece, entry.start + start)
+            yield piece
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor on the host, as it is stored."""
+        entry = self.entries[name]
+        stored = torch.empty(entry.size_bytes, dtype=torch.uint8)
+        self.read(stored, entry.start)
+        return stored.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
 def _read_header(path: Path) -> dict[str, Entry]:
@@ -124,61 +132,26 @@ def _read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-class Reader:
-    """Reads tensors to a device, from any number of threads.
-
-    Args:
-        device: Where they go.
-        bar: Counts bytes.
-        checksums: Expected checksums; None to skip the check.
-    """
-
-    def __init__(self, device: str, bar: Any, checksums: Checksums | None) -> None:
-        self._device, self._bar, self._checksums = torch.device(device), bar, checksums
-        self._of_thread, self._lock = threading.local(), threading.Lock()
-
-    def read(self, shard: Shard, name: str) -> Tensor:
-        """Return a tensor of a file, in its stored shape and type, on the device.
-
-        Raises:
-            StageError: The file ends before.
-            DamagedError: The checksum differs.
-        """
-        entry, checksum = shard.entries[name], 0
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device=self._device)
-        flat = tensor.view(-1).view(torch.uint8)
-        for start in range(0, len(flat), PIECE_BYTES):
-            target = flat[start : start + PIECE_BYTES]
-            on_host = target.device.type == "cpu"
-            piece = target if on_host else self._staging()[: len(target)]
-            shard.read(piece, entry.start + start)
-            if not on_host:
-                target.copy_(piece)
-            if self._checksums is not None:
-                checksum = zlib.crc32(piece.numpy().data, checksum)
-            with self._lock:
-                self._bar.update(len(target))
-        if self._checksums is not None and self._checksums.get(name) != checksum:
-            raise DamagedError(
-                f"{name} in {shard.path} is not what was written", fix="run the same command again"
-            )
-        return tensor
-
-    def _staging(self) -> Tensor:
-        """Return this thread's piece of host memory, uint8 (PIECE_BYTES,)."""
-        if not hasattr(self._of_thread, "piece"):
-            self._of_thread.piece = torch.empty(PIECE_BYTES, dtype=torch.uint8)
-        piece: Tensor = self._of_thread.piece
-        return piece
+def checksums_of(path: Path) -> dict[str, int]:
+    """Return the CRC-32 of each tensor of a file."""
+    with Shard(path) as shard:
+        found = dict.fromkeys(shard.entries, 0)
+        for name in found:
+            for piece in shard.pieces(name):
+                found[name] = zlib.crc32(piece.numpy().data, found[name])
+    return found
 
 
 @dataclass(frozen=True)
 class StreamedTensor:
     """A tensor of a file with the methods of safetensors' slices, which transformers calls."""
 
-    reader: Reader
     shard: Shard
     name: str
+    device: torch.device
+    tell: Callable[[int], None]
+    """Called with the number of bytes that were read."""
+    checksums: Checksums | None
 
     def get_dtype(self) -> str:
         """Return the type's name in the file's header."""
@@ -189,8 +162,26 @@ class StreamedTensor:
         return list(self.shard.entries[self.name].shape)
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Return the tensor on its device: all of it for `...`, else the part of that index."""
-        whole = self.reader.read(self.shard, self.name)
+        """Return the tensor on its device: all of it for `...`, else the part of that index.
+
+        Raises:
+            StageError: The file ends before, or the checksum differs.
+        """
+        entry, start, checksum = self.shard.entries[self.name], 0, 0
+        whole = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device=self.device)
+        target, on_host = whole.view(-1).view(torch.uint8), self.device.type == "cpu"
+        for piece in self.shard.pieces(self.name, target if on_host else None):
+            if not on_host:
+                target[start : start + len(piece)].copy_(piece)
+            if self.checksums is not None:
+                checksum = zlib.crc32(piece.numpy().data, checksum)
+            start += len(piece)
+            self.tell(len(piece))
+        if self.checksums is not None and self.checksums.get(self.name) != checksum:
+            raise StageError(
+                f"{self.name} in {self.shard.path} is not what was written",
+                fix="run the same command again",
+            )
         return whole if index is ... else whole[index]
 
 
@@ -213,20 +204,14 @@ def streaming(
         total = sum(entry.size_bytes for shard in shards for entry in shard.entries.values())
         options = {"unit": "iB", "unit_scale": True, "unit_divisor": 1024}  # so: 3.2GiB/s
         bar = stack.enter_context(progress_bar(total=total, desc="weights", **options))
-        reader = Reader(device, bar, checksums)
+        lock = threading.Lock()
+
+        def tell(size_bytes: int) -> None:
+            with lock:
+                bar.update(size_bytes)
+
         yield {
-            name: StreamedTensor(reader, shard, name) for shard in shards for name in shard.entries
+            name: StreamedTensor(shard, name, torch.device(device), tell, checksums)
+            for shard in shards
+            for name in shard.entries
         }
-
-
-def checksums_of(path: Path) -> dict[str, int]:
-    """Return the CRC-32 of each tensor of a file."""
-    found, buffer = {}, torch.empty(PIECE_BYTES, dtype=torch.uint8)
-    with Shard(path) as shard:
-        for name, entry in shard.entries.items():
-            found[name] = 0
-            for start in range(0, entry.size_bytes, PIECE_BYTES):
-                piece = buffer[: min(PIECE_BYTES, entry.size_bytes - start)]
-                shard.read(piece, entry.start + start)
-                found[name] = zlib.crc32(piece.numpy().data, found[name])
-    return found

@@ -7,6 +7,7 @@ a few pieces of a file and the device one tensor as stored, and caches the 4-bit
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,68 +16,132 @@ from typing import Any
 
 import torch
 
+from strixft.attention.interface import NAME
 from strixft.model import nf4_cache
 from strixft.model.architecture import auto_class, outside_text
 from strixft.model.config import place_of
 from strixft.model.files import shard_paths
-from strixft.model.stream import DTYPES, Checksums, DamagedError, Shard, streaming
-from strixft.support.errors import RecipeError, StageError
+from strixft.model.stream import DTYPES, Checksums, Shard, streaming
+from strixft.support.disk import cache_folder
+from strixft.support.errors import RecipeError
+from strixft.support.private_hf import kept_in_float32
 from strixft.support.progress import say
-
-Info = Mapping[str, Any]
-"""The report of transformers about its loading."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """Device, types and storage of a model that is loaded."""
+class Loading:
+    """A base model that is to be loaded."""
 
+    source: str
+    """A folder or a hub id."""
+    folder: Path | None
+    """Its files, where they are on this machine."""
+    config: Any
     device: str
     dtype: torch.dtype
     quantization: Any
-    """A `BitsAndBytesConfig`, or None."""
-    attention: str
-    """Name of an attention function in transformers."""
-    cache: Path
-    """Folder of the cached 4-bit weights."""
+    """A `BitsAndBytesConfig` for weights that are to be quantised, or None."""
+    offline: bool = False
+    trust_remote_code: bool = False
 
+    def run(self) -> Any:
+        """Load the model, streamed from its files or from cached 4-bit weights.
 
-def load_weights(source: str, folder: Path | None, config: Any, target: Target) -> Any:
-    """Load a base model, streamed from its files or from cached 4-bit weights.
+        Where only transformers itself can load it, a line says why.
 
-    Args:
-        source: The model's name in the recipe.
-        folder: Its files.
-        config: Its configuration.
-        target: Device, type and storage.
+        Raises:
+            RecipeError: The files lack weights that the configuration describes.
+            StageError: A file is damaged.
+        """
+        from transformers import GenerationConfig
 
-    Returns:
-        None if only transformers itself can load it, after telling the reason in one line.
+        paths = shard_paths(self.folder) if self.folder else []
+        hindrance = _hindrance(self.folder, paths, self.config)
+        if self.folder is None or hindrance:
+            say(f"transformers loads the weights without streaming: {hindrance}")
+            return self._by_transformers()
+        is_large = sum(path.stat().st_size for path in paths) >= nf4_cache.LEAST_BYTES
+        kind = None if _is_quantised(self.config) else self.quantization
+        if is_large and kind is not None and kind.load_in_4bit:
+            model = self._through_cache(paths, self.folder)
+        else:
+            model = self._from_files(paths)
+        model.config.name_or_path = model.name_or_path = self.source  # PEFT writes the second down
+        with contextlib.suppress(OSError):  # without the file, those of the configuration stay
+            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        return model
 
-    Raises:
-        RecipeError: The files lack weights that the configuration describes.
-        StageError: A file is damaged.
-    """
-    paths = shard_paths(folder) if folder else []
-    hindrance = _hindrance(folder, paths, config)
-    if folder is None or hindrance:
-        say(f"transformers loads the weights without streaming: {hindrance}")
-        return None
-    if _is_cacheable(paths, config, target):
-        files = [*paths, folder / "config.json"]
-        inputs = nf4_cache.cache_inputs(
-            source, files, target.device, target.dtype, target.quantization
+    def _through_cache(self, paths: Sequence[Path], folder: Path) -> Any:
+        cache = nf4_cache.Nf4Cache(
+            cache_folder() / "nf4",
+            self.source,
+            [*paths, folder / "config.json"],
+            self.device,
+            self.dtype,
+            self.quantization,
         )
-        cached = nf4_cache.find_cached(target.cache, inputs)
-        model = _from_cache(cached, config, target) if cached else None
+        stored = copy.deepcopy(self.config)
+        stored.quantization_config = self.quantization.to_dict()
+
+        def from_cache(kept: Sequence[Path], checksums: Checksums) -> Any:
+            model, info = self._stream(kept, stored, checksums)
+            if info["missing_keys"] or info["mismatched_keys"]:
+                raise ValueError("weights are missing")
+            return model
+
+        model = cache.load(from_cache)
         if model is None:
-            model = _from_files(source, paths, config, target)
-            nf4_cache.keep(model, target.cache, inputs)
-    else:
-        model = _from_files(source, paths, config, target)
-    model.config.name_or_path = model.name_or_path = source  # PEFT writes the second down
-    _use_generation_settings(model, folder)
-    return model
+            model = self._from_files(paths)
+            cache.keep(model)
+        return model
+
+    def _from_files(self, paths: Sequence[Path]) -> Any:
+        model, info = self._stream(paths, self.config)
+        _require_weights(self.source, model, info)
+        return model
+
+    def _stream(
+        self, paths: Sequence[Path], config: Any, checksums: Checksums | None = None
+    ) -> tuple[Any, Mapping[str, Any]]:
+        """Return a model and the report of transformers about its loading."""
+        with torch.device("meta"):  # the class that transformers chooses, its part of the config
+            shape = auto_class(config).from_config(copy.deepcopy(config))
+        with streaming(paths, self.device, checksums) as tensors, nf4_cache.without_bars():
+            return self._load(type(shape), None, config=shape.config, state_dict=tensors)
+
+    def _by_transformers(self) -> Any:
+        model, info = self._load(
+            auto_class(self.config),
+            self.source,
+            local_files_only=self.offline,
+            use_safetensors=True,
+            trust_remote_code=self.trust_remote_code,
+        )
+        _require_weights(self.source, model, info)
+        return model
+
+    def _load(
+        self, cls: Any, source: str | None, config: Any = None, **more: Any
+    ) -> tuple[Any, Mapping[str, Any]]:
+        is_quantised = _is_quantised(config or self.config)
+        model, info = cls.from_pretrained(
+            source,
+            config=config,
+            dtype=self.dtype,
+            quantization_config=None if is_quantised else self.quantization,
+            device_map={"": self.device},
+            attn_implementation=NAME,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in `info`
+            **more,
+        )
+        if is_quantised:
+            _cast_rest(model, self.dtype)
+        return model, info
+
+
+def _is_quantised(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _hindrance(folder: Path | None, paths: Sequence[Path], config: Any) -> str | None:
@@ -97,45 +162,10 @@ def _hindrance(folder: Path | None, paths: Sequence[Path], config: Any) -> str |
     return None
 
 
-def _is_quantised(config: Any) -> bool:
-    """Return whether the checkpoint itself holds quantised weights."""
-    return getattr(config, "quantization_config", None) is not None
-
-
-def _is_cacheable(paths: Sequence[Path], config: Any, target: Target) -> bool:
-    """Return whether the result of quantising is worth its disk space."""
-    to_nf4 = target.quantization is not None and target.quantization.load_in_4bit
-    size_bytes = sum(path.stat().st_size for path in paths)
-    return to_nf4 and not _is_quantised(config) and size_bytes >= nf4_cache.LEAST_BYTES
-
-
-def _from_files(source: str, paths: Sequence[Path], config: Any, target: Target) -> Any:
-    model, info = _stream(paths, config, target)
-    require_weights(source, model, info)
-    return model
-
-
-def _from_cache(cached: nf4_cache.CachedWeights, config: Any, target: Target) -> Any:
-    """Load cached weights; remove them and return None if they are damaged."""
-    stored = copy.deepcopy(config)
-    stored.quantization_config = target.quantization.to_dict()
-    try:
-        model, info = _stream(cached.paths, stored, target, cached.checksums)
-    except (DamagedError, StageError, OSError) as error:
-        return nf4_cache.discard(cached.folder, str(error))
-    is_whole = not (info["missing_keys"] or info["mismatched_keys"])
-    return model if is_whole else nf4_cache.discard(cached.folder, "weights are missing")
-
-
-def require_weights(source: str, model: Any, info: Info) -> None:
+def _require_weights(source: str, model: Any, info: Mapping[str, Any]) -> None:
     """Refuse a model with randomly initialised weights, because its files lack them.
 
     A vision tower may lack its weights: no text goes through it.
-
-    Args:
-        source: The model's name in the recipe.
-        model: The loaded model.
-        info: The report of transformers about its loading.
 
     Raises:
         RecipeError: With the names of the weights.
@@ -161,46 +191,13 @@ def require_weights(source: str, model: Any, info: Info) -> None:
         )
 
 
-def _stream(
-    paths: Sequence[Path], config: Any, target: Target, checksums: Checksums | None = None
-) -> tuple[Any, Info]:
-    with torch.device("meta"):  # the class that transformers chooses, and its part of the config
-        shape = auto_class(config).from_config(copy.deepcopy(config))
-    quantised = _is_quantised(shape.config)
-    with streaming(paths, target.device, checksums) as tensors, nf4_cache.without_bars():
-        model, info = type(shape).from_pretrained(
-            None,
-            config=shape.config,
-            state_dict=tensors,
-            dtype=target.dtype,
-            quantization_config=None if quantised else target.quantization,
-            device_map={"": target.device},
-            attn_implementation=target.attention,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in `info`
-        )
-    if quantised:
-        _cast_rest(model, target.dtype)
-    return model, info
-
-
 def _cast_rest(model: Any, dtype: torch.dtype) -> None:
     """Cast the weights that are not quantised to the type of the run.
 
-    transformers 5.23 leaves all weights of a quantised checkpoint in the type of the file
-    (`HfQuantizer.get_new_dtype`).
+    transformers 5.23 leaves all weights of a quantised checkpoint in the type of the file.
     """
-    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    kept = kept_in_float32(model)
     for name, parameter in model.named_parameters():
         is_packed = hasattr(parameter, "quant_state") or not parameter.is_floating_point()
         if not is_packed and not any(module in name for module in kept):
             parameter.data = parameter.data.to(dtype)
-
-
-def _use_generation_settings(model: Any, folder: Path) -> None:
-    """Read `generation_config.json` as `from_pretrained` does when it is given a folder."""
-    unused = dict.fromkeys(("cache_dir", "proxies", "token", "revision"))
-    switches = dict.fromkeys(("force_download", "trust_remote_code"), False)
-    model.adjust_generation_fn(
-        None, True, None, str(folder), local_files_only=True, subfolder="", **unused, **switches
-    )

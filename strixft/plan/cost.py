@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from strixft.catalog.hosts import Host
 from strixft.step.graphs import writes_4bit_out
+from strixft.support.private_torch import tree_iter
 
 Floats = npt.NDArray[np.float64]
 

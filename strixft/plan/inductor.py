@@ -16,14 +16,17 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.decomposition import select_decomp_table
 
 from strixft.step import layers
+from strixft.step.compiler import (
+    aot_autograd,
+    min_cut_rematerialization_partition,
+    select_decomp_table,
+)
 from strixft.step.graphs import is_generated, is_view, writes_4bit_out
 from strixft.step.products import rewrite
 from strixft.step.tracker import uncounted
+from strixft.support.private_torch import boxed
 
 torch.library.define("strixft::kernel", "(Tensor[] read, Tensor[] written, bool unpacks) -> ()")
 
@@ -261,11 +264,7 @@ def _compile(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
     kernels = Kernels(module)
     _compiled.num_graphs += 1
 
-    def run(args: list[Any]) -> Any:  # a function, as `_boxed_call` is looked for on one
-        return kernels(args)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    return boxed(kernels)
 
 
 def make_backend(compile_graph: Callable[..., Any]) -> Any:
@@ -287,7 +286,7 @@ _backend = make_backend(_compile)
 
 def _forget(like: Hashable = None) -> None:
     if _compiled.like != like:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         _compiled.like, _compiled.num_graphs = like, 0
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from strixft.plan.cost import Cost, operator_cost
+from strixft.support.private_torch import schema_of
 
 aten = torch.ops.aten
 
@@ -41,7 +42,7 @@ def _key(value: Any) -> Any:
 
 def _layouts(func: Any, results: tuple[Any, ...]) -> tuple[Layout, ...] | None:
     """Return the layouts of results of any shapes; None where the operator has to run."""
-    schema = func._schema
+    schema = schema_of(func)
     are_new = func not in _ALWAYS_RUN and all(
         argument.alias_info is None for argument in (*schema.arguments, *schema.returns)
     )
@@ -73,7 +74,7 @@ class OpCache:
                 torch.empty_strided(size, stride, dtype=dtype, device="meta")
                 for size, stride, dtype in layouts
             )
-            return (made if len(func._schema.returns) > 1 else made[0]), cost
+            return (made if len(schema_of(func).returns) > 1 else made[0]), cost
         result = run(func, args, kwargs)
         if cost is None:
             if len(self._known) >= MOST:

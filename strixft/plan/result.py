@@ -18,8 +18,7 @@ from strixft.guard.host import budget_for, find_host
 from strixft.model.adapter import find_targets
 from strixft.model.architecture import architecture_of
 from strixft.model.config import first_lines, warnings_of
-from strixft.model.load import load_config
-from strixft.model.shapes import shape_base
+from strixft.model.load import load_config, shape_base
 from strixft.plan import show
 from strixft.plan.advice import advise, cause, share_figures
 from strixft.plan.choose import Choice, choose
@@ -33,6 +32,7 @@ from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run, resume_command
 from strixft.support.errors import FitError, RecipeError, StageError, StrixftError
+from strixft.support.private_hf import NAME_OF_CONFIG
 from strixft.support.units import format_gib
 
 FEW_UPDATES = 50
@@ -73,7 +73,7 @@ class Plan(Result):
 def _digest(config: Any) -> str:
     """Return a digest of what a configuration says of the model."""
     said = config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
+    for name in (NAME_OF_CONFIG, "transformers_version"):
         said.pop(name, None)
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -37,6 +37,8 @@ from strixft.plan.op_cache import SHARED, OpCache
 from strixft.probe.job import Job
 from strixft.step.tracker import MemoryTracker, current_part, is_counted
 from strixft.step.update import StepOptions, TrainingStep, token_losses
+from strixft.support.private_hf import factors_of_experts
+from strixft.support.private_torch import CHECK_OF_FUSED_ADAM, call_of, set_call, storage_key
 
 aten = torch.ops.aten
 
@@ -211,12 +213,12 @@ class _Recorder(MemoryTracker):
             for parameter in layer.parameters():
                 states = optimizer.state.get(parameter, {}).values()
                 for state in (state for state in states if isinstance(state, Tensor)):
-                    storage = self.trace.storages[self._index[state.untyped_storage()._cdata]]
+                    storage = self.trace.storages[self._index[storage_key(state)]]
                     storage.born = replace(storage.born, layer=index)
 
     def watch(self, tensor: Tensor, name: str) -> None:
-        storage = tensor.untyped_storage()
-        known = self._index.get(storage._cdata)
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
+        known = self._index.get(key)
         super().watch(tensor, name)
         if known is not None:
             self.trace.storages[known].part = name
@@ -224,7 +226,7 @@ class _Recorder(MemoryTracker):
         if self._leaves_layers:  # what is freed up to here still belongs to the last layer
             self._goto("head")
             self._leaves_layers = False
-        self._index[storage._cdata] = len(self.trace.storages)
+        self._index[key] = len(self.trace.storages)
         self.trace.events.append((self.place, len(self.trace.storages), True))
         self.trace.storages.append(Storage(storage.nbytes(), name, self.place))
 
@@ -243,7 +245,7 @@ class _Recorder(MemoryTracker):
 
     def _follow(self, index: int, layer: Any, *, last: bool) -> None:
         """Wrap a layer's call: hooks would be compiled with the layer."""
-        call = layer._compiled_call_impl or layer._call_impl
+        call = call_of(layer)
 
         def followed(*args: Any, **kwargs: Any) -> Any:
             again = self.place.phase == "backward"
@@ -256,7 +258,7 @@ class _Recorder(MemoryTracker):
                 hidden.register_hook(lambda _: self._goto("backward", index))
             return output
 
-        layer._compiled_call_impl = followed
+        set_call(layer, followed)
 
     def _goto(self, phase: Any, layer: int | None = None) -> None:
         self.place = Place(self.place.micro_batch, phase, layer)
@@ -278,16 +280,11 @@ def _adapted_experts(proxy: Any, weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _known_on_meta() -> Iterator[None]:
-    """Let the fused optimiser and PEFT's expert adapters run on `meta`.
-
-    torch does not list `meta` for the one. PEFT 0.21 turns autocast off around the others, and
-    `meta` has none.
-    """
+    """Let the fused optimiser and PEFT's expert adapters run on `meta`."""
     adam: Any = importlib.import_module("torch.optim.adam")
-    layer: Any = importlib.import_module("peft.tuners.lora.layer")
     with (
-        _instead(adam, "_device_dtype_check_for_fused", lambda *_, **__: None),
-        _instead(layer._LoraFactorsProxy, "forward", _adapted_experts),
+        _instead(adam, CHECK_OF_FUSED_ADAM, lambda *_, **__: None),
+        _instead(factors_of_experts(), "forward", _adapted_experts),
     ):
         yield
 

@@ -14,10 +14,13 @@ import torch
 from torch import fx
 from torch._dynamo import config as dynamo
 from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as partitioner
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._inductor import ir
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.lowering import fallback_handler, register_lowering, view
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.virtualized import V, ops
@@ -25,8 +28,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 __all__ = [
-    "FloorDiv", "ModularIndexing", "V", "fallback_handler", "ir", "maybe_mark_dynamic", "ops",
-    "register_lowering", "stable_topological_sort", "view",
+    "FloorDiv", "ModularIndexing", "V", "aot_autograd", "fallback_handler", "ir",
+    "maybe_mark_dynamic", "min_cut_rematerialization_partition", "ops", "register_lowering",
+    "select_decomp_table", "stable_topological_sort", "view",
 ]  # fmt: skip
 
 

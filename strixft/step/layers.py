@@ -16,6 +16,8 @@ from torch.utils.flop_counter import flop_registry
 from strixft.model.adapter import decoder_layers
 from strixft.step.compiler import allow_recompute, compile_graph
 from strixft.step.products import rewrite
+from strixft.support.private_hf import recompute_by
+from strixft.support.private_torch import call_of, set_call
 
 
 def inductor(module: fx.GraphModule, inputs: Any) -> Any:
@@ -45,12 +47,11 @@ def set_recompute(model: nn.Module, num_layers: int, *, elementwise: bool) -> No
     keep_products = partial(create_selective_checkpoint_contexts, _policy)
     layer: Any
     for index, layer in enumerate(decoder_layers(model)):
-        whole = index < num_layers
-        layer.gradient_checkpointing = whole or elementwise
-        # transformers' public switch has one function for all layers
-        layer._gradient_checkpointing_func = (
-            again if whole else partial(again, context_fn=keep_products)
-        )
+        layer.gradient_checkpointing = False
+        if index < num_layers:
+            recompute_by(layer, again)
+        elif elementwise:
+            recompute_by(layer, partial(again, context_fn=keep_products))
 
 
 def compile_layers(model: nn.Module, recomputed_layers: int, *, elementwise: bool) -> None:
@@ -70,6 +71,4 @@ def compile_layers(model: nn.Module, recomputed_layers: int, *, elementwise: boo
     for index, layer in enumerate(decoder_layers(model)):
         layer.compile(dynamic=False, backend=BACKEND)
         if index < recomputed_layers:  # around the compiled code, which would take it apart
-            layer._compiled_call_impl = partial(
-                checkpoint, layer._compiled_call_impl, use_reentrant=False
-            )
+            set_call(layer, partial(checkpoint, call_of(layer), use_reentrant=False))

@@ -17,10 +17,9 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from strixft.guard.host import device_type
+from strixft.support.private_torch import TorchDispatchMode, storage_key, tree_iter
 
 aten = torch.ops.aten
 
@@ -97,8 +96,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def watch(self, tensor: Tensor, name: str) -> None:
         """Count a tensor's storage under a part, or move it there."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata  # its identity: torch has no public one, and on `meta` no address
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
         size, old = self._storages.get(key, (rounded(storage.nbytes()), None))
         if old is None:
             weakref.finalize(storage, self._free, key).atexit = False
@@ -146,7 +144,7 @@ class MemoryTracker(TorchDispatchMode):
         if not is_counted():
             return result
         for value in tree_iter(result):
-            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._storages:
+            if isinstance(value, Tensor) and storage_key(value) not in self._storages:
                 self.watch(value, current_part())
         return result
 

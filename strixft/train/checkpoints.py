@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -40,11 +41,6 @@ class Checkpoint:
     """What the run depends on, as it was then."""
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): digest(path) for path in files if path.name != MANIFEST}
-
-
 def _read(folder: Path, update: int) -> Checkpoint:
     """Return a checkpoint whose files are what its manifest says.
 
@@ -65,13 +61,6 @@ def _read(folder: Path, update: int) -> Checkpoint:
     return Checkpoint(folder, update, inputs)
 
 
-def _aside(folder: Path) -> Path:
-    number, aside = 2, folder.with_name(f"{folder.name}.torn")
-    while aside.exists():
-        number, aside = number + 1, folder.with_name(f"{folder.name}.torn-{number}")
-    return aside
-
-
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -88,12 +77,8 @@ class Checkpoints:
         """Checkpoints that were set aside, each with the reason."""
         self.set_aside: list[str] = []
         """Those of them that were set aside by this process."""
-        self.remove_leftovers()
-
-    def remove_leftovers(self) -> None:
-        """Remove what a process was writing or deleting when it was killed."""
-        for name in (_WRITING, _OLD):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for name in (_WRITING, _OLD):  # of a process that was killed
+            shutil.rmtree(folder / name, ignore_errors=True)
 
     def _by_update(self) -> list[tuple[int, Path]]:
         """Return updates and folders of the checkpoints, newest first."""
@@ -110,9 +95,11 @@ class Checkpoints:
             try:
                 checkpoint = _read(folder, update)
             except ValueError as fault:
-                aside = _aside(folder)
-                folder.rename(aside)
-                self.torn.append(f"{aside.name}: {fault}")
+                numbered = (f"{folder.name}.torn-{number}" for number in itertools.count(2))
+                names = itertools.chain([f"{folder.name}.torn"], numbered)
+                name = next(name for name in names if not folder.with_name(name).exists())
+                folder.rename(folder.with_name(name))
+                self.torn.append(f"{name}: {fault}")
                 self.set_aside.append(self.torn[-1])
             else:
                 self._require_same(checkpoint)
@@ -156,33 +143,26 @@ class Checkpoints:
         Raises:
             HostError: The disk has no room.
         """
-        self._make_room()
+        if kept := self._by_update():
+            needed = folder_bytes(kept[0][1])
+            if free_bytes(self.folder) < needed:  # the oldest makes room
+                self._remove_old(1)
+            require_room(self.folder, needed)
         folder = self.folder / _WRITING
         folder.mkdir()
         try:
             yield folder
-            self._finish(folder, self.folder / f"checkpoint-{update}")
+            paths = sorted(folder.rglob("*"))
+            for path in paths:
+                sync(path)
+            files = {str(p.relative_to(folder)): digest(p) for p in paths if p.is_file()}
+            write_manifest(folder, {"files": files, "inputs": self.inputs})
+            sync(folder)
+            folder.rename(self.folder / f"checkpoint-{update}")
+            sync(self.folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._remove_old(KEPT)
-
-    def _make_room(self) -> None:
-        """Refuse a checkpoint that cannot be finished; the oldest makes room for it."""
-        kept = self._by_update()
-        if not kept:
-            return
-        needed = folder_bytes(kept[0][1])
-        if free_bytes(self.folder) < needed:
-            self._remove_old(1)
-        require_room(self.folder, needed)
-
-    def _finish(self, folder: Path, named: Path) -> None:
-        for path in folder.rglob("*"):
-            sync(path)
-        write_manifest(folder, {"files": _hashes(folder), "inputs": self.inputs})
-        sync(folder)
-        folder.rename(named)
-        sync(self.folder)
 
     def _remove_old(self, kept: int) -> None:
         for _, folder in self._by_update()[kept:]:

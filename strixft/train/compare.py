@@ -22,16 +22,6 @@ REST = ", ".join(SUMMED)
 """Parts that a GPU's own count cannot tell apart."""
 
 
-def planned_figures(plan: Figures) -> dict[str, Any]:
-    """Return the figures of a plan that a training keeps beside its own."""
-    return {
-        "planned_peak_bytes": plan["peak_bytes"],
-        "planned_reserved_bytes": plan["reserved_bytes"],
-        "planned_parts": plan["parts"],
-        "planned_tok_per_s": plan["tok_per_s"],
-    }
-
-
 def device_parts(
     model: nn.Module, optimizer: torch.optim.Optimizer, peak_bytes: int
 ) -> dict[str, int]:
@@ -72,7 +62,7 @@ def _row(name: str, planned: float | None, real: float | None, shown: Any) -> li
 
 
 def breakdowns(figures: Figures) -> str:
-    """Both peaks by part."""
+    """Return a table of both peaks by part."""
     real, planned = figures["peak_parts"], dict(figures["planned_parts"])
     if REST in real:
         planned = {name: planned.get(name, 0) for name in real}
@@ -108,18 +98,6 @@ def _loss_curve(losses: list[float], spikes: list[int]) -> str:
     return html.picture(figure, "training loss by update")
 
 
-def _proof_shown(proof: Figures) -> dict[str, str]:
-    """The first loss beside the model's own."""
-    if not proof:
-        return {}
-    own, apart = format_number(proof["own_loss"], 5), f"{proof['difference']:.2g}"
-    return {
-        "first loss": f"{format_number(proof['loss'], 5)} on {proof['tokens']} tokens; the model's"
-        f" own forward {own}, at most {apart} nats a token apart;"
-        f" comparing took {format_seconds(proof['seconds'])}"
-    }
-
-
 def trained_html(figures: Figures) -> str:
     """Return a training's figures for a notebook or the report."""
     warnings, spikes = list(figures["warnings"]), figures["spikes"]
@@ -134,8 +112,14 @@ def trained_html(figures: Figures) -> str:
         "loss, last update": format_number(figures["losses"][-1]),
         "time": format_seconds(figures["train_seconds"]),
         "process, resident": format_gib(figures["resident_bytes"]),
-        **_proof_shown(figures["proof"]),
     }
+    if proof := figures["proof"]:
+        own, apart = format_number(proof["own_loss"], 5), f"{proof['difference']:.2g}"
+        shown["first loss"] = (
+            f"{format_number(proof['loss'], 5)} on {proof['tokens']} tokens; the model's own"
+            f" forward {own}, at most {apart} nats a token apart;"
+            f" comparing took {format_seconds(proof['seconds'])}"
+        )
     told = "".join(map(html.warning, warnings))
     curve = _loss_curve(figures["losses"], spikes)
     return told + html.mapping(shown) + compare_html(figures) + curve

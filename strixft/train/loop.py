@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,20 +57,18 @@ class Progress:
     """Mean loss of a trained token, one an update."""
 
 
-def random_states() -> dict[str, Any]:
+def _random_states() -> dict[str, Any]:
     """Return the state of every generator that training may draw from."""
     kind, keys, *rest = tuple(np.random.get_state(legacy=True))
-    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {
         "python": random.getstate(),
         "numpy": (kind, np.asarray(keys).tolist(), *rest),  # no array: torch.load reads no pickle
         "torch": torch.get_rng_state(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
-def restore(states: dict[str, Any]) -> None:
-    """Set every generator back to an earlier state."""
+def _restore(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -135,7 +132,7 @@ class TrainingLoop:
         self._schedule = LambdaLR(step.optimizer, rate_factor(step.settings, updates))
         self._processes = PartialState()
         self._ahead: list[Batch] = []
-        self._random = random_states()
+        self._random = _random_states()
         self._updating = False  # the weights are between two updates
         self._skipped = 0
         self._reserve_bytes, self._released = reserve_bytes, -2
@@ -147,7 +144,7 @@ class TrainingLoop:
             NotFiniteError: A loss or gradient is not finite.
         """
         if checkpoint is not None:
-            self._resume(checkpoint.folder)
+            self._resume(checkpoint)
         saved = time.monotonic()  # setting the clock cannot delay a checkpoint
         try:
             while self.progress.update < self.updates and not self._is_asked():
@@ -164,35 +161,11 @@ class TrainingLoop:
                     self.save()
                     saved = time.monotonic()
         except _StopAsked:
-            restore(self._random)
+            _restore(self._random)
         finally:
             self._hang.pause()
         if self.progress.update < self.updates:
             self.save()
-
-    def _finish_update(self, batches: list[Batch], loss: Tensor) -> None:
-        """Take note of an update, with its loss, ()."""
-        self._check_skipped()
-        self._release_cache()
-        self._updating, self._random = False, random_states()
-        self.progress.update += 1
-        self.progress.tokens += sum(batch["num_tokens"] for batch in batches)
-        self.progress.losses.append(float(loss))
-        self._on_update(self.progress)
-
-    def _release_cache(self) -> None:
-        """Give cached memory back where micro-batches of many sizes have filled it beyond the plan.
-
-        Once is enough, if the very next update needs as much: then it is what the step needs.
-        """
-        if self._reserve_bytes is None or not torch.cuda.is_available():
-            return
-        if torch.cuda.memory_reserved() <= self._reserve_bytes:
-            return
-        torch.cuda.empty_cache()
-        if self.progress.update == self._released + 1:
-            self._reserve_bytes = None
-        self._released = self.progress.update
 
     def _over_processes(self, count: int) -> int:
         """Return the sum of a count over all processes."""
@@ -212,24 +185,50 @@ class TrainingLoop:
             losses: One for each micro-batch, (micro-batches,).
             norm: Of the gradient, before clipping.
         """
-        if self.progress.update + 1 < self.updates:  # from here on the device is waited for
-            self._ahead = self._batches(self.progress.update + 1)
-        numbers = torch.cat([losses, norm.reshape(1).to(losses)]).tolist()
-        bad = [index for index, loss in enumerate(numbers[:-1]) if not np.isfinite(loss)]
         update = self.progress.update + 1
+        if update < self.updates:  # from here on the device is waited for
+            self._ahead = self._batches(update)
+        *seen, total = torch.cat([losses, norm.reshape(1).to(losses)]).tolist()
+        bad = [index for index, loss in enumerate(seen) if not np.isfinite(loss)]
         if bad:
-            raise NotFiniteError(update, "loss", f"{numbers[bad[0]]}", bad)
-        if not np.isfinite(numbers[-1]) and not self.step.scaler.is_enabled():
-            raise NotFiniteError(update, "gradient", "not a finite number", range(len(losses)))
+            raise NotFiniteError(update, "loss", f"{seen[bad[0]]}", bad)
+        if not np.isfinite(total) and not self.step.scaler.is_enabled():
+            raise NotFiniteError(update, "gradient", "not a finite number", range(len(seen)))
         self._updating = True
 
-    def _check_skipped(self) -> None:
+    def _finish_update(self, batches: list[Batch], loss: Tensor) -> None:
+        """Take note of an update, with its loss, ()."""
         self._skipped = self._skipped + 1 if self.step.skipped else 0
         if self._skipped >= MOST_SKIPPED:
             value = f"not a finite number, as in {MOST_SKIPPED} updates in a row"
             raise NotFiniteError(self.progress.update + 1, "gradient", value, range(1))
         if not self.step.skipped:
             self._schedule.step()
+        self._release_cache()
+        self._updating, self._random = False, _random_states()
+        self.progress.update += 1
+        self.progress.tokens += sum(batch["num_tokens"] for batch in batches)
+        self.progress.losses.append(float(loss))
+        self._on_update(self.progress)
+
+    def _release_cache(self) -> None:
+        """Give cached memory back where micro-batches of many sizes have filled it beyond the plan.
+
+        Once is enough, if the very next update needs as much: then it is what the step needs.
+        """
+        if self._reserve_bytes is None or not torch.cuda.is_available():
+            return
+        if torch.cuda.memory_reserved() <= self._reserve_bytes:
+            return
+        torch.cuda.empty_cache()
+        if self.progress.update == self._released + 1:
+            self._reserve_bytes = None
+        self._released = self.progress.update
+
+    def _parts(self) -> dict[str, Any]:
+        """Return everything with a `state_dict` that a checkpoint holds."""
+        step = self.step
+        return {"optimizer": step.optimizer, "schedule": self._schedule, "scaler": step.scaler}
 
     def save(self) -> None:
         """Write a checkpoint of the last finished update, unless it is there or nothing is."""
@@ -237,13 +236,8 @@ class TrainingLoop:
         if update == 0 or self.checkpoints.has(update):
             return
         self._hang.pause()
-        state = {
-            "optimizer": self.step.optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "scaler": self.step.scaler.state_dict(),
-            "random": self._random,
-            "progress": asdict(self.progress),
-        }
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"random": self._random, "progress": asdict(self.progress)}
         with self.checkpoints.writing(update) as folder:
             weights = {
                 name: w.detach().cpu().contiguous() for name, w in self.step.named_trainable()
@@ -253,20 +247,18 @@ class TrainingLoop:
 
     def save_finished(self) -> None:
         """Save the last finished update after an error, where its weights are still there."""
-        if self._updating:
-            return
-        restore(self._random)
-        self.save()
+        if not self._updating:
+            _restore(self._random)
+            self.save()
 
-    def _resume(self, folder: Path) -> None:
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        weights = load_file(folder / WEIGHTS)
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        state = torch.load(checkpoint.folder / STATE, map_location="cpu", weights_only=True)
+        weights = load_file(checkpoint.folder / WEIGHTS)
         with torch.no_grad():
             for name, weight in self.step.named_trainable():
                 weight.copy_(weights[name])
-        self.step.optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        self.step.scaler.load_state_dict(state["scaler"])
-        restore(state["random"])
-        self.progress, self._random = Progress(**state["progress"]), state["random"]
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self._random, self.progress = state["random"], Progress(**state["progress"])
+        _restore(self._random)
         self.first_update = self.progress.update + 1

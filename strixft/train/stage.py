@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from strixft.guard.host import training_host
 from strixft.guard.stage_watches import Watches
 from strixft.model.adapter import attach_adapter, base_of
 from strixft.model.files import fingerprint_base
-from strixft.model.load import load_base, load_config, model_source
+from strixft.model.load import fetch_base, load_base, load_config, model_source
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared, require_known_tokens
 from strixft.probe.checks import fastest_blas
@@ -40,7 +41,7 @@ from strixft.support.files import write_json
 from strixft.support.progress import progress_bar, say
 from strixft.support.units import format_gib
 from strixft.train.checkpoints import KEPT, Checkpoints
-from strixft.train.compare import GAP_FLAGGED, device_parts, planned_figures, trained_html
+from strixft.train.compare import GAP_FLAGGED, device_parts, trained_html
 from strixft.train.loop import NotFiniteError, Progress, TrainingLoop
 from strixft.train.proof import expected, proof_batches, prove
 
@@ -90,7 +91,7 @@ def train_recipe(run: Run) -> Trained:
         StageError: An earlier stage has not run, or a loss or a gradient is not finite.
         Stopped: The user asked for it; the last finished update is saved.
     """
-    return run.once(Trained, lambda folder: _train(run, folder))
+    return run.once(Trained, partial(_train, run))
 
 
 def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -101,18 +102,22 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     watches, bar = Watches(run), _Bar(run, planned["updates"])
     _warn_early(watches, capped.warning)
     require_known_tokens(run.recipe, prepared)
+    fetch_base(run.recipe)  # the hashes of its files are inputs
+    plan.require_same_config(run.recipe)  # the model's own comes with its weights
+    inputs = _inputs(run, prepared, plan)
     with watches.watching() as seen:
-        saved = run.stage_folder(Trained.name) / CHECKPOINTS
-        checkpoints = Checkpoints(saved, _inputs(run, prepared, plan))
+        checkpoints = Checkpoints(folder / CHECKPOINTS, inputs)
         newest = checkpoints.newest()
-        _tell_set_aside(checkpoints, watches)
+        for torn in checkpoints.set_aside:
+            _warn(watches, f"a checkpoint is damaged and was set aside: {torn}")
+        if checkpoints.set_aside and newest is None:
+            say("Warning: no whole checkpoint is left; training begins again with update 1")
         batches = _Batches(job, prepared, planned["choice"])
-        step, proof = _build_step(run, job, plan, [] if newest else proof_batches(batches(0)))
+        first = [] if newest else proof_batches(batches(0))
+        step, proof = _build_step(job, plan, first, folder / PROOF)
         if step.dropout:
-            left_out = f"training leaves out the dropout of {step.dropout:g} that the model has"
-            watches.warn(left_out)
-            say(f"Warning: {left_out}")
-        plan.require_same_config(run.recipe)  # the model's own came with its weights
+            share = f"{step.dropout:g}"
+            _warn(watches, f"training leaves out the dropout of {share} that the model has")
         loop = TrainingLoop(
             step,
             batches,
@@ -125,7 +130,8 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
         _require_room(step, checkpoints)
         began = time.monotonic()
-        with bar, peak_memory(step.model) as memory, _ends_saved(run, job, plan, loop, batches):
+        ends = _ends_saved(run, job, plan, loop, batches)
+        with contextlib.closing(bar), peak_memory(step.model) as memory, ends:
             loop.run(newest)
         if loop.progress.update < loop.updates:
             raise watches.stop_error(loop.progress.update, loop.updates)
@@ -134,6 +140,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             step.model, step.optimizer, memory["peak_bytes"]
         )
         _save(step.model, folder)
+    compared = ("peak_bytes", "reserved_bytes", "parts", "tok_per_s")
     figures = {
         "first_update": loop.first_update,
         "updates": loop.progress.update,
@@ -142,14 +149,13 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "tokens": loop.progress.tokens,
         "tok_per_s": rate,
         "train_seconds": round(seconds, 3),
-        **planned_figures(planned),
+        **{f"planned_{name}": planned[name] for name in compared},
         **memory,
         **seen,
         "cap": capped.says,
         "proof": proof,
         "checkpoints_set_aside": checkpoints.torn,
     }
-    inputs = _inputs(run, prepared, plan)
     return {name: inputs[name] for name in ("rows_sha256", "choice", "base")}, figures
 
 
@@ -162,6 +168,11 @@ def _planned_job(run: Run, plan: Plan) -> Job:
     if (library := fastest_blas(job.method, host)) is not None:
         torch.backends.cuda.preferred_blas_library(library)
     return job
+
+
+def _warn(watches: Watches, text: str) -> None:
+    watches.warn(text)
+    say(f"Warning: {text}")
 
 
 def _warn_early(watches: Watches, no_cap: str | None) -> None:
@@ -188,15 +199,6 @@ def _inputs(run: Run, prepared: Prepared, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _tell_set_aside(checkpoints: Checkpoints, watches: Watches) -> None:
-    """Warn loudly that training goes on from an earlier update than the last one saved."""
-    for torn in checkpoints.set_aside:
-        watches.warn(f"a checkpoint is damaged and was set aside: {torn}")
-        say(f"Warning: a checkpoint is damaged and was set aside: {torn}")
-    if checkpoints.set_aside and not checkpoints.count():
-        say("Warning: no whole checkpoint is left; training begins again with update 1")
-
-
 class _Batches:
     """Micro-batches of each update, in the order of training."""
 
@@ -216,18 +218,18 @@ class _Batches:
         self._order = training_order(sizes, num_rows, seed, self._size, padded=padded)
 
     def _numbers(self, update: int) -> list[list[int]]:
-        """Rows of each micro-batch of an update; the last update may have fewer."""
+        """Return the rows of each micro-batch of an update; the last update may have fewer."""
         per_update = self._steps * self._size
         chosen = self._order[update * per_update : (update + 1) * per_update]
         return [chosen[start : start + self._size] for start in range(0, len(chosen), self._size)]
 
-    def _batch(self, numbers: list[int]) -> Batch:
-        rows = self._rows.take(numbers) if self._shape else [self._rows[n] for n in numbers]
-        return on_device(collate(rows, self._shape), self._device)
-
     def __call__(self, update: int) -> list[Batch]:
         """Return the micro-batches of an update, counted from 0, on the device."""
-        return [self._batch(numbers) for numbers in self._numbers(update)]
+        found = []
+        for numbers in self._numbers(update):
+            rows = self._rows.take(numbers) if self._shape else [self._rows[n] for n in numbers]
+            found.append(on_device(collate(rows, self._shape), self._device))
+        return found
 
     def names(self, update: int, micro_batches: Iterable[int]) -> list[str]:
         """Return the rows of some micro-batches of an update, by file and number."""
@@ -237,18 +239,15 @@ class _Batches:
 
 
 def _build_step(
-    run: Run, job: Job, plan: Plan, first: Sequence[Batch]
+    job: Job, plan: Plan, first: Sequence[Batch], path: Path
 ) -> tuple[TrainingStep, dict[str, Any]]:
     """Load the model, build its step, and prove the first loss.
 
     Args:
-        run: The run that is trained.
         job: The job as planned.
         plan: Its plan.
         first: Micro-batches to prove it on; none where training goes on, with other weights.
-
-    Returns:
-        The step, and figures of the proof.
+        path: File with the figures of the proof, which are returned too.
     """
     recipe, began = job.recipe, time.monotonic()
     set_seed(recipe.train.seed)
@@ -258,8 +257,8 @@ def _build_step(
     room = phases["proof"]["device_bytes"] - parts["weights"] - parts["adapter"]
     documents = expected(base, first, room) if first else []
     release_memory()
-    step = TrainingStep(attach_adapter(base, job.method, recipe.lora), recipe.train, job.options)
-    path = run.stage_folder(Trained.name) / PROOF
+    model = attach_adapter(base, job.method, recipe.lora, job.architecture.idle)
+    step = TrainingStep(model, recipe.train, job.options)
     if first:
         proof = prove(step, first, documents)
         release_memory()
@@ -284,11 +283,8 @@ class _Bar:
         self._warm: tuple[float, int] | None = None
         self._bar: Any = None
 
-    def __enter__(self) -> None:
-        """Wait for the first update."""
-
-    def __exit__(self, *_: object) -> None:
-        """Close the bar."""
+    def close(self) -> None:
+        """Close the bar, if there was an update."""
         if self._bar is not None:
             self._bar.close()
 
@@ -306,7 +302,7 @@ class _Bar:
         )
 
     def tok_per_s(self, progress: Progress) -> float | None:
-        """Real tokens per second since the first update of this process; None before the second."""
+        """Return real tokens per second since the first update of this process, if any."""
         began, tokens = self._warm or (0.0, progress.tokens)
         if progress.tokens == tokens:
             return None
@@ -320,12 +316,22 @@ def _ends_saved(
     """Save the last finished update after an error, and say what ended the training."""
     try:
         yield
-    except NotFiniteError as error:
+    except (NotFiniteError, RuntimeError, MemoryError) as error:
+        if not (isinstance(error, NotFiniteError) or is_out_of_memory(error)):
+            raise
         loop.save_finished()
+        update, saved = loop.progress.update, "none was finished before"
+        if loop.checkpoints.has(update):
+            saved = f"update {update} is saved"
+        elif loop.checkpoints.count():
+            saved = "the last checkpoint stays"
+        if not isinstance(error, NotFiniteError):
+            peak = torch.cuda.max_memory_allocated() if job.host.device == "cuda" else None
+            raise out_of_memory(run.recipe, plan, f"no memory is left; {saved}", peak) from error
+        rows = "; ".join(batches.names(error.update - 1, error.micro_batches))
         base = base_of(loop.step.model)
-        rows = batches.names(error.update - 1, error.micro_batches)
         raise StageError(
-            f"{error}; {_saved(loop)}\n  its rows: {'; '.join(rows)}",
+            f"{error}; {saved}\n  its rows: {rows}",
             fix=finite_again(
                 run.recipe,
                 error.update,
@@ -334,21 +340,6 @@ def _ends_saved(
                 model_type=base.config.model_type,
             ),
         ) from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        loop.save_finished()
-        peak = torch.cuda.max_memory_allocated() if job.host.device == "cuda" else None
-        what = f"no memory is left; {_saved(loop)}"
-        raise out_of_memory(run.recipe, plan, what, peak) from error
-
-
-def _saved(loop: TrainingLoop) -> str:
-    """Say which update is on disk."""
-    update = loop.progress.update
-    if loop.checkpoints.has(update):
-        return f"update {update} is saved"
-    return "the last checkpoint stays" if loop.checkpoints.count() else "none was finished before"
 
 
 def out_of_memory(recipe: Recipe, plan: Plan, what: str, peak_bytes: int | None) -> FitError:

@@ -26,7 +26,7 @@ from transformers import (
 
 from strixft.export.check import compare, faults
 from strixft.export.merge import merge
-from strixft.model.shapes import NF4
+from strixft.model.quantised import NF4
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Recipe
 

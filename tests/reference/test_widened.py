@@ -13,7 +13,7 @@ from tiny_models import TINY
 from torch import nn
 from transformers import AutoConfig
 
-from strixft.export.widened import in_float32
+from strixft.export.check import in_float32
 from strixft.model.architecture import auto_class
 from strixft.model.load import load_base
 from strixft.recipe.load import load_recipe

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from strixft.support.errors import HostError, StageError
 from strixft.support.files import temporary_name
@@ -113,11 +114,7 @@ def _given() -> Path | None:
 
 
 def _converters() -> Path:
-    """Return the folder of llama.cpp's sources.
-
-    Raises:
-        HostError: There is none, or its files have changed.
-    """
+    """Return the folder of llama.cpp's sources."""
     given = _given()
     if given:
         return given
@@ -128,11 +125,7 @@ def _converters() -> Path:
 
 
 def _quantizer() -> str:
-    """Return `llama-quantize` of the given llama.cpp, of this machine, or of a package.
-
-    Raises:
-        HostError: There is none.
-    """
+    """Return `llama-quantize` of the given llama.cpp, of this machine, or of a package."""
     given = _given()
     built = given / "build/bin/llama-quantize" if given else None
     found = str(built) if built and built.is_file() else shutil.which("llama-quantize")
@@ -157,12 +150,8 @@ def require_tools(kinds: Collection[str], quantisations: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def without_code(folder: Path) -> Iterator[Path]:
-    """Lend a model's folder without its own code, which the converter would run unasked.
-
-    Args:
-        folder: The model's folder; its files are linked, `auto_map` is removed from settings.
-    """
+def _without_code(folder: Path) -> Iterator[Path]:
+    """Lend a model's folder without its own code, which the converter would run unasked."""
     with tempfile.TemporaryDirectory() as temporary:
         view = Path(temporary) / folder.name.lstrip(".")
         view.mkdir()
@@ -180,26 +169,29 @@ def without_code(folder: Path) -> Iterator[Path]:
         yield view
 
 
-def _convert(script: str, words: Iterable[str], target: Path, ends: Sequence[int] = ()) -> None:
-    """Run a converter; its file gets its name when it is complete.
+def _run(command: Sequence[str], temporary: Path, target: Path, **options: Any) -> str | None:
+    """Run a program; its file gets its name when it is complete. Return its errors if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    if done.returncode or not temporary.is_file():
+        temporary.unlink(missing_ok=True)
+        return str(done.stderr).strip()
+    temporary.rename(target)
+    return None
 
-    Raises:
-        StageError: The converter refuses.
-    """
+
+def _convert(script: str, words: Iterable[str], target: Path, ends: Sequence[int] = ()) -> None:
     temporary = temporary_name(target)
     kept = {name: value for name, value in os.environ.items() if not is_secret_name(name)}
     environment = {**kept, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
     command = [sys.executable, "-c", _WITH_ENDS, json.dumps(list(ends))]
     command += [str(_converters() / script), *words, "--outfile", str(temporary)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode or not temporary.is_file():
-        temporary.unlink(missing_ok=True)
-        output = "\n  ".join(done.stderr.strip().splitlines()[-12:])
+    errors = _run(command, temporary, target, env=environment)
+    if errors is not None:
+        told = "\n  ".join(errors.splitlines()[-12:])
         raise StageError(
-            f"llama.cpp's converter refuses this model:\n  {output}",
+            f"llama.cpp's converter refuses this model:\n  {told}",
             fix=f"{NEWER_CONVERTER}; or --to merged",
         )
-    temporary.rename(target)
 
 
 def check_convertible(folder: Path) -> None:
@@ -212,7 +204,7 @@ def check_convertible(folder: Path) -> None:
         HostError: The converter is missing.
         StageError: The converter refuses the model.
     """
-    with without_code(folder) as view:
+    with _without_code(folder) as view:
         words = [str(view), "--vocab-only"]
         _convert("convert_hf_to_gguf.py", words, view.parent / "vocabulary.gguf")
 
@@ -230,18 +222,13 @@ def convert_model(folder: Path, target: Path, kind: str, ends: Sequence[int]) ->
         HostError: The converter is missing.
         StageError: The converter refuses the model.
     """
-    with without_code(folder) as view:
+    with _without_code(folder) as view:
         _convert("convert_hf_to_gguf.py", [str(view), "--outtype", kind], target, ends)
 
 
 def convert_adapter(adapter: Path, base_folder: Path, target: Path) -> None:
-    """Write an adapter as a GGUF file of its own, in float16.
-
-    Raises:
-        HostError: The converter is missing.
-        StageError: The converter refuses the adapter.
-    """
-    with without_code(base_folder) as view:
+    """Write an adapter as a GGUF file of its own, in float16; raises as `convert_model` does."""
+    with _without_code(base_folder) as view:
         words = [str(adapter), "--base", str(view), "--outtype", "f16"]
         _convert("convert_lora_to_gguf.py", words, target)
 
@@ -254,13 +241,10 @@ def quantise(source: Path, target: Path, kind: str) -> None:
         StageError: It cannot write the file.
     """
     temporary = temporary_name(target)
-    command = [_quantizer(), str(source), str(temporary), kind.upper()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        temporary.unlink(missing_ok=True)
+    errors = _run([_quantizer(), str(source), str(temporary), kind.upper()], temporary, target)
+    if errors is not None:
         raise StageError(
-            f"llama-quantize cannot write {target.name}: {done.stderr.strip()[-300:]}",
+            f"llama-quantize cannot write {target.name}: {errors[-300:]}",
             fix="--set export.gguf=[f16,q8_0]",
             settings={"export.gguf": ["f16", "q8_0"]},
         )
-    temporary.rename(target)

@@ -1,0 +1,73 @@
+"""Private names of transformers, PEFT and datasets, each with its cause and its end.
+
+Nothing else in strixft uses a private name of theirs (`tests/test_private_names.py`), so after an
+upgrade this is the file to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+NAME_OF_CONFIG = "_name_or_path"
+# transformers: `PreTrainedConfig.to_dict()` has this key for the folder a configuration came from.
+# End: when it is left out of the dictionary.
+
+
+def compile_template(source: str) -> Any:
+    """Return a chat template that can be rendered many times."""
+    # transformers: `apply_chat_template` prepares each call anew, which takes several times as
+    # long for the two renderings of each row.
+    # End: when transformers compiles in public.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(source)
+
+
+def recompute_by(layer: Any, function: Callable[..., Any]) -> None:
+    """Let a decoder layer be checkpointed by a function of its own."""
+    # transformers: the public `gradient_checkpointing_enable` has one function for all layers.
+    # End: when it takes one for each layer.
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = function
+
+
+def kept_in_float32(model: Any) -> tuple[str, ...]:
+    """Return parts of the names of weights that transformers never casts."""
+    # transformers 5.23 loads the weights of a quantised checkpoint without casting any, and has no
+    # public list of those that may not be cast.
+    # End: when `from_pretrained(dtype=...)` casts the rest of a quantised checkpoint.
+    return (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+
+
+def renamed_by_peft(model_type: str | None) -> Mapping[str, str]:
+    """Return the names that PEFT takes for a mixture's experts or router, wherever they stand."""
+    # PEFT 0.21 rewrites `target_modules` by these tables, for dense layers of that name too
+    # (utils/transformers_weight_conversion.py, `_convert_peft_config_moe`).
+    # End: when PEFT tells experts and layers apart, or refuses such a name.
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # an earlier PEFT renames nothing
+        return {}
+    if conversion.get_checkpoint_conversion_mapping(model_type) is None:
+        return {}
+    like = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    found: Mapping[str, str] = conversion._MOE_TARGET_MODULE_MAPPING.get(like, {})
+    return found
+
+
+def factors_of_experts() -> type:
+    """Return PEFT's class that adds an adapter's product to the weights of experts."""
+    # PEFT 0.21 turns autocast off around it, and `meta`, where a plan runs, has no autocast.
+    # End: when torch has autocast on `meta`.
+    from peft.tuners.lora import layer
+
+    found: type = layer._LoraFactorsProxy
+    return found
+
+
+def fingerprint_of(rows: Any) -> str:
+    """Return what changes when a `datasets.Dataset` does."""
+    # datasets 5: no public name.
+    # End: when there is one.
+    return str(rows._fingerprint)
