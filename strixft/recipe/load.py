@@ -171,19 +171,6 @@ WANTED = {
 """pydantic's name of a fault → the correct value."""
 
 
-def _section(section: Any, key: str | int) -> Any:
-    """Return the section behind a key of a section; None for a plain setting or an unknown key."""
-    field = section.model_fields.get(key) if section else None
-    return as_section(field.annotation) if field else None
-
-
-def _items(section: Any, key: str | int) -> Any:
-    """Return the section in the list behind a key of a section, or None."""
-    field = section.model_fields.get(key) if section else None
-    lists = [kind for kind in get_args(field.annotation) if get_args(kind)] if field else []
-    return next((found for kind in lists if (found := as_section(get_args(kind)[0]))), None)
-
-
 def _walk(location: Sequence[str | int]) -> tuple[list[str], Any]:
     """Return the keys and indices that lead to a setting, and the section that holds it.
 
@@ -195,8 +182,11 @@ def _walk(location: Sequence[str | int]) -> tuple[list[str], Any]:
     for part in location:
         if inner or isinstance(part, int):
             parts.append(str(part))
-        section, items = inner, _items(inner, part) or items
-        inner = items if isinstance(part, int) else _section(section, part)
+        section, field = inner, inner.model_fields.get(part) if inner else None
+        if field:
+            lists = [get_args(kind)[0] for kind in get_args(field.annotation) if get_args(kind)]
+            items = next(filter(None, map(as_section, lists)), items)
+        inner = items if isinstance(part, int) else as_section(field.annotation) if field else None
     return parts, section
 
 

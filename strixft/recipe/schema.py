@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args
 
@@ -58,8 +58,26 @@ class _Section(BaseModel):
         return value
 
 
-def _known_format(name: str) -> str:
-    return name if name == "auto" else FORMATS[name].name
+def _refuse(is_wrong: Callable[[Any], bool], problem: str) -> AfterValidator:
+    """Refuse values with a problem, in which `{}` is the value."""
+
+    def check(value: Any) -> Any:
+        if is_wrong(value):
+            raise ValueError(problem.format(value))
+        return value
+
+    return AfterValidator(check)
+
+
+def _at_least(least: int) -> AfterValidator:
+    return _refuse(
+        lambda value: isinstance(value, int) and value < least,
+        f"should be {least} or more, it is {{}}",
+    )
+
+
+def _known(table: Mapping[str, Any]) -> AfterValidator:
+    return AfterValidator(lambda names: [table[name].name for name in names])
 
 
 def _known_columns(columns: dict[str, str]) -> dict[str, str]:
@@ -72,7 +90,7 @@ def _known_columns(columns: dict[str, str]) -> dict[str, str]:
     return columns
 
 
-Format = Annotated[str, AfterValidator(_known_format)]
+Format = Annotated[str, AfterValidator(lambda name: name if name == "auto" else FORMATS[name].name)]
 
 Columns = Annotated[dict[str, str], AfterValidator(_known_columns)]
 
@@ -152,7 +170,7 @@ class Augment(Server):
 class Dataset(_Section):
     """The source of the rows, and the part of them to train on."""
 
-    source: str | list[Source]
+    source: Annotated[str | list[Source], _refuse(lambda one: one == [], "names nothing to read")]
     """File, folder or glob pattern, relative to the recipe's file; a data set on the hub; or a list
     of `{source, weight}`."""
     format: Format = "auto"
@@ -185,13 +203,6 @@ class Dataset(_Section):
     augment: Augment | None = None
     """Additional training rows that a server writes."""
 
-    @field_validator("source")
-    @classmethod
-    def _some_source(cls, source: str | list[Source]) -> str | list[Source]:
-        if not source:
-            raise ValueError("names nothing to read")
-        return source
-
     def sources(self) -> list[str]:
         """Return the sources by name, one or several."""
         several = self.source if isinstance(self.source, list) else []
@@ -205,15 +216,11 @@ class Lora(_Section):
     """Rank: a higher rank learns more and costs more memory."""
     alpha: int = Field(default=32, ge=1)
     """Strength: the adapter's output is scaled by alpha / r."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Annotated[
+        Literal["all-linear"] | list[str],
+        _refuse(lambda names: not names, "should name at least one layer"),
+    ] = "all-linear"
     """Layers that get an adapter; all linear layers learn best (arXiv:2305.14314)."""
-
-    @field_validator("target_modules")
-    @classmethod
-    def _some_modules(cls, value: str | list[str]) -> str | list[str]:
-        if not value:
-            raise ValueError("should name at least one layer")
-        return value
 
 
 class Train(_Section):
@@ -223,12 +230,12 @@ class Train(_Section):
     """Passes over the training rows; a fraction stops within a pass."""
     learning_rate: float = Field(default=1e-4, gt=0, lt=1)
     """Peak learning rate, reached after the warm-up."""
-    tokens_per_update: int | Literal["auto"] = "auto"
+    tokens_per_update: Annotated[int | Literal["auto"], _at_least(1)] = "auto"
     """Trained tokens in one update; `auto` aims at 200 updates in total."""
-    micro_batch: int | Literal["auto"] = "auto"
+    micro_batch: Annotated[int | Literal["auto"], _at_least(1)] = "auto"
     """Rows in one forward pass; of the plans within 0.5 % of the fastest, `auto` chooses the one
     with the least memory."""
-    recompute: int | Literal["auto", "none", "elementwise", "all"] = "auto"
+    recompute: Annotated[int | Literal["auto", "none", "elementwise", "all"], _at_least(0)] = "auto"
     """Number of layers whose activations are computed again in backward; `elementwise` recomputes
     norms and activation functions of all layers but no matrix product; `auto` follows the plan, and
     is elementwise if layers are compiled."""
@@ -252,14 +259,6 @@ class Train(_Section):
     seed: int = Field(default=0, ge=0)
     """Seed of the adapter's initial weights and of the order of rows."""
 
-    @field_validator("tokens_per_update", "micro_batch", "recompute")
-    @classmethod
-    def _not_negative(cls, value: int | str, info: ValidationInfo) -> int | str:
-        least = 0 if info.field_name == "recompute" else 1
-        if isinstance(value, int) and value < least:
-            raise ValueError(f"should be {least} or more, it is {value}")
-        return value
-
 
 class Evaluate(_Section):
     """Comparison of base and tuned model on the held-out rows."""
@@ -270,7 +269,13 @@ class Evaluate(_Section):
     """Regular expression of the metric `pattern`: its match must equal that in the reference."""
     max_rows: int = Field(default=200, ge=1)
     """Number of held-out rows to answer; the loss uses all of them."""
-    prompts: list[str] | str = Field(default=[])
+    prompts: Annotated[
+        list[str] | str,
+        _refuse(
+            lambda prompts: isinstance(prompts, list) and not all(map(str.strip, prompts)),
+            "holds an empty prompt",
+        ),
+    ] = Field(default=[])
     """Your own prompts, answered by base and tuned model side by side: a list, or a text file with
     one prompt a line, relative to the recipe's file."""
     prompt_answer_tokens: int = Field(default=256, ge=1, le=2**16)
@@ -283,13 +288,6 @@ class Evaluate(_Section):
     """Folder with your own lm-eval tasks (YAML), relative to the recipe's file."""
     judge: Judge | None = None
     """A model that compares the answers of base and tuned model."""
-
-    @field_validator("prompts")
-    @classmethod
-    def _no_empty_prompt(cls, prompts: list[str] | str) -> list[str] | str:
-        if isinstance(prompts, list) and not all(prompt.strip() for prompt in prompts):
-            raise ValueError("holds an empty prompt")
-        return prompts
 
     @field_validator("pattern")
     @classmethod
@@ -304,24 +302,16 @@ class Evaluate(_Section):
 class Export(_Section):
     """Forms of the result for servers."""
 
-    to: list[str] = Field(
+    to: Annotated[list[str], _known(KINDS)] = Field(
         default=[],
         description=f"Kinds of export ({', '.join(KINDS)}); an empty list skips the stage.",
     )
-    gguf: list[str] = Field(default=["f16", "q8_0"])
+    gguf: Annotated[
+        list[str],
+        _refuse(lambda kinds: not kinds, "should name at least one quantisation"),
+        _known(QUANTISATIONS),
+    ] = Field(default=["f16", "q8_0"])
     """Storage of the weights in GGUF files; each file is compared with the trained model."""
-
-    @field_validator("to")
-    @classmethod
-    def _known_kinds(cls, kinds: list[str]) -> list[str]:
-        return [KINDS[kind].name for kind in kinds]
-
-    @field_validator("gguf")
-    @classmethod
-    def _known_quantisations(cls, kinds: list[str]) -> list[str]:
-        if not kinds:
-            raise ValueError("should name at least one quantisation")
-        return [QUANTISATIONS[kind].name for kind in kinds]
 
 
 class Memory(_Section):
@@ -338,7 +328,9 @@ class Recipe(_Section):
 
     model: str
     """Hub id, folder (relative to the recipe's file), or `embedded:smollm2-135m`."""
-    method: str = Field(default="lora", description=f"Training method: {', '.join(METHODS)}.")
+    method: Annotated[str, AfterValidator(lambda name: METHODS[name].name)] = Field(
+        default="lora", description=f"Training method: {', '.join(METHODS)}."
+    )
     dataset: Dataset
     lora: Lora = Lora()
     train: Train = Train()
@@ -349,11 +341,6 @@ class Recipe(_Section):
     """Never use the network; anything that is not on disk is an error."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; set it to `true` only after reading the code."""
-
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, name: str) -> str:
-        return METHODS[name].name
 
     def to_dict(self) -> dict[str, Any]:
         """Return the complete recipe as plain data."""
