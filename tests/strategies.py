@@ -13,7 +13,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from strixft.data.load import Input, Problem, read_row
+from strixft.data.load import Input, read_row
+from strixft.data.row_report import Problem
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import Chat
 

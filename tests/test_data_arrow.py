@@ -15,7 +15,8 @@ import pytest
 import strategies
 from hypothesis import given, settings
 
-from strixft.data.load import HubSet, Problem, open_inputs
+from strixft.data.load import HubSet, open_inputs
+from strixft.data.row_report import Problem
 from strixft.formats.messages import Chat
 from strixft.recipe.schema import Dataset
 from strixft.support.errors import DataError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from strixft.data.encode import Encoder, TokenRow
 from strixft.data.ends import Ends, eos_of_files, find_ends
-from strixft.data.template import written_ends
 from strixft.evaluate.generate import generate
 from strixft.export.parity import END, compare, greedy_answers
 from strixft.export.texts import write_generation_config
@@ -56,7 +56,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Make:
 
 
 def ends_of(tokenizer: Any) -> Ends:
-    return find_ends(tokenizer, written_ends(tokenizer), eos_of_files(tokenizer, offline=True))
+    return find_ends(tokenizer, eos_of_files(tokenizer, offline=True))
 
 
 def test_the_end_of_a_turn_stands_before_the_end_of_text(make: Make) -> None:
@@ -122,7 +122,7 @@ def test_a_model_that_would_not_learn_to_stop_is_refused(make: Make) -> None:
     one = make((TEMPLATES / "plain.jinja").read_text())
     one.eos_token = None
     with pytest.raises(DataError, match="would not learn to stop") as caught:
-        Encoder(one).masker  # noqa: B018
+        Encoder(one).masker()
     assert "eos_token" in caught.value.fix
 
 
@@ -225,5 +225,5 @@ def test_a_run_of_an_older_version_finds_its_ends(make: Make) -> None:
     older = Prepared.__new__(Prepared)
     object.__setattr__(older, "figures", figures)
     assert older.ends(one) == Ends((2, 0), ("<|im_end|>", "<|endoftext|>"))
-    object.__setattr__(older, "figures", {"answer_ends": Ends((7,), ("x",)).to_dict()})
+    object.__setattr__(older, "figures", {"answer_ends": asdict(Ends((7,), ("x",)))})
     assert older.ends(copy.copy(one)) == Ends((7,), ("x",))

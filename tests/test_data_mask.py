@@ -427,7 +427,7 @@ def test_a_template_that_cannot_show_an_answer_is_refused(tokenizer: Any, templa
     one = copy.deepcopy(tokenizer)
     one.chat_template = template
     with pytest.raises(DataError, match="chat template") as caught:
-        Encoder(one).masker  # noqa: B018
+        Encoder(one).masker()
     assert "chat_template.jinja" in caught.value.fix
 
 

@@ -29,6 +29,8 @@ def test_every_kind_of_problem_is_explained() -> None:
         kinds |= set(re.findall(r'RowFault\(\s*"(\w+)"', text))
         kinds |= set(re.findall(r'self\._note\(\s*row, "(\w+)"', text))
         kinds |= set(re.findall(r'yield "(\w+)", ', text))
+        kinds |= set(re.findall(r'\bnote\("(\w+)", ', text))
+        kinds |= set(re.findall(r'_note\(\w+, \[\("(\w+)", ', text))
     assert len(kinds) > 25
     for kind in kinds | {"leak", "duplicate", "near_duplicate", "secret", "email", "phone", "cut"}:
         assert f"`{kind}`" in PAGE, kind

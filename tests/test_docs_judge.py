@@ -4,7 +4,7 @@ import re
 
 from conftest import REPOSITORY
 
-from strixft.prepare.tasks import TASKS
+from strixft.prepare.augment import TASKS
 from strixft.recipe.schema import Augment, Judge
 from strixft.servers.client import BUSY, FOLDER, TRIES
 

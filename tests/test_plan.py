@@ -14,8 +14,7 @@ from transformers import AutoConfig
 
 from strixft.catalog.hosts import HOSTS, Budget
 from strixft.catalog.methods import METHODS
-from strixft.data.batches import Batch, PackedShape, shape_batch
-from strixft.data.pack import training_order
+from strixft.data.batches import Batch, PackedShape, shape_batch, training_order
 from strixft.guard.host import find_host
 from strixft.model.load import build, load_config
 from strixft.plan.choose import AS_FAST, Planner, choose

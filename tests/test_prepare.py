@@ -139,6 +139,7 @@ def test_more_bad_rows_than_allowed_fail_and_the_fix_names_the_setting(stage: St
     assert "rows.jsonl, row 21: is not JSON" in caught.value.problem
     assert "rows.jsonl, row 22: the row has no 'messages' list" in caught.value.problem
     assert caught.value.fix.endswith("--set dataset.max_bad_fraction=0.1")
+    assert caught.value.settings == {"dataset.max_bad_fraction": 0.1}
     assert [p["row"] for p in stage.problems()] == [21, 22]
     assert stage.run(rows, max_bad_fraction=0.1)["rows_bad"] == 2
 
@@ -296,6 +297,7 @@ def test_keys_that_should_be_seen_are_refused_with_the_setting_that_ignores_them
     typed, _, why = caught.value.fix.partition("   ")
     assert shlex.split(typed) == ["--set", """dataset.ignore=["images", "tool_plan", "it's"]"""]
     assert why.startswith("trains without these keys; else")
+    assert caught.value.settings == {"dataset.ignore": ["images", "tool_plan", "it's"]}
     assert {p["key"] for p in stage.problems()} == {"images", "tool_plan", "it's"}
     figures = stage.run(rows, ignore=["images", "tool_plan", "it's"])
     assert figures["rows_train"] + figures["rows_validation"] == 8

@@ -20,9 +20,8 @@ from strixft.app.report import render_report
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import Chat
 from strixft.model.files import embedded_file
-from strixft.prepare.augment import require_sendable
+from strixft.prepare.augment import TASKS, SourceRow, prompt_for
 from strixft.prepare.stage import Prepared, prepare_recipe
-from strixft.prepare.tasks import TASKS, last_exchange, prompt_for
 from strixft.recipe.schema import Augment
 from strixft.run.open import open_run
 from strixft.servers.llama_cpp import served
@@ -264,9 +263,10 @@ def test_text_is_not_augmented(prepared: Write) -> None:
 
 def test_personal_data_do_not_leave_the_machine() -> None:
     messages = chat("Write to anna@mail.org.", "Done.")["messages"]
-    assert require_sendable(Chat(messages), leaves=False) == messages
+    row = SourceRow("a.jsonl", 1, Chat(messages), {})
+    assert row.messages(leaves=False) == messages
     with pytest.raises(RowFault, match="personal data, and the server is another machine"):
-        require_sendable(Chat(messages), leaves=True)
+        row.messages(leaves=True)
 
 
 def test_masked_data_are_sent_masked(prepared: Write) -> None:
@@ -279,12 +279,19 @@ def test_masked_data_are_sent_masked(prepared: Write) -> None:
 
 
 def test_rows_with_tools_have_no_exchange_to_say_otherwise() -> None:
+    def sent(of: Chat) -> Any:
+        return SourceRow("a.jsonl", 1, of, {}).messages(leaves=True)
+
     messages = chat("Ping nas.", "Ok.")["messages"]
-    assert last_exchange(Chat(messages)) == messages
-    assert last_exchange(Chat([*messages, {"role": "user", "content": "And?"}])) == messages
-    assert last_exchange(Chat(messages, tools=[{"type": "function"}])) is None
-    assert last_exchange(Chat([{**messages[1], "tool_calls": []}])) is None
-    assert last_exchange(Chat(messages[1:])) is None
+    assert sent(Chat(messages)) == messages
+    assert sent(Chat([*messages, {"role": "user", "content": "And?"}])) == messages
+    for other in (
+        Chat(messages, tools=[{"type": "function"}]),
+        Chat([messages[0], {**messages[1], "tool_calls": []}]),
+        Chat(messages[1:]),
+    ):
+        with pytest.raises(RowFault, match="uses tools, or does not end with a request"):
+            sent(other)
 
 
 def test_each_task_makes_its_row() -> None:

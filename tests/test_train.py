@@ -27,8 +27,7 @@ from transformers import AutoTokenizer
 
 import strixft
 from strixft.app.cli import app
-from strixft.data.batches import Batch, collate
-from strixft.data.pack import largest_batch, rows_of_epochs, training_order
+from strixft.data.batches import Batch, collate, largest_batch, rows_of_epochs, training_order
 from strixft.model.load import model_source
 from strixft.plan.result import Plan, plan_recipe
 from strixft.prepare.stage import Prepared, prepare_recipe

@@ -8,7 +8,6 @@ Nulls in lists, in maps and in JSON text were written by the author.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -28,12 +27,13 @@ from strixft.formats.sources import SourceFile
 from strixft.support.errors import DataError
 
 Change = Callable[[Any], Any]
+"""Turns a value of an Arrow type into JSON's."""
 
 ROWS_AT_ONCE = 64
 
 
 def _change(kind: pa.DataType) -> Change | None:
-    """Return what turns a value of an Arrow type into JSON's; None where it is that already."""
+    """Return the change that values of a type need; None where they are JSON's already."""
     if isinstance(kind, pa.JsonType):  # how `datasets` keeps values of several types
         return lambda value: parse_json(value, "not_json", "a value")
     if pa.types.is_struct(kind):
@@ -43,53 +43,49 @@ def _change(kind: pa.DataType) -> Change | None:
             for name, one in value.items()
             if one is not None
         }
-    if pa.types.is_map(kind):
-        return partial(_mapping, _change(kind.item_type))
-    if hasattr(kind, "value_type"):  # lists of every kind, and dictionaries
-        each = _change(kind.value_type)
-        return each and (lambda value: [one if one is None else each(one) for one in value])
-    return None
+    if not hasattr(kind, "item_type") and not hasattr(kind, "value_type"):
+        return None
+    is_map = pa.types.is_map(kind)  # others are lists of every kind, and dictionaries
+    each = _change(kind.item_type if is_map else kind.value_type)
+
+    def changed(one: Any) -> Any:
+        return one if one is None or each is None else each(one)
+
+    def mapping(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        made = {key: changed(one) for key, one in pairs}
+        if len(made) < len(pairs):
+            raise RowFault("not_json", f"has a map with a key twice: {shown(pairs)}")
+        return made
+
+    if is_map:
+        return mapping
+    return each and (lambda value: list(map(changed, value)))
 
 
-def _mapping(change: Change | None, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    made = {key: one if one is None or change is None else change(one) for key, one in pairs}
-    if len(made) < len(pairs):
-        raise RowFault("not_json", f"has a map with a key twice: {shown(pairs)}")
-    return made
-
-
-def _rows(table: Any, changes: dict[str, Change]) -> Iterator[DataRow]:
-    for row in table.to_pylist():
-        for name, change in changes.items():
-            if row[name] is not None:
-                row[name] = change(row[name])
-        yield row
-
-
-def _rows_or_faults(table: Any, changes: dict[str, Change]) -> Iterator[DataRow | RowFault]:
+def _rows(table: Any, changes: dict[str, Change]) -> Iterator[DataRow | RowFault]:
     try:
+        fault = too_large()
         if table.nbytes <= MAX_ROW_BYTES:
-            yield from list(_rows(table, changes))
+            rows = table.to_pylist()
+            for row in rows:
+                for name, change in changes.items():
+                    if row[name] is not None:
+                        row[name] = change(row[name])
+            yield from rows
             return
-    except (UnicodeDecodeError, RowFault):
-        pass  # one row of them; find it below
-    for index in range(table.num_rows):
-        row = table.slice(index, 1)
-        try:
-            yield from _rows(row, changes) if row.nbytes <= MAX_ROW_BYTES else [too_large()]
-        except UnicodeDecodeError:
-            yield RowFault("not_utf8", "is not UTF-8 text")
-        except RowFault as fault:
-            yield fault
+    except UnicodeDecodeError:
+        fault = RowFault("not_utf8", "is not UTF-8 text")
+    except RowFault as one:
+        fault = one
+    if table.num_rows == 1:
+        yield fault
+        return
+    for index in range(table.num_rows):  # the fault is one row's
+        yield from _rows(table.slice(index, 1), changes)
 
 
 def rows_of(tables: Iterable[Any], schema: pa.Schema, name: str) -> Iterator[RawRow]:
     """Yield the rows of tables or batches, numbered from 1.
-
-    Args:
-        tables: Each a `pyarrow.Table` or `pyarrow.RecordBatch`.
-        schema: Of all of them.
-        name: Of the file, for the error.
 
     Raises:
         DataError: Two columns share a name, and only one of them would be read.
@@ -102,66 +98,39 @@ def rows_of(tables: Iterable[Any], schema: pa.Schema, name: str) -> Iterator[Raw
     changes = {field.name: change for field in schema if (change := _change(field.type))}
     number = 0
     for table in tables:
-        for row in _rows_or_faults(table, changes):
+        for row in _rows(table, changes):
             number += 1
             yield RawRow(number, row, table.nbytes // table.num_rows)
 
 
-def _to_the_end(rows: Iterator[RawRow], file: SourceFile, kind: str) -> Iterator[RawRow]:
-    number = 0
-    try:
-        for raw in rows:
-            number = raw.number
-            yield raw
-    except (pa.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(
-            f"{file.name} is not {kind} that can be read after row {number}: {first}",
-            fix="copy or download it again",
-        ) from None
-
-
 def read_parquet(file: SourceFile) -> Iterator[RawRow]:
-    """Return the rows of a Parquet file.
+    """Yield the rows of a Parquet file.
 
     Raises:
-        DataError: It cannot be read to its end, or unpacks to far more than its size.
+        DataError: It unpacks to far more than its size.
     """
-
-    def rows() -> Iterator[RawRow]:
-        with pq.ParquetFile(file.path) as parquet:
-            about = parquet.metadata
-            groups = map(about.row_group, range(about.num_row_groups))
-            unpacked = sum(group.total_byte_size for group in groups)
-            if unpacked > max(RATIO_COUNTS_FROM, MAX_RATIO * file.path.stat().st_size):
-                raise DataError(
-                    f"{file.name} unpacks to more than {MAX_RATIO} times its size, as a bomb does",
-                    fix="look at it; save it with less compression if it is what it should be",
-                )
-            batches = parquet.iter_batches(ROWS_AT_ONCE, use_threads=False)
-            yield from rows_of(batches, parquet.schema_arrow, file.name)
-
-    return _to_the_end(rows(), file, "Parquet")
+    with pq.ParquetFile(file.path) as parquet:
+        groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
+        unpacked = sum(group.total_byte_size for group in groups)
+        if unpacked > max(RATIO_COUNTS_FROM, MAX_RATIO * file.path.stat().st_size):
+            raise DataError(
+                f"{file.name} unpacks to more than {MAX_RATIO} times its size, as a bomb does",
+                fix="look at it; save it with less compression if it is what it should be",
+            )
+        batches = parquet.iter_batches(ROWS_AT_ONCE, use_threads=False)
+        yield from rows_of(batches, parquet.schema_arrow, file.name)
 
 
 def read_arrow(file: SourceFile) -> Iterator[RawRow]:
-    """Return the rows of an Arrow file, as `datasets` saves them.
-
-    Raises:
-        DataError: It cannot be read to its end.
-    """
-
-    def rows() -> Iterator[RawRow]:
-        with pa.memory_map(str(file.path)) as source:
-            is_file = source.read(len(ARROW)) == ARROW
-            source.seek(0)
-            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-            every = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-            batches = (
-                batch.slice(start, ROWS_AT_ONCE)
-                for batch in every
-                for start in range(0, batch.num_rows, ROWS_AT_ONCE)
-            )
-            yield from rows_of(batches, reader.schema, file.name)
-
-    return _to_the_end(rows(), file, "an Arrow file")
+    """Yield the rows of an Arrow file, as `datasets` saves them."""
+    with pa.memory_map(str(file.path)) as source:
+        is_file = source.read(len(ARROW)) == ARROW
+        source.seek(0)
+        reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+        every = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        batches = (
+            batch.slice(start, ROWS_AT_ONCE)
+            for batch in every
+            for start in range(0, batch.num_rows, ROWS_AT_ONCE)
+        )
+        yield from rows_of(batches, reader.schema, file.name)

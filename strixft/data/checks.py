@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,25 +22,6 @@ _PLACEHOLDER = re.compile(r"<(?:image|audio|video)>")
 _CONTROLS = bytes(code for code in (*range(32), 127) if code not in b"\t\n\r")
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
-    before = ""
-    for number, message in enumerate(messages, start=1):
-        role = message["role"]
-        if role in ("user", "assistant"):
-            if not message["content"].strip() and "tool_calls" not in message:
-                raise RowFault("empty_turn", f"message {number}, the {role}'s, is empty")
-            if before == role:
-                raise RowFault(
-                    "same_role_twice", f"messages {number - 1} and {number} are both the {role}'s"
-                )
-        before = role
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise RowFault("no_answer", "no message is the assistant's, so there is nothing to train")
-    if not any(message.get("train", True) for message in answers):
-        raise RowFault("nothing_to_train", "every answer is marked as not to be trained")
-
-
 def check_chat(chat: Chat) -> None:
     """Refuse a chat that cannot be trained on.
 
@@ -49,24 +30,41 @@ def check_chat(chat: Chat) -> None:
     """
     if chat.text is not None:
         return
-    for messages in (chat.messages, chat.rejected):
-        if messages is not None:
-            _check_messages(messages)
+    for messages in (one for one in (chat.messages, chat.rejected) if one is not None):
+        before, answers = "", []
+        for number, message in enumerate(messages, start=1):
+            role = message["role"]
+            if role in ("user", "assistant"):
+                if not message["content"].strip() and "tool_calls" not in message:
+                    raise RowFault("empty_turn", f"message {number}, the {role}'s, is empty")
+                if before == role:
+                    both = f"messages {number - 1} and {number} are both the {role}'s"
+                    raise RowFault("same_role_twice", both)
+            answers += [message] if role == "assistant" else []
+            before = role
+        if not answers:
+            none = "no message is the assistant's, so there is nothing to train"
+            raise RowFault("no_answer", none)
+        if not any(message.get("train", True) for message in answers):
+            raise RowFault("nothing_to_train", "every answer is marked as not to be trained")
 
 
-def _words(value: object) -> Iterator[str]:
-    """Yield every text in a JSON value, names of its keys aside."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _words(inner)
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the values in a JSON value, each with the dotted path of keys to it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, path)
+    else:
+        yield path, value
 
 
 def _said(message: Message) -> list[str]:
     """Return the content of a message, and the texts in the arguments of its calls."""
-    calls = message.get("tool_calls", ())
-    return [message["content"], *(w for c in calls for w in _words(c["function"]["arguments"]))]
+    leaves = (_leaves(call["function"]["arguments"]) for call in message.get("tool_calls", ()))
+    return [message["content"], *(one for of in leaves for _, one in of if isinstance(one, str))]
 
 
 def texts_of(chat: Chat) -> list[str]:
@@ -92,32 +90,16 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, longest))) if longest else None
 
 
-def _nulls(value: object, path: str = "") -> Iterator[str]:
-    """Yield the paths to the nulls in a JSON value."""
-    if value is None:
-        yield path
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _nulls(inner, f"{path}.{name}" if path else str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _nulls(inner, path)
-
-
 def _null(functions: Iterable[Message], part: str, where: str) -> Iterator[tuple[str, str]]:
     for function in (one["function"] for one in functions):
-        for path in _nulls(function.get(part)):
+        nulls = (path for path, value in _leaves(function.get(part, {})) if value is None)
+        if (path := next(nulls, None)) is not None:
             yield "null", f"{where} {function['name']} with null for {path!r}"
             return
 
 
 def oddities(chat: Chat, specials: re.Pattern[str] | None) -> Iterator[tuple[str, str]]:
-    """Yield oddities of a chat that is used all the same: a kind and a text each.
-
-    Args:
-        chat: A checked chat.
-        specials: Finds tokens that the tokenizer does not read as text.
-    """
+    """Yield oddities of a chat that is used all the same: a kind and a text each."""
     plain: list[Message] = [{"role": "text", "content": chat.text or ""}] * (chat.text is not None)
     for number, message in enumerate([*plain, *chat.messages, *(chat.rejected or ())], start=1):
         for text in _said(message):
@@ -171,18 +153,14 @@ _FINDERS = {"secret": find_keys, "email": _emails, "phone": _phones}
 NAMES = {"secret": "a key", "email": "an e-mail address", "phone": "a phone number"}
 
 
-def masked(text: str) -> str:
-    """Return personal data as they may be shown: start and length.
-
-    >>> masked("anna@mail.org")
-    'an… (13 characters)'
-    """
-    return f"{text[:2]}… ({len(text)} characters)"
-
-
 def find(text: str) -> list[tuple[str, str]]:
-    """Return what looks personal in a text: kind, and form in which it may be shown."""
-    return [(kind, masked(match[0])) for kind, seek in _FINDERS.items() for match in seek(text)]
+    """Return what looks personal in a text: kind, and form in which it may be shown.
+
+    >>> find("Write to anna@mail.org.")
+    [('email', 'an… (13 characters)')]
+    """
+    found = ((kind, match[0]) for kind, seek in _FINDERS.items() for match in seek(text))
+    return [(kind, f"{said[:2]}… ({len(said)} characters)") for kind, said in found]
 
 
 def mask_text(text: str) -> str:

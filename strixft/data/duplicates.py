@@ -98,9 +98,7 @@ def _rows(sketches: bytes | bytearray) -> npt.NDArray[np.uint32]:
 def similarity(one: bytes, others: bytes) -> float:
     """Return the share of word triples that a text has in common with the nearest of others.
 
-    Args:
-        one: The text's sketch.
-        others: Sketches of any number of texts.
+    Both are sketches, the second of any number of texts.
     """
     shares = (_rows(others) == _rows(one)).mean(axis=1)
     return float(shares.max(initial=0))
@@ -111,9 +109,6 @@ def near_duplicates(sketches: bytes | bytearray) -> Indices:
 
     Rows are compared where they share a band with an earlier row, so that nothing is held but the
     sketches: 256 bytes a row.
-
-    Args:
-        sketches: Of all rows, as `sketch` makes them.
     """
     every = _rows(sketches)  # (rows, permutations)
     found = np.arange(len(every), dtype=np.int64)

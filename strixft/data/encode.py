@@ -1,20 +1,22 @@
-"""Chats → tokens, and which of them are trained."""
+"""Chats → token rows, and token rows on disk: one Arrow file, memory-mapped when it is read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+from datasets import Dataset
 
 from strixft.data.mask import Masker, Piece, Span
-from strixft.data.template import ChatTemplate
-from strixft.data.whole import squeezed
+from strixft.data.template import ChatTemplate, squeezed
 from strixft.data.words import Encoding, Words
 from strixft.formats.faults import RowFault
-from strixft.formats.messages import Chat
+from strixft.formats.messages import Chat, Message
 from strixft.support.errors import DataError
 
 Tokens = npt.NDArray[np.int32]
@@ -24,7 +26,7 @@ CHECKED_ROWS = 256
 """Rows whose trained tokens are decoded again and compared."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenRow:
     """One chat, or one part of it, as tokens, and the row that it comes from."""
 
@@ -37,8 +39,9 @@ class TokenRow:
     """Text of the message before the last answer."""
     answer: str
     """Text of the last answer."""
-    rejected: TokenRow | None = None
+    rejected_input_ids: Tokens | None = None
     """The chat with the answer that was not preferred."""
+    rejected_trained: Flags | None = None
     label: bool | None = None
     file: int = 0
     """Index of the input."""
@@ -52,6 +55,69 @@ class TokenRow:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that count in the loss."""
+        return int(np.count_nonzero(self.trained))
+
+
+SCHEMA = pa.schema(
+    {
+        "file": pa.int32(),
+        "row": pa.int64(),
+        "part": pa.int32(),
+        "content": pa.uint64(),
+        "question": pa.uint64(),
+        "group": pa.uint64(),
+        "length": pa.int32(),
+        "num_trained": pa.int32(),
+        "prompt_tokens": pa.int32(),
+        "request": pa.string(),
+        "answer": pa.string(),
+        "label": pa.bool_(),
+        "input_ids": pa.list_(pa.int32()),
+        "trained": pa.list_(pa.bool_()),
+        "rejected_input_ids": pa.list_(pa.int32()),
+        "rejected_trained": pa.list_(pa.bool_()),
+    }
+)
+"""Columns of a row file, each an attribute of `TokenRow`."""
+
+COUNTS = ("file", "row", "content", "question", "group", "length", "num_trained")
+"""Columns of numbers, which fit into memory for any data set."""
+
+
+def batch_of(rows: Sequence[TokenRow]) -> pa.RecordBatch:
+    """Return token rows as a piece of a row file."""
+    columns = [[getattr(row, name) for row in rows] for name in SCHEMA.names]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def read_counts(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of numbers of a row file; the texts and tokens stay on disk.
+
+    `chat` is added: a running number of the source rows, of which each may have become several.
+    """
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_stream(source).read_all().select(COUNTS)
+        counts = {name: table[name].to_numpy().copy() for name in COUNTS}
+    places = np.stack([counts["file"].astype(np.int64), counts["row"]])
+    changes = (places[:, 1:] != places[:, :-1]).any(axis=0)
+    counts["chat"] = np.concatenate([np.zeros(min(1, len(places[0])), np.int64), changes.cumsum()])
+    return counts
+
+
+class TokenRows(NamedTuple):
+    """Token rows of a prepared data set, split into training and validation."""
+
+    train: Dataset
+    validation: Dataset
 
 
 class TooLong(RowFault):
@@ -69,8 +135,8 @@ class TooLong(RowFault):
         self.num_tokens = num_tokens
 
 
-Encoded = list[TokenRow | TooLong] | RowFault
-"""The rows of a chat, or why it has none."""
+Encoded = list[TokenRow | TooLong]
+"""The rows of a chat."""
 
 
 class Encoder:
@@ -104,11 +170,9 @@ class Encoder:
             )
         backend.no_truncation()
         backend.no_padding()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.loss_on, self.eos = tokenizer, loss_on, eos
         self.words = Words(backend) if words is None else words
-        self.loss_on = loss_on
         self.max_length = max_length
-        self.eos = eos
         self._maskers: dict[bool, Masker] = {}
         bos = tokenizer.bos_token_id
         begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
@@ -118,16 +182,12 @@ class Encoder:
         """Longer texts surely have more tokens than `max_length`."""
         self.mask_checked = self.mask_equal = 0
 
-    @property
-    def masker(self) -> Masker:
-        """The masker for chats without tools.
+    def masker(self, *, with_tools: bool = False) -> Masker:
+        """Return the masker for chats with tools or without.
 
         Raises:
             DataError: The tokenizer has no chat template that can be used.
         """
-        return self._masker_for(with_tools=False)
-
-    def _masker_for(self, *, with_tools: bool) -> Masker:
         # as transformers chooses among several templates: rows with tools may have their own
         named = self.tokenizer.chat_template
         with_tools = with_tools and isinstance(named, dict) and "tool_use" in named
@@ -154,29 +214,28 @@ class Encoder:
         half = len(text) // 2  # evaluation continues the first half
         return Piece(whole, [(0, len(whole))], len(start) + half, text[:half], text[half:])
 
-    def writes_as_text(self, chat: Chat) -> bool:
-        """Check that the template has no place for the chat's functions or calls."""
-        if chat.text is not None:
-            return False
-        return self._masker_for(with_tools=chat.tools is not None).template.writes_as_text(chat)
+    def pieces(self, chat: Chat) -> list[Piece]:
+        """Return the texts of a chat with what is trained of them.
 
-    def pieces(self, chat: Chat, *, rejected: bool = False) -> list[Piece] | RowFault:
-        """Return the texts of a chat with what is trained of them, or why there are none."""
-        if rejected:
-            chat = replace(chat, messages=chat.rejected or [])
-        try:
-            if chat.text is not None:
-                return [self.text_piece(chat.text)]
-            return self._masker_for(with_tools=chat.tools is not None).pieces(chat)
-        except RowFault as fault:
-            return fault
-
-    def rows(self, found: Sequence[list[Piece] | RowFault]) -> list[Encoded]:
-        """Return token rows of many chats, in order, or the fault of a chat that has none.
-
-        Args:
-            found: What `pieces` gave for each.
+        Raises:
+            RowFault: The template cannot show it.
         """
+        if chat.text is not None:
+            return [self.text_piece(chat.text)]
+        return self.masker(with_tools=chat.tools is not None).pieces(chat)
+
+    def encode(self, chats: Sequence[Chat]) -> list[Encoded | RowFault]:
+        """Return the token rows of each chat, from text to tokens in one go, or its fault."""
+        found: list[list[Piece] | RowFault] = []
+        for chat in chats:
+            try:
+                found.append(self.pieces(chat))
+            except RowFault as fault:
+                found.append(fault)
+        return self.tokenise(found)
+
+    def tokenise(self, found: Sequence[list[Piece] | RowFault]) -> list[Encoded | RowFault]:
+        """Return the token rows of each chat's texts, and faults as they are."""
         every = [one for pieces in found if not isinstance(pieces, RowFault) for one in pieces]
         texts = [piece.text for piece in every if not self._is_huge(piece)]
         stream = iter(self.words.encode_batch(texts))
@@ -184,22 +243,16 @@ class Encoder:
             pieces
             if isinstance(pieces, RowFault)
             else [
-                self._huge(piece) if self._is_huge(piece) else self._row(piece, next(stream))
+                TooLong(len(piece.text) // self._longest_token, self.max_length or 0, is_least=True)
+                if self._is_huge(piece)
+                else self._row(piece, next(stream))
                 for piece in pieces
             ]
             for pieces in found
         ]
 
-    def encode(self, chats: Sequence[Chat]) -> list[Encoded]:
-        """Return token rows of chats, from text to tokens in one go."""
-        return self.rows([self.pieces(chat) for chat in chats])
-
     def _is_huge(self, piece: Piece) -> bool:
         return self.most_characters is not None and len(piece.text) > self.most_characters
-
-    def _huge(self, piece: Piece) -> TooLong:
-        least = len(piece.text) // self._longest_token
-        return TooLong(least, self.max_length or 0, is_least=True)
 
     def _row(self, piece: Piece, encoding: Any) -> TokenRow:
         input_ids = np.array(encoding.ids, dtype=np.int32)  # (T,)
@@ -233,28 +286,142 @@ def _token_span(encoding: Any, text: str, span: Span) -> tuple[int, int]:
     A token that begins before the span with spaces alone belongs to it: the model writes them with
     the answer. One that begins with other characters does not.
     """
-    start, end = span
-    first = _token_from(encoding, start, end)
+
+    def token_from(place: int, end: int) -> int | None:
+        """Return the first token at a character or after it, without one that began before it."""
+        tokens = (encoding.char_to_token(at) for at in range(place, end))  # spaces may have none
+        token: int | None = next((token for token in tokens if token is not None), None)
+        if token is None:
+            return None
+        if isinstance(encoding, Encoding):
+            start = encoding.starts_at(place)
+        else:
+            cut = encoding.char_to_token(place)
+            start = place if cut is None else encoding.token_to_chars(cut)[0]
+        return token + (start < place and bool(text[start:place].strip()))
+
+    first = token_from(*span)
     if first is None:
         return 0, 0
-    first += _cuts_token(encoding, text, start)
-    last = _token_from(encoding, end, len(text))
-    if last is None:
-        return first, len(encoding)
-    return first, last + _cuts_token(encoding, text, end)
+    last = token_from(span[1], len(text))
+    return first, len(encoding) if last is None else last
 
 
-def _cuts_token(encoding: Any, text: str, place: int) -> bool:
-    """Check that a place lies within a token, behind characters of it that are not spaces."""
-    if isinstance(encoding, Encoding):
-        start = encoding.starts_at(place)
-    else:
-        token = encoding.char_to_token(place)
-        start = place if token is None else encoding.token_to_chars(token)[0]
-    return start < place and bool(text[start:place].strip())
+# Rows that are too long, by the recipe's policy.
 
 
-def _token_from(encoding: Any, place: int, end: int) -> int | None:
-    """Return the first token at a character or after it; tokenizers may leave spaces out."""
-    tokens = (encoding.char_to_token(at) for at in range(place, end))
-    return next((token for token in tokens if token is not None), None)
+def cut(row: TokenRow, max_length: int) -> TokenRow | None:
+    """Return the row's start; None if nothing of it would be trained."""
+    trained = row.trained[:max_length]
+    if not trained.any():
+        return None
+    ids, prompt = row.input_ids[:max_length], min(row.prompt_tokens, max_length - 1)
+    return replace(row, input_ids=ids, trained=trained, prompt_tokens=prompt)
+
+
+def windows(row: TokenRow, max_length: int) -> list[TokenRow]:
+    """Return plain text in stretches of `max_length`."""
+    made = []
+    for start in range(0, len(row), max_length):
+        trained = row.trained[start : start + max_length].copy()
+        trained[:1] = False
+        if trained.any():
+            ids = row.input_ids[start : start + max_length]
+            made.append(TokenRow(ids, trained, max(1, len(ids) // 2), "", ""))
+    return made
+
+
+def stretches(encoder: Encoder, text: str) -> Iterator[TokenRow]:
+    """Yield the rows of a text that is too long for the tokenizer, one stretch at a time.
+
+    The tokens of a row of 16 MiB would take a gigabyte.
+    """
+    size = (encoder.most_characters or len(text)) // 2
+    for start in range(0, len(text), size):
+        part = text[start : start + size]
+        piece = encoder.text_piece(part, begins=not start, ends=start + size >= len(text))
+        (found,) = encoder.tokenise([[piece]])
+        if isinstance(found, list):
+            yield from (row for row in found if isinstance(row, TokenRow))
+
+
+def halves(chat: Chat) -> tuple[Chat, Chat] | None:
+    """Divide a chat between exchanges into two, which both begin with the system message.
+
+    Returns:
+        None where there is one exchange only, or a half without an answer.
+    """
+    opening = [m for m in chat.messages[:1] if m["role"] in ("system", "developer")]
+    exchanges: list[list[Message]] = []  # each from one user's turn to the next
+    for message in chat.messages[len(opening) :]:
+        if message["role"] == "user" or not exchanges:
+            exchanges.append([])
+        exchanges[-1].append(message)
+    sizes = [sum(len(m["content"]) for m in exchange) for exchange in exchanges]
+    places = range(1, len(exchanges))
+    for place in sorted(places, key=lambda place: abs(sum(sizes[:place]) - sum(sizes) / 2)):
+        first, second = (
+            [*opening, *(m for exchange in half for m in exchange)]
+            for half in (exchanges[:place], exchanges[place:])
+        )
+        if all(any(m["role"] == "assistant" for m in part) for part in (first, second)):
+            return replace(chat, messages=first), replace(chat, messages=second)
+    return None
+
+
+def divide(encoder: Encoder, chat: Chat, max_length: int) -> Encoded:
+    """Divide a chat that is too long into several, and cut none of its answers.
+
+    Exchanges that are too long even alone come back as they are.
+
+    Raises:
+        RowFault: The template refuses a part.
+    """
+    (found,) = encoder.encode([chat])
+    if isinstance(found, RowFault):
+        raise found
+    if all(isinstance(row, TokenRow) and len(row) <= max_length for row in found):
+        return found
+    if chat.text is not None:
+        short = [row for row in found if isinstance(row, TokenRow)]
+        rows = short or stretches(encoder, chat.text)
+        return [part for row in rows for part in windows(row, max_length)]
+    parts = halves(chat)
+    if parts is None:
+        return found
+    return [row for part in parts for row in divide(encoder, part, max_length)]
+
+
+def shorten(
+    encoder: Encoder,
+    chat: Chat,
+    found: Encoded,
+    policy: str,
+    note: Callable[[str, str, str], None],
+) -> Encoded:
+    """Return the rows of a chat, none above the encoder's `max_length`, by the recipe's policy.
+
+    `note` gets kind, text and action of each change.
+
+    Raises:
+        RowFault: The template refuses a part.
+    """
+    most = encoder.max_length
+    if most is None or all(isinstance(one, TokenRow) and len(one) <= most for one in found):
+        return found
+    if policy == "split" and chat.rejected is None:
+        parts = divide(encoder, chat, most)
+        if len(parts) > len(found):
+            note("split", f"has more than {most} tokens, now {len(parts)} rows", "split")
+        found = parts
+    made: Encoded = []
+    for one in found:
+        if policy == "truncate" and isinstance(one, TooLong) and chat.text is not None:
+            one = next(stretches(encoder, chat.text), one)
+        if isinstance(one, TokenRow) and len(one) > most:
+            start = cut(one, most) if policy == "truncate" else None
+            if start is not None:
+                note("cut", f"has {len(one)} tokens, cut to {most}", "cut")
+            one = TooLong(len(one), most) if start is None else start
+        made.append(one)
+    return made

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from strixft.data.template import ChatTemplate
+from strixft.support.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +26,6 @@ class Ends:
     def strings(self) -> list[str]:
         """Ends that are several tokens, as `generate` takes `stop_strings`."""
         return list(self.texts[len(self.token_ids) :])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figure of the stage `prepare`."""
-        return {"token_ids": list(self.token_ids), "texts": list(self.texts)}
-
-    @classmethod
-    def of(cls, figure: Mapping[str, Any]) -> Ends:
-        """Return the ends of a figure."""
-        return cls(tuple(figure["token_ids"]), tuple(figure["texts"]))
 
     def settings(self, tokenizer: Any) -> dict[str, Any]:
         """Return the arguments with which `generate` stops here."""
@@ -74,14 +69,20 @@ def _opens(text: str, end: str) -> int:
     return next((size for size in sizes if text.endswith(end[:size])), 0)
 
 
-def find_ends(tokenizer: Any, written: Iterable[str], settings: Iterable[int] = ()) -> Ends:
+def find_ends(tokenizer: Any, eos: Iterable[int] = (), *, chats: bool = True) -> Ends:
     """Find all ends of a model's answers.
 
     Args:
         tokenizer: The model's.
-        written: Texts of its chat templates after the last answer (`template.written_ends`).
-        settings: EOS tokens of its files.
+        eos: EOS tokens of its files (`eos_of_files`).
+        chats: Count what its chat templates write after the last answer.
     """
+    written = []
+    if chats and tokenizer.chat_template:
+        written.append(ChatTemplate(tokenizer).end_token)
+        if isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template:
+            with contextlib.suppress(DataError):  # rows with tools are refused then
+                written.append(ChatTemplate(tokenizer, for_tools=True).end_token)
     ids: list[int] = []
     strings = []
     known = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
@@ -92,7 +93,7 @@ def find_ends(tokenizer: Any, written: Iterable[str], settings: Iterable[int] = 
         else:
             strings.append(text)
     ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids += [token for token in settings if 0 <= token < len(tokenizer)]
+    ids += [token for token in eos if 0 <= token < len(tokenizer)]
     unique = tuple(dict.fromkeys(ids))
     names = (tokenizer.decode([token], skip_special_tokens=False) for token in unique)
     return Ends(unique, (*names, *dict.fromkeys(strings)))
@@ -103,10 +104,6 @@ def eos_of_files(tokenizer: Any, *, offline: bool) -> list[int]:
 
     `generate` stops at all of `generation_config.json`. A `config.json` may hold a number that was
     never meant for this tokenizer, so only its special tokens count.
-
-    Args:
-        tokenizer: The model's.
-        offline: Look into the cache only.
     """
     source = tokenizer.name_or_path
     known = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}

@@ -6,8 +6,9 @@ of its own, unless the recipe names one.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -36,23 +37,6 @@ HOLDS = {
     "text": "put paragraphs into it, with a blank line between them",
 }
 """Kind of a file → the fix for one without rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A row that is left out, or that the user should look at, and the reason."""
-
-    file: str
-    row: int
-    """Its line, or its position in an array or Parquet file, from 1."""
-    kind: str
-    text: str
-    action: str = "left out"
-    key: str | None = None
-    """Key without which the row could be used."""
-
-    def __str__(self) -> str:
-        return f"{self.file.rpartition('/')[2]}, row {self.row}: {self.text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,28 +99,21 @@ def _first_row(source: SourceFile | HubSet) -> tuple[int, DataRow]:
     Raises:
         DataError: There is none.
     """
-    looked_at = list(islice(_until_good(source), LOOKED_AT))
-    if looked_at and not isinstance(looked_at[-1].row, RowFault):
-        return looked_at[-1].number, looked_at[-1].row
-    fix = HOLDS.get(source.kind if isinstance(source, SourceFile) else "jsonl", HOLDS["jsonl"])
-    if not looked_at:
+    faults: list[tuple[int, RowFault]] = []
+    for number, row, _ in islice(_raw_rows(source), LOOKED_AT):
+        if not isinstance(row, RowFault):
+            return number, row
+        faults.append((number, row))
+    fix = HOLDS[source.kind if isinstance(source, SourceFile) else "parquet"]
+    if not faults:
         raise DataError(f"{source.name} holds no rows", fix=fix)
-    number, fault, _ = looked_at[0]
-    assert isinstance(fault, RowFault)
+    number, fault = faults[0]
     if fault.kind == "open_quote":
         fix = close_quote(source.name, number)
     if fault.kind == "not_utf8":
         fix = to_utf8(source.name) or fix
-    count = len(looked_at)
-    more = f"; none of the first {count} rows can be read" if count > 1 else ""
+    more = f"; none of the first {len(faults)} rows can be read" if len(faults) > 1 else ""
     raise DataError(f"{source.name}, row {number}: {fault.problem}{more}", fix=fix)
-
-
-def _until_good(source: SourceFile | HubSet) -> Iterator[RawRow]:
-    for raw in _raw_rows(source):
-        yield raw
-        if not isinstance(raw.row, RowFault):
-            return
 
 
 def _set_format(forms: list[Format]) -> str:
@@ -147,28 +124,8 @@ def _columns(row: DataRow) -> str:
     return ", ".join(shown(column, 40) for column in list(row)[:30])
 
 
-def _no_format(name: str, number: int, row: DataRow) -> DataError:
-    mapping = suggest_columns(row) or dict.fromkeys(("prompt", "completion"), "…")
-    known = "; ".join(
-        f"{form.name} ({', '.join(sorted(form.columns))})"
-        for form in FORMATS.values()
-        if form.detected
-    )
-    written = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
-    more = f"   formats are {known}" if "…" in mapping.values() else ""
-    return DataError(
-        f"{name}, row {number}: no format has the columns {_columns(row)}",
-        fix=f"--set 'dataset.columns={{{written}}}'{more}",
-    )
-
-
 def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, str]) -> Format:
     """Return the format that the recipe names, or the one that the first row's columns show.
-
-    Args:
-        source: A file or a data set.
-        name: A row of `FORMATS`, or `auto`.
-        columns: Our names of its columns.
 
     Raises:
         DataError: There are no rows, no format fits, or several do.
@@ -181,12 +138,21 @@ def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, st
     forms = fitting(row, frozenset(columns)) or fitting(empty, frozenset(columns))
     if len(forms) == 1:
         return forms[0]
-    if not forms:
-        raise _no_format(source.name, number, raw)
-    names = " and ".join(form.name for form in forms)
+    if forms:
+        raise DataError(
+            f"{source.name}, row {number}: the columns {', '.join(sorted(row))} fit"
+            f" {' and '.join(form.name for form in forms)}",
+            fix=_set_format(forms),
+        )
+    mapping = suggest_columns(raw) or dict.fromkeys(("prompt", "completion"), "…")
+    written = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
+    known = [f for f in FORMATS.values() if f.detected] if "…" in mapping.values() else []
+    listed = "; ".join(f"{form.name} ({', '.join(sorted(form.columns))})" for form in known)
+    more = f"   formats are {listed}" if known else ""
     raise DataError(
-        f"{source.name}, row {number}: the columns {', '.join(sorted(row))} fit {names}",
-        fix=_set_format(forms),
+        f"{source.name}, row {number}: no format has the columns {_columns(raw)}",
+        fix=f"--set 'dataset.columns={{{written}}}'{more}",
+        settings={} if known else {"dataset.columns": mapping},
     )
 
 
@@ -213,12 +179,12 @@ def open_inputs(dataset: Dataset, *, offline: bool = False) -> list[Input]:
     given = dataset.source
     for source in given if isinstance(given, list) else [Source(source=given)]:
         name = source.format or dataset.format
-        columns = (dataset.columns if source.columns is None else source.columns) or {}
-        found: list[SourceFile] | list[HubSet] = (
-            [open_hub(source.source, source.split, offline=offline)]
-            if is_hub(source.source)
-            else find_files(source.source)
-        )
+        columns = dataset.columns if source.columns is None else source.columns
+        found: Sequence[SourceFile | HubSet]
+        if is_hub(source.source):
+            found = [open_hub(source.source, source.split, offline=offline)]
+        else:
+            found = find_files(source.source)
         inputs += [
             Input(
                 one,
@@ -236,19 +202,9 @@ def open_inputs(dataset: Dataset, *, offline: bool = False) -> list[Input]:
         raise DataError(
             f"the sources cannot be trained together: {listed}",
             fix="use one of them, or read pairs as chats: --set dataset.format=chosen",
+            settings={"dataset.format": "chosen"},
         )
     return inputs
-
-
-def _check_format(one: Input, row: DataRow) -> None:
-    """Refuse a row whose columns show another format than the first row's, or several."""
-    fits = [form.name for form in fitting(row, frozenset(one.columns))]
-    if fits and fits != [one.form.name]:
-        raise RowFault(
-            "other_format",
-            f"has the columns of {' and '.join(fits)}, and the first row those of {one.form.name};"
-            f" --set dataset.format={one.form.name} reads all rows as the first",
-        )
 
 
 def read_row(one: Input, raw: DataRow | RowFault) -> Chat:
@@ -261,25 +217,19 @@ def read_row(one: Input, raw: DataRow | RowFault) -> Chat:
         raise raw
     try:
         row = _renamed(raw, one.columns)
-        if one.detected:
-            _check_format(one, row)
+        fits = fitting(row, frozenset(one.columns)) if one.detected else []
+        if fits and fits != [one.form]:
+            names = " and ".join(form.name for form in fits)
+            raise RowFault(
+                "other_format",
+                f"has the columns of {names}, and the first row those of {one.form.name};"
+                f" --set dataset.format={one.form.name} reads all rows as the first",
+            )
         chat = one.form.to_chat(row, one.ignored)
         check_chat(chat)
     except RecursionError:
         raise RowFault("not_json", "is nested too deeply") from None
     return chat
-
-
-def group_of(raw: DataRow, column: str) -> str:
-    """Return the value that a row shares with those that the split keeps with it.
-
-    Raises:
-        RowFault: The row has none.
-    """
-    value = value_at(raw, column)
-    if value is None:
-        raise RowFault("no_group", f"has no {column!r}, which dataset.group_by names")
-    return str(value)
 
 
 HUB_ROWS_AT_ONCE = 256
@@ -304,6 +254,19 @@ class HubSet:
         return rows_of(rows.iter(HUB_ROWS_AT_ONCE), rows.data.schema, self.name)
 
 
+@contextlib.contextmanager
+def hub_offline(offline: bool) -> Iterator[None]:
+    """Let `datasets` look into its cache alone where `offline` is true."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
 def open_hub(source: str, split: str, *, offline: bool) -> HubSet:
     """Open a data set of the hub; from the cache alone where there is no network.
 
@@ -319,10 +282,11 @@ def open_hub(source: str, split: str, *, offline: bool) -> HubSet:
 
     name, _, subset = source.removeprefix(HUB).partition(":")
     settings = datasets.DownloadConfig(local_files_only=offline)
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or offline  # then it looks into its cache alone
     try:
-        found = datasets.load_dataset(name, subset or None, split=split, download_config=settings)
+        with hub_offline(offline):
+            found = datasets.load_dataset(
+                name, subset or None, split=split, download_config=settings
+            )
     except Exception as error:  # the library raises what its many back ends raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -330,6 +294,4 @@ def open_hub(source: str, split: str, *, offline: bool) -> HubSet:
             fix="is it a file? then correct its path, relative to the recipe's file; else: is the"
             f" network there, is it gated (hf auth login), is {split!r} one of its splits",
         ) from None
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
     return HubSet(f"{HUB}{name}", found)

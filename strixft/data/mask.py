@@ -14,11 +14,17 @@ whole, lacks the system message that the prompt would have.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from strixft.data.template import ChatTemplate, shared_length
-from strixft.data.whole import check_calls, check_tools, lacking, left_out, squeezed
+from strixft.data.template import (
+    ChatTemplate,
+    left_out,
+    reasoning_of,
+    says,
+    shared_length,
+    squeezed,
+)
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import REASONING, Chat, Message
 from strixft.support.errors import DataError
@@ -29,7 +35,6 @@ Span = tuple[int, int]
 Places = dict[int, int]
 """Marker → its place in the plain text. The marker before message i is 2 i, the one after 2 i + 1.
 """
-
 
 _AREAS = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 """Private-use characters; markers come from the first area that the chat does not use."""
@@ -53,36 +58,6 @@ class Piece:
     """Text of the message before that answer."""
     answer: str
     """Text of that answer."""
-
-
-def _mark(text: str, first: int) -> str:
-    core = text.strip()  # templates may trim: keep the markers inside what survives
-    start = text.index(core)
-    return f"{text[:start]}{chr(first)}{core}{chr(first + 1)}{text[start + len(core) :]}"
-
-
-def _marked(messages: Sequence[Message], first: int) -> list[Message]:
-    return [
-        {**m, "content": _mark(m["content"], first + 2 * i)} if m["content"].strip() else m
-        for i, m in enumerate(messages)
-    ]
-
-
-def _unmark(text: str, area: int) -> tuple[str, Places]:
-    """Return a text without its markers, and the places of those that it has once."""
-    parts, places, last, length = [], Places(), 0, 0
-    for match in _MARKERS[area].finditer(text):
-        marker = ord(match[0]) - _AREAS[area][0]
-        if marker in places:
-            continue
-        parts.append(text[last : match.start()])
-        length += match.start() - last
-        places[marker], last = length, match.end()
-    return "".join([*parts, text[last:]]), places
-
-
-def _free_area(text: str) -> int:
-    return next((i for i, m in enumerate(_MARKERS) if text.isascii() or not m.search(text)), 0)
 
 
 class Masker:
@@ -126,7 +101,7 @@ class Masker:
         """
         if len(chat.messages) > MOST_ANSWERS:
             raise RowFault("too_many_turns", f"has more than {MOST_ANSWERS} messages")
-        form, text = self._chosen(chat)
+        form, text = self.template.form_of(chat)
         answers = [i for i, m in enumerate(form.messages) if m["role"] == "assistant"]
         if self.loss_on == "all":
             # the prompt that evaluation gives is that of the last answer all the same
@@ -141,41 +116,9 @@ class Masker:
             raise RowFault("nothing_to_train", "the last answer is marked as not to be trained")
         return self._pieces(form, text, wanted)
 
-    def _chosen(self, chat: Chat) -> tuple[Chat, str]:
-        """Return the first form in which the template shows reasoning, calls and functions.
-
-        Raises:
-            RowFault: There is none.
-        """
-        fault: RowFault | None = None
-        for form in self.template.forms(chat):
-            try:
-                text = self.template.render(form.messages, form.tools)
-                check_tools(form.tools, text)
-                check_calls(self.template, form, text)
-                self._check_reasoning(form)
-            except RowFault as one:
-                fault = one if fault is None or fault.kind == "template_refuses" else fault
-            else:
-                return form, text
-        assert fault is not None
-        raise fault
-
-    def _check_reasoning(self, form: Chat) -> None:
-        """Refuse a form whose keys for reasoning the template does not read."""
-        given = [i for i, m in enumerate(form.messages) if REASONING[0] in m]
-        if not given:
-            return
-        last, render = given[-1], self.template.render
-        text = render(form.messages[: last + 1], form.tools)
-        before = render(form.messages[:last], form.tools) if last else ""
-        turn = text[shared_length(before, text) :]
-        if squeezed(form.messages[last][REASONING[0]]) not in squeezed(turn):
-            raise left_out(form.messages, last, "the reasoning of ")
-
     def _pieces(self, form: Chat, text: str, wanted: Sequence[int]) -> list[Piece]:
         places = self._places(form, text)
-        is_whole = lacking(form.messages, text, places) is None
+        is_whole = _lacking(form.messages, text, places) is None
         spans: dict[int, Span] = {}
         own: list[Piece] = []
         for index in wanted:
@@ -188,32 +131,43 @@ class Masker:
                     own.append(found)
                     continue
             spans[index] = span
-        shared = [self._shared(form.messages, text, spans)] if spans else []
-        return [*shared, *own]
-
-    def _require_all(self, form: Chat, text: str, *, prompt: bool = False) -> None:
-        places = self._places(form, text, prompt=prompt)
-        missing = lacking(form.messages, text, places)
-        if missing is not None:
-            raise left_out(form.messages, missing)
-
-    def _shared(self, messages: Sequence[Message], text: str, spans: dict[int, Span]) -> Piece:
+        if not spans:
+            return own
         last = max(spans)
         ordered = [spans[index] for index in sorted(spans)]
         if self._end_of_text and not text[ordered[-1][1] :].strip():
             text = text[: ordered[-1][1]] + self._end_of_text
             ordered[-1] = (ordered[-1][0], len(text))
-        return Piece(text, ordered, ordered[-1][0], *_exchange(messages, last))
+        return [Piece(text, ordered, ordered[-1][0], *_exchange(form.messages, last)), *own]
+
+    def _require_all(self, form: Chat, text: str, *, prompt: bool = False) -> None:
+        missing = _lacking(form.messages, text, self._places(form, text, prompt=prompt))
+        if missing is not None:
+            raise left_out(form.messages, missing)
 
     def _places(self, form: Chat, text: str, *, prompt: bool = False) -> Places | None:
         """Return the places of the markers of each message; None if they change the text."""
-        area = _free_area(text)
-        shown = _marked(form.messages, _AREAS[area][0])
+        area = next((i for i, m in enumerate(_MARKERS) if text.isascii() or not m.search(text)), 0)
+        first = _AREAS[area][0]
+        marked = []
+        for number, message in enumerate(form.messages):
+            if core := message["content"].strip():  # templates trim: the markers stay inside
+                signs = chr(first + 2 * number), chr(first + 2 * number + 1)
+                content = message["content"].replace(core, core.join(signs), 1)
+                message = {**message, "content": content}
+            marked.append(message)
         try:
-            plain, places = _unmark(self.template.render(shown, form.tools, prompt=prompt), area)
+            found = self.template.render(marked, form.tools, prompt=prompt)
         except RowFault:  # of a template that looks into what is said
             return None
-        return places if plain == text else None  # a second copy of a marker is still in `plain`
+        parts, places, last, length = [], Places(), 0, 0
+        for match in _MARKERS[area].finditer(found):
+            marker = ord(match[0]) - first
+            if marker not in places:  # a second copy stays in the text
+                parts.append(found[last : match.start()])
+                length += match.start() - last
+                places[marker], last = length, match.end()
+        return places if "".join([*parts, found[last:]]) == text else None
 
     def _in_place(
         self, messages: Sequence[Message], index: int, text: str, places: Places | None
@@ -257,17 +211,21 @@ class Masker:
         asked = replace(form, messages=form.messages[:index])
         upto = replace(form, messages=form.messages[: index + 1])
         prompt = render(asked.messages, form.tools, prompt=True)
-        text = render(upto.messages, form.tools).rstrip()
-        turn = shared_length(render(asked.messages, form.tools), text)
         whole = render(upto.messages, form.tools)
-        hidden = lacking(upto.messages, whole, self._places(upto, whole)) is not None
+        text, places = whole.rstrip(), self._places(upto, whole)
+        turn = shared_length(render(asked.messages, form.tools), text)
+        hidden = _lacking(upto.messages, whole, places) is not None
         if hidden or not _shows(message, text[turn:]):
             self._require_all(asked, prompt, prompt=True)
             start, text = len(prompt), prompt + self._written(form.messages, index, prompt)
         elif text.startswith(prompt):
             start = len(prompt)
-        else:
-            start = self._opened(upto, text, prompt)
+        else:  # its marker shows where it starts, unless the template moves that away
+            opened = None if REASONING[0] in message else (places or {}).get(2 * index)
+            start = _parting(prompt, text)
+            if opened is not None:
+                framed = self._start(text, opened, "")
+                start = opened if framed is None else framed
         if not self.template.end_token and self._end_of_text:
             text += self._end_of_text
         return Piece(text, [(start, len(text))], start, *_exchange(form.messages, index))
@@ -284,22 +242,6 @@ class Masker:
         lead = self.template.frames[0].lead
         return (lead if lead.isspace() else "") + content + self.template.end_token
 
-    def _opened(self, upto: Chat, text: str, prompt: str) -> int:
-        """Return the start of an answer that does not follow the prompt: its marker shows it.
-
-        Where the template moves the marker away, or writes reasoning before it, the answer starts
-        where prompt and chat part.
-        """
-        if REASONING[0] in upto.messages[-1]:
-            return _parting(prompt, text)
-        whole = self.template.render(upto.messages, upto.tools)
-        places = self._places(upto, whole) or {}
-        opened = places.get(2 * (len(upto.messages) - 1))
-        if opened is None:
-            return _parting(prompt, text)
-        framed = self._start(text, opened, "")
-        return opened if framed is None else framed
-
 
 def _parting(prompt: str, text: str) -> int:
     """Return the place where a text parts from a prompt; tags that begin alike part as a whole."""
@@ -312,18 +254,37 @@ def _shows(message: Message, turn: str) -> bool:
     """Check that a rendered turn has all of a message's words, spaces aside."""
     flat = squeezed(turn)
     calls = message.get("tool_calls") or []
-    named = all(call["function"]["name"] in turn for call in calls)
-    return named and all(part in flat for part in _told(message))
-
-
-def _told(message: Message) -> Iterator[str]:
-    """Yield a message in one part, or its reasoning and its answer, which templates set apart."""
+    # templates set reasoning and answer apart
     reasoning, tag, answer = message["content"].partition("</think>")
-    yield squeezed(reasoning.replace("<think>", "") if tag else message["content"])
-    yield squeezed(answer)
-    yield squeezed(message.get(REASONING[0], ""))
+    told = [reasoning.replace("<think>", "") if tag else reasoning, answer]
+    told.append(message.get(REASONING[0], ""))
+    named = all(call["function"]["name"] in turn for call in calls)
+    return named and all(squeezed(part) in flat for part in told)
 
 
 def _exchange(messages: Sequence[Message], index: int) -> tuple[str, str]:
     """Return the message before an answer, and the answer."""
     return messages[index - 1]["content"] if index else "", messages[index]["content"]
+
+
+def _lacking(
+    messages: Sequence[Message], text: str, places: Mapping[int, int] | None
+) -> int | None:
+    """Find the first message whose words a rendered chat does not have.
+
+    The reasoning of an answer does not count: templates leave out that of earlier turns.
+    """
+    for index, message in enumerate(messages):
+        reasoning, said = reasoning_of(message)
+        if not said.strip():
+            continue
+        if places is None:
+            region = text
+        else:
+            opened, closed = places.get(2 * index), places.get(2 * index + 1)
+            if closed is None or (opened is None and not reasoning):
+                return index
+            region = text[opened or 0 : closed]
+        if not says(region, said):
+            return index
+    return None

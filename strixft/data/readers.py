@@ -7,18 +7,22 @@ Parquet and Arrow. A row that cannot be read is a `RowFault` in its place.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import groupby, islice
+
+import pyarrow as pa
 
 from strixft.data.arrow import read_arrow, read_parquet
 from strixft.data.streams import (
+    BROKEN,
     MAX_ROW_BYTES,
     PARQUET,
     RawRow,
-    Stream,
-    broken_file,
     close_quote,
     lines,
     open_bytes,
@@ -30,6 +34,8 @@ from strixft.formats.messages import DataRow
 from strixft.formats.sources import SourceFile
 from strixft.support.errors import DataError
 from strixft.support.units import MIB
+
+Stream = io.BufferedReader
 
 CHAT_COLUMNS = {"messages", "conversations", "chosen"}
 
@@ -73,18 +79,8 @@ def _parse_row(line: bytes) -> DataRow | RowFault:
     return _as_row(value)
 
 
-def _read_lines(stream: Stream) -> Iterator[RawRow]:
-    for number, line in lines(stream):
-        row = line if isinstance(line, RowFault) else _parse_row(line)
-        yield RawRow(number, row, len(line) if isinstance(line, bytes) else 0)
-
-
 class _Array:
-    """A JSON array that is read element by element, with a bounded part of it in memory.
-
-    A parser of events would lose the file where this loses a row: at NaN, at a key that
-    appears twice, at bytes that are not UTF-8.
-    """
+    """A JSON array, read row by row; docs/data.md tells the reason for our own reader."""
 
     def __init__(self, stream: Stream, file: SourceFile) -> None:
         self._stream, self._file = stream, file
@@ -166,9 +162,15 @@ class _Array:
 def _read_json(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
     start = stream.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.startswith(b"["):
-        return _Array(stream, file).rows()
-    row = _one_object(file) if start.startswith(b"{") and file.kind == "json" else None
-    return iter([RawRow(1, row, MAX_ROW_BYTES)]) if row is not None else _read_lines(stream)
+        yield from _Array(stream, file).rows()
+    elif start.startswith(b"{") and file.kind == "json" and (row := _one_object(file)) is not None:
+        yield RawRow(1, row, MAX_ROW_BYTES)
+    else:
+        for number, line in lines(stream):
+            if isinstance(line, RowFault):
+                yield RawRow(number, line, 0)
+            else:
+                yield RawRow(number, _parse_row(line), len(line))
 
 
 def _one_object(file: SourceFile) -> DataRow | None:
@@ -206,25 +208,16 @@ def _text_lines(stream: Stream, file: SourceFile) -> Iterator[str]:
         encoding = "utf-8"
 
 
-def _delimiter(header: str, file: SourceFile) -> str:
-    if named := _EXCEL_DELIMITER.fullmatch(header):
-        return named[1]
-    return "\t" if ".tsv" in file.path.name.lower() else max(",;\t", key=header.count)
-
-
-def _header(cells: list[str], file: SourceFile) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    if any(_HALF.search(name) for name in names):
+def _check_header(names: list[str], file: SourceFile) -> None:
+    if any(map(_HALF.search, names)):
         raise DataError(
             f"{file.name}, row 1: the header is not UTF-8 text",
             fix=to_utf8(file.name) or "save it as UTF-8",
         )
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
+    if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(
             f"{file.name} has the column {twice[0]!r} twice", fix="give each column its own name"
         )
-    return names
 
 
 def _cells(cells: list[str], header: list[str]) -> DataRow | RowFault:
@@ -242,37 +235,23 @@ def _cells(cells: list[str], header: list[str]) -> DataRow | RowFault:
     return dict(zip(header, cells, strict=True))
 
 
-def _csv_fault(error: csv.Error, first: int, last: int, file: SourceFile) -> RowFault:
-    """Return the fault of a row that takes these lines.
-
-    Raises:
-        DataError: Nothing says where its quote should close, so all that follows belongs to it.
-    """
-    if first == last:
-        return RowFault("not_csv", f"is not CSV: {error}")
-    if str(error).startswith(NOT_CLOSED):
-        raise DataError(
-            f"{file.name}, row {first}: has a quote that is never closed; the lines"
-            f" {first + 1} to {last} after it cannot be read",
-            fix=close_quote(file.name, first),
-        )
-    return RowFault("open_quote", f"has a quote that stays open to line {last}: {error}")
-
-
 def _read_csv(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
     start = stream.peek(65536).decode("utf-8-sig", "replace").splitlines()
+    first = start[0] if start else ""
+    delimiter = "\t" if ".tsv" in file.path.name.lower() else max(",;\t", key=first.count)
+    skipped = 0
+    if named := _EXCEL_DELIMITER.fullmatch(first):
+        delimiter, skipped = named[1], 1
     csv.field_size_limit(MAX_ROW_BYTES)
-    text, first = _text_lines(stream, file), start[0] if start else ""
-    skipped = _EXCEL_DELIMITER.fullmatch(first) is not None
-    for _ in range(skipped):
-        next(text)
-    reader = csv.reader(text, delimiter=_delimiter(first, file), strict=True)
+    text = islice(_text_lines(stream, file), skipped, None)
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        header = _header(next(reader, []), file)
+        header = [cell.strip() for cell in next(reader, [])]
     except csv.Error as error:
         raise DataError(
             f"{file.name}, row 1: the header is not CSV: {error}", fix="correct the first line"
         ) from None
+    _check_header(header, file)
     while True:
         number = reader.line_num + skipped + 1
         try:
@@ -282,36 +261,46 @@ def _read_csv(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
         except StopIteration:
             return
         except csv.Error as error:
-            fault = _csv_fault(error, number, reader.line_num + skipped, file)
+            last = reader.line_num + skipped
+            if number == last:
+                fault = RowFault("not_csv", f"is not CSV: {error}")
+            elif str(error).startswith(NOT_CLOSED):
+                raise DataError(
+                    f"{file.name}, row {number}: has a quote that is never closed; the lines"
+                    f" {number + 1} to {last} after it cannot be read",
+                    fix=close_quote(file.name, number),
+                ) from None
+            else:
+                told = f"has a quote that stays open to line {last}: {error}"
+                fault = RowFault("open_quote", told)
             yield RawRow(number, fault, 0)
 
 
 def _read_text(stream: Stream, file: SourceFile) -> Iterator[RawRow]:
-    """Yield paragraphs: lines up to a blank one."""
-    first, last, size = 0, 0, 0
-    parts: list[bytes] = []
-    for number, line in lines(stream):
-        if first and (number > last + 1 or isinstance(line, RowFault)):
-            yield RawRow(first, _paragraph(parts, size), size)
-            first, parts, size = 0, [], 0
-        if isinstance(line, RowFault):
-            yield RawRow(number, line, 0)
-            continue
-        first, last = first or number, number
-        size += len(line)
-        if size <= MAX_ROW_BYTES:
-            parts.append(line)
-    if first:
-        yield RawRow(first, _paragraph(parts, size), size)
+    """Yield paragraphs: lines up to a blank one, which `lines` leaves out."""
 
+    def run_of(one: tuple[int, tuple[int, bytes | RowFault]]) -> tuple[bool, int]:
+        index, (number, line) = one
+        return isinstance(line, RowFault), number - index
 
-def _paragraph(parts: list[bytes], size: int) -> DataRow | RowFault:
-    if size > MAX_ROW_BYTES:
-        return too_large()
-    try:
-        return {"text": b"\n".join(p.rstrip(b"\r\n") for p in parts).decode("utf-8-sig").rstrip()}
-    except UnicodeDecodeError as error:
-        return _utf8_fault(error)
+    for _, paragraph in groupby(enumerate(lines(stream)), key=run_of):
+        parts: list[bytes] = []
+        first = size = 0
+        for _, (number, line) in paragraph:
+            if isinstance(line, RowFault):
+                yield RawRow(number, line, 0)
+                continue
+            first, size = first or number, size + len(line)
+            if size <= MAX_ROW_BYTES:
+                parts.append(line.rstrip(b"\r\n"))
+        if size:
+            row: DataRow | RowFault = too_large()
+            if size <= MAX_ROW_BYTES:
+                try:
+                    row = {"text": b"\n".join(parts).decode("utf-8-sig").rstrip()}
+                except UnicodeDecodeError as error:
+                    row = _utf8_fault(error)
+            yield RawRow(first, row, size)
 
 
 READERS: dict[str, Callable[[Stream, SourceFile], Iterator[RawRow]]] = {
@@ -328,17 +317,30 @@ def raw_rows(file: SourceFile) -> Iterator[RawRow]:
     Raises:
         DataError: The file as a whole cannot be read, or not to its end.
     """
-    if file.kind == "arrow":
-        yield from read_arrow(file)
-        return
-    with open_bytes(file) as stream:
-        if stream.peek(4).startswith(PARQUET):
-            yield from read_parquet(file)
-            return
-        if file.kind == "parquet":
-            raise DataError(f"{file.name} is not Parquet", fix="copy or download it again")
-        number = 0
-        with broken_file(file, lambda: number):
-            for raw in READERS[file.kind](stream, file):
+    kind = "an Arrow file" if file.kind == "arrow" else ""  # of columns; others are streams
+    number = 0
+    try:
+        with contextlib.ExitStack() as opened:
+            if kind:
+                rows = read_arrow(file)
+            elif (stream := opened.enter_context(open_bytes(file))).peek(4).startswith(PARQUET):
+                kind, rows = "Parquet", read_parquet(file)
+            elif file.kind == "parquet":
+                raise DataError(f"{file.name} is not Parquet", fix="copy or download it again")
+            else:
+                rows = READERS[file.kind](stream, file)
+            for raw in rows:
                 number = raw.number
                 yield raw
+    except (*BROKEN, OSError, pa.ArrowException) as error:
+        fix = "copy or download it again"
+        if kind:
+            first = str(error).splitlines()[0]
+            told = f"is not {kind} that can be read after row {number}: {first}"
+        elif isinstance(error, BROKEN):
+            told = f"breaks off after row {number}: {str(error) or type(error).__name__}"
+            fix += "; gzip -t or zstd -t   shows if it is complete"
+        else:
+            told = f"cannot be read after row {number}: {getattr(error, 'strerror', None) or error}"
+            fix = "check the disk and the file"
+        raise DataError(f"{file.name} {told}", fix=fix) from None

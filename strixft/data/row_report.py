@@ -6,16 +6,17 @@ import contextlib
 import json
 import shlex
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from strixft.data.load import Input, Problem, expected_rows
+from strixft.data.load import Input, expected_rows
 from strixft.data.streams import close_quote, to_utf8
 from strixft.recipe.schema import Dataset
 from strixft.support.errors import DataError
@@ -29,7 +30,47 @@ SHOWN_RUNS = 40
 """Shown of a row: the first and the last of them."""
 
 LEFT_OUT, KEPT = "left out", "kept"
-BAD, TOO_LONG = "bad", "too_long"
+
+Weight = Literal["note", "bad", "too_long", "left_out"]
+"""Count `rows_…` that a row goes to for a problem; `note`: it is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that is left out, or that the user should look at, and the reason."""
+
+    file: str
+    row: int
+    """Its line, or its position in an array or Parquet file, from 1."""
+    kind: str
+    text: str
+    action: str = LEFT_OUT
+    key: str | None = None
+    """Key without which the row could be used."""
+    weight: Weight = "note"
+    tokens: int = 0
+    """Of a row that is too long."""
+
+    def __str__(self) -> str:
+        return f"{self.file.rpartition('/')[2]}, row {self.row}: {self.text}"
+
+
+@dataclass(slots=True)
+class MadeBatch:
+    """The token rows of a batch of raw rows, and the facts to report of them."""
+
+    records: Any = None
+    """Token rows, a `pyarrow.RecordBatch`; None if there are none."""
+    problems: list[Problem] = field(default_factory=list)
+    """In the order of the rows."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """`rows_read`, `bytes_read`; `token_rows` and their `tokens`; `chats_divided` by templates that
+    rewrite answers; `tools_as_text`: chats with tools for which the template has no place;
+    `mask_checked` rows whose mask was decoded, and `mask_equal` rows of them that were right."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """Column, or key of messages, that is not read → rows that have it."""
+    sketches: bytearray = field(default_factory=bytearray)
+    """MinHash sketches of all chats, if near duplicates are asked for."""
 
 
 def runs(trained: Sequence[bool] | npt.NDArray[np.bool_]) -> list[tuple[int, int, bool]]:
@@ -43,33 +84,21 @@ def runs(trained: Sequence[bool] | npt.NDArray[np.bool_]) -> list[tuple[int, int
     return [(a, b, bool(flags[a])) for a, b in pairwise(edges) if a < b]
 
 
-def _short(text: str) -> str:
-    if len(text) <= SHOWN_CHARACTERS:
-        return text
-    half = SHOWN_CHARACTERS // 2
-    return f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
-
-
 def example(row: Any, tokenizer: Any, file: str) -> dict[str, Any]:
-    """Return one token row as text, for the report.
-
-    Args:
-        row: Of the row file.
-        tokenizer: Decodes.
-        file: The file of the row.
-    """
-    ids = row["input_ids"]
+    """Return one token row as text, for the report."""
+    ids, half = row["input_ids"], SHOWN_CHARACTERS // 2
 
     def decoded(start: int, end: int) -> str:
-        text = tokenizer.decode(
+        text: str = tokenizer.decode(
             ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        return _short(str(text))
+        if len(text) <= SHOWN_CHARACTERS:
+            return text
+        return f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
 
     every = shown = runs(row["trained"])
     if len(every) > SHOWN_RUNS:
-        half = SHOWN_RUNS // 2
-        shown = [*every[:half], *every[-half:]]
+        shown = [*every[: SHOWN_RUNS // 2], *every[-SHOWN_RUNS // 2 :]]
     return {
         "file": file,
         "row": row["row"],
@@ -93,22 +122,17 @@ def spread(lengths: npt.NDArray[Any], count: int = SHOWN_ROWS) -> list[int]:
 
 
 class RowReport(contextlib.ExitStack):
-    """Counts rows and writes every problem down while the rows stream through.
-
-    Args:
-        path: File of the problems, one JSON object a line.
-        dataset: What the recipe allows.
-    """
+    """Counts rows and writes every problem down while the rows stream through."""
 
     def __init__(self, path: Path, dataset: Dataset) -> None:
         super().__init__()
-        self.path = path
-        self.dataset = dataset
-        self.rows_read = self.rows_bad = self.rows_too_long = self.rows_left_out = 0
+        self.path, self.dataset = path, dataset
+        self.counts, self.unused, self.sketches = Counter[str](), Counter[str](), bytearray()
+        """Sums over all batches, as in `MadeBatch`; also `rows_bad` and what else `Weight` has."""
         self.long_lengths = array("q")
         """Tokens of the rows that are too long, as far as they were counted."""
         self.kinds: dict[str, dict[str, Any]] = {}
-        self._shown: dict[str, list[Problem]] = {BAD: [], TOO_LONG: []}
+        self._shown: dict[Weight, list[Problem]] = {"bad": [], "too_long": []}
         self._first_bad: dict[str, Problem] = {}
         self._keys: dict[str, None] = {}
         """Keys without which bad rows could be used, in the order of the rows."""
@@ -117,86 +141,80 @@ class RowReport(contextlib.ExitStack):
         self.callback(temporary.replace, path)
         self.callback(self._file.close)
 
+    def take(self, made: MadeBatch) -> None:
+        """Write the problems of a batch down, and count its rows."""
+        for problem in made.problems:
+            self.note(problem)
+        self.sketches += made.sketches
+        self.counts.update(made.counts)
+        self.unused.update(made.unused)
+
     def note(self, problem: Problem) -> None:
-        """Write a problem down."""
-        self._file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
-        kind = self.kinds.setdefault(
-            problem.kind, {"rows": 0, "first": str(problem), "action": problem.action}
-        )
-        kind["rows"] += 1
-
-    def take(self, weight: str, problem: Problem, num_tokens: int = 0) -> None:
-        """Write a problem down, and count its row.
-
-        Args:
-            weight: `bad`, `too_long`, `left_out` on request, or `note` for a row that is used.
-            problem: The problem.
-            num_tokens: Of a row that is too long.
-        """
-        self.note(problem)
-        self.rows_left_out += weight == "left_out"
-        if weight == TOO_LONG:
-            self.rows_too_long += 1
-            self.long_lengths.append(num_tokens)
-        if weight == BAD:
-            self.rows_bad += 1
+        """Write a problem down, and count its row."""
+        written = asdict(problem)
+        weight, tokens = written.pop("weight"), written.pop("tokens")
+        self._file.write(json.dumps(written, ensure_ascii=False) + "\n")
+        first = {"rows": 0, "first": str(problem), "action": problem.action}
+        self.kinds.setdefault(problem.kind, first)["rows"] += 1
+        self.counts[f"rows_{weight}"] += 1
+        if weight == "too_long":
+            self.long_lengths.append(tokens)
+        if weight == "bad":
             self._first_bad.setdefault(problem.kind, problem)
-            if problem.key is not None:
-                self._keys[problem.key] = None
+            self._keys |= {} if problem.key is None else {problem.key: None}
         if weight in self._shown and len(self._shown[weight]) < SHOWN_PROBLEMS:
             self._shown[weight].append(problem)
 
-    def _refuse(self, problems: Iterable[Problem], count: int, fix: str) -> None:
+    def _refuse(
+        self, problems: Iterable[Problem], count: int, fix: str, **settings: object
+    ) -> None:
         listed = "".join(f"\n  {problem}" for problem in problems)
         more = count - SHOWN_PROBLEMS
         rest = f"\n  … and {more} more; all of them: {self.path}" if more > 0 else ""
         raise DataError(
-            f"{count} of {self.rows_read} rows of {', '.join(self.dataset.sources())}"
+            f"{count} of {self.counts['rows_read']} rows of {', '.join(self.dataset.sources())}"
             f" cannot be used:{listed}{rest}",
             fix=fix,
+            settings={f"dataset.{name}": value for name, value in settings.items()},
         )
 
     def _nothing_left(self, inputs: Sequence[Input]) -> str:
         """Return the fix where leaving rows out would leave none."""
-        if self.rows_bad < max(1, self.rows_read):
+        if self.counts["rows_bad"] < max(1, self.counts["rows_read"]):
             return "check the rows, dataset.format and dataset.max_length"
         first = next(iter(self._first_bad.values()))
         return expected_rows(next(one for one in inputs if one.name == first.file))
 
-    def _fix_of_bad(self, rows_kept: int, inputs: Sequence[Input]) -> str:
+    def _fix_of_bad(self, inputs: Sequence[Input]) -> tuple[str, dict[str, Any]]:
+        """Return the fix, and the settings of `dataset` that it changes."""
         if quote := self._first_bad.get("open_quote"):  # it holds good rows: not left out
-            return close_quote(quote.file, quote.row)
-        least = -(-self.rows_bad * 100 // self.rows_read) / 100
+            return close_quote(quote.file, quote.row), {}
+        least = -(-self.counts["rows_bad"] * 100 // self.counts["rows_read"]) / 100
         fix = f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
-        if rows_kept == 0:
-            fix = self._nothing_left(inputs)
+        settings: dict[str, Any] = {"max_bad_fraction": least}
+        if not self.counts["token_rows"]:
+            fix, settings = self._nothing_left(inputs), {}
         if self._keys:
-            names = json.dumps([*self.dataset.ignore, *self._keys])
-            ignore = shlex.quote(f"dataset.ignore={names}")
-            return f"--set {ignore}   trains without these keys; else {fix}"
+            settings = {"ignore": [*self.dataset.ignore, *self._keys]}
+            typed = shlex.quote(f"dataset.ignore={json.dumps(settings['ignore'])}")
+            return f"--set {typed}   trains without these keys; else {fix}", settings
         other = self._first_bad.get("not_utf8")
-        if other and (convert := to_utf8(other.file)):
-            return f"{convert}; else {fix}"
-        return fix
+        convert = to_utf8(other.file) if other else None
+        return f"{convert}; else {fix}" if convert else fix, settings
 
-    def check(self, rows_kept: int, inputs: Sequence[Input]) -> None:
+    def check(self, inputs: Sequence[Input]) -> None:
         """Raise if more is wrong than the recipe allows, or nothing is left.
-
-        Args:
-            rows_kept: Token rows that were made.
-            inputs: The sources of the rows.
 
         Raises:
             DataError: With the first rows of each kind, and the setting that allows them.
         """
-        if self.rows_bad > self.dataset.max_bad_fraction * self.rows_read:
-            self._refuse(self._shown[BAD], self.rows_bad, self._fix_of_bad(rows_kept, inputs))
-        long = self._shown[TOO_LONG]
+        counts, bad, long = self.counts, self._shown["bad"], self._shown["too_long"]
+        if counts["rows_bad"] > self.dataset.max_bad_fraction * counts["rows_read"]:
+            fix, settings = self._fix_of_bad(inputs)
+            self._refuse(bad, counts["rows_bad"], fix, **settings)
         if long and self.dataset.too_long == "error":
             fix = "--set dataset.too_long=drop   or a larger dataset.max_length"
-            self._refuse(long, self.rows_too_long, fix)
-        if rows_kept == 0:
-            problems = [*self._shown[BAD], *long][:SHOWN_PROBLEMS]
-            count = self.rows_bad + self.rows_too_long
-            fix = self._nothing_left(inputs)
-            self._refuse(problems, count or self.rows_read, fix)
+            self._refuse(long, counts["rows_too_long"], fix, too_long="drop")
+        if not counts["token_rows"]:
+            count = counts["rows_bad"] + counts["rows_too_long"] or counts["rows_read"]
+            self._refuse([*bad, *long][:SHOWN_PROBLEMS], count, self._nothing_left(inputs))

@@ -14,7 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import DataRow
@@ -26,11 +26,6 @@ if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd  # the same module for older versions of Python
-
-if TYPE_CHECKING:
-    Stream = io.BufferedReader[Any]
-else:
-    Stream = io.BufferedReader
 
 
 class RawRow(NamedTuple):
@@ -94,86 +89,56 @@ class _Bounded(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         count: int = self._unpacked.readinto(buffer)
         self._num_bytes += count
-        most = max(RATIO_COUNTS_FROM, MAX_RATIO * self._packed.tell())
-        if self._num_bytes > most:
+        if self._num_bytes > max(RATIO_COUNTS_FROM, MAX_RATIO * self._packed.tell()):
             raise DataError(
                 f"{self._name} unpacks to more than {MAX_RATIO} times its size, as a bomb does",
                 fix="look at it; if it is what it should be, unpack it and name the unpacked file",
             )
         return count
 
-    def close(self) -> None:
-        self._unpacked.close()
-        self._packed.close()
-        super().close()
-
 
 def _refuse_foreign(head: bytes, name: str) -> None:
-    if not head:
-        raise DataError(f"{name} is empty (0 bytes)", fix="name a file with rows in it")
-    for signature, (what, fix) in FOREIGN.items():
-        if head.startswith(signature):
-            raise DataError(f"{name} is {what}", fix=fix.replace("FILE", name))
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise DataError(
-            f"{name} is a web page or XML, not data",
-            fix="download it again; a page often says that one has to sign in first",
-        )
-    if b"\0" in head[:2]:
-        raise DataError(
-            f"{name} is UTF-16 text or not text at all",
-            fix=f"if it is text: iconv -f UTF-16LE -t UTF-8 {name} > NEW",
-        )
-    if head[257:262] == b"ustar":
-        raise DataError(f"{name} is a tar archive", fix="tar -xf it, and name the files in it")
-
-
-def open_bytes(file: SourceFile) -> Stream:
-    """Open a data file, and unpack it if its first bytes say that it is packed.
-
-    Raises:
-        DataError: It cannot be read, is empty, or is not data.
-    """
-    try:
-        stream: Stream = file.path.open("rb")
-        head = stream.read(512)
-        stream.seek(0)
-    except OSError as error:
-        raise unreadable(file.name, error) from None
-    for signature, unpacker in UNPACKERS.items():
-        if head.startswith(signature):
-            raw = _Bounded(stream, unpacker(stream), file.name)
-            stream = io.BufferedReader(raw, MIB)
-    try:
-        with broken_file(file, lambda: 0):
-            _refuse_foreign(stream.peek(512)[:512], file.name)
-    except DataError:
-        stream.close()
-        raise
-    return stream
+    found = None
+    if not head:
+        found = "is empty (0 bytes)", "name a file with rows in it"
+    elif known := next((known for first, known in FOREIGN.items() if head.startswith(first)), None):
+        found = f"is {known[0]}", known[1].replace("FILE", name)
+    elif start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        fix = "download it again; a page often says that one has to sign in first"
+        found = "is a web page or XML, not data", fix
+    elif b"\0" in head[:2]:
+        fix = f"if it is text: iconv -f UTF-16LE -t UTF-8 {name} > NEW"
+        found = "is UTF-16 text or not text at all", fix
+    elif head[257:262] == b"ustar":
+        found = "is a tar archive", "tar -xf it, and name the files in it"
+    if found:
+        raise DataError(f"{name} {found[0]}", fix=found[1])
 
 
 @contextlib.contextmanager
-def broken_file(file: SourceFile, row: Callable[[], int]) -> Iterator[None]:
-    """Turn the errors of unpacking and reading into a `DataError`.
+def open_bytes(file: SourceFile) -> Iterator[io.BufferedReader[Any]]:
+    """Open a data file, and unpack it if its first bytes say that it is packed.
 
-    Args:
-        file: For the text.
-        row: Returns the number of the last row that could be read.
+    Raises:
+        DataError: It cannot be opened, is empty, or is not data.
     """
     try:
-        yield
-    except BROKEN as error:
-        raise DataError(
-            f"{file.name} breaks off after row {row()}: {str(error) or type(error).__name__}",
-            fix="copy or download it again; gzip -t or zstd -t   shows if it is complete",
-        ) from None
+        stream: io.BufferedReader[Any] = file.path.open("rb")
     except OSError as error:
-        raise DataError(
-            f"{file.name} cannot be read after row {row()}: {error.strerror or error}",
-            fix="check the disk and the file",
-        ) from None
+        raise unreadable(file.name, error) from None
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(stream)
+        head = stream.peek(512)
+        for signature, unpacker in UNPACKERS.items():
+            if head.startswith(signature):
+                unpacked = opened.enter_context(unpacker(stream))
+                bounded = _Bounded(stream, unpacked, file.name)
+                stream = opened.enter_context(io.BufferedReader(bounded, MIB))
+                head = stream.peek(512)
+                break
+        _refuse_foreign(head[:512], file.name)
+        yield stream
 
 
 def too_large() -> RowFault:
@@ -181,7 +146,7 @@ def too_large() -> RowFault:
     return RowFault("too_large", f"is larger than {MAX_ROW_BYTES // MIB} MiB")
 
 
-def lines(stream: Stream) -> Iterator[tuple[int, bytes | RowFault]]:
+def lines(stream: io.BufferedReader[Any]) -> Iterator[tuple[int, bytes | RowFault]]:
     """Yield lines with their numbers, from 1, without blank ones; a carriage return ends a line.
 
     A line that is too large is skipped without being held in memory.

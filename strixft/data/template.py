@@ -1,15 +1,20 @@
-"""Render chats with a model's chat template, and learn its texts around an answer."""
+"""Render chats with a model's chat template; learn its texts around an answer.
+
+Nothing that a chat says may be missing in what its template shows: `ChatTemplate.form_of` tries the
+forms in which a template may take reasoning, calls and functions, and else refuses the chat.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from strixft.formats.faults import RowFault
+from strixft.formats.faults import RowFault, shown
 from strixft.formats.messages import REASONING, Chat, Message
 from strixft.support.errors import DataError
 from strixft.support.private_hf import compile_template
@@ -28,6 +33,12 @@ _TOOL = {
 }
 
 _TAG = re.compile(r"\s*<[^<>\s]{1,40}>")
+
+_MARK = 0xF0000
+"""First of the private-use characters that are put to names and values of calls."""
+
+_NUMBER = 7_316_000_000
+"""Numbers of calls become this one and its successors, which no data have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +108,14 @@ class ChatTemplate:
         self.specials = re.compile(r"\s*(?:" + "|".join(map(re.escape, longest)) + ")")
         self._opener = ""
         """Text at the end of every chat, as if an answer were asked for."""
-        self._look()
+        try:
+            self._look()
+        except (RowFault, ValueError) as error:
+            self._in_parts = True  # as templates of models that see may ask for
+            try:
+                self._look()
+            except (RowFault, ValueError):
+                raise self._refused(error) from None
 
     def _refused(self, error: Exception) -> DataError:
         return DataError(
@@ -131,16 +149,6 @@ class ChatTemplate:
 
     def _look(self) -> None:
         """Try the template, and note what it writes before and after an answer."""
-        try:
-            self._look_at()
-        except (RowFault, ValueError) as error:
-            self._in_parts = True  # as templates of models that see may ask for
-            try:
-                self._look_at()
-            except (RowFault, ValueError):
-                raise self._refused(error) from None
-
-    def _look_at(self) -> None:
         question, answer = _turn("user", QUESTIONS[0]), _turn("assistant", ANSWERS[0])
         second = [_turn("user", QUESTIONS[1]), _turn("assistant", ANSWERS[1])]
         prompt = self.render([question], self._tools, prompt=True)
@@ -150,40 +158,37 @@ class ChatTemplate:
         tail = prompt[prompt.index(QUESTIONS[0]) + len(QUESTIONS[0]) :]
         plain = self.render([question], self._tools)
         if plain == prompt and written.endswith(tail):  # it does not heed add_generation_prompt
-            self._opener = self._opened_after(written)
+            self._opener = written.removeprefix(self._end_in(written))
             written = written.removesuffix(self._opener)
         self.end_token = written.rstrip()
         """Text that the template writes after the last answer; may be empty."""
         closed = len(tail) - len(prompt[len(plain) :]) if prompt.startswith(plain) else 0
         closed = closed if closed < len(tail) else 0  # nothing opens a turn of the assistant
-        self.frames = [self._frame(before, tail, closed)]
+
+        def frame(before: str) -> Frame:
+            """Return the text before an answer: the prompt, or, where that differs, all of it."""
+            if before.startswith(tail):
+                return Frame(tail[closed:], before[len(tail) :])
+            return Frame(before[closed:] or before, "")
+
+        self.frames = [frame(before)]
         self.ends = [self.end_token]
         with contextlib.suppress(RowFault, ValueError):  # one answer may be all that it takes
             double = self.render([question, answer, *second], self._tools)
-            self._look_at_first(double, tail, closed)
+            # an answer that is not the last may stand between other texts
+            first = frame(_between(double, QUESTIONS[0], ANSWERS[0]))
+            after = _between(double, ANSWERS[0], QUESTIONS[1])
+            self.frames += [] if first in self.frames else [first]
+            if not self.end_token:  # what follows may be an end token, or open the next turn
+                opened = shared_length(after[::-1], double[: double.index(QUESTIONS[0])][::-1])
+                self.ends = [after[: len(after) - opened].rstrip(), ""]
+            elif not after.startswith(self.end_token):
+                self.ends.append(self._end_in(after))
 
-    def _opened_after(self, written: str) -> str:
-        match = self.specials.match(written) or _TAG.match(written)
-        return written[match.end() :] if match else written
-
-    def _frame(self, before: str, tail: str, closed: int) -> Frame:
-        """Return the text before an answer: the prompt, or, where that differs, all of it."""
-        if before.startswith(tail):
-            return Frame(tail[closed:], before[len(tail) :])
-        return Frame(before[closed:] or before, "")
-
-    def _look_at_first(self, double: str, tail: str, closed: int) -> None:
-        """Note the texts around an answer that is not the last, where they are others."""
-        before = _between(double, QUESTIONS[0], ANSWERS[0])
-        after = _between(double, ANSWERS[0], QUESTIONS[1])
-        frame = self._frame(before, tail, closed)
-        self.frames += [] if frame in self.frames else [frame]
-        if not self.end_token:  # what follows may be an end token, or only open the next turn
-            opened = shared_length(after[::-1], double[: double.index(QUESTIONS[0])][::-1])
-            self.ends = [after[: len(after) - opened].rstrip(), ""]
-        elif not after.startswith(self.end_token):
-            match = self.specials.match(after) or _TAG.match(after)
-            self.ends.append(match[0] if match else "")
+    def _end_in(self, text: str) -> str:
+        """Return the first token or tag of a text, where it begins with one."""
+        match = self.specials.match(text) or _TAG.match(text)
+        return match[0] if match else ""
 
     def writes_as_text(self, chat: Chat) -> bool:
         """Check that the chat has functions or calls, and the template no place for them."""
@@ -192,33 +197,48 @@ class ChatTemplate:
         )
         return not self.lists_tools and (chat.tools is not None or calls)
 
-    def forms(self, chat: Chat) -> Iterator[Chat]:
-        """Yield the forms in which the template may take a chat, the best first.
+    def form_of(self, chat: Chat) -> tuple[Chat, str]:
+        """Return the first form in which all of a chat is shown, and its text.
 
         Reasoning is given in a key of its own, or in tags before the answer; arguments of calls as
         data, or as JSON text. Only where the template has no place for functions are they and
         their calls written out as text.
+
+        Raises:
+            RowFault: The template refuses the chat, or leaves something of it out.
         """
         if self.writes_as_text(chat):
             chat = replace(chat, messages=tools_as_text(chat.messages, chat.tools), tools=None)
-        apart = [with_reasoning_apart(message) for message in chat.messages]
+        apart = list(map(_with_reasoning_apart, chat.messages))
         has_reasoning = any(REASONING[0] in message for message in apart)
         takes_it = has_reasoning and any(name in self._source for name in REASONING)
-        for messages in ([apart] if takes_it else []) + [chat.messages]:
-            yield replace(chat, messages=messages)
-            if any("tool_calls" in message for message in messages):
-                yield replace(chat, messages=[_calls_as_text(message) for message in messages])
+        forms = [apart, chat.messages] if takes_it else [chat.messages]
+        if any("tool_calls" in message for message in chat.messages):
+            forms = [form for one in forms for form in (one, list(map(_calls_as_text, one)))]
+        fault: RowFault | None = None
+        for form in (replace(chat, messages=messages) for messages in forms):
+            try:
+                text = self.render(form.messages, form.tools)
+                _check_tools(form.tools, text)
+                _check_calls(self, form, text)
+                self._check_reasoning(form)
+            except RowFault as one:
+                fault = one if fault is None or fault.kind == "template_refuses" else fault
+            else:
+                return form, text
+        assert fault is not None
+        raise fault
 
-
-def written_ends(tokenizer: Any) -> list[str]:
-    """Return the texts that a tokenizer's chat templates write after the last answer."""
-    if not tokenizer.chat_template:
-        return []
-    found = [ChatTemplate(tokenizer).end_token]
-    if isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template:
-        with contextlib.suppress(DataError):  # rows with tools are refused then
-            found.append(ChatTemplate(tokenizer, for_tools=True).end_token)
-    return found
+    def _check_reasoning(self, form: Chat) -> None:
+        """Refuse a form whose keys for reasoning the template does not read."""
+        last = max((i for i, m in enumerate(form.messages) if REASONING[0] in m), default=None)
+        if last is None:
+            return
+        text = self.render(form.messages[: last + 1], form.tools)
+        before = self.render(form.messages[:last], form.tools) if last else ""
+        turn = text[shared_length(before, text) :]
+        if squeezed(form.messages[last][REASONING[0]]) not in squeezed(turn):
+            raise left_out(form.messages, last, "the reasoning of ")
 
 
 def reasoning_of(message: Message) -> tuple[str, str]:
@@ -234,8 +254,7 @@ def reasoning_of(message: Message) -> tuple[str, str]:
     return reasoning.strip().removeprefix("<think>").strip(), answer.lstrip()
 
 
-def with_reasoning_apart(message: Message) -> Message:
-    """Return an answer with its reasoning, if it has any, in keys of its own."""
+def _with_reasoning_apart(message: Message) -> Message:
     reasoning, answer = reasoning_of(message)
     if not reasoning:
         return message
@@ -247,23 +266,9 @@ def _calls_as_text(message: Message) -> Message:
         return message
     calls = []
     for call in message["tool_calls"]:
-        function = dict(call["function"])
-        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": function})
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
     return {**message, "tool_calls": calls}
-
-
-def _written_call(call: Mapping[str, Any]) -> str:
-    function = {key: call["function"][key] for key in ("name", "arguments")}
-    return f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>"
-
-
-def _written_tools(tools: Sequence[Mapping[str, Any]]) -> str:
-    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
-    return (
-        f"You can call these functions:\n{listed}\nTo call one, write\n<tool_call>\n"
-        '{"name": …, "arguments": {…}}\n</tool_call>'
-    )
 
 
 def tools_as_text(messages: Sequence[Message], tools: Any) -> list[Message]:
@@ -275,9 +280,11 @@ def tools_as_text(messages: Sequence[Message], tools: Any) -> list[Message]:
     made: list[Message] = []
     for message in messages:
         role, content = message["role"], message["content"]
-        if "tool_calls" in message:
-            written = map(_written_call, message["tool_calls"])
-            content = "\n".join([*filter(None, [content]), *written])
+        parts = [content] if content else []
+        for call in (one["function"] for one in message.get("tool_calls", ())):
+            said = json.dumps({key: call[key] for key in ("name", "arguments")}, ensure_ascii=False)
+            parts.append(f"<tool_call>\n{said}\n</tool_call>")
+        content = "\n".join(parts)
         if role == "tool":
             role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
         if made and made[-1]["role"] == role == "user":
@@ -287,7 +294,122 @@ def tools_as_text(messages: Sequence[Message], tools: Any) -> list[Message]:
             made.append({"role": role, "content": content, **kept})
     if not tools:
         return made
+    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    told = (
+        f"You can call these functions:\n{listed}\nTo call one, write\n<tool_call>\n"
+        '{"name": …, "arguments": {…}}\n</tool_call>'
+    )
     if made[0]["role"] == "system":
-        first = {**made[0], "content": f"{made[0]['content']}\n\n{_written_tools(tools)}"}
-        return [first, *made[1:]]
-    return [_turn("system", _written_tools(tools)), *made]
+        return [{**made[0], "content": f"{made[0]['content']}\n\n{told}"}, *made[1:]]
+    return [_turn("system", told), *made]
+
+
+def squeezed(text: str) -> str:
+    """Return the text without spaces, which templates may trim or add."""
+    return "".join(text.split())
+
+
+def says(text: str, words: str) -> bool:
+    """Check that a text has these words: as they are, or escaped as JSON, HTML or Python do."""
+    if words.strip() in text:
+        return True
+    flat = squeezed(text)
+    escaped = (
+        words,
+        json.dumps(words)[1:-1],
+        json.dumps(words, ensure_ascii=False)[1:-1],
+        html.escape(words),
+        repr(words)[1:-1],
+    )
+    return any(squeezed(one) in flat for one in escaped)
+
+
+def left_out(messages: Sequence[Message], index: int, part: str = "") -> RowFault:
+    """Return the fault of a row of which the chat template leaves out a message, or a part."""
+    role = messages[index]["role"]
+    problem = f"the chat template leaves out {part}message {index + 1}, the {role}'s"
+    said = messages[index]["content"].strip()
+    hint = "; name its role 'system' if that is what it is" if role == "developer" else ""
+    return RowFault("not_shown", f"{problem}{f': {shown(said)}' if said else ''}{hint}")
+
+
+def _check_tools(tools: Sequence[Mapping[str, Any]] | None, text: str) -> None:
+    """Refuse a chat whose functions the template does not show.
+
+    Raises:
+        RowFault: It names the function.
+    """
+    for tool in tools or ():
+        function = tool.get("function", tool)
+        for name in ("name", "description"):
+            value = function.get(name)
+            if isinstance(value, str) and not says(text, value):
+                raise RowFault(
+                    "not_shown",
+                    f"the chat template leaves out the {name} of the function"
+                    f" {shown(function['name'])} of 'tools'; what it has no place for can be"
+                    " written into the system message",
+                )
+
+
+def _check_calls(template: ChatTemplate, form: Chat, text: str) -> None:
+    """Refuse a form in which the template leaves out a name or a value of a call.
+
+    The chat is rendered with a mark at each of them; each mark must be in what comes out, however
+    often the same words occur elsewhere. Arguments must not come out as Python writes them.
+
+    Raises:
+        RowFault: It names the call.
+    """
+    made: list[tuple[str, str, str]] = []  # words for each value, the value, and its mark
+
+    def mark(plain: str, what: str) -> str:
+        made.append((what, plain, chr(_MARK + len(made) % 0xFFFD)))
+        return plain + made[-1][2]
+
+    def marked(value: Any, what: str, of: str) -> Any:
+        if isinstance(value, dict):
+            return {
+                mark(key, f"the argument {shown(key)}{of}"): marked(
+                    inner, f"the value of {shown(key)}", of
+                )
+                for key, inner in value.items()
+            }
+        if isinstance(value, list):
+            return [marked(inner, what, of) for inner in value]
+        if isinstance(value, str):
+            return mark(value, what + of)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            number = _NUMBER + len(made)
+            made.append((what + of, json.dumps(value), str(number)))
+            return number if isinstance(value, int) else float(number)
+        return value  # true, false and null: their key is marked
+
+    def marked_call(call: Mapping[str, Any]) -> dict[str, Any]:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        is_text, of = isinstance(arguments, str), f"the call of {shown(name)}"
+        written = repr(arguments)
+        if not is_text and written in text and json.dumps(arguments) != written:
+            told = f"the arguments of {shown(name)} come out as Python's, not as JSON"
+            raise RowFault("not_shown", told)
+        name = mark(name, of)
+        inside = json.loads(arguments) if is_text else arguments
+        inside = marked(inside, "a value", f" of {of}")
+        arguments = json.dumps(inside, ensure_ascii=False) if is_text else inside
+        return {**call, "function": {**call["function"], "name": name, "arguments": arguments}}
+
+    messages = [
+        {**one, "tool_calls": list(map(marked_call, one["tool_calls"]))}
+        if one.get("tool_calls")
+        else one
+        for one in form.messages
+    ]
+    if not made:
+        return
+    try:
+        found = template.render(messages, form.tools)
+    except RowFault:  # of a template that looks names up
+        found = None
+    for what, plain, sign in made:
+        if not (says(text, plain) if found is None else says(found, sign)):
+            raise RowFault("not_shown", f"the chat template leaves out {what}")

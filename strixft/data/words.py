@@ -3,10 +3,8 @@
 A tokenizer that splits text into words before it looks for tokens gives a word the same tokens
 in any text. So a text is cut where every such tokenizer cuts it, before a single space
 between two other characters, and only new words are tokenised. That a tokenizer is of this kind is
-tried out, and one text of `AUDITED_EVERY` is tokenised whole and compared.
-
-Without it, preparing thousands of English chats takes 1.7 times as long per processor, which is 1.1
-to 1.2 times as fast as TRL (`strixft bench data`). Of a thousand rows or fewer it saves nothing.
+tried out, and one text of `AUDITED_EVERY` is tokenised whole and compared. What it buys is measured
+in docs/data.md.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate, product
 from typing import Any
 
@@ -95,12 +94,7 @@ def _cut(text: str) -> list[str]:
 class Encoding:
     """The tokens of a text, put together from those of its words.
 
-    It answers the questions of a tokenizer's own encoding that masks need.
-
-    Args:
-        words: The text in pieces.
-        tokens: The tokens of each, as bytes of int32.
-        backend: The tokenizer.
+    It answers what masks ask of a tokenizer's own encoding; `tokens` are bytes of int32.
     """
 
     def __init__(self, words: list[str], tokens: list[bytes], backend: Any) -> None:
@@ -122,8 +116,7 @@ class Encoding:
         token = sum(map(len, self._tokens[:number])) // 4
         if place == start and self._tokens[number]:
             return place, token, None
-        word = self._backend.encode(self._words[number], add_special_tokens=False)
-        return start, token, word
+        return start, token, self._backend.encode(self._words[number], add_special_tokens=False)
 
     def char_to_token(self, place: int) -> int | None:
         """Return the token of a character; None for a space that the tokenizer leaves out."""
@@ -141,34 +134,20 @@ class Encoding:
 
 
 class Words:
-    """Remembers the tokens of words.
-
-    Args:
-        backend: The tokenizer, of the `tokenizers` library.
-    """
+    """Remembers the tokens of words."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._known: dict[str, bytes] = {}
-        self._num_characters = 0
+        self._num_characters = self._count = 0
         added = (token.content for token in backend.get_added_tokens_decoder().values())
         specials = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
         self._special = re.compile(f"({specials or '(?!)'})")
-        self._usable: bool | None = None
-        self._normalizes = backend.normalizer is not None
-        self._count = 0
 
-    def distrusted(self) -> Words:
-        """Return the same, with texts tokenised whole."""
-        self._usable = False
-        return self
-
-    @property
+    @cached_property
     def usable(self) -> bool:
-        """The tokenizer is one of those whose words can be remembered."""
-        if self._usable is None:
-            self._usable = _splits_words(self._backend) and _cuts_before_spaces(self._backend)
-        return self._usable
+        """The tokenizer is one of those whose words can be remembered; False is final."""
+        return _splits_words(self._backend) and _cuts_before_spaces(self._backend)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """Return the tokens of texts, as the tokenizer itself would give them.
@@ -176,7 +155,11 @@ class Words:
         Raises:
             WordsDifferError: It would not.
         """
-        if len(texts) < FEWEST_TEXTS or not self.usable or not all(map(self._is_normal, texts)):
+        if len(texts) < FEWEST_TEXTS or not self.usable:
+            return self._whole(texts)
+        if self._backend.normalizer is not None and not all(
+            text.isascii() or unicodedata.is_normalized("NFC", text) for text in texts
+        ):
             return self._whole(texts)
         if self._num_characters > MOST_CHARACTERS:
             self._known.clear()
@@ -188,32 +171,25 @@ class Words:
         found: list[list[Any]] = [list(map(self._known.get, words)) for words in split]
         unknown = [number for number, tokens in enumerate(found) if None in tokens]
         if unknown:
-            new = {word for number in unknown for word in split[number]} - self._known.keys()
+            new = sorted(
+                {word for number in unknown for word in split[number]} - self._known.keys()
+            )
             long = sum(len(word) for word in new if len(word) > LONGEST_WORD)
             if long > MOST_LONG * sum(map(len, texts)):
                 return self._whole(texts)
-            self._learn(sorted(new))
+            for word, tokens in zip(new, self._whole(new), strict=True):
+                self._known[word] = np.array(tokens.ids, dtype=np.int32).tobytes()
+            self._num_characters += sum(map(len, new))
             for number in unknown:
                 found[number] = [self._known[word] for word in split[number]]
         made = [Encoding(*one, self._backend) for one in zip(split, found, strict=True)]
-        self._audit(texts, made)
-        return made
-
-    def _whole(self, texts: Sequence[str]) -> list[Any]:
-        encodings: list[Any] = self._backend.encode_batch(texts, add_special_tokens=False)
-        return encodings
-
-    def _is_normal(self, text: str) -> bool:
-        return not self._normalizes or text.isascii() or unicodedata.is_normalized("NFC", text)
-
-    def _learn(self, words: list[str]) -> None:
-        for word, found in zip(words, self._whole(words), strict=True):
-            self._known[word] = np.array(found.ids, dtype=np.int32).tobytes()
-        self._num_characters += sum(map(len, words))
-
-    def _audit(self, texts: Sequence[str], made: Sequence[Encoding]) -> None:
         places = [i for i in range(len(texts)) if (self._count + i) % AUDITED_EVERY == 0]
         self._count += len(texts)
         for place, true in zip(places, self._whole([texts[i] for i in places]), strict=True):
             if true.ids != made[place].ids.tolist():
                 raise WordsDifferError(texts[place][:200])
+        return made
+
+    def _whole(self, texts: Sequence[str]) -> list[Any]:
+        encodings: list[Any] = self._backend.encode_batch(texts, add_special_tokens=False)
+        return encodings

@@ -7,8 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from strixft.data.batches import PackedShape
-from strixft.data.pack import PackedRows, largest_batch, rows_of_epochs, training_order
+from strixft.data.batches import (
+    PackedRows,
+    PackedShape,
+    largest_batch,
+    rows_of_epochs,
+    training_order,
+)
 from strixft.plan.trace import RowShape
 from strixft.prepare.stage import Prepared
 from strixft.recipe.schema import Recipe

@@ -10,31 +10,35 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain, islice
-from typing import Any, Literal
+from pathlib import Path
 
-from strixft.data import checks, too_long
-from strixft.data.checks import any_of, oddities, texts_of
+import psutil
+import pyarrow as pa
+
+from strixft.data import checks
 from strixft.data.duplicates import content_hash, hash_text, question_hash, sketch
-from strixft.data.encode import Encoded, Encoder, TokenRow, TooLong
-from strixft.data.load import Input, Problem, group_of, read_row
-from strixft.data.mask import Piece
-from strixft.data.row_report import KEPT, LEFT_OUT, RowReport
-from strixft.data.rows import RowWriter, batch_of
+from strixft.data.encode import SCHEMA, Encoded, Encoder, TokenRow, TooLong, batch_of, shorten
+from strixft.data.load import Input, read_row, value_at
+from strixft.data.row_report import KEPT, LEFT_OUT, MadeBatch, Problem, RowReport, Weight
 from strixft.data.streams import RawRow
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import Chat, DataRow
 from strixft.formats.sources import SourceFile
 from strixft.formats.table import NOT_WANTED
 from strixft.recipe.schema import Dataset
+from strixft.run.folder import Run
 from strixft.support.errors import HostError
+from strixft.support.progress import progress_bar
 from strixft.support.signals import follow_parent
+from strixft.support.units import GIB
 
 ROWS_AT_ONCE = 512
 
@@ -52,9 +56,6 @@ AHEAD = 2
 QUESTION = "question"
 """Value of `group_by` that keeps rows with the same question together."""
 
-Weight = Literal["note", "bad", "too_long", "left_out"]
-"""Count that a problem goes to; `note`: the row is used."""
-
 RawBatch = tuple[int, list[RawRow]]
 """Index of the input, and rows of it."""
 
@@ -62,95 +63,67 @@ _maker: BatchMaker | None = None
 """The maker of a child process, which the fork brought along."""
 
 
-@dataclass(slots=True)
-class MadeBatch:
-    """The token rows of a batch of raw rows, and the facts to report of them."""
-
-    num_rows: int
-    records: Any = None
-    """Token rows, a `pyarrow.RecordBatch`; None if there are none."""
-    problems: list[tuple[Weight, Problem, int]] = field(default_factory=list)
-    """In the order of the rows; with each the tokens of a row that is too long."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """`tokens`; `chats_divided` by templates that rewrite answers; `tools_as_text`: chats with
-    functions or calls for which the template has no place; `mask_checked` rows whose mask was
-    decoded, and `mask_equal` rows of them that were right."""
-    unused: Counter[str] = field(default_factory=Counter)
-    """Column, or key of messages, that is not read → rows that have it."""
-    sketches: bytearray = field(default_factory=bytearray)
-
-
-@dataclass(slots=True)
-class _RenderedChat:
-    """A chat that waits for its batch to be tokenised."""
-
-    row: int
-    chat: Chat
-    group: str | None
-    pieces: list[Piece] | RowFault
-    rejected: list[Piece] | RowFault | None
-
-
 class BatchMaker:
-    """Maker of token rows from raw rows, one batch at a time.
-
-    Args:
-        dataset: The recipe's section.
-        inputs: Sources of the rows.
-        encoder: Turns chats into tokens.
-    """
+    """Maker of token rows from raw rows, one batch at a time."""
 
     def __init__(self, dataset: Dataset, inputs: Sequence[Input], encoder: Encoder) -> None:
         self.dataset, self.inputs, self.encoder = dataset, inputs, encoder
+        encoder.mask_checked = encoder.mask_equal = 0
         tokenizer = encoder.tokenizer
         added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
-        self._specials = any_of([*tokenizer.all_special_tokens, *added])
+        self._specials = checks.any_of([*tokenizer.all_special_tokens, *added])
 
     def make(self, file: int, raws: Sequence[RawRow]) -> MadeBatch:
-        """Make the token rows of a batch.
-
-        Args:
-            file: Index of the input that the rows come from.
-            raws: Rows as they stand there.
-        """
-        self._file, self._input, self._made = file, self.inputs[file], MadeBatch(len(raws))
+        """Make the token rows of a batch."""
+        self._file, self._input, self._made = file, self.inputs[file], MadeBatch()
         checked, equal = self.encoder.mask_checked, self.encoder.mask_equal
-        rendered: list[_RenderedChat] = []
+        chats: list[tuple[int, Chat, str | None]] = []  # number, chat and group of each row
         for number, raw, _ in raws:
             try:
-                if (one := self._render(number, raw)) is not None:
-                    rendered.append(one)
+                chats += self._read(number, raw)
             except RowFault as fault:
                 self._refuse(number, fault)
-        records = self._tokenise(rendered)
-        self._made.records = batch_of(records) if records else None
-        self._made.counts["mask_checked"] = self.encoder.mask_checked - checked
-        self._made.counts["mask_equal"] = self.encoder.mask_equal - equal
+        pairs = [
+            replace(chat, messages=chat.rejected)
+            for _, chat, _ in chats
+            if chat.rejected is not None
+        ]
+        encoded = self.encoder.encode([*(chat for _, chat, _ in chats), *pairs])
+        rejected = iter(encoded[len(chats) :])
+        rows: list[TokenRow] = []
+        for (number, chat, group), found in zip(chats, encoded, strict=False):
+            try:
+                other = next(rejected) if chat.rejected is not None else None
+                rows += self._rows(number, chat, group, found, other)
+            except RowFault as fault:
+                self._refuse(number, fault)
+        self._made.records = batch_of(rows) if rows else None
+        self._made.counts += Counter(
+            rows_read=len(raws),
+            bytes_read=sum(raw.size for raw in raws),
+            token_rows=len(rows),
+            mask_checked=self.encoder.mask_checked - checked,
+            mask_equal=self.encoder.mask_equal - equal,
+        )
         return self._made
 
     def _note(
         self,
         row: int,
-        kind: str,
-        text: str,
-        action: str,
+        found: Iterable[tuple[str, str]],
+        action: str = KEPT,
         weight: Weight = "note",
-        tokens: int = 0,
         key: str | None = None,
-    ) -> None:
-        problem = Problem(self._input.name, row, kind, text, action, key)
-        self._made.problems.append((weight, problem, tokens))
-
-    def _note_kinds(
-        self, row: int, found: Iterable[tuple[str, str]], action: str, weight: Weight = "note"
+        tokens: int = 0,
     ) -> None:
         """Note the first text of each kind, and the number of others."""
         by_kind: dict[str, list[str]] = {}
         for kind, text in found:
             by_kind.setdefault(kind, []).append(text)
-        for kind, texts in by_kind.items():
-            more = f", and {len(texts) - 1} more" if len(texts) > 1 else ""
-            self._note(row, kind, texts[0] + more, action, weight)
+        for kind, (text, *others) in by_kind.items():
+            text += f", and {len(others)} more" if others else ""
+            problem = Problem(self._input.name, row, kind, text, action, key, weight, tokens)
+            self._made.problems.append(problem)
             weight = "note"  # a row counts once, however many kinds it has
 
     def _refuse(self, row: int, fault: RowFault) -> None:
@@ -158,75 +131,36 @@ class BatchMaker:
         tokens = 0
         if isinstance(fault, TooLong):
             weight, tokens = "too_long", fault.num_tokens
-        self._note(row, fault.kind, fault.problem, LEFT_OUT, weight, tokens, fault.key)
+        found = [(fault.kind, fault.problem)]
+        self._note(row, found, LEFT_OUT, weight, fault.key, tokens)
 
-    def _render(self, number: int, raw: DataRow | RowFault) -> _RenderedChat | None:
-        """Format, check and render one row; None if it is left out for its personal data.
+    def _read(self, number: int, raw: DataRow | RowFault) -> list[tuple[int, Chat, str | None]]:
+        """Format and check one row; return nothing if it is left out for its personal data.
 
         Raises:
             RowFault: It cannot be used.
         """
-        read = read_row(self._input, raw)
+        chat, column = read_row(self._input, raw), self.dataset.group_by
         assert not isinstance(raw, RowFault)
-        column = self.dataset.group_by
-        group = None if column in (None, QUESTION) else group_of(raw, str(column))
-        self._made.unused.update(read.unused - {column})
-        self._note_kinds(number, oddities(read, self._specials), KEPT)
-        chat = self._without_personal_data(number, read)
-        if chat is None:
-            return None
-        pieces = self.encoder.pieces(chat)
-        paired = chat.rejected is not None
-        rejected = self.encoder.pieces(chat, rejected=True) if paired else None
-        self._note_hidden_name(number, chat, pieces)
-        counts = self._made.counts
-        counts["tools_as_text"] += self.encoder.writes_as_text(chat)
-        counts["chats_divided"] += not isinstance(pieces, RowFault) and len(pieces) > 1
-        return _RenderedChat(number, chat, group, pieces, rejected)
-
-    def _without_personal_data(self, row: int, chat: Chat) -> Chat | None:
-        """Return the chat as the recipe's policy leaves it; None if the policy drops it."""
+        group = None if column in (None, QUESTION) else value_at(raw, column)
+        if group is None and column not in (None, QUESTION):
+            raise RowFault("no_group", f"has no {column!r}, which dataset.group_by names")
+        self._made.unused.update(chat.unused - {column})
+        self._note(number, checks.oddities(chat, self._specials))
         policy = self.dataset.personal_data
         action = {"report": KEPT, "mask": "masked", "drop": LEFT_OUT}[policy]
         found = [
             (kind, f"has what looks like {checks.NAMES[kind]}: {part}")
-            for text in texts_of(chat)
+            for text in checks.texts_of(chat)
             for kind, part in checks.find(text)
         ]
-        self._note_kinds(row, found, action, "left_out" if policy == "drop" else "note")
-        if not found or policy == "report":
-            return chat
-        return checks.mask_chat(chat) if policy == "mask" else None
+        self._note(number, found, action, "left_out" if policy == "drop" else "note")
+        if found and policy == "drop":
+            return []
+        chat = checks.mask_chat(chat) if found and policy == "mask" else chat
+        return [(number, chat, None if group is None else str(group))]
 
-    def _note_hidden_name(self, row: int, chat: Chat, pieces: list[Piece] | RowFault) -> None:
-        """Note a speaker's name that the chat template does not show; few templates do."""
-        names = {m["name"]: None for m in chat.messages if "name" in m and m["role"] != "tool"}
-        text = "" if isinstance(pieces, RowFault) else "".join(piece.text for piece in pieces)
-        hidden = [name for name in names if text and name not in text]
-        if hidden:
-            told = f"names who speaks, {hidden[0]!r}, which the chat template does not show"
-            self._note(row, "name_hidden", told, KEPT)
-
-    def _tokenise(self, rendered: Sequence[_RenderedChat]) -> list[TokenRow]:
-        """Tokenise all chats of the batch in one go."""
-        pieces = [one.pieces for one in rendered]
-        pieces += [one.rejected for one in rendered if one.rejected is not None]
-        encoded = self.encoder.rows(pieces)
-        pairs = iter(encoded[len(rendered) :])
-        records: list[TokenRow] = []
-        for one, found in zip(rendered, encoded[: len(rendered)], strict=True):
-            rejected = next(pairs) if one.rejected is not None else None
-            try:
-                pair = None if rejected is None else self._fitting(one, rejected)[0]
-                records += self._records(one, self._fitting(one, found), pair)
-            except RowFault as fault:
-                self._refuse(one.row, fault)
-        return records
-
-    def _fits(self, one: TokenRow | TooLong) -> bool:
-        return isinstance(one, TokenRow) and len(one) <= self.dataset.max_length
-
-    def _fitting(self, of: _RenderedChat, found: Encoded) -> list[TokenRow]:
+    def _short(self, number: int, chat: Chat, found: Encoded | RowFault) -> list[TokenRow]:
         """Return the rows of a chat that are not too long, by the recipe's policy.
 
         Raises:
@@ -234,72 +168,65 @@ class BatchMaker:
         """
         if isinstance(found, RowFault):
             raise found
-        most, policy = self.dataset.max_length, self.dataset.too_long
-        if not all(map(self._fits, found)):
-            if policy == "truncate":
-                found = [self._cut(of, one) for one in found]
-            elif policy == "split" and of.chat.rejected is None:
-                found = self._split(of, found)
-        fitting = [one for one in found if isinstance(one, TokenRow) and self._fits(one)]
-        faults = [
-            TooLong(len(one), most) if isinstance(one, TokenRow) else one
-            for one in found
-            if not self._fits(one)
-        ]
+
+        def note(kind: str, text: str, action: str) -> None:
+            self._note(number, [(kind, text)], action)
+
+        rows = shorten(self.encoder, chat, found, self.dataset.too_long, note)
+        fitting = [one for one in rows if isinstance(one, TokenRow)]
+        faults = [one for one in rows if isinstance(one, TooLong)]
         if faults and not fitting:
             raise faults[0]
         for fault in faults:
-            self._refuse(of.row, fault)
+            self._refuse(number, fault)
         return fitting
 
-    def _cut(self, of: _RenderedChat, one: TokenRow | TooLong) -> TokenRow | TooLong:
-        most = self.dataset.max_length
-        if isinstance(one, TooLong) and of.chat.text is not None:
-            one = next(too_long.stretches(self.encoder, of.chat.text), one)
-        if isinstance(one, TooLong) or len(one) <= most:
-            return one
-        start = too_long.cut(one, most)
-        if start is None:
-            return one  # it would have no token to train: left out as too long
-        self._note(of.row, "cut", f"has {len(one)} tokens, cut to {most}", "cut")
-        return start
-
-    def _split(
-        self, of: _RenderedChat, found: list[TokenRow | TooLong]
-    ) -> list[TokenRow | TooLong]:
-        most = self.dataset.max_length
-        parts = too_long.divide(self.encoder, of.chat, most)
-        if len(parts) > len(found):
-            text = f"has more than {most} tokens, now {len(parts)} rows"
-            self._note(of.row, "split", text, "split")
-        return parts
-
-    def _records(
-        self, of: _RenderedChat, found: Sequence[TokenRow], rejected: TokenRow | None
+    def _rows(
+        self,
+        number: int,
+        chat: Chat,
+        group: str | None,
+        found: Encoded | RowFault,
+        rejected: Encoded | RowFault | None,
     ) -> list[TokenRow]:
-        found = [one for one in found if one.trained.any()]
-        if not found:
+        """Return the token rows of a chat, each with the place that it comes from.
+
+        Raises:
+            RowFault: There are none.
+        """
+        counts = self._made.counts
+        if not isinstance(found, RowFault):
+            counts["chats_divided"] += len(found) > 1
+            self._check_shown(number, chat)
+        pair = None if rejected is None else self._short(number, chat, rejected)[0]
+        rows = [one for one in self._short(number, chat, found) if one.trained.any()]
+        if not rows:
             raise RowFault("nothing_to_train", "no token of it is to be trained")
-        content, question = content_hash(of.chat), question_hash(of.chat)
-        group = content if of.group is None else hash_text(of.group)
-        group = question if self.dataset.group_by == QUESTION else group
-        self._made.counts["tokens"] += sum(map(len, found))
+        content, question = content_hash(chat), question_hash(chat)
+        shared = content if group is None else hash_text(group)
+        shared = question if self.dataset.group_by == QUESTION else shared
+        for part, one in enumerate(rows):
+            one.file, one.row, one.part, one.label = self._file, number, part, chat.label
+            one.content, one.question, one.group = content, question, shared
+            if pair is not None:
+                one.rejected_input_ids, one.rejected_trained = pair.input_ids, pair.trained
+        counts["tokens"] += sum(map(len, rows))
         if self.dataset.near_duplicates != "ignore":
-            self._made.sketches += sketch(" ".join(texts_of(of.chat)))
-        return [
-            replace(
-                one,
-                file=self._file,
-                row=of.row,
-                part=part,
-                content=content,
-                question=question,
-                group=group,
-                rejected=rejected,
-                label=of.chat.label,
-            )
-            for part, one in enumerate(found)
-        ]
+            self._made.sketches += sketch(" ".join(checks.texts_of(chat)))
+        return rows
+
+    def _check_shown(self, number: int, chat: Chat) -> None:
+        """Note speakers' names that the template hides, and tools that it has no place for."""
+        if chat.text is not None:
+            return
+        template = self.encoder.masker(with_tools=chat.tools is not None).template
+        self._made.counts["tools_as_text"] += template.writes_as_text(chat)
+        names = {m["name"]: None for m in chat.messages if "name" in m and m["role"] != "tool"}
+        text = "".join(piece.text for piece in self.encoder.pieces(chat)) if names else ""
+        hidden = [name for name in names if name not in text]
+        if hidden:
+            told = f"names who speaks, {hidden[0]!r}, which the chat template does not show"
+            self._note(number, [("name_hidden", told)])
 
 
 def _make(raw: RawBatch) -> MadeBatch:
@@ -317,111 +244,88 @@ def num_processes() -> int:
     return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
 
 
-class Build:
-    """One pass over the rows of a recipe.
+def _raw_batches(inputs: Sequence[Input]) -> Iterator[RawBatch]:
+    for file, one in enumerate(inputs):
+        raws, size = list[RawRow](), 0
+        for raw in one.raw_rows():
+            raws.append(raw)
+            size += raw.size
+            if len(raws) >= ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
+                yield file, raws
+                raws, size = [], 0
+        if raws:
+            yield file, raws
 
-    Args:
-        dataset: The recipe's section.
-        inputs: Sources to read.
-        encoder: Turns chats into tokens.
-        report: Gets every problem.
-        writer: Gets every token row.
+
+def _made_batches(maker: BatchMaker, raws: Iterator[RawBatch]) -> Generator[MadeBatch, None, None]:
+    global _maker
+    for raw in islice(raws, BATCHES_HERE):
+        yield maker.make(*raw)
+    following = list(islice(raws, 1))
+    if not following or num_processes() < 2:
+        for raw in chain(following, raws):
+            yield maker.make(*raw)
+        return
+    _maker = maker
+    gc.freeze()  # a collection in a child would copy pages that it only reads
+    waiting: deque[Future[MadeBatch]] = deque()
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(num_processes(), mp_context=context, initializer=_begin_child)
+    try:
+        for raw in chain(following, raws):
+            waiting.append(pool.submit(_make, raw))
+            if len(waiting) > AHEAD * num_processes():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        _maker = None
+        gc.unfreeze()
+
+
+def build_rows(maker: BatchMaker, report: RowReport, path: Path, run: Run | None) -> float:
+    """Make the token rows of all inputs and write them to a file, with a progress bar.
+
+    Returns:
+        The seconds it took.
+
+    Raises:
+        HostError: A child process ended.
     """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        inputs: Sequence[Input],
-        encoder: Encoder,
-        report: RowReport,
-        writer: RowWriter,
-    ) -> None:
-        self.inputs, self.encoder, self.report, self.writer = inputs, encoder, report, writer
-        self.sketches = bytearray()
-        """MinHash sketches of all chats, if near duplicates are asked for."""
-        self.counts, self.unused = Counter[str](), Counter[str]()
-        """Sums over all batches, as in `MadeBatch`."""
-        self._rows_seen = self._bytes_seen = 0
-        files = [one.source for one in inputs if isinstance(one.source, SourceFile)]
-        known = len(files) == len(inputs) and all(file.is_plain for file in files)
-        self._bytes = sum(file.path.stat().st_size for file in files) if known else 0
-        self._maker = BatchMaker(dataset, inputs, encoder)
-
-    def rows_expected(self) -> int | None:
-        """Estimate the number of rows from the bytes read so far; None for compressed files."""
-        if not self._bytes or not self._bytes_seen:
-            return None
-        share = min(1.0, self._bytes_seen / self._bytes)
-        return max(self._rows_seen, round(self._rows_seen / share))
-
-    def run(self) -> Iterator[int]:
-        """Make all rows; yield the number of rows read after each batch.
-
-        Raises:
-            HostError: A child process ended.
-        """
+    sources = [one.source for one in maker.inputs]
+    plain = [one for one in sources if isinstance(one, SourceFile) and one.is_plain]
+    size = sum(one.path.stat().st_size for one in plain)
+    began = told = time.monotonic()
+    process, counts = psutil.Process(), report.counts
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_stream(file, SCHEMA) as writer,
+        progress_bar(unit=" rows", desc="prepare", mininterval=0.5) as bar,
+        closing(_made_batches(maker, _raw_batches(maker.inputs))) as batches,  # ends the children
+    ):
         try:
-            with closing(self._made_batches()) as batches:  # ends the children, whatever happens
-                for made in batches:
-                    yield self._take(made)
+            for made in batches:
+                report.take(made)
+                if made.records is not None:
+                    writer.write_batch(made.records)
+                now, done = time.monotonic(), counts["rows_read"]
+                if len(plain) == len(sources) and counts["bytes_read"]:  # else nobody knows
+                    bar.total = round(done * max(1.0, size / counts["bytes_read"]))
+                bar.update(done - bar.n)
+                if run is not None and now - told > 1:
+                    told, rate = now, round(counts["tokens"] / (now - began))
+                    resident = process.memory_info().rss
+                    bar.set_postfix(tok_per_s=rate, gib=f"{resident / GIB:.2f}")
+                    run.report_progress(
+                        done=done, total=bar.total, tok_per_s=rate, resident_bytes=resident
+                    )
         except BrokenProcessPool:
             raise HostError(
-                f"a process that prepared data ended after row {self.report.rows_read},"
+                f"a process that prepared data ended after row {counts['rows_read']},"
                 " nearly always for memory",
                 fix="close other programs, and run the command again",
             ) from None
-
-    def _made_batches(self) -> Generator[MadeBatch, None, None]:
-        global _maker
-        raws = self._raw_batches()
-        for raw in islice(raws, BATCHES_HERE):
-            yield self._maker.make(*raw)
-        following = list(islice(raws, 1))
-        if not following or num_processes() < 2:
-            for raw in chain(following, raws):
-                yield self._maker.make(*raw)
-            return
-        _maker = self._maker
-        gc.freeze()  # a collection in a child would copy pages that it only reads
-        waiting: deque[Future[MadeBatch]] = deque()
-        context = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(num_processes(), mp_context=context, initializer=_begin_child)
-        try:
-            for raw in chain(following, raws):
-                waiting.append(pool.submit(_make, raw))
-                if len(waiting) > AHEAD * num_processes():
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            _maker = None
-            gc.unfreeze()
-
-    def _raw_batches(self) -> Iterator[RawBatch]:
-        """Yield rows in batches, each of one input."""
-        for file, one in enumerate(self.inputs):
-            raws: list[RawRow] = []
-            size = 0
-            for raw in one.raw_rows():
-                raws.append(raw)
-                size += raw[2]
-                self._rows_seen += 1
-                self._bytes_seen += raw[2]
-                if len(raws) >= ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
-                    yield file, raws
-                    raws, size = [], 0
-            if raws:
-                yield file, raws
-
-    def _take(self, made: MadeBatch) -> int:
-        """Put a batch into the report and on disk."""
-        for weight, problem, tokens in made.problems:
-            self.report.take(weight, problem, tokens)
-        if made.records is not None:
-            self.writer.write(made.records)
-        self.sketches += made.sketches
-        self.counts.update(made.counts)
-        self.unused.update(made.unused)
-        self.report.rows_read += made.num_rows
-        return self.report.rows_read
+        bar.total = counts["rows_read"]
+        bar.refresh()
+    return time.monotonic() - began

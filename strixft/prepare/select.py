@@ -13,17 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from strixft.data.duplicates import (
-    Split,
-    first_of_each,
-    leaks,
-    near_duplicates,
-    split_rows,
-)
-from strixft.data.load import Input, Problem
-from strixft.data.pack import pack
-from strixft.data.row_report import KEPT, LEFT_OUT, RowReport
-from strixft.data.rows import read_counts
+from strixft.data.batches import pack
+from strixft.data.duplicates import Split, first_of_each, leaks, near_duplicates, split_rows
+from strixft.data.encode import read_counts
+from strixft.data.load import Input
+from strixft.data.row_report import KEPT, LEFT_OUT, Problem, RowReport
 from strixft.recipe.schema import Recipe
 
 BINS = 40
@@ -31,87 +25,52 @@ BINS = 40
 
 
 class Selection:
-    """The rows on disk that are used, and how.
-
-    Args:
-        recipe: Its `dataset` says what to leave out.
-        inputs: Sources of the rows.
-        report: Gets every duplicate and leak.
-        path: The row file.
-        sketches: Of all chats, where near duplicates are asked for.
-    """
+    """The rows on disk that are used, and how."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        inputs: Sequence[Input],
-        report: RowReport,
-        path: Path,
-        sketches: bytes | bytearray = b"",
+        self, recipe: Recipe, inputs: Sequence[Input], report: RowReport, path: Path
     ) -> None:
         self._dataset, self._inputs, self._report = recipe.dataset, inputs, report
-        self.columns = read_counts(path)
+        self.columns = columns = read_counts(path)
         """Numbers of each row, each column (N,)."""
-        self._kept = np.ones(len(self.columns["row"]), dtype=np.bool_)  # (N,)
-        self.rows_duplicate = self._leave_out(
-            first_of_each(self.columns["content"]),
-            "duplicate",
-            "says the same as",
-            drop=self._dataset.duplicates == "drop",
-        )
+        self._kept = np.ones(len(columns["row"]), dtype=np.bool_)  # (N,)
+        first, drop = first_of_each(columns["content"]), recipe.dataset.duplicates == "drop"
+        self.rows_duplicate = self._leave_out(first, "duplicate", "says the same as", drop=drop)
         self.rows_near = 0
-        if sketches:
-            near = near_duplicates(sketches)
-            chat = self.columns["chat"]  # in ascending order
-            first_row = np.searchsorted(chat, np.arange(len(near)))
-            self.rows_near = self._leave_out(
-                first_row[near[chat]],
-                "near_duplicate",
-                "says nearly the same as",
-                drop=self._dataset.near_duplicates == "drop",
-            )
+        if report.sketches:
+            near, chat = near_duplicates(report.sketches), columns["chat"]  # in ascending order
+            first = np.searchsorted(chat, np.arange(len(near)))[near[chat]]
+            drop = recipe.dataset.near_duplicates == "drop"
+            told = "says nearly the same as"
+            self.rows_near = self._leave_out(first, "near_duplicate", told, drop=drop)
         self.split = self._split()
-        max_length = self._dataset.max_length
-        self.packing = pack(self.lengths, max_length, recipe.train.seed)
-        self.num_leaks = self._note_leaks()
-
-    @property
-    def lengths(self) -> npt.NDArray[Any]:
+        self.lengths: npt.NDArray[Any] = columns["length"][self.split.train]
         """Tokens of each training row."""
-        lengths: npt.NDArray[Any] = self.columns["length"][self.split.train]
-        return lengths
+        self.packing = pack(self.lengths, recipe.dataset.max_length, recipe.train.seed)
+        found = leaks(columns["question"], self.split.train, self.split.validation)
+        for row, other in found:
+            self._note(row, "leak", "is held out, and asks what", other, " asks in training")
+        self.num_leaks = len(found)
 
-    def _name(self, row: int, *, beside: int) -> str:
-        """Name a row for the problem of another one; without the file if both are in the same."""
-        file = self.columns["file"][row]
-        same = self.columns["file"][beside] == file
-        name = "" if same else f"{self._inputs[file].name.rpartition('/')[2]}, "
-        return f"{name}row {self.columns['row'][row]}"
-
-    def _note(self, row: int, kind: str, text: str, action: str) -> None:
-        name = self._inputs[self.columns["file"][row]].name
-        self._report.note(Problem(name, int(self.columns["row"][row]), kind, text, action))
+    def _note(
+        self, row: int, kind: str, words: str, other: int, more: str = "", *, action: str = KEPT
+    ) -> None:
+        """Note a row and the one that it repeats, whose file is named where it is another one."""
+        files, rows = self.columns["file"], self.columns["row"]
+        name, others = (self._inputs[files[index]].name for index in (row, other))
+        beside = "" if files[row] == files[other] else f"{others.rpartition('/')[2]}, "
+        text = f"{words} {beside}row {rows[other]}{more}"
+        self._report.note(Problem(name, int(rows[row]), kind, text, action))
 
     def _leave_out(self, first: npt.NDArray[np.int64], kind: str, words: str, *, drop: bool) -> int:
-        """Note chats that repeat an earlier one, and leave them out where `drop` says so.
-
-        Args:
-            first: For each row the first row that says the same, (N,).
-            kind: Of the problem.
-            words: Between the two rows.
-            drop: Leave the later rows out.
-        """
+        """Note chats that repeat an earlier one, and leave them out where `drop` says so."""
         chat = self.columns["chat"]
         later = np.flatnonzero((chat[first] != chat) & self._kept & self._kept[first])
-        noted: set[int] = set()  # a chat may have several rows
-        for row in later.tolist():
-            if int(chat[row]) not in noted:
-                noted.add(int(chat[row]))
-                text = f"{words} {self._name(int(first[row]), beside=row)}"
-                self._note(row, kind, text, LEFT_OUT if drop else KEPT)
-        if drop:
-            self._kept[later] = False
-        return len(noted)
+        _, places = np.unique(chat[later], return_index=True)  # a chat may have several rows
+        for row in later[places].tolist():
+            self._note(row, kind, words, int(first[row]), action=LEFT_OUT if drop else KEPT)
+        self._kept[later] &= not drop
+        return len(places)
 
     def _split(self) -> Split:
         file = self.columns["file"]
@@ -122,14 +81,6 @@ class Selection:
         split = split_rows(self.columns["group"], divided, weights, fraction)
         added = np.flatnonzero(self._kept & train_only)
         return Split(np.concatenate([split.train, added]), split.validation)
-
-    def _note_leaks(self) -> int:
-        """Note and count validation rows that ask what a training row asks."""
-        found = leaks(self.columns["question"], self.split.train, self.split.validation)
-        for row, other in found:
-            text = f"is held out, and asks what {self._name(other, beside=row)} asks in training"
-            self._note(row, "leak", text, KEPT)
-        return len(found)
 
     def save(self, path: Path) -> None:
         """Write the indices to a file."""
@@ -146,7 +97,11 @@ class Selection:
         """Return the numbers for the stage's result."""
         lengths, trained = self.lengths, self.columns["num_trained"][self.split.train]
         max_length, tokens = self._dataset.max_length, int(lengths.sum(dtype=np.int64))
+        # the histogram goes a little beyond the cut; its last bin has the rows that are longer
         long = np.frombuffer(self._report.long_lengths, dtype=np.int64)
+        longest = int(max(lengths.max(initial=1), long.max(initial=1)))
+        edges = np.linspace(0, min(longest, 4 * max_length), BINS + 1)
+        bins = [np.histogram(np.minimum(of, edges[-1]), edges)[0] for of in (lengths, long)]
         return {
             "rows_train": len(lengths),
             "rows_validation": len(self.split.validation),
@@ -157,27 +112,16 @@ class Selection:
             "trained_tokens": int(trained.sum(dtype=np.int64)),
             "longest_tokens": int(lengths.max(initial=0)),
             "most_trained_tokens": int(trained.max(initial=0)),
-            "lengths": _histogram(lengths, long, max_length),
+            "lengths": {
+                "edges": [round(float(edge), 1) for edge in edges],
+                "rows": bins[0].tolist(),
+                "too_long": bins[1].tolist(),
+            },
             "packing": {
                 "rows": len(self.packing),
                 "max_length": max_length,
                 "fill": round(self.packing.fill(lengths), 4),
                 "fill_without": round(tokens / max(1, len(lengths) * max_length), 4),
+                "asked": self._dataset.packing,
             },
         }
-
-
-def _histogram(
-    lengths: npt.NDArray[Any], long_lengths: npt.NDArray[Any], max_length: int
-) -> dict[str, Any]:
-    """Count rows by their tokens, up to a little beyond the cut or the longest row."""
-    longest = int(max(lengths.max(initial=1), long_lengths.max(initial=1)))
-    edges = np.linspace(0, min(longest, 4 * max_length), BINS + 1)
-    # the last bin also has the rows that are longer still
-    kept, _ = np.histogram(np.minimum(lengths, edges[-1]), edges)
-    long, _ = np.histogram(np.minimum(long_lengths, edges[-1]), edges)
-    return {
-        "edges": [round(float(edge), 1) for edge in edges],
-        "rows": kept.tolist(),
-        "too_long": long.tolist(),
-    }

@@ -20,14 +20,10 @@ BOX_STYLE = (
 
 
 def page(figures: Mapping[str, Any]) -> str:
-    """Return the counts, warnings, problems, lengths and examples as HTML.
-
-    Args:
-        figures: Of the stage's `result.json`; older ones have fewer of them.
-    """
+    """Return the counts, warnings, problems, lengths and examples as HTML."""
     augmented = _augmented(figures["augment"]) if "augment" in figures else ""
     warnings = "".join(map(html.warning, figures["notes"]))
-    problems = _problems(figures["problems"]) if figures["problems"] else ""
+    problems = _kinds(figures["problems"], "rows to look at")
     return (
         _counts(figures) + augmented + warnings + problems + lengths(figures) + _examples(figures)
     )
@@ -79,25 +75,16 @@ def _augmented(figures: Mapping[str, Any]) -> str:
         "of these usable": format_number(figures["rows_kept"]),
         "of these trained": format_number(figures["rows_trained"]),
     }
-    refused = [
-        [f"{kind.replace('_', ' ')}: {format_number(found['rows'])}", found["first"]]
-        for kind, found in figures["refused"].items()
-    ]
     markup = "".join(map(html.warning, figures["warnings"])) + html.mapping(counts)
-    return markup + (html.table(refused, ["not used", "the first of them"]) if refused else "")
+    return markup + _kinds(figures["refused"], "not used")
 
 
-def _problems(kinds: Mapping[str, Any]) -> str:
-    return html.table(
-        (
-            [
-                f"{kind.replace('_', ' ')}: {format_number(found['rows'])}, {found['action']}",
-                found["first"],
-            ]
-            for kind, found in kinds.items()
-        ),
-        ["rows to look at", "the first of them"],
-    )
+def _kinds(kinds: Mapping[str, Any], header: str) -> str:
+    rows = []
+    for kind, found in kinds.items():
+        about = f"{kind.replace('_', ' ')}: {format_number(found['rows'])}"
+        rows.append([", ".join(filter(None, [about, found.get("action")])), found["first"]])
+    return html.table(rows, [header, "the first of them"]) if rows else ""
 
 
 def lengths(figures: Mapping[str, Any]) -> str:

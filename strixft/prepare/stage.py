@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import psutil
 import pyarrow.compute as pc
+from datasets import Dataset as RowsOnDisk
 
-from strixft.data.encode import Encoder
+from strixft.data.batches import PackedRows, Packing
+from strixft.data.encode import Encoder, TokenRows
 from strixft.data.ends import Ends, eos_of_files, find_ends
 from strixft.data.load import HubSet, Input, open_inputs
-from strixft.data.pack import PackedRows, Packing, origins
 from strixft.data.row_report import RowReport, example, spread
-from strixft.data.rows import RowWriter, TokenRows
-from strixft.data.template import written_ends
 from strixft.data.words import Words, WordsDifferError
 from strixft.formats.sources import fingerprint, ignored_files
 from strixft.model.load import load_config, load_tokenizer
 from strixft.prepare import show
 from strixft.prepare.augment import FILE, AugmentedRows, augment_rows
-from strixft.prepare.build import Build
+from strixft.prepare.build import BatchMaker, build_rows
 from strixft.prepare.select import Selection
 from strixft.recipe.schema import Dataset, Recipe
 from strixft.run.folder import Result, Run
 from strixft.support.disk import cache_folder
 from strixft.support.errors import DataError, RecipeError
 from strixft.support.files import digest
-from strixft.support.progress import progress_bar
 
 ROWS_FILE = "rows.arrow"
 
@@ -70,9 +66,10 @@ class Prepared(Result):
                 f"{', '.join(dataset.sources())} holds preferences ({self.figures['format']}),"
                 " and this training learns from answers",
                 fix=f"--set dataset.format={form} --run-dir …   trains the preferred answers",
+                settings={"dataset.format": form},
             )
-        order = self._order()
-        return TokenRows.load(self.folder / ROWS_FILE, order["train"], order["validation"])
+        rows, order = RowsOnDisk.from_file(str(self.folder / ROWS_FILE)), self._order()
+        return TokenRows(rows.select(order["train"]), rows.select(order["validation"]))
 
     def packed_rows(self, dataset: Dataset) -> PackedRows:
         """Open the training rows packed; `strixft.data.batches.collate` makes batches of them.
@@ -81,32 +78,25 @@ class Prepared(Result):
             DataError: They are preference data.
         """
         order = self._order()
-        rows = self.token_rows(dataset).train
         packing = Packing(order["packed_rows"], order["packed_starts"], int(order["max_length"]))
-        return PackedRows(rows, packing)
+        return PackedRows(self.token_rows(dataset).train, packing)
 
     def ends(self, tokenizer: Any) -> Ends:
-        """Return the ends of the model's answers; find them again for a run of an older version.
-
-        Args:
-            tokenizer: The model's.
-        """
-        found = self.figures.get("answer_ends")
-        if found is not None:
-            return Ends.of(found)
-        return find_ends(tokenizer, written_ends(tokenizer), eos_of_files(tokenizer, offline=True))
+        """Return the ends of the model's answers; find them again for a run of an older version."""
+        if (found := self.figures.get("answer_ends")) is not None:
+            return Ends(tuple(found["token_ids"]), tuple(found["texts"]))
+        return find_ends(tokenizer, eos_of_files(tokenizer, offline=True))
 
     def names_of(self, rows: Any, numbers: Iterable[int]) -> list[str]:
-        """Name rows by file and number, as a person finds them.
-
-        Args:
-            rows: Token rows, packed or not.
-            numbers: Indices of some of them.
-        """
+        """Name rows by file and number, as a person finds them."""
         files = [] if self.inputs["hub"] else self.inputs["files"]
-        by_file: dict[int, list[str]] = {}
-        for file, row in dict.fromkeys(one for number in numbers for one in origins(rows, number)):
-            by_file.setdefault(file, []).append(str(row))
+        by_file: dict[int, dict[str, None]] = {}
+        for number in numbers:
+            found = (
+                rows.origins(number) if isinstance(rows, PackedRows) else rows[[number % len(rows)]]
+            )
+            for file, row in zip(found["file"], found["row"], strict=True):
+                by_file.setdefault(file, {})[str(row)] = None
         return [
             f"{files[file]['path'] if files else f'source {file + 1}'}, row {', '.join(listed)}"
             for file, listed in by_file.items()
@@ -162,95 +152,63 @@ def prepare_data(
     eos = eos_of_files(tokenizer, offline=recipe.offline)
     loss_on = LOSS_ON.get(kind, dataset.loss_on)
     encoder = Encoder(tokenizer, loss_on, dataset.max_length, words, eos)
-    build, selection, seconds = _build_rows(recipe, inputs, folder, encoder, run)
+    report, selection, seconds = _build_rows(recipe, inputs, folder, encoder, run)
     augmented: dict[str, Any] = {}
     (folder / FILE).unlink(missing_ok=True)  # of a run that was killed
     if dataset.augment is not None and dataset.augment.enabled:
         more, augmented = augment_rows(recipe, inputs, selection, folder, cache_folder(), run)
         before, inputs = len(inputs), [*inputs, *more]
         if more:
-            build, selection, seconds = _build_rows(recipe, inputs, folder, build.encoder, run)
+            report, selection, seconds = _build_rows(recipe, inputs, folder, encoder, run)
         files = selection.columns["file"][selection.split.train]
         augmented["rows_trained"] = int(np.count_nonzero(files >= before))
     selection.save(folder / ORDER_FILE)
-    figures = _figures(recipe, kind, build, selection, seconds)
-    figures["notes"] = _notes(figures, build)
+    counts, ends = report.counts, find_ends(tokenizer, eos, chats=kind != "text")
+    figures: dict[str, Any] = {
+        "format": ", ".join(dict.fromkeys(one.form.name for one in inputs)),
+        "kind": kind,
+        "loss_on": loss_on,
+        **{
+            f"rows_{name}": counts[f"rows_{name}"]
+            for name in ("read", "bad", "too_long", "left_out")
+        },
+        "keys_unused": dict(report.unused.most_common()),
+        "tokens_read": counts["tokens"] + sum(report.long_lengths),
+        **selection.figures(),
+        "answer_ends": {"token_ids": list(ends.token_ids), "texts": list(ends.texts)},
+        "mask_checked": {"rows": counts["mask_checked"], "equal": counts["mask_equal"]},
+        "rows_per_s": round(counts["rows_read"] / seconds, 1),
+        "tok_per_s": round(counts["tokens"] / seconds, 1),
+        "problems": report.kinds,
+    }
+    figures["notes"] = _notes(figures, report, encoder)
     figures |= {"augment": augmented} if augmented else {}
-    rows = TokenRows.load(folder / ROWS_FILE, selection.split.train, selection.split.validation)
-    shown = [rows.train[index] for index in spread(selection.lengths)]
+    rows = RowsOnDisk.from_file(str(folder / ROWS_FILE)).select(selection.split.train)
+    shown = [rows[index] for index in spread(selection.lengths)]
     figures["examples"] = [example(row, tokenizer, inputs[row["file"]].name) for row in shown]
     return _inputs(recipe, inputs, folder, tokenizer), figures
 
 
 def _build_rows(
     recipe: Recipe, inputs: Sequence[Input], folder: Path, encoder: Encoder, run: Run | None
-) -> tuple[Build, Selection, float]:
+) -> tuple[RowReport, Selection, float]:
     """Write the row file and select from it; with the seconds that the rows took."""
+    path = folder / ROWS_FILE
     try:
         with RowReport(folder / PROBLEMS_FILE, recipe.dataset) as report:
-            with RowWriter(folder / ROWS_FILE) as writer:
-                build = Build(recipe.dataset, inputs, encoder, report, writer)
-                seconds = _run(build, run)
-            report.check(writer.num_rows, inputs)
-            selection = Selection(recipe, inputs, report, folder / ROWS_FILE, build.sketches)
-            return build, selection, seconds
+            maker = BatchMaker(recipe.dataset, inputs, encoder)
+            seconds = build_rows(maker, report, path, run)
+            report.check(inputs)
+            return report, Selection(recipe, inputs, report, path), seconds
     except WordsDifferError:  # so ask the tokenizer for whole texts, from the start
-        words, length = encoder.words.distrusted(), recipe.dataset.max_length
-        encoder = Encoder(encoder.tokenizer, encoder.loss_on, length, words, encoder.eos)
+        encoder.words.usable = False
         return _build_rows(recipe, inputs, folder, encoder, run)
 
 
-def _run(build: Build, run: Run | None) -> float:
-    """Run with a progress bar; return the seconds it took."""
-    began = told = time.monotonic()
-    process = psutil.Process()
-    with progress_bar(unit=" rows", desc="prepare", mininterval=0.5) as bar:
-        for count in build.run():
-            now = time.monotonic()
-            bar.total = build.rows_expected()
-            bar.update(count - bar.n)
-            if run is not None and now - told > 1:
-                told, rate = now, round(build.counts["tokens"] / (now - began))
-                resident = process.memory_info().rss
-                bar.set_postfix(tok_per_s=rate, gib=f"{resident / 2**30:.2f}")
-                run.report_progress(
-                    done=count, total=bar.total, tok_per_s=rate, resident_bytes=resident
-                )
-        bar.total = build.report.rows_read
-        bar.refresh()
-    return time.monotonic() - began
-
-
-def _figures(
-    recipe: Recipe, kind: str, build: Build, selection: Selection, seconds: float
-) -> dict[str, Any]:
-    report, encoder, counts = build.report, build.encoder, build.counts
-    written = [] if kind == "text" else written_ends(encoder.tokenizer)
-    figures: dict[str, Any] = {
-        "format": ", ".join(dict.fromkeys(one.form.name for one in build.inputs)),
-        "kind": kind,
-        "loss_on": encoder.loss_on,
-        "rows_read": report.rows_read,
-        "rows_bad": report.rows_bad,
-        "rows_too_long": report.rows_too_long,
-        "rows_left_out": report.rows_left_out,
-        "keys_unused": dict(build.unused.most_common()),
-        "tokens_read": counts["tokens"] + sum(report.long_lengths),
-        **selection.figures(),
-        "answer_ends": find_ends(encoder.tokenizer, written, encoder.eos).to_dict(),
-        "mask_checked": {"rows": counts["mask_checked"], "equal": counts["mask_equal"]},
-        "rows_per_s": round(report.rows_read / seconds, 1),
-        "tok_per_s": round(counts["tokens"] / seconds, 1),
-        "problems": report.kinds,
-    }
-    figures["packing"]["asked"] = recipe.dataset.packing
-    return figures
-
-
-def _notes(figures: dict[str, Any], build: Build) -> list[str]:
+def _notes(figures: dict[str, Any], report: RowReport, encoder: Encoder) -> list[str]:
     """Tell the facts to know before training."""
-    kind, checked, encoder = figures["kind"], figures["mask_checked"], build.encoder
-    template = None if kind == "text" else encoder.masker.template
+    kind, checked, counts = figures["kind"], figures["mask_checked"], report.counts
+    template = None if kind == "text" else encoder.masker().template
     notes: list[tuple[object, str]] = [
         (
             checked["equal"] < checked["rows"],
@@ -263,7 +221,7 @@ def _notes(figures: dict[str, Any], build: Build) -> list[str]:
             f" {encoder.tokenizer.eos_token!r} is put after the last answer of each chat.",
         ),
         (
-            template is not None and build.counts["tools_as_text"],
+            template is not None and counts["tools_as_text"],
             "The chat template has no place for tools: functions stand in the system message, and"
             " calls and results in the turns, as <tool_call> and <tool_response>.",
         ),
@@ -279,7 +237,7 @@ def _notes(figures: dict[str, Any], build: Build) -> list[str]:
             " --set dataset.group_by=question",
         ),
         (
-            divided := build.counts["chats_divided"],
+            divided := counts["chats_divided"],
             f"{divided} chats became several rows each: the chat template leaves out the reasoning"
             " of answers, and each of them is trained whole, in its own row.",
         ),

@@ -16,8 +16,14 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from strixft.data.batches import Batch, PackedShape, collate, on_device
-from strixft.data.pack import rows_of_epochs, training_order
+from strixft.data.batches import (
+    Batch,
+    PackedShape,
+    collate,
+    on_device,
+    rows_of_epochs,
+    training_order,
+)
 from strixft.guard.advice import finite_again, less_memory, loss_spikes
 from strixft.guard.cap import cap
 from strixft.guard.host import training_host

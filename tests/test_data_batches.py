@@ -17,8 +17,7 @@ from strixft.attention.backends import BACKENDS, cannot
 from strixft.attention.interface import use_backend
 from strixft.attention.masks import dense_mask, documents_of, packed_rows
 from strixft.bench import data
-from strixft.data.batches import Batch, PackedShape, collate
-from strixft.data.pack import PackedRows, length_groups, pack
+from strixft.data.batches import Batch, PackedRows, PackedShape, collate, length_groups, pack
 from strixft.model.architecture import architecture_of
 
 
