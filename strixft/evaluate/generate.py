@@ -85,12 +85,7 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Ten
 
 
 def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise a prompt as the first message of a chat, or as plain text without a template.
-
-    Args:
-        tokenizer: The model's.
-        text: The user's words.
-    """
+    """Tokenise a prompt as the first message of a chat, or as plain text without a template."""
     if not tokenizer.chat_template:
         plain: list[int] = tokenizer(text)["input_ids"]
         return plain

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import datasets
-
+from strixft.data.load import hub_offline
 from strixft.evaluate.metrics import paired_change
 from strixft.evaluate.variants import VARIANTS
 from strixft.model.adapter import base_of
 from strixft.model.config import first_lines
-from strixft.recipe.schema import Evaluate, Recipe
+from strixft.recipe.schema import Recipe
 from strixft.support.errors import HostError, RecipeError
 from strixft.support.tables import did_you_mean
 
@@ -26,32 +24,6 @@ TaskScores = dict[tuple[str, str], dict[int, float]]
 """Task and metric → number of the row → its score."""
 
 
-@contextlib.contextmanager
-def _offline(offline: bool) -> Iterator[None]:
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or offline
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
-def _manager(asked: Evaluate) -> Any:
-    """Build the task manager from the recipe's folder, or from all tasks, which takes seconds."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise HostError(
-            "evaluate.tasks needs lm-eval, which is not installed",
-            fix="pip install 'strixft[eval]'",
-        ) from error
-    if asked.task_folder:
-        own = TaskManager(include_path=asked.task_folder, include_defaults=False)
-        if own.all_tasks and set(asked.tasks) <= set(own.all_tasks):
-            return own
-    return TaskManager(include_path=asked.task_folder)
-
-
 def check_tasks(recipe: Recipe) -> Any:
     """Return a manager of the recipe's tasks; None if it names none. Nothing is downloaded.
 
@@ -62,7 +34,17 @@ def check_tasks(recipe: Recipe) -> Any:
     asked = recipe.evaluate
     if not asked.tasks:
         return None
-    manager = _manager(asked)
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise HostError(
+            "evaluate.tasks needs lm-eval, which is not installed",
+            fix="pip install 'strixft[eval]'",
+        ) from error
+    folder = asked.task_folder
+    manager = TaskManager(include_path=folder, include_defaults=False) if folder else None
+    if manager is None or not set(asked.tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folder)  # all tasks, which takes seconds
     for name in asked.tasks:
         if name not in manager.all_tasks:
             near = did_you_mean(name, manager.all_tasks)
@@ -84,7 +66,7 @@ def load_tasks(recipe: Recipe) -> Any:
     manager = check_tasks(recipe)
     for name in recipe.evaluate.tasks:
         try:
-            with _offline(recipe.offline):
+            with hub_offline(recipe.offline):
                 found = manager.load([name])["tasks"]
         except Exception as error:  # a task's own code may raise anything
             raise RecipeError(
@@ -100,12 +82,7 @@ def load_tasks(recipe: Recipe) -> Any:
 
 
 def rows_at_once(plan: Mapping[str, Any], vocabulary: int) -> int:
-    """Return the rows of a batch whose logits fit beside the weights into the plan's budget.
-
-    Args:
-        plan: The plan's figures.
-        vocabulary: Number of tokens that the model knows.
-    """
+    """Return the rows of a batch whose logits fit beside the weights into the plan's budget."""
     left = plan["host"]["budget_bytes"] - plan["phases"]["evaluate"]["device_bytes"]
     fit: int = left // (LOGIT_BYTES * vocabulary * LONGEST)
     return max(1, min(int(plan["choice"]["evaluated_rows"]), fit))
@@ -114,15 +91,7 @@ def rows_at_once(plan: Mapping[str, Any], vocabulary: int) -> int:
 def run_tasks(
     manager: Any, recipe: Recipe, model: Any, tokenizer: Any, rows_at_once: int
 ) -> TaskScores:
-    """Run the recipe's tasks on one model.
-
-    Args:
-        manager: Made by `load_tasks`.
-        recipe: Names the tasks, and the number of rows of each.
-        model: In evaluation mode.
-        tokenizer: Its tokenizer.
-        rows_at_once: Rows of a batch.
-    """
+    """Run the recipe's tasks on one model."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -131,7 +100,7 @@ def run_tasks(
     wrapped = HFLM(
         pretrained=base, tokenizer=tokenizer, batch_size=rows_at_once, max_length=longest
     )
-    with _offline(recipe.offline):
+    with hub_offline(recipe.offline):
         found = lm_eval.simple_evaluate(
             wrapped,
             tasks=list(recipe.evaluate.tasks),
@@ -151,18 +120,13 @@ def run_tasks(
 
 
 def compare_tasks(by_variant: Mapping[str, TaskScores], seed: int) -> list[dict[str, Any]]:
-    """Return rows of `task`, `metric`, `rows`, `base`, `tuned`, `change`.
-
-    Args:
-        by_variant: Variant → scores of `run_tasks`.
-        seed: Seed of the interval's draws.
-    """
+    """Return rows of `task`, `metric`, `rows`, `base`, `tuned`, `change`."""
     rows = []
     for (task, metric), base in by_variant["base"].items():
         numbers = sorted(base.keys() & by_variant["tuned"][task, metric].keys())
         values = {v: [by_variant[v][task, metric][n] for n in numbers] for v in VARIANTS}
         means = {v: sum(scores) / len(scores) for v, scores in values.items()}
         change = paired_change(values["base"], values["tuned"], seed=seed)
-        row = {"task": task, "metric": metric, "rows": len(numbers), **means, "change": change}
-        rows.append(row)
+        about = {"task": task, "metric": metric, "rows": len(numbers)}
+        rows.append({**about, **means, "change": change})
     return rows

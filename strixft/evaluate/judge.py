@@ -58,13 +58,7 @@ SHOWN_ROWS = 8
 
 
 def messages_for(rubric: str, row: Mapping[str, Any], order: Sequence[str]) -> list[Message]:
-    """Build the request to the judge about a row.
-
-    Args:
-        rubric: The recipe's rule for the better answer.
-        row: `request`, `reference`, and the answers `base` and `tuned`.
-        order: Variants shown as A and as B.
-    """
+    """Build the request to the judge about a row."""
     a, b = (row[variant] for variant in order)
     shown = SHOW.format(request=row["request"], reference=row["reference"], a=a, b=b)
     return [
@@ -144,10 +138,10 @@ def sum_up(rows: Sequence[dict[str, Any]], rows_same: int, seed: int) -> dict[st
     }
     if scores:
         change = paired_change([0.0] * len(scores), scores, seed=seed)
-        clear = change["low"] > SCORES[TIE] or change["high"] < SCORES[TIE]
-        names = {"share": "change", "low": "low", "high": "high"}
-        found["tuned_preferred"] = {ours: change[theirs] for ours, theirs in names.items()}
-        found["tuned_preferred"]["clear"] = clear
+        low, high = change["low"], change["high"]
+        clear = low > SCORES[TIE] or high < SCORES[TIE]
+        share = {"share": change["change"], "low": low, "high": high, "clear": clear}
+        found["tuned_preferred"] = share
     return found
 
 
@@ -193,12 +187,7 @@ def judge_answers(
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdicts, for notebook and report.
-
-    Args:
-        figures: Made by `judge_answers`.
-        answers: The rows that were judged.
-    """
+    """The verdicts, for notebook and report."""
 
     figures: dict[str, Any]
     answers: Sequence[Mapping[str, Any]]
@@ -225,18 +214,6 @@ class Judged:
             rows.append(["the first answer is preferred", f"{found['first_preferred']:.0%}"])
         return [*rows, ["time", format_seconds(found["seconds"])]]
 
-    def _shown(self) -> list[list[object]]:
-        pairs = [row for row in self.figures["rows"] if "verdicts" in row]
-        return [
-            [
-                row["row"],
-                *(self.answers[row["index"]][name] for name in ("request", "base", "tuned")),
-                outcome_of(row["verdicts"]),
-                row["verdicts"][0]["reason"],
-            ]
-            for row in pairs[:SHOWN_ROWS]
-        ]
-
     def _repr_html_(self) -> str:
         found = self.figures
         markup = "".join(map(html.warning, found["warnings"]))
@@ -244,5 +221,16 @@ class Judged:
             done = f"{found['rows_judged']} of {found['rows_asked']} rows were judged"
             markup += html.warning(f"The judge ended early, {done}: {found['problem']}")
         markup += html.table(self.rows())
-        header = ["row", "request", "base", "tuned", "better", "the judge's reason"]
-        return markup + (html.table(self._shown(), header) if found["rows_judged"] else "")
+        pairs = [row for row in found["rows"] if "verdicts" in row][:SHOWN_ROWS]
+        texts = ["request", "base", "tuned"]
+        shown = [
+            [
+                row["row"],
+                *(self.answers[row["index"]][name] for name in texts),
+                outcome_of(row["verdicts"]),
+                row["verdicts"][0]["reason"],
+            ]
+            for row in pairs
+        ]
+        header = ["row", *texts, "better", "the judge's reason"]
+        return markup + (html.table(shown, header) if shown else "")

@@ -20,8 +20,6 @@ from strixft.data.batches import collate, on_device
 from strixft.step.update import token_losses
 from strixft.support.progress import progress_bar
 
-GENERAL_TEXTS = "general.jsonl"
-
 LONGEST = 32
 """Tokens read of a general text: enough to tell what was forgotten, and little work."""
 
@@ -76,16 +74,12 @@ def groups_of(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
 
 def general_texts() -> list[dict[str, str]]:
     """Return the general texts: `kind`, `text`."""
-    file = resources.files(__package__).joinpath(GENERAL_TEXTS)
+    file = resources.files(__package__).joinpath("general.jsonl")
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def general_rows(tokenizer: Any) -> list[dict[str, Any]]:
-    """Return the general texts as token rows; all tokens but the first count in the loss.
-
-    Args:
-        tokenizer: The model's.
-    """
+    """Return the general texts as token rows; all tokens but the first count in the loss."""
     rows = []
     for text in general_texts():
         ids = tokenizer(text["text"])["input_ids"][:LONGEST]

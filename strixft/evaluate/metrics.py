@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import math
@@ -84,26 +83,16 @@ def _same_match(answer: str, reference: str, pattern: str) -> float:
     return float(ours is not None and theirs is not None and ours.group() == theirs.group())
 
 
-def _same_json(answer: str, reference: str, _: str) -> float:
-    ours = _parsed(answer)
-    return float(ours is not None and ours == _parsed(reference))
-
-
 def _chrf(answer: str, reference: str, _: str) -> float:
     from sacrebleu import sentence_chrf
 
     return float(sentence_chrf(answer, [reference]).score) / 100
 
 
-@functools.cache
-def _rouge() -> Any:
+def _rouge_l(answer: str, reference: str, _: str) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"])
-
-
-def _rouge_l(answer: str, reference: str, _: str) -> float:
-    return float(_rouge().score(reference, answer)["rougeL"].fmeasure)
+    return float(RougeScorer(["rougeL"]).score(reference, answer)["rougeL"].fmeasure)
 
 
 def _mostly(test: Callable[[str], bool]) -> Callable[[Sequence[str]], bool]:
@@ -137,7 +126,10 @@ METRICS: Table[Metric] = Table(
         because="most references are JSON",
     ),
     Metric(
-        name="json_equal", score=_same_json, suits=_are_json, because="most references are JSON"
+        name="json_equal",
+        score=lambda a, b, _: float(_parsed(a) is not None and _parsed(a) == _parsed(b)),
+        suits=_are_json,
+        because="most references are JSON",
     ),
     Metric(
         name="number",
@@ -168,10 +160,6 @@ def choose_metrics(
     asked: Literal["auto"] | Sequence[str], references: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """Return the names of the metrics to take, and the reasons of `auto` in sentences.
-
-    Args:
-        asked: The recipe's `evaluate.metrics`.
-        references: Right answers of the rows; their shapes decide.
 
     Raises:
         HostError: The recipe names one whose library is not installed.

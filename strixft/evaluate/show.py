@@ -15,11 +15,7 @@ COMPARED = [*VARIANTS, "change, 95 % interval"]
 
 
 def page(figures: Mapping[str, Any]) -> str:
-    """Return measures, general texts, tasks, prompts, answers and the worst rows as HTML.
-
-    Args:
-        figures: Of the stage's `result.json`; older ones have fewer of them.
-    """
+    """Return measures, general texts, tasks, prompts, answers and the worst rows as HTML."""
     changes, because = figures.get("changes", {}), figures.get("metrics_because")
     measures = [
         [name, *_compared(values, changes.get(name))] for name, values in figures["metrics"].items()

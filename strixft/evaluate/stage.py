@@ -51,7 +51,7 @@ SHOWN_WORST = 5
 LARGEST_LOSS = 700.0
 """Above it, a perplexity is larger than any float."""
 
-TokenRows = Sequence[Mapping[str, Any]]
+HeldOut = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,27 +79,15 @@ class EvaluationJob:
     """Figures of the plan."""
     tokenizer: Any
     ends: Ends
-    rows: TokenRows
+    rows: HeldOut
     """Held out; they are on disk and read as they are needed."""
-    answered: TokenRows
+    answered: HeldOut
     """The first of them, which are answered in full."""
-    general: TokenRows
+    general: HeldOut
     metrics: Sequence[str]
     tasks: Any
     """The task manager of lm-eval; None without tasks."""
     watch: StageWatch
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of a batch, as the plan's phases `evaluate` and `generate` assume."""
-        choice = self.plan["choice"]
-        return int(choice["evaluated_rows"] * choice["max_length"])
-
-    @property
-    def needed_bytes(self) -> int:
-        """Device memory that the plan expects."""
-        phases = self.plan["phases"]
-        return max(int(phases[name]["device_bytes"]) for name in ("evaluate", "generate"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +121,12 @@ def require_held_out(prepared: Prepared) -> None:
     """
     if prepared.figures["rows_validation"]:
         return
-    more = "--set dataset.validation_fraction=0.05 --from prepare"
+    several = prepared.figures["rows_train"] > 1
+    more = "--set dataset.validation_fraction=0.05 --from prepare" if several else "more rows"
     raise DataError(
         "no rows are held out, so there is nothing to evaluate on",
-        fix=f"{more if prepared.figures['rows_train'] > 1 else 'more rows'}, or --to train"
-        "   trains without an evaluation",
+        fix=f"{more}, or --to train   trains without an evaluation",
+        settings={"dataset.validation_fraction": 0.05} if several else {},
     )
 
 
@@ -176,7 +165,8 @@ def _evaluate(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         tasks=load_tasks(recipe),
         watch=StageWatch(run),
     )
-    capped = cap(plan.figures["host"]["budget_bytes"], job.needed_bytes)
+    phases = [plan.figures["phases"][name]["device_bytes"] for name in ("evaluate", "generate")]
+    capped = cap(plan.figures["host"]["budget_bytes"], planned := max(map(int, phases)))
     with job.watch.watching_memory() as seen:
         measured = _measure_variants(job, adapter)
     means, changes = _compare(job, measured)
@@ -188,19 +178,17 @@ def _evaluate(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         "metrics_because": because,
         "rows_loss": len(rows),
         "rows_answered": len(answered),
-        "speed": {variant: measured[variant].speed for variant in VARIANTS},
+        "speed": _both(measured, "speed"),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "planned_bytes": job.needed_bytes,
+        "planned_bytes": planned,
         "resident_bytes": psutil.Process().memory_info().rss,
         **seen,
         "cap": capped.says,
         "general": _general(job.general, measured),
-        "tasks": compare_tasks({v: measured[v].tasks for v in VARIANTS}, recipe.train.seed),
+        "tasks": compare_tasks(_both(measured, "tasks"), recipe.train.seed),
         **_worst(rows, measured),
-        "prompts": _beside(prompts, {v: measured[v].prompted for v in VARIANTS}),
-        "answers": _beside(
-            [_shown(row) for row in answered], {v: measured[v].answers for v in VARIANTS}
-        ),
+        "prompts": _beside(prompts, _both(measured, "prompted")),
+        "answers": _beside(list(map(_shown, answered)), _both(measured, "answers")),
     }
     if recipe.evaluate.judge is not None:
         release_memory()  # a judge on the same device needs the room
@@ -225,16 +213,18 @@ def _measure_variants(job: EvaluationJob, adapter: Path) -> dict[str, Measured]:
 def _measure(job: EvaluationJob, model: nn.Module) -> Measured:
     """Measure losses, answers and tasks of one variant."""
     asked, look, began = job.recipe.evaluate, job.watch.look, time.monotonic()
+    choice = job.plan["choice"]
+    room = int(choice["evaluated_rows"] * choice["max_length"])  # tokens of a batch, as planned
 
     def answers(prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-        return generate(model, job.tokenizer, job.ends, prompts, most, job.most_tokens, look=look)
+        return generate(model, job.tokenizer, job.ends, prompts, most, room, look=look)
 
     def decoded(tokens: Sequence[Sequence[int]]) -> list[str]:
         return [job.ends.text(job.tokenizer, answer).strip() for answer in tokens]
 
-    losses = row_losses(model, job.rows, job.most_tokens, look)
+    losses = row_losses(model, job.rows, room, look)
     loss_seconds = time.monotonic() - began
-    general = row_losses(model, job.general, job.most_tokens, look)
+    general = row_losses(model, job.general, room, look)
     prompts = [row["input_ids"][: row["prompt_tokens"]] for row in job.answered]
     most = max(len(row["input_ids"]) - row["prompt_tokens"] for row in job.answered)
     answer_began = time.monotonic()
@@ -255,8 +245,13 @@ def _measure(job: EvaluationJob, model: nn.Module) -> Measured:
     return Measured(losses, general, decoded(tokens), prompted, tasks, speed)
 
 
-def _trained_tokens(rows: TokenRows) -> list[float]:
+def _trained_tokens(rows: HeldOut) -> list[float]:
     return [float(sum(row["trained"])) for row in rows]
+
+
+def _both(measured: Mapping[str, Measured], name: str) -> dict[str, Any]:
+    """Return one measure of both variants."""
+    return {variant: getattr(measured[variant], name) for variant in VARIANTS}
 
 
 def _compare(
@@ -266,8 +261,8 @@ def _compare(
     references = [row["answer"] for row in job.answered]
     pattern, seed = job.recipe.evaluate.pattern, job.recipe.train.seed
     values: dict[str, tuple[dict[str, list[float]], list[float] | None]] = {
-        "loss": ({v: measured[v].losses for v in VARIANTS}, _trained_tokens(job.rows)),
-        "general_loss": ({v: measured[v].general for v in VARIANTS}, _trained_tokens(job.general)),
+        "loss": (_both(measured, "losses"), _trained_tokens(job.rows)),
+        "general_loss": (_both(measured, "general"), _trained_tokens(job.general)),
     }
     for name in job.metrics:
         scored = {v: scores(name, measured[v].answers, references, pattern) for v in VARIANTS}
@@ -285,7 +280,7 @@ def _compare(
     return {"loss": loss, "perplexity": perplexity, **means}, changes
 
 
-def _general(rows: TokenRows, measured: Mapping[str, Measured]) -> dict[str, Any]:
+def _general(rows: HeldOut, measured: Mapping[str, Measured]) -> dict[str, Any]:
     """Return the loss on general texts by kind."""
     weights, kinds = _trained_tokens(rows), np.array([row["kind"] for row in rows])
     by_kind = {}
@@ -295,13 +290,14 @@ def _general(rows: TokenRows, measured: Mapping[str, Measured]) -> dict[str, Any
     return {"texts": len(rows), "tokens": round(sum(weights)), "kinds": by_kind}
 
 
-def _worst(rows: TokenRows, measured: Mapping[str, Measured]) -> dict[str, Any]:
+def _worst(rows: HeldOut, measured: Mapping[str, Measured]) -> dict[str, Any]:
     """Return the rows whose loss rose most, with their text."""
-    pairs = zip(measured["base"].losses, measured["tuned"].losses, strict=True)
+    losses = _both(measured, "losses")
+    pairs = zip(losses["base"], losses["tuned"], strict=True)
     rises = sorted(((tuned - base, i) for i, (base, tuned) in enumerate(pairs)), reverse=True)
     worse = [index for rise, index in rises if rise > 0]
     listed = [
-        {**_shown(rows[index]), **{v: measured[v].losses[index] for v in VARIANTS}}
+        {**_shown(rows[index]), **{v: losses[v][index] for v in VARIANTS}}
         for index in worse[:SHOWN_WORST]
     ]
     return {"rows_worse": len(worse), "worst": listed}

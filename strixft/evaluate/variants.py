@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from strixft.attention.backends import AttentionBackend
 from strixft.attention.interface import use_backend
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import device_type, training_dtype, training_host
@@ -23,24 +21,8 @@ from strixft.recipe.schema import Recipe
 VARIANTS = ("base", "tuned")
 
 
-def answering_backend(config: Any) -> AttentionBackend:
-    """Return the attention backend that is correct on this device, for rows that are not packed.
-
-    Raises:
-        HostError: No backend is correct on this machine.
-    """
-    heads = architecture_of(config).heads
-    return usable(choose_attention(heads, training_host(), packing=False))[0]
-
-
 def load_variant(recipe: Recipe, adapter: Path, variant: str) -> nn.Module:
-    """Load base or tuned in evaluation mode.
-
-    Args:
-        recipe: Of the run.
-        adapter: Folder of the trained weights.
-        variant: One of `VARIANTS`.
-    """
+    """Load base or tuned in evaluation mode."""
     *_, (_, model) = load_variants(recipe, adapter, VARIANTS[: VARIANTS.index(variant) + 1])
     return model
 
@@ -52,10 +34,14 @@ def load_variants(
 
     If all weights were trained, the base is given up before the tuned model is loaded; the caller
     should give it up too.
+
+    Raises:
+        HostError: No attention backend is correct on this machine.
     """
     device, dtype = device_type(), training_dtype()
     model = load_base(recipe, device, dtype)
-    backend = answering_backend(model.config)
+    heads = architecture_of(model.config).heads
+    backend = usable(choose_attention(heads, training_host(), packing=False))[0]  # correct here
 
     def ready(model: nn.Module) -> nn.Module:
         use_backend(base_of(model), backend)
