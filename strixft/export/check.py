@@ -31,7 +31,6 @@ from strixft.model.files import shard_paths
 from strixft.model.load import load_config
 from strixft.model.stream import Shard
 from strixft.recipe.schema import Recipe
-from strixft.support.errors import StageError
 from strixft.support.private_torch import tree_leaves, tree_map
 
 ROWS = 4
@@ -262,19 +261,3 @@ def check_merged(
     seconds = round(time.monotonic() - began, 3)
     told = {"exact": exact, "offloaded": offloaded, "seconds": seconds}
     return {**found, **told, "faults": faults(found, exact=exact)}
-
-
-def require_same(found: Mapping[str, Any]) -> None:
-    """Refuse a merged model that is not the same function as the trained one.
-
-    Args:
-        found: Result of `check_merged`.
-
-    Raises:
-        StageError: It names the violated bounds.
-    """
-    if found["faults"]:
-        raise StageError(
-            f"the merged model is not the trained one: {'; '.join(found['faults'])}",
-            fix="--to gguf-lora   (the adapter alone, beside the base it was trained on)",
-        )

@@ -17,13 +17,14 @@ from strixft.catalog.exports import QUANTISATIONS
 from strixft.catalog.methods import METHODS
 from strixft.data.ends import Ends
 from strixft.export import texts
-from strixft.export.check import ROWS, check_merged, require_same
+from strixft.export.check import ROWS, check_merged
 from strixft.export.merge import copy_beside, merge
 from strixft.model.load import load_tokenizer
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Run
 from strixft.servers import gguf
 from strixft.support.disk import folder_bytes, require_room
+from strixft.support.errors import StageError
 from strixft.support.files import write_text
 
 STORED = {
@@ -102,7 +103,11 @@ def _write_merged(job: ExportJob, folder: Path, *, float32: bool = False) -> Mad
 
 
 def _merge(job: ExportJob) -> Made:
-    """Merge in the base's types, or in float32 if those round too much away."""
+    """Merge in the base's types, or in float32 if those round too much away.
+
+    Raises:
+        StageError: The merged model is not the same function as the trained one.
+    """
     temporary, method = job.folder / ".merged", METHODS[job.run.recipe.method]
     shutil.rmtree(job.merged, ignore_errors=True)
     began = time.monotonic()
@@ -110,7 +115,11 @@ def _merge(job: ExportJob) -> Made:
     if check["faults"] and not check["exact"] and method.adapter != "none":
         require_room(job.folder, folder_bytes(temporary))  # float32 takes twice that
         check, rounded = _write_merged(job, temporary, float32=True), check
-    require_same(check)
+    if check["faults"]:
+        raise StageError(
+            f"the merged model is not the trained one: {'; '.join(check['faults'])}",
+            fix="--to gguf-lora   (the adapter alone, beside the base it was trained on)",
+        )
     seconds, size = time.monotonic() - began, folder_bytes(temporary)
     temporary.rename(job.merged)
     place = {"path": str(job.merged), "bytes": size, "seconds": round(seconds, 1)}

@@ -196,11 +196,7 @@ class _Merger:
         self._quantised = quantised_parameters(config, self._storage, self._dtype)
         self.changed: set[str] = self._adapted.keys() | self._quantised
         """Names of the parameters that differ from the base's files."""
-        self._shape = shape_base(config, METHODS["lora"], torch.float32)
-
-    def groups(self, base: _Base) -> list[Group]:
-        """Return the tensors of the base's files that become the changed parameters."""
-        return groups_for(self._shape, base.entries, self.changed)
+        self.shape = shape_base(config, METHODS["lora"], torch.float32)
 
     @torch.no_grad()
     def _merged(self, name: str, weight: Tensor, *, is_packed: bool) -> Tensor:
@@ -229,14 +225,14 @@ class _Merger:
         is_packed = base.is_packed(group.names[0])
         tensors = {name: base.read(name) for name in group.names}
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        made = group.convert(tensors, self._shape)
+        made = group.convert(tensors, self.shape)
         del tensors
         if group.transform is None:
             [name], [(target, weight)] = group.names, made.items()
             merged = self._merged(target, weight, is_packed=is_packed)
             return {name: merged.to(base.written(name)[0]).cpu()}
         flat = torch.empty(sum(math.prod(shape) for shape in shapes.values()))
-        for target, places in _places(group, shapes, self._shape).items():
+        for target, places in _places(group, shapes, self.shape).items():
             merged = self._merged(target, made.pop(target), is_packed=is_packed)
             flat[places.flatten().long()] = merged.flatten().cpu()
         parts = flat.split([math.prod(shape) for shape in shapes.values()])
@@ -289,7 +285,8 @@ def merge(
     with contextlib.ExitStack() as stack:
         shards = [stack.enter_context(Shard(path)) for path in shard_paths(base_folder)]
         base = _Base(shards, config, float32=float32)
-        groups, names = merger.groups(base), own_names(base.entries)
+        names = own_names(base.entries)
+        groups = groups_for(merger.shape, base.entries, merger.changed)
         files: dict[str, _File] = {}
         for shard in shards:
             rows = {name: base.written(name) for name in names if name in shard.entries}

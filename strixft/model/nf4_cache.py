@@ -48,28 +48,16 @@ class Nf4Cache:
 
     Args:
         root: Folder of all entries.
-        source: Name of the model.
-        paths: Its weights and `config.json`.
+        paths: Weights of the model and `config.json`.
         device: Device that quantises them.
-        dtype: Type of the weights before that.
-        quantization: A `BitsAndBytesConfig`.
+        inputs: What else they depend on: `model` and `dtype` among it.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        source: str,
-        paths: Sequence[Path],
-        device: str,
-        dtype: torch.dtype,
-        quantization: Any,
-    ) -> None:
+    def __init__(self, root: Path, paths: Sequence[Path], device: str, **inputs: Any) -> None:
         everything = {
+            **inputs,
             "format": FORMAT,
-            "model": source,
             "device": "hip" if torch.version.hip and device != "cpu" else device.partition(":")[0],
-            "dtype": str(dtype),
-            "quantization": quantization.to_dict(),
             "versions": {
                 name: importlib.metadata.version(name) for name in ("bitsandbytes", "transformers")
             },

@@ -74,11 +74,11 @@ class Loading:
     def _through_cache(self, paths: Sequence[Path], folder: Path) -> Any:
         cache = nf4_cache.Nf4Cache(
             cache_folder() / "nf4",
-            self.source,
             [*paths, folder / "config.json"],
             self.device,
-            self.dtype,
-            self.quantization,
+            model=self.source,
+            dtype=str(self.dtype),
+            quantization=self.quantization.to_dict(),
         )
         stored = copy.deepcopy(self.config)
         stored.quantization_config = self.quantization.to_dict()

@@ -106,7 +106,11 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     job, planned = _planned_job(run, plan), plan.figures
     capped = cap(planned["host"]["budget_bytes"], planned["reserved_bytes"])
     watches, bar = Watches(run), _Bar(run, planned["updates"])
-    _warn_early(watches, capped.warning)
+    if capped.warning:
+        watches.warn(capped.warning)
+    missed = [name for name, value in seen_by_torch().items() if value is None]
+    if missed and torch.version.hip is not None:
+        watches.warn(f"{', '.join(missed)} was set after torch was imported: import strixft first")
     require_known_tokens(run.recipe, prepared)
     fetch_base(run.recipe)  # the hashes of its files are inputs
     plan.require_same_config(run.recipe)  # the model's own comes with its weights
@@ -179,15 +183,6 @@ def _planned_job(run: Run, plan: Plan) -> Job:
 def _warn(watches: Watches, text: str) -> None:
     watches.warn(text)
     say(f"Warning: {text}")
-
-
-def _warn_early(watches: Watches, no_cap: str | None) -> None:
-    """Warn of an allocator without a limit, and of variables that ROCm's torch did not see."""
-    if no_cap:
-        watches.warn(no_cap)
-    missed = [name for name, value in seen_by_torch().items() if value is None]
-    if missed and torch.version.hip is not None:
-        watches.warn(f"{', '.join(missed)} was set after torch was imported: import strixft first")
 
 
 def _inputs(run: Run, prepared: Prepared, plan: Plan) -> dict[str, Any]:
