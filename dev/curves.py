@@ -22,8 +22,9 @@ import torch
 from strixft.catalog.methods import METHODS
 from strixft.data.batches import PackedShape, collate, on_device
 from strixft.guard.host import find_host
-from strixft.model.load import build, load_config, native_dtype
+from strixft.model.load import build, native_dtype
 from strixft.model.quantised import NF4
+from strixft.model.source import load_config
 from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
 from strixft.step.update import TrainingStep

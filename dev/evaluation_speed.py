@@ -19,7 +19,7 @@ from strixft.evaluate.generate import generate
 from strixft.evaluate.losses import general_rows, row_losses
 from strixft.evaluate.stage import ANSWER_ROOM
 from strixft.evaluate.variants import load_variants
-from strixft.model.load import load_tokenizer
+from strixft.model.source import load_tokenizer
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Run

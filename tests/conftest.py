@@ -85,7 +85,7 @@ def write_tiny_model(folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from strixft.model.load import model_source
+    from strixft.model.source import model_source
 
     tokenizer = AutoTokenizer.from_pretrained(model_source(EMBEDDED))
     torch.manual_seed(0)

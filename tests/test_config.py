@@ -9,7 +9,7 @@ import pytest
 from conftest import WriteRecipe
 
 from strixft.model.config import MOST, check_raw, warnings_of
-from strixft.model.load import load_config
+from strixft.model.source import load_config
 from strixft.plan.result import plan_figures
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Recipe

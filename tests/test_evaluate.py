@@ -32,7 +32,8 @@ from strixft.evaluate.variants import load_variant
 from strixft.guard import stage_watches
 from strixft.guard.watch import MemoryWatch
 from strixft.model.adapter import load_adapter
-from strixft.model.load import load_base, load_tokenizer
+from strixft.model.load import load_base
+from strixft.model.source import load_tokenizer
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared, prepare_recipe
 from strixft.recipe.load import load_recipe

@@ -20,7 +20,7 @@ from strixft.app.report import render_report
 from strixft.export.check import LEAST_TOP1, MOST_DIFFERENCE, MOST_KL, ROWS, load_merged
 from strixft.export.merge import as_stored, load_adapted, merge
 from strixft.export.stage import export_recipe
-from strixft.model.load import load_config
+from strixft.model.source import load_config
 from strixft.recipe.load import load_recipe
 from strixft.run.folder import Run
 from strixft.run.open import open_run
@@ -34,7 +34,7 @@ from transformers import LlamaForCausalLM
 import peft.tuners.lora
 from strixft.export.merge import load_adapted
 from strixft.export.merge import merge
-from strixft.model.load import load_config
+from strixft.model.source import load_config
 from strixft.recipe.load import load_recipe
 from strixft.app.report import render_report
 recipe, (base, adapter, target) = load_recipe(Path(sys.argv[1])), map(Path, sys.argv[2:])

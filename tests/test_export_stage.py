@@ -21,7 +21,7 @@ from strixft.export.parity import END, chosen_prompts, compare, measure_parity
 from strixft.export.result import Exported
 from strixft.export.stage import export_recipe
 from strixft.export.texts import modelfile
-from strixft.model.load import load_tokenizer
+from strixft.model.source import load_tokenizer
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Run
 from strixft.run.open import open_run

@@ -27,8 +27,9 @@ from strixft.attention.interface import NAME
 from strixft.catalog.methods import METHODS
 from strixft.model import nf4_cache, weights
 from strixft.model.files import shard_paths
-from strixft.model.load import load_base, load_config, quantization_of, shape_base
+from strixft.model.load import load_base, quantization_of, shape_base
 from strixft.model.quantised import finish_loaded
+from strixft.model.source import load_config
 from strixft.model.stream import Shard, checksums_of, streaming
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Recipe

@@ -7,16 +7,8 @@ import torch
 from conftest import EMBEDDED, WriteRecipe
 
 from strixft.catalog.methods import METHODS
-from strixft.model.load import (
-    build,
-    load_base,
-    load_config,
-    load_tokenizer,
-    model_source,
-    native_dtype,
-    random_model,
-    shape_base,
-)
+from strixft.model.load import build, load_base, native_dtype, random_model, shape_base
+from strixft.model.source import load_config, load_tokenizer, model_source
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import HostError, RecipeError

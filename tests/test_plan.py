@@ -16,7 +16,8 @@ from strixft.catalog.hosts import HOSTS, Budget
 from strixft.catalog.methods import METHODS
 from strixft.data.batches import Batch, PackedShape, shape_batch, training_order
 from strixft.guard.host import find_host
-from strixft.model.load import build, load_config
+from strixft.model.load import build
+from strixft.model.source import load_config
 from strixft.plan.choose import AS_FAST, Planner, choose
 from strixft.plan.cost import Costs, Rates
 from strixft.plan.data_shape import DataShape

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from strixft.catalog.hosts import HOSTS, Budget, Sourced
 from strixft.catalog.rates import cpu_name, write_rates
 from strixft.guard.host import find_host
-from strixft.model.load import load_config
+from strixft.model.source import load_config
 from strixft.plan.choose import Planner
 from strixft.plan.data_shape import DataShape
 from strixft.plan.dry_run import DryRun, dry_run

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from strixft.catalog.hosts import HOSTS
 from strixft.data.batches import shape_batch
 from strixft.guard.host import find_host
-from strixft.model.load import build, load_base, load_config
+from strixft.model.load import build, load_base
+from strixft.model.source import load_config
 from strixft.plan.dry_run import dry_run
 from strixft.plan.phases import MERGED_BYTES, PROCESS, PhasePeaks, Tensors, kv_cache_bytes
 from strixft.plan.result import plan_figures

@@ -25,7 +25,7 @@ from strixft.attention.core import attend_eagerly
 from strixft.attention.masks import dense_mask, documents_of
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import find_host
-from strixft.model.load import load_config
+from strixft.model.source import load_config
 from strixft.plan.result import plan_figures, plan_recipe
 from strixft.prepare.stage import prepare_recipe
 from strixft.probe import checks, weights

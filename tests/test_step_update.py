@@ -17,7 +17,8 @@ from strixft.catalog.methods import METHODS
 from strixft.data.batches import PAD, Batch, PackedShape, collate
 from strixft.model.adapter import attach_adapter, base_of
 from strixft.model.architecture import architecture_of
-from strixft.model.load import model_source, random_model
+from strixft.model.load import random_model
+from strixft.model.source import model_source
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
 from strixft.step.loss import (
     CHUNK_ELEMENTS,

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 import strixft
 from strixft.app.cli import app
 from strixft.data.batches import Batch, collate, largest_batch, rows_of_epochs, training_order
-from strixft.model.load import model_source
+from strixft.model.source import model_source
 from strixft.plan.result import Plan, plan_recipe
 from strixft.prepare.stage import Prepared, prepare_recipe
 from strixft.recipe.schema import Train

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from strixft.attention import masks
 from strixft.data.batches import Batch, collate
 from strixft.model.architecture import Head
-from strixft.model.load import model_source
+from strixft.model.source import model_source
 from strixft.plan.result import plan_recipe
 from strixft.prepare.stage import prepare_recipe
 from strixft.run.folder import Run

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from strixft.model import files
 from strixft.model.files import fingerprint_base, model_folder, refuse_pickles
-from strixft.model.load import load_base, load_config
+from strixft.model.load import load_base
+from strixft.model.source import load_config
 from strixft.recipe.load import load_recipe
 from strixft.support.errors import RecipeError
 

@@ -11,7 +11,7 @@ from typing import Any
 from strixft.evaluate.variants import load_variant
 from strixft.formats.messages import Message
 from strixft.model.config import first_lines
-from strixft.model.load import load_tokenizer
+from strixft.model.source import load_tokenizer
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Run
 from strixft.support import html

@@ -22,7 +22,7 @@ from pydantic import Field
 from strixft.bench.run import Bench, BenchRow
 from strixft.data.words import Words
 from strixft.model.files import EMBEDDED
-from strixft.model.load import model_source
+from strixft.model.source import model_source
 from strixft.prepare.stage import prepare_data
 from strixft.recipe.load import check_recipe
 from strixft.support.errors import HostError

@@ -19,7 +19,8 @@ from strixft.catalog.methods import METHODS
 from strixft.guard.cap import cap
 from strixft.guard.host import device_type, find_host
 from strixft.model.adapter import base_of, load_adapter
-from strixft.model.load import load_base, load_config, native_dtype, shape_base
+from strixft.model.load import load_base, native_dtype, shape_base
+from strixft.model.source import load_config
 from strixft.recipe.load import check_recipe
 from strixft.recipe.schema import Recipe
 from strixft.run.open import find_run

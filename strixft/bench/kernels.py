@@ -15,7 +15,7 @@ from strixft.catalog.hosts import Host, budget
 from strixft.catalog.models import MODELS
 from strixft.guard.host import find_host, training_host
 from strixft.model.architecture import architecture_of
-from strixft.model.load import load_config
+from strixft.model.source import load_config
 from strixft.probe.checks import dtype_name, probe_attention
 from strixft.recipe.schema import Dataset, Recipe
 from strixft.support.errors import FitError, RecipeError

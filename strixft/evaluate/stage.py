@@ -32,7 +32,7 @@ from strixft.evaluate.variants import VARIANTS, load_variants
 from strixft.guard.cap import cap
 from strixft.guard.host import device_type
 from strixft.guard.stage_watches import StageWatch
-from strixft.model.load import load_tokenizer
+from strixft.model.source import load_tokenizer
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared
 from strixft.recipe.schema import Recipe

@@ -28,7 +28,7 @@ from strixft.guard.host import budget_for, device_type, find_host, training_dtyp
 from strixft.model.adapter import base_of
 from strixft.model.architecture import auto_class
 from strixft.model.files import shard_paths
-from strixft.model.load import load_config
+from strixft.model.source import load_config
 from strixft.model.stream import Shard
 from strixft.recipe.schema import Recipe
 from strixft.support.private_torch import tree_leaves, tree_map

@@ -19,7 +19,7 @@ from strixft.data.ends import Ends
 from strixft.export import texts
 from strixft.export.check import ROWS, check_merged
 from strixft.export.merge import copy_beside, merge
-from strixft.model.load import load_tokenizer
+from strixft.model.source import load_tokenizer
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Run
 from strixft.servers import gguf

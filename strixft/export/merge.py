@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import device_type, training_dtype
 from strixft.model.files import INDEX, beside_weights, shard_paths
-from strixft.model.load import load_config, shape_base
+from strixft.model.load import shape_base
 from strixft.model.mergeable import (
     PACKED,
     Group,
@@ -40,6 +40,7 @@ from strixft.model.mergeable import (
     quantised_parameters,
 )
 from strixft.model.quantised import LARGEST
+from strixft.model.source import load_config
 from strixft.model.stream import DTYPES, Entry, Shard
 from strixft.recipe.schema import Recipe
 from strixft.support.disk import sync

@@ -14,7 +14,7 @@ from strixft.export.parity import chosen_prompts, greedy_answers, measure_parity
 from strixft.export.result import Exported
 from strixft.guard.stage_watches import StageWatch
 from strixft.model.files import model_folder, shard_paths
-from strixft.model.load import load_config, model_source
+from strixft.model.source import load_config, model_source
 from strixft.plan.exportable import SERVED, require_kinds
 from strixft.run.folder import Run
 from strixft.run.open import set_aside

@@ -21,7 +21,8 @@ from strixft.model.adapter import attach_adapter, base_of
 from strixft.model.architecture import architecture_of
 from strixft.model.config import first_lines
 from strixft.model.files import model_folder, shard_paths
-from strixft.model.load import load_config, model_source, shape_base
+from strixft.model.load import shape_base
+from strixft.model.source import load_config, model_source
 from strixft.model.stream import Entry, Shard
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import StageError

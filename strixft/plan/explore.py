@@ -7,7 +7,7 @@ from typing import Any
 
 from strixft.catalog.hosts import Budget
 from strixft.guard.host import budget_for, find_host
-from strixft.model.load import load_config
+from strixft.model.source import load_config
 from strixft.plan.choose import Candidate, Planner
 from strixft.plan.data_shape import DataShape
 from strixft.prepare.stage import Prepared

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from strixft.catalog.exports import with_needs
 from strixft.catalog.methods import METHODS
 from strixft.model.files import model_folder, refuse_pickles
-from strixft.model.load import model_source
 from strixft.model.mergeable import base_entries, check_merge
+from strixft.model.source import model_source
 from strixft.recipe.schema import Recipe
 from strixft.servers import gguf
 from strixft.servers.llama_cpp import require_runtime

@@ -18,7 +18,8 @@ from strixft.guard.host import budget_for, find_host
 from strixft.model.adapter import find_targets
 from strixft.model.architecture import architecture_of
 from strixft.model.config import first_lines, warnings_of
-from strixft.model.load import load_config, shape_base
+from strixft.model.load import shape_base
+from strixft.model.source import load_config
 from strixft.plan import show
 from strixft.plan.advice import advise, cause, share_figures
 from strixft.plan.choose import Choice, choose

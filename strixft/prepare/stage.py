@@ -19,7 +19,7 @@ from strixft.data.load import HubSet, Input, open_inputs
 from strixft.data.row_report import RowReport, example, spread
 from strixft.data.words import Words, WordsDifferError
 from strixft.formats.sources import fingerprint, ignored_files
-from strixft.model.load import load_config, load_tokenizer
+from strixft.model.source import load_config, load_tokenizer
 from strixft.prepare import show
 from strixft.prepare.augment import FILE, AugmentedRows, augment_rows
 from strixft.prepare.build import BatchMaker, build_rows

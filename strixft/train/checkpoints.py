@@ -38,7 +38,7 @@ class Checkpoint:
     update: int
     """Updates that were finished when it was written."""
     inputs: dict[str, Any]
-    """What the run depends on, as it was then."""
+    """Inputs of the run, as they were then."""
 
 
 def _read(folder: Path, update: int) -> Checkpoint:

@@ -30,7 +30,8 @@ from strixft.guard.host import training_host
 from strixft.guard.stage_watches import Watches
 from strixft.model.adapter import attach_adapter, base_of
 from strixft.model.files import fingerprint_base
-from strixft.model.load import fetch_base, load_base, load_config, model_source
+from strixft.model.load import fetch_base, load_base
+from strixft.model.source import load_config, model_source
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared, require_known_tokens
 from strixft.probe.checks import fastest_blas

@@ -19,7 +19,8 @@ from strixft.data.batches import Batch, collate
 from strixft.guard.host import find_host
 from strixft.model.adapter import base_of
 from strixft.model.architecture import auto_class, text_decoder
-from strixft.model.load import build, load_config
+from strixft.model.load import build
+from strixft.model.source import load_config
 from strixft.plan.dry_run import dry_run
 from strixft.plan.trace import RowShape
 from strixft.probe.job import Job

@@ -1,0 +1,99 @@
+"""A recipe's model without its weights: where it comes from, its configuration and tokenizer.
+
+Nothing here loads the modules of a model: preparing data needs none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from strixft.catalog.models import MODELS
+from strixft.model.config import first_lines, read_config
+from strixft.model.files import EMBEDDED, embedded_folder
+from strixft.recipe.schema import Recipe
+from strixft.support.errors import RecipeError
+from strixft.support.tables import did_you_mean
+
+
+def model_source(name: str) -> str:
+    """Return what transformers should load for a recipe's `model`: a folder or a hub id.
+
+    Raises:
+        RecipeError: An embedded model has another name.
+        HostError: The package with the embedded model is missing.
+    """
+    if name.startswith("embedded:"):
+        if name not in EMBEDDED:
+            raise RecipeError(
+                f"there is no embedded model {name!r}", fix=f"model: {next(iter(EMBEDDED))}"
+            )
+        return str(embedded_folder(name))
+    path = os.path.expanduser(name)
+    return path if os.path.isdir(path) else name
+
+
+@contextlib.contextmanager
+def model_errors_explained(name: str) -> Iterator[None]:
+    """Turn the errors of loading a model into a `RecipeError` that says what to change."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        path = Path(os.path.expanduser(name))
+        if path.is_absolute() and not path.is_dir():
+            beside = [file.parent.name for file in sorted(path.parent.glob("*/config.json"))]
+            near = did_you_mean(path.name, beside) if beside else "a folder that holds config.json"
+            problem = f"model: {path} is not a folder"
+            fix = f"{near}   (relative to the recipe's file, or with --set to the current folder)"
+        elif "trust_remote_code" in str(error):
+            problem = f"model {name!r} runs Python code of its own when it is loaded"
+            fix = "read its *.py files; then, if you trust them: trust_remote_code: true"
+        else:
+            problem = f"model {name!r} cannot be loaded: {first_lines(error)}"
+            fix = (
+                "model: a folder with config.json, a hub id (is the network there? is it gated:"
+                " hf auth login), or embedded:smollm2-135m"
+            )
+        raise RecipeError(problem, fix=fix) from error
+
+
+def load_config(recipe: Recipe) -> Any:
+    """Return the model's checked configuration; the shipped one until the model is downloaded.
+
+    Raises:
+        RecipeError: The model does not exist, its configuration is damaged, or it needs code of its
+            own.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    name = recipe.model
+    with model_errors_explained(name):
+        is_here = name not in MODELS or Path(name).is_dir()
+        if is_here or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            source = model_source(name)
+        else:
+            source = str(MODELS[name].path)
+        return read_config(
+            source, offline=recipe.offline, trust_remote_code=recipe.trust_remote_code
+        )
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """Load the model's tokenizer.
+
+    Raises:
+        RecipeError: The model does not exist.
+    """
+    from transformers import AutoTokenizer
+
+    with model_errors_explained(recipe.model):
+        return AutoTokenizer.from_pretrained(
+            model_source(recipe.model),
+            local_files_only=recipe.offline,
+            trust_remote_code=recipe.trust_remote_code,
+        )
