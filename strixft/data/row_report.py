@@ -49,7 +49,7 @@ class Problem:
     """Key without which the row could be used."""
     weight: Weight = "note"
     tokens: int = 0
-    """Of a row that is too long."""
+    """Tokens of a row that is too long."""
 
     def __str__(self) -> str:
         return f"{self.file.rpartition('/')[2]}, row {self.row}: {self.text}"
