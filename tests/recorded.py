@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from strixft.doctor.view import HostView, User
+from strixft.doctor.host import HostView, User
 from strixft.support.child import Probe
 from strixft.support.units import GIB
 

@@ -1,6 +1,7 @@
 """The stages as notebooks: the same result three ways, resume, and failures that help."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from conftest import REPOSITORY, WriteRecipe, chats, write_lines
 from test_train import trained
 
 from strixft.app.notebooks import notebook_of, run_notebook, run_stages
+from strixft.recipe.load import parse_override
 from strixft.run.folder import STAGES, Result, Run, chosen_stages
 from strixft.run.open import open_run
 from strixft.support.errors import DataError, StageError
@@ -88,6 +90,24 @@ def test_an_error_of_ours_survives_the_notebook(write_recipe: WriteRecipe, tmp_p
     assert f"then: strixft run {recipe} --run-dir {run.folder}" in caught.value.fix
     kept = nbformat.read(run.folder / "prepare" / "10-prepare.ipynb", as_version=4)
     assert any(out.output_type == "error" for c in kept.cells for out in c.get("outputs", ()))
+
+
+def test_settings_of_a_fix_are_in_the_command_that_goes_on(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe(rows=[{**row, "images": ["a.png"]} for row in chats(9)])
+    run = open_run(recipe, tmp_path / "run")
+    overrides = {"dataset.ignore": [], "evaluate.pattern": "12"}
+    with pytest.raises(DataError, match="has 'images'") as caught:
+        run_stages(run, recipe, overrides, last="prepare")
+    assert caught.value.settings == {"dataset.ignore": ["images"]}
+    words = shlex.split(caught.value.fix.rpartition("then: ")[2])
+    assert words[2:5] == [str(recipe), "--run-dir", str(run.folder)]
+    assert "--set" in words
+    overrides = dict(parse_override(text) for text in words[6::2])
+    assert overrides == {"evaluate.pattern": "12", "dataset.ignore": ["images"]}
+    run_stages(open_run(recipe, run.folder, overrides), recipe, overrides, last="prepare")
+    assert run.is_done("prepare")
 
 
 def test_a_failed_run_goes_on_when_its_cause_is_gone(

@@ -136,8 +136,8 @@ def small_layers(monkeypatch: pytest.MonkeyPatch) -> str:
         "num_key_value_heads": 2,
     }
     small = replace(MODELS["Qwen/Qwen3-4B"], name="small", config=config)
-    monkeypatch.setitem(MODELS._rows, "small", small)
     monkeypatch.setitem(kernels.SQUARES, "cpu", (64,))
+    monkeypatch.setitem(MODELS, "small", small)
     monkeypatch.setattr(timing, "LEAST_TURN_S", 0.001)
     return "small"
 

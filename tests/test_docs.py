@@ -10,8 +10,8 @@ from conftest import REPOSITORY
 
 from strixft.doctor.checks import CHECKS
 from strixft.doctor.devices import BOARDS
-from strixft.doctor.kernel import BAD_FIRMWARE
 from strixft.doctor.packages import ROCM_INDEX, ROCM_TORCH
+from strixft.doctor.system import BAD_FIRMWARE
 from strixft.plan.result import plan_figures
 from strixft.recipe.load import load_recipe
 

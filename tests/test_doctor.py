@@ -18,8 +18,8 @@ from recorded import FAULTY, GOOD, RECORDED, Recorded, _resolved
 
 from strixft.doctor.checks import CHECKS, check_host, examine, fix_script
 from strixft.doctor.finding import STATUSES, Check, Diagnosis, Finding, Fix
+from strixft.doctor.host import HostView
 from strixft.doctor.packages import torch_build
-from strixft.doctor.view import HostView
 from strixft.recipe.load import load_recipe
 from strixft.support.units import GIB
 

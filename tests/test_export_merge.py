@@ -189,7 +189,7 @@ def test_a_base_that_changed_since_is_refused(
 
 def test_no_room_is_known_before_it_starts(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(tiny_run)
-    monkeypatch.setattr("strixft.support.disk.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("strixft.support.files.free_bytes", lambda _: 1000)
     with pytest.raises(HostError, match=r"is full: .* are needed"):
         export_recipe(tiny_run, ("merged",))
     assert not list(tiny_run.stage_folder("export").glob("*merged*"))

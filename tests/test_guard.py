@@ -16,10 +16,9 @@ import torch
 from faults.counters import GIB, Frame, Player, meminfo, recorded, strix_halo, strix_halo_fills
 
 from strixft.guard.advice import finite_again, less_memory, loss_spikes
-from strixft.guard.cap import cap, cap_of
-from strixft.guard.hang import HangWatch
+from strixft.guard.host import cap, cap_of
 from strixft.guard.stage_watches import sleep_inhibited
-from strixft.guard.watch import Counters, MemoryWatch, growth, level_of, read_counters
+from strixft.guard.watch import Counters, HangWatch, MemoryWatch, growth, level_of, read_counters
 from strixft.recipe.load import check_recipe
 from strixft.support.errors import FitError, StrixftError
 
@@ -233,7 +232,7 @@ def test_the_limit_is_ten_times_the_median(tmp_path: Path) -> None:
 HOLDS_THE_LOCK = """
 import ctypes, sys
 from pathlib import Path
-from strixft.guard.hang import HangWatch
+from strixft.guard.watch import HangWatch
 with HangWatch(Path(sys.argv[1]), print, least_s=0.2, grace_s=0.3) as watch:
     for _ in range(5):
         watch.beat()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -106,7 +108,7 @@ def bad_backend(name: str) -> AttentionBackend:
 
 
 @pytest.fixture
-def bad_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def bad_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Six bad rungs before the good ones; a child finds the module that registers them."""
     folder = tmp_path / "modules"
     folder.mkdir()
@@ -116,8 +118,9 @@ def bad_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(probe_run, "STEP_LIMIT_S", 5.0)
     names = ["raises", "aborts", "leaks", "hangs", "nothing", "dawdles"]
     rows = {name: bad_backend(name) for name in names}
-    monkeypatch.setattr(BACKENDS, "_rows", rows | {name: BACKENDS[name] for name in ON_CPU})
-    return names
+    rows |= {name: BACKENDS[name] for name in ON_CPU}
+    with mock.patch.dict(BACKENDS, rows, clear=True):
+        yield names
 
 
 def test_bad_ways_are_skipped_with_their_reasons_and_a_run_goes_on(

@@ -21,7 +21,14 @@ from strixft.run import folder
 from strixft.run import open as opening
 from strixft.run.folder import Result, Run
 from strixft.run.open import find_run, find_runs, free_name, open_run, set_aside
-from strixft.support.errors import DataError, FitError, RecipeError, StageError, Stopped
+from strixft.support.errors import (
+    DataError,
+    FitError,
+    RecipeError,
+    StageError,
+    Stopped,
+    StrixftError,
+)
 from strixft.support.files import digest, now, versions, write_json, write_text
 from strixft.support.locks import read_owner, this_process
 
@@ -44,12 +51,12 @@ class Planned(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class Draft(Result):
-    """A stage whose results are never final."""
+    """A stage that refuses all its results."""
 
     name: ClassVar[str] = "plan"
 
-    def is_final(self) -> bool:
-        return False
+    def refusal(self) -> StrixftError:
+        return FitError("too large", fix="--set lora.r=4", settings={"lora.r": 4})
 
 
 @pytest.fixture
@@ -218,6 +225,9 @@ def test_a_stage_that_failed_is_done_again(run: Run) -> None:
 def test_a_result_that_is_not_final_is_found_again(run: Run) -> None:
     run.once(Draft, lambda _: ({}, {"fits": False}))
     assert not run.is_done("plan")
+    error = run.last_error("plan")
+    assert isinstance(error, FitError)
+    assert (error.problem, error.settings) == ("too large", {"lora.r": 4})
     assert run.once(Draft, lambda _: ({}, {"fits": True})).figures == {"fits": True}
 
 

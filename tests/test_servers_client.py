@@ -18,8 +18,13 @@ from test_evaluate_judge import CHAT, MODELS, completion
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Server
 from strixft.run.open import open_run
-from strixft.servers.client import Client, is_refusal
-from strixft.servers.models import ListedModel, choose_name, find_model, memory_warning
+from strixft.servers.client import (
+    Client,
+    ListedModel,
+    find_model,
+    is_refusal,
+    memory_warning,
+)
 from strixft.support.errors import HostError, RecipeError
 from strixft.support.files import write_json
 
@@ -73,8 +78,6 @@ def test_a_list_without_models_is_told(data: dict[str, Any]) -> None:
         pytest.raises(HostError, match="lists no model"),
     ):
         find_model(url, None, "--model")
-    with pytest.raises(HostError, match="lists no model"):
-        choose_name("u", None, [], "--model")
 
 
 def test_a_model_that_takes_memory_of_the_gpu_is_warned_about(

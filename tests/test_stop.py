@@ -16,8 +16,7 @@ from conftest import REPOSITORY, WriteRecipe, chats
 from strixft.plan.result import plan_recipe
 from strixft.prepare.stage import prepare_recipe
 from strixft.run.folder import Run
-from strixft.run.open import find_run, open_run
-from strixft.run.stop import stop_run
+from strixft.run.open import find_run, open_run, stop_run
 from strixft.support.errors import StageError
 
 COMMAND = [sys.executable, "-m", "strixft"]

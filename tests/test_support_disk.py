@@ -9,8 +9,8 @@ import pytest
 
 from strixft.prepare.stage import prepare_recipe
 from strixft.run.folder import Run
-from strixft.support.disk import cache_folder, folder_bytes, is_full, require_room
 from strixft.support.errors import HostError, StageError
+from strixft.support.files import cache_folder, folder_bytes, is_full, require_room
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_other_errors_are_no_full_disk(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not is_full(error, tmp_path)
-    monkeypatch.setattr("strixft.support.disk.free_bytes", lambda folder: 4096)
+    monkeypatch.setattr("strixft.support.files.free_bytes", lambda folder: 4096)
     assert is_full(error, tmp_path)
     assert not is_full(HostError("told already", fix="none"), tmp_path)
 

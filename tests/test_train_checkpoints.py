@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from strixft.support.disk import folder_bytes
 from strixft.support.errors import HostError, StageError
-from strixft.support.files import MANIFEST, own_hash
+from strixft.support.files import MANIFEST, folder_bytes, own_hash
 from strixft.train import checkpoints as module
 from strixft.train.checkpoints import KEPT, Checkpoints
 
@@ -226,7 +225,7 @@ def test_a_full_disk_refuses_before_it_writes(
     write(checkpoints, 1)
     write(checkpoints, 2)
     monkeypatch.setattr(module, "free_bytes", lambda folder: 10)
-    monkeypatch.setattr("strixft.support.disk.free_bytes", lambda folder: 10)
+    monkeypatch.setattr("strixft.support.files.free_bytes", lambda folder: 10)
     with pytest.raises(HostError, match=r"is full: 0\.00 GiB left") as caught:
         write(checkpoints, 3)
     assert "files saved before are intact" in caught.value.problem

@@ -417,8 +417,7 @@ def chat(
 @app.command()
 def stop(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
     """Stop a run cleanly. Its last finished update is saved; the same command continues it."""
-    from strixft.run.open import find_run
-    from strixft.run.stop import stop_run
+    from strixft.run.open import find_run, stop_run
 
     found = find_run(run)
     status = stop_run(

@@ -20,8 +20,8 @@ from strixft.recipe.find import find_recipe, find_recipes, shipped, workspace
 from strixft.recipe.load import parse_overrides
 from strixft.run.open import open_run
 from strixft.support import html
-from strixft.support.disk import cache_folder
 from strixft.support.environment import BEFORE_TORCH
+from strixft.support.files import cache_folder
 
 ADDRESS = "127.0.0.1"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shlex
 import signal
 import tempfile
@@ -28,7 +27,14 @@ from strixft.recipe.find import shipped
 from strixft.recipe.load import parse_override
 from strixft.run.folder import STAGES, Run, chosen_stages
 from strixft.run.open import first_reader, set_aside, stages_from
-from strixft.support.errors import FitError, StageError, Stopped, StrixftError, error_from_text
+from strixft.support.errors import (
+    FitError,
+    RecipeError,
+    StageError,
+    Stopped,
+    StrixftError,
+    error_from_text,
+)
 from strixft.support.files import remove_leftovers, write_text
 from strixft.support.signals import Signals, on_signals
 from strixft.support.tables import did_you_mean
@@ -37,10 +43,6 @@ from strixft.train.stage import out_of_memory
 
 START_TIMEOUT_S = 600
 """Seconds that a kernel may take to start: papermill's 60 are too few on a busy machine."""
-
-_SETTINGS = re.compile(r"(?:--set (?:'[^']*'|[^\s,;]+) *)+")
-
-_KEY = re.compile(r"--set '?([\w.]+)=")
 
 Notify = Callable[[str, bool], None]
 """Called with each stage before it runs, and true if it is already finished."""
@@ -130,9 +132,14 @@ def _literal(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def _dead_kernel(run: Run, stage: str) -> StrixftError:
-    """Return the error that a kernel left before it died, or advice about memory."""
+def _error_of_stage(run: Run, stage: str, error: DeadKernelError | StrixftError) -> StrixftError:
+    """Return the error as the run's status has it, with its settings; or advice about memory."""
     left = run.last_error(stage)
+    if isinstance(error, StrixftError):  # one that came through a notebook has only its text
+        if left is None or not error.problem.startswith(left.problem):
+            return error
+        settings = error.settings or left.settings
+        return type(error)(error.problem, fix=error.fix, settings=settings)
     if left is not None:
         return left
     what = f"the kernel of stage {stage} died, almost always because memory ran out"
@@ -144,20 +151,26 @@ def _dead_kernel(run: Run, stage: str) -> StrixftError:
 
 def _setting(key: str, value: Any) -> str:
     """Return an override as it is typed, without JSON's quotes where plain text means the same."""
-    plain = isinstance(value, str) and parse_override(f"{key}={value}")[1] == value
-    return f"--set {shlex.quote(f'{key}={value if plain else json.dumps(value)}')}"
+    text = json.dumps(value, ensure_ascii=False)
+    plain = text.replace('"', "")
+    same = "\\" not in text and _means(f"{key}={plain}", value)
+    return f"--set {shlex.quote(f'{key}={plain if same else text}')}"
 
 
-def _resume_command(run: Run, parameters: Mapping[str, Any], fix: str) -> str:
-    """Return the command that continues a run, with the settings that a fix begins with."""
-    found = _SETTINGS.match(fix)
-    asked = found[0].strip() if found and "…" not in found[0] else ""
-    keys = _KEY.findall(asked)
-    kept = [_setting(*row) for row in parameters["overrides"].items() if row[0] not in keys]
-    reader = first_reader(keys)
+def _means(text: str, value: Any) -> bool:
+    with contextlib.suppress(RecipeError):
+        return bool(parse_override(text)[1] == value)
+    return False
+
+
+def _resume_command(run: Run, parameters: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Return the command that continues a run, with the settings of a fix."""
+    kept = {key: value for key, value in parameters["overrides"].items() if key not in settings}
+    options = [_setting(*row) for row in (kept | dict(settings)).items()]
+    reader = first_reader(settings)
     done = reader is not None and any(map(run.is_done, stages_from(reader)))
     command = f"strixft run {typed(parameters['recipe'])} --run-dir {typed(run.folder)}"
-    return " ".join(filter(None, [command, *kept, asked, f"--from {reader}" if done else ""]))
+    return " ".join([command, *options, *([f"--from {reader}"] if done else [])])
 
 
 def run_stages(
@@ -244,8 +257,9 @@ def _resumable(run: Run, stage: str, parameters: Mapping[str, Any]) -> Iterator[
     try:
         yield
     except (DeadKernelError, StrixftError) as error:
-        own = error if isinstance(error, StrixftError) else _dead_kernel(run, stage)
-        command = _resume_command(run, parameters, own.fix)
+        own = _error_of_stage(run, stage, error)
+        command = _resume_command(run, parameters, own.settings)
         if not isinstance(own, Stopped) and command not in own.fix:
-            own = type(own)(own.problem, fix=f"{own.fix}\n     then: {command}")
+            fix = f"{own.fix}\n     then: {command}"
+            own = type(own)(own.problem, fix=fix, settings=own.settings)
         raise own from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from strixft.catalog.hosts import Host
-from strixft.servers.models import choose_name, list_models
+from strixft.servers.client import choose_name, list_models
 from strixft.support.errors import HostError, RecipeError
 from strixft.support.http import START_S, ask, base_url, stream
 from strixft.support.tables import did_you_mean

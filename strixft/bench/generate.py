@@ -25,7 +25,7 @@ from strixft.bench.run import Bench, BenchRow
 from strixft.bench.timing import columns, rate_columns
 from strixft.catalog.hosts import HOSTS
 from strixft.guard.host import find_host
-from strixft.servers.models import is_local
+from strixft.servers.client import is_local
 from strixft.support.errors import HostError, RecipeError
 from strixft.support.http import base_url
 

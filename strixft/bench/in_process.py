@@ -16,8 +16,7 @@ from strixft.bench.roofline import CACHE_BYTES
 from strixft.bench.timing import synchronize
 from strixft.catalog.hosts import Host, budget
 from strixft.catalog.methods import METHODS
-from strixft.guard.cap import cap
-from strixft.guard.host import device_type, find_host
+from strixft.guard.host import cap, device_type, find_host
 from strixft.model.adapter import base_of, load_adapter
 from strixft.model.load import load_base, native_dtype, shape_base
 from strixft.model.source import load_config

@@ -21,8 +21,7 @@ from strixft.bench.timing import columns, seconds_of
 from strixft.catalog.hosts import Budget, Host
 from strixft.catalog.models import MODELS
 from strixft.data.batches import Batch, PackedRows, collate, on_device, pack, training_order
-from strixft.guard.cap import cap
-from strixft.guard.host import budget_for, find_host
+from strixft.guard.host import budget_for, cap, find_host
 from strixft.model.load import random_model
 from strixft.plan.choose import Planner
 from strixft.plan.data_shape import DataShape

@@ -143,6 +143,7 @@ def find_format(source: SourceFile | HubSet, name: str, columns: Mapping[str, st
             f"{source.name}, row {number}: the columns {', '.join(sorted(row))} fit"
             f" {' and '.join(form.name for form in forms)}",
             fix=_set_format(forms),
+            settings={"dataset.format": forms[0].name},
         )
     mapping = suggest_columns(raw) or dict.fromkeys(("prompt", "completion"), "…")
     written = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
@@ -202,7 +203,6 @@ def open_inputs(dataset: Dataset, *, offline: bool = False) -> list[Input]:
         raise DataError(
             f"the sources cannot be trained together: {listed}",
             fix="use one of them, or read pairs as chats: --set dataset.format=chosen",
-            settings={"dataset.format": "chosen"},
         )
     return inputs
 

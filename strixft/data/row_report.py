@@ -186,14 +186,14 @@ class RowReport(contextlib.ExitStack):
         return expected_rows(next(one for one in inputs if one.name == first.file))
 
     def _fix_of_bad(self, inputs: Sequence[Input]) -> tuple[str, dict[str, Any]]:
-        """Return the fix, and the settings of `dataset` that it changes."""
+        """Return the fix, and the settings of `dataset` that it begins with."""
         if quote := self._first_bad.get("open_quote"):  # it holds good rows: not left out
             return close_quote(quote.file, quote.row), {}
         least = -(-self.counts["rows_bad"] * 100 // self.counts["rows_read"]) / 100
         fix = f"correct these rows, or leave them out: --set dataset.max_bad_fraction={least:g}"
-        settings: dict[str, Any] = {"max_bad_fraction": least}
+        settings: dict[str, Any] = {}
         if not self.counts["token_rows"]:
-            fix, settings = self._nothing_left(inputs), {}
+            fix = self._nothing_left(inputs)
         if self._keys:
             settings = {"ignore": [*self.dataset.ignore, *self._keys]}
             typed = shlex.quote(f"dataset.ignore={json.dumps(settings['ignore'])}")

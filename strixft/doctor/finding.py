@@ -1,16 +1,13 @@
-"""Findings: status, observation, reason, fix and source; and the rows of the table of checks."""
+"""Findings: status, observation, reason, fix and source; and the checks that return them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from strixft.support import html
-
-if TYPE_CHECKING:
-    from strixft.doctor.view import HostView
 
 Status = Literal["fail", "warn", "unknown", "ok"]
 
@@ -47,17 +44,17 @@ class Finding:
     Args:
         status: One of `STATUSES`.
         saw: The observation and its place.
-        why: Why it matters for training.
-        source: Origin of `why`: a document, an issue, or the kernel's own interface.
         fix: Required unless the status is `ok`.
-        check: Name of the check; filled in from `CHECKS`.
+        why: Why it matters for training; the check's own unless given, as is the source.
+        source: Origin of `why`: a document, an issue, or the kernel's own interface.
+        check: Name of the check; filled in.
     """
 
     status: Status
     saw: str
-    why: str
-    source: str
     fix: Fix | None = None
+    why: str = ""
+    source: str = ""
     check: str = ""
 
     def to_dict(self) -> dict[str, str]:
@@ -72,6 +69,10 @@ class Finding:
         }
 
 
+Look = Callable[[Any], Finding | Iterable[Finding] | None]
+"""Takes a `HostView`, which imports this file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """A row of `CHECKS`.
@@ -79,16 +80,25 @@ class Check:
     Args:
         name: Name in the output.
         look: Returns its finding or findings.
+        why: Reason of findings that give no other.
+        source: Source of findings that give no other.
         strix_halo: Run only on a Strix Halo.
         outside: Do not run inside these: `container`, `wsl`.
         needs_torch: Use the child process that imports torch.
     """
 
     name: str
-    look: Callable[[HostView], Finding | Iterable[Finding] | None]
+    look: Look
+    why: str = ""
+    source: str = ""
     strix_halo: bool = False
     outside: tuple[Literal["container", "wsl"], ...] = ()
     needs_torch: bool = False
+
+
+def check(name: str, **parts: Any) -> Callable[[Look], Check]:
+    """Turn a function into a check; the parts are those of `Check`."""
+    return lambda look: Check(name, look, **parts)
 
 
 @dataclass(frozen=True, slots=True)

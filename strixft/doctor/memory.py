@@ -6,14 +6,11 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from strixft.doctor.devices import bios_path
-from strixft.doctor.distro import fix_kernel_arguments, rebuild_initramfs
-from strixft.doctor.finding import Finding, Fix
-from strixft.doctor.kernel import AMD_DOC, FINETUNE_GUIDE
-from strixft.doctor.view import HostView, plausible
+from strixft.doctor.finding import Finding, Fix, check
+from strixft.doctor.host import AMD_DOC, FINETUNE_GUIDE, HostView, fix_kernel_arguments, plausible
 from strixft.support.units import GIB, format_gib
 
 PAGE = 4096
@@ -29,7 +26,8 @@ LEAST_SHARE = 0.75
 LEFT_FOR_HOST = 4 * GIB
 """A limit that leaves less than this to the host does not protect it."""
 
-KERNEL_PARAMETERS = "https://docs.kernel.org/gpu/amdgpu/module-parameters.html"
+DESKTOP = 4 * GIB
+"""A desktop with two screens holds less."""
 
 
 def reserve_gib(view: HostView) -> float:
@@ -54,9 +52,9 @@ def _limit_argument(view: HostView) -> str:
     return f"{module}.pages_limit={gib * GIB // PAGE}"
 
 
-def _pages_limit(view: HostView) -> str | None:
-    arguments = view.kernel_arguments
-    return arguments.get("ttm.pages_limit") or arguments.get("amdttm.pages_limit")
+def _has_pages_limit(view: HostView) -> bool:
+    names = ("ttm.pages_limit", "amdttm.pages_limit")
+    return any(view.kernel_arguments.get(name) for name in names)
 
 
 def _file_with_option(view: HostView, option: str) -> Path | None:
@@ -67,119 +65,125 @@ def _file_with_option(view: HostView, option: str) -> Path | None:
     return None
 
 
-def check_carve_out(view: HostView) -> Finding:
+def _edit_option(view: HostView, path: Path, edit: str) -> tuple[str, ...]:
+    command = f"sudo sed -i -E '{edit}' {shlex.quote(view.shown(path))}"
+    return tuple(filter(None, (command, view.family.initramfs)))
+
+
+@check(
+    "carve-out",
+    why="the carve-out only shrinks what the host can use: with GTT larger than VRAM the driver"
+    " places device memory in GTT",
+    source=f"{AMD_DOC} (vendor); torvalds/linux@759e764",
+    strix_halo=True,
+)
+def carve_out(view: HostView) -> Finding:
     """Check for a large carve-out, which the host loses and the GPU does not need."""
     vram = plausible(view.card.vram_total)
     where = f"{view.shown(view.card.folder)}/mem_info_vram_total"
-    why = (
-        "the carve-out only shrinks what the host can use: with GTT larger than VRAM the driver"
-        " places device memory in GTT"
-    )
-    source = f"{AMD_DOC} (vendor); torvalds/linux@759e764"
     if vram is None:
         saw = f"{where} cannot be read or holds an impossible number: {view.card.vram_total}"
         fix = Fix("read the driver's messages", ("sudo dmesg | grep -i 'amdgpu.*VRAM'",))
-        return Finding("unknown", saw, why, source, fix)
+        return Finding("unknown", saw, fix)
     if vram <= SMALL_CARVE_OUT:
-        return Finding("ok", f"{format_gib(vram)} ({where})", why, source)
-    saw = f"{format_gib(vram)} are carved out for VRAM ({where})"
+        return Finding("ok", f"{format_gib(vram)} ({where})")
     fix = Fix(f"set it to 0.5 GB in the BIOS: {bios_path(view)}", restart="reboot")
-    return Finding("warn", saw, why, source, fix)
+    return Finding("warn", f"{format_gib(vram)} are carved out for VRAM ({where})", fix)
 
 
 def _set_limit(view: HostView, say: str) -> Fix:
     """Change the limit in the file that sets it (AMD's `amd-ttm` writes one), else at boot."""
     argument = _limit_argument(view)
     path = _file_with_option(view, "pages_limit")
-    if path is None or _pages_limit(view):
+    if path is None or _has_pages_limit(view):
         old = tuple(name for name in ("amdgpu.gttsize",) if name in view.kernel_arguments)
         return fix_kernel_arguments(view, say, add=argument, remove=old)
     edit = rf"s/\b(pages_limit=)[0-9]+/\1{argument.partition('=')[2]}/"
-    command = f"sudo sed -i -E '{edit}' {shlex.quote(view.shown(path))}"
-    return Fix(say, (command, *rebuild_initramfs(view)), "reboot")
+    return Fix(say, _edit_option(view, path, edit), "reboot")
 
 
-def check_gtt(view: HostView) -> Finding:
+@check("gtt", source=AMD_DOC, strix_halo=True)
+def gtt(view: HostView) -> Finding:
     """Compare the memory that the kernel lets the GPU map with RAM."""
-    card, gtt, total = view.card, plausible(view.card.gtt_total), plausible(view.memory_total)
+    card, limit, total = view.card, plausible(view.card.gtt_total), plausible(view.memory_total)
     where = f"{view.shown(card.folder)}/mem_info_gtt_total"
-    if gtt is None or not total:
+    if limit is None or not total:
         saw = f"{where}: {card.gtt_total}; MemTotal: {view.memory_total}"
-        why = "without both, the memory that a run may use is unknown"
         fix = Fix("read both by hand", (f"cat {where}", "grep MemTotal /proc/meminfo"))
-        return Finding("unknown", saw, why, AMD_DOC, fix)
-    saw = f"{format_gib(gtt)} of {format_gib(total)} RAM ({where})"
-    if gtt < LEAST_SHARE * total and (card.vram_total or 0) < gtt:
-        limit = recommended_gtt_gib(total, reserve_gib(view))
+        why = "without both, the memory that a run may use is unknown"
+        return Finding("unknown", saw, fix, why)
+    saw = f"{format_gib(limit)} of {format_gib(total)} RAM ({where})"
+    if limit < LEAST_SHARE * total and (card.vram_total or 0) < limit:
+        better = recommended_gtt_gib(total, reserve_gib(view))
         return Finding(
             "warn",
             f"the GPU may map {saw}",
+            _set_limit(view, f"raise the limit to {better} GiB"),
             "the default is about half of RAM: larger runs stop although there is memory left",
             f"{AMD_DOC} (vendor); antirez/ds4 PR #871 (measured: pages × 4096 = GTT)",
-            _set_limit(view, f"raise the limit to {limit} GiB"),
         )
-    if gtt > total - LEFT_FOR_HOST:
+    if limit > total - LEFT_FOR_HOST:
         return Finding(
             "warn",
             f"the GPU may map {saw}",
+            _set_limit(view, "keep some for the host"),
             "a limit of all RAM leaves the host nothing: an over-commit freezes the machine"
             " instead of raising an error",
             f"{FINETUNE_GUIDE}; ROCm/ROCm#6370 (measured)",
-            _set_limit(view, "keep some for the host"),
         )
-    return Finding("ok", saw, "the GPU may map this much; the kernel refuses more", AMD_DOC)
+    return Finding("ok", saw, why="the GPU may map this much; the kernel refuses more")
 
 
-def check_memory_parameters(view: HostView) -> Iterator[Finding]:
+@check(
+    "memory-parameters",
+    why="only pages_limit sets the limit",
+    source="https://docs.kernel.org/gpu/amdgpu/module-parameters.html",
+    strix_halo=True,
+)
+def parameters(view: HostView) -> list[Finding]:
     """Check for parameters that are deprecated or belong to another driver."""
-    wrong = [found for found in (_find_gttsize(view), _find_foreign(view)) if found]
-    saw = "no deprecated memory parameter (/proc/cmdline)"
-    ok = Finding("ok", saw, "only pages_limit sets the limit", KERNEL_PARAMETERS)
-    yield from wrong or [ok]
+    wrong = [*_find_gttsize(view), *_find_foreign(view)]
+    return wrong or [Finding("ok", "no deprecated memory parameter (/proc/cmdline)")]
 
 
-def _find_gttsize(view: HostView) -> Finding | None:
+def _find_gttsize(view: HostView) -> Iterator[Finding]:
     value = view.read_int("/sys/module/amdgpu/parameters/gttsize")
     given = view.kernel_arguments.get("amdgpu.gttsize")
     if given is None and value in (None, -1):
-        return None
+        return
     path = _file_with_option(view, "gttsize")
-    limit = "" if _pages_limit(view) else _limit_argument(view)
+    limit = "" if _has_pages_limit(view) else _limit_argument(view)
     say = "set the limit by ttm alone"
     if path is None or given is not None:
         fix = fix_kernel_arguments(view, say, add=limit, remove=("amdgpu.gttsize",))
     else:
-        edit = rf"sudo sed -i -E 's/ ?\bgttsize=[0-9]+//' {shlex.quote(view.shown(path))}"
         set_limit = fix_kernel_arguments(view, say, add=limit).commands if limit else ()
-        fix = Fix(say, (edit, *rebuild_initramfs(view), *set_limit), "reboot")
-    where = view.shown(path) if path else "/proc/cmdline"
-    why = (
+        edits = _edit_option(view, path, r"s/ ?\bgttsize=[0-9]+//")
+        fix = Fix(say, (*edits, *set_limit), "reboot")
+    yield Finding(
+        "warn",
+        f"amdgpu.gttsize={given or value} MiB ({view.shown(path) if path else '/proc/cmdline'})",
+        fix,
         "the kernel calls gttsize deprecated and will remove it; two different limits hide the"
-        " one that counts"
+        " one that counts",
     )
-    saw = f"amdgpu.gttsize={given or value} MiB ({where})"
-    return Finding("warn", saw, why, KERNEL_PARAMETERS, fix)
 
 
-def _find_foreign(view: HostView) -> Finding | None:
+def _find_foreign(view: HostView) -> Iterator[Finding]:
     """`amdttm.*` with the kernel's own driver, or `ttm.*` with AMD's."""
     out_of_tree = view.exists("/sys/module/amdttm")
     wrong = "ttm.pages_limit" if out_of_tree else "amdttm.pages_limit"
-    if wrong not in view.kernel_arguments:
-        return None
     driver = "AMD's (amdgpu-dkms)" if out_of_tree else "the kernel's own"
-    argument = _limit_argument(view)
-    return Finding(
-        "warn",
-        f"{wrong} in /proc/cmdline, but the driver is {driver} (/sys/module)",
-        "the name belongs to the other driver, so the limit is not set",
-        "ROCm/ROCm#5562, ROCm/ROCm#5595",
-        fix_kernel_arguments(view, "use this driver's name", add=argument, remove=(wrong,)),
-    )
+    if wrong in view.kernel_arguments:
+        argument, say = _limit_argument(view), "use this driver's name"
+        yield Finding(
+            "warn",
+            f"{wrong} in /proc/cmdline, but the driver is {driver} (/sys/module)",
+            fix_kernel_arguments(view, say, add=argument, remove=(wrong,)),
+            "the name belongs to the other driver, so the limit is not set",
+            "ROCm/ROCm#5562, ROCm/ROCm#5595",
+        )
 
-
-DESKTOP = 4 * GIB
-"""A desktop with two screens holds less."""
 
 STOP = {
     "ollama": "sudo systemctl stop ollama",
@@ -187,21 +191,6 @@ STOP = {
     "lemond": "sudo systemctl stop lemonade-server",
 }
 """Commands for servers that restart a killed worker, by the beginning of the process name."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryHolder:
-    """A process and the device memory that it holds."""
-
-    pid: int
-    name: str
-    num_bytes: int
-
-    @property
-    def stop(self) -> str:
-        """The command that ends it."""
-        known = (stop for name, stop in STOP.items() if self.name.startswith(name))
-        return next(known, f"kill {self.pid}")
 
 
 def _held_bytes(view: HostView, pid: str) -> int:
@@ -220,31 +209,29 @@ def _held_bytes(view: HostView, pid: str) -> int:
     return max(sum(clients.values()), compute or 0)
 
 
-def find_holders(view: HostView) -> list[MemoryHolder]:
-    """Return processes that hold device memory, largest first; those of others only as root."""
-    pids = [path.name for path in view.glob("/proc/[0-9]*") if path.name != str(os.getpid())]
-    found = [
-        MemoryHolder(int(pid), view.read(f"/proc/{pid}/comm") or "?", held)
-        for pid in pids
-        if (held := _held_bytes(view, pid)) > 0
-    ]
-    return sorted(found, key=lambda holder: -holder.num_bytes)
-
-
-def check_holders(view: HostView) -> Finding:
-    """Check for memory that other processes hold."""
+@check(
+    "gpu-memory-use",
+    why="a run gets what is left; an inference server keeps its model for minutes or forever",
+    source="https://docs.kernel.org/gpu/drm-usage-stats.html; /sys/class/kfd/kfd/proc",
+    strix_halo=True,
+)
+def use(view: HostView) -> Finding:
+    """Check for memory that other processes hold; those of other users show only to root."""
     card = view.card
     used = (plausible(card.gtt_used) or 0) + (plausible(card.vram_used) or 0)
-    large = [holder for holder in find_holders(view) if holder.num_bytes > GIB]
+    pids = [path.name for path in view.glob("/proc/[0-9]*") if path.name != str(os.getpid())]
+    large = {pid: held for pid in pids if (held := _held_bytes(view, pid)) > GIB}
     saw = f"{format_gib(used)} in use ({view.shown(card.folder)}/mem_info_gtt_used, …vram_used)"
-    why = "a run gets what is left; an inference server keeps its model for minutes or forever"
-    source = "https://docs.kernel.org/gpu/drm-usage-stats.html; /sys/class/kfd/kfd/proc"
-    if used <= DESKTOP and sum(holder.num_bytes for holder in large) <= DESKTOP:
-        return Finding("ok", saw, why, source)
-    names = ", ".join(f"{h.name} (pid {h.pid}) {format_gib(h.num_bytes)}" for h in large[:5])
-    fix = Fix("list them as root", ("sudo strixft doctor --no-torch",))
-    if large:
-        commands = tuple(dict.fromkeys(holder.stop for holder in large[:5]))
-        fix = Fix("stop them before training", commands)
-    saw = f"{saw}: {names or 'by processes that only root can see'}"
-    return Finding("warn", saw, why, source, fix)
+    if used <= DESKTOP and sum(large.values()) <= DESKTOP:
+        return Finding("ok", saw)
+    if not large:
+        fix = Fix("list them as root", ("sudo strixft doctor --no-torch",))
+        return Finding("warn", f"{saw}: by processes that only root can see", fix)
+    largest, stops = [], []
+    for pid in sorted(large, key=lambda pid: -large[pid])[:5]:
+        name = view.read(f"/proc/{pid}/comm") or "?"
+        largest.append(f"{name} (pid {pid}) {format_gib(large[pid])}")
+        known = (stop for start, stop in STOP.items() if name.startswith(start))
+        stops.append(next(known, f"kill {pid}"))
+    fix = Fix("stop them before training", tuple(dict.fromkeys(stops)))
+    return Finding("warn", f"{saw}: {', '.join(largest)}", fix)

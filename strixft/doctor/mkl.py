@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from strixft.doctor.view import package_folder
-from strixft.support.disk import cache_folder
+from strixft.doctor.host import package_folder
 from strixft.support.errors import HostError
+from strixft.support.files import cache_folder
 from strixft.support.units import format_number
 
 SOURCE = "https://danieldk.eu/Intel-MKL-on-AMD-Zen; docs/strix-halo.md, chapter 3"

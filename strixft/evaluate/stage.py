@@ -29,8 +29,7 @@ from strixft.evaluate.judge import Judged, judge_answers
 from strixft.evaluate.losses import general_rows, row_losses
 from strixft.evaluate.metrics import choose_metrics, paired_change, require_libraries, scores
 from strixft.evaluate.variants import VARIANTS, load_variants
-from strixft.guard.cap import cap
-from strixft.guard.host import device_type
+from strixft.guard.host import cap, device_type
 from strixft.guard.stage_watches import StageWatch
 from strixft.model.source import load_tokenizer
 from strixft.plan.result import Plan
@@ -38,9 +37,8 @@ from strixft.prepare.stage import Prepared
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run
 from strixft.step.tracker import release_memory
-from strixft.support.disk import cache_folder
 from strixft.support.errors import DataError
-from strixft.support.files import digest
+from strixft.support.files import cache_folder, digest
 from strixft.train.stage import ADAPTER, Trained
 
 ANSWER_ROOM = 8

@@ -23,9 +23,8 @@ from strixft.model.source import load_tokenizer
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Run
 from strixft.servers import gguf
-from strixft.support.disk import folder_bytes, require_room
 from strixft.support.errors import StageError
-from strixft.support.files import write_text
+from strixft.support.files import folder_bytes, require_room, write_text
 
 STORED = {
     "native": "the base's own weights",

@@ -43,9 +43,8 @@ from strixft.model.quantised import LARGEST
 from strixft.model.source import load_config
 from strixft.model.stream import DTYPES, Entry, Shard
 from strixft.recipe.schema import Recipe
-from strixft.support.disk import sync
 from strixft.support.errors import StageError
-from strixft.support.files import write_text
+from strixft.support.files import sync, write_text
 
 AGAIN = "strixft run RECIPE --from train"
 

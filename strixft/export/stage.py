@@ -19,9 +19,8 @@ from strixft.plan.exportable import SERVED, require_kinds
 from strixft.run.folder import Run
 from strixft.run.open import set_aside
 from strixft.servers import gguf
-from strixft.support.disk import require_room
 from strixft.support.errors import HostError
-from strixft.support.files import write_text
+from strixft.support.files import require_room, write_text
 from strixft.train.stage import ADAPTER, Trained
 
 __all__ = ["Exported", "export_recipe"]

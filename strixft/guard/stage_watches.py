@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from strixft.guard.hang import HangWatch
 from strixft.guard.host import training_host
-from strixft.guard.watch import MemoryWatch
+from strixft.guard.watch import HangWatch, MemoryWatch
 from strixft.run.folder import Run
 from strixft.support.errors import StrixftError
 from strixft.support.signals import Signals, on_signals

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from strixft.support.disk import cache_folder, disk_full, free_bytes
 from strixft.support.errors import HostError, RecipeError
+from strixft.support.files import cache_folder, disk_full, free_bytes
 
 WHOLE_BYTES = 64 * 2**20
 """Size up to which a file is hashed completely."""

@@ -22,9 +22,15 @@ import torch
 
 from strixft.model.files import sampled_hash, shard_paths
 from strixft.model.stream import Checksums, checksums_of
-from strixft.support.disk import folder_bytes, free_bytes, is_full, sync
 from strixft.support.errors import StageError
-from strixft.support.files import read_manifest, write_manifest
+from strixft.support.files import (
+    folder_bytes,
+    free_bytes,
+    is_full,
+    read_manifest,
+    sync,
+    write_manifest,
+)
 from strixft.support.locks import hold
 from strixft.support.progress import say
 from strixft.support.text import redact_all

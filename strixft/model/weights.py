@@ -22,8 +22,8 @@ from strixft.model.architecture import auto_class, outside_text
 from strixft.model.config import place_of
 from strixft.model.files import shard_paths
 from strixft.model.stream import DTYPES, Checksums, Shard, streaming
-from strixft.support.disk import cache_folder
 from strixft.support.errors import RecipeError
+from strixft.support.files import cache_folder
 from strixft.support.private_hf import kept_in_float32
 from strixft.support.progress import say
 

@@ -17,7 +17,7 @@ from strixft.recipe.schema import Recipe
 from strixft.support.errors import RecipeError
 from strixft.support.units import format_gib
 
-SMALLEST = ("train.micro_batch=1", "train.recompute=all")
+SMALLEST = {"train.micro_batch": 1, "train.recompute": "all"}
 """The settings that take the least memory and change no result."""
 
 
@@ -29,6 +29,8 @@ class Advice:
     """The options to type."""
     setting: str
     """The first of them, such as `method=qlora`."""
+    settings: dict[str, Any]
+    """All of them, by dotted key."""
     peak_bytes: int
     seconds_per_update: float | None
     fits: bool
@@ -38,21 +40,21 @@ def _with(recipe: Recipe, section: str, **settings: Any) -> Recipe:
     return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=settings)})
 
 
-def _changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Yield settings, each with the recipe that they and `SMALLEST` give."""
+def _changes(recipe: Recipe) -> Iterator[tuple[str, Any, Recipe]]:
+    """Yield keys and values, each with the recipe that they and `SMALLEST` give."""
     smallest = _with(recipe, "train", micro_batch=1, recompute="all")
-    yield SMALLEST[0], smallest
+    yield "train.micro_batch", 1, smallest
     length = recipe.dataset.max_length // 2
     shorter = _with(smallest, "dataset", max_length=length)
-    yield f"dataset.max_length={length}", shorter
+    yield "dataset.max_length", length, shorter
     method = METHODS[recipe.method]
     lighter = {"native": ("qlora", "int8-lora"), "int8": ("qlora",), "nf4": ()}[method.base]
     for name in (*(("lora",) if method.adapter == "none" else ()), *lighter):
         changed = smallest.model_copy(update={"method": name})
-        yield f"method={name}", changed
+        yield "method", name, changed
     if method.adapter != "none" and recipe.lora.r > 4:
         rank = recipe.lora.r // 4
-        yield f"lora.r={rank}", _with(smallest, "lora", r=rank)
+        yield "lora.r", rank, _with(smallest, "lora", r=rank)
 
 
 def cause(parts: Mapping[str, int], budget_bytes: int) -> str:
@@ -66,15 +68,16 @@ def cause(parts: Mapping[str, int], budget_bytes: int) -> str:
 def advise(job: Job, budget_bytes: int, data: DataShape) -> list[Advice]:
     """Return changes that help, those that fit first, the fastest of them first."""
     found = []
-    for setting, changed in _changes(job.recipe):
+    for key, value, changed in _changes(job.recipe):
         length = min(data.max_length, changed.dataset.max_length)
         shape = DataShape(length, longest=min(data.longest, length))
         planner = Planner(job.with_recipe(changed), shape)
         run = planner.dry_run(1, planner.num_layers)
         need = planner.need_bytes(run)
-        change = " ".join(f"--set {one}" for one in dict.fromkeys((setting, *SMALLEST)))
-        fits = need <= budget_bytes
-        found.append(Advice(change, setting, need, run.seconds_per_update, fits))
+        settings = {key: value, **SMALLEST}
+        change = " ".join(f"--set {name}={wanted}" for name, wanted in settings.items())
+        fits, setting = need <= budget_bytes, f"{key}={value}"
+        found.append(Advice(change, setting, settings, need, run.seconds_per_update, fits))
     return sorted(found, key=lambda row: (not row.fits, row.seconds_per_update or 0))
 
 

@@ -74,5 +74,6 @@ def require_exportable(recipe: Recipe) -> list[str]:
             raise RecipeError(
                 f"{recipe.model}: {error.problem}",
                 fix=f"--set 'export.to=[merged]'; or {gguf.NEWER_CONVERTER}",
+                settings={"export.to": ["merged"]},
             ) from error
     return warnings

@@ -22,7 +22,7 @@ import torch
 from strixft.catalog.hosts import Budget, Host
 from strixft.catalog.rates import device_name
 from strixft.data.batches import Batch, shape_batch
-from strixft.guard.cap import cap
+from strixft.guard.host import cap
 from strixft.model.load import random_model
 from strixft.plan import trace_cache
 from strixft.plan.dry_run import DryRun, dry_run
@@ -30,9 +30,8 @@ from strixft.plan.trace import RowShape
 from strixft.probe.job import Job
 from strixft.step.tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
-from strixft.support.disk import cache_folder
 from strixft.support.errors import FitError, HostError
-from strixft.support.files import write_json
+from strixft.support.files import cache_folder, write_json
 from strixft.support.units import format_gib
 
 LAYERS = (2, 4)

@@ -45,9 +45,9 @@ class Plan(Result):
 
     name: ClassVar[str] = "plan"
 
-    def is_final(self) -> bool:
-        """Return whether the run fits; if not, memory may be free when it is planned again."""
-        return bool(self.figures["fits"])
+    def refusal(self) -> FitError | None:
+        """Return the error of a run that does not fit; later there may be more memory."""
+        return misfit(self.figures)
 
     def _repr_html_(self) -> str:
         return show.plan_html(self.figures)
@@ -85,23 +85,31 @@ def require_fit(figures: dict[str, Any]) -> None:
     Raises:
         FitError: With what is needed, what is there, and what helps.
     """
+    if (error := misfit(figures)) is not None:
+        raise error
+
+
+def misfit(figures: dict[str, Any]) -> FitError | None:
+    """Return the error of a plan that does not fit, or None."""
     if figures["fits"]:
-        return
+        return None
     host, boxes = figures["host"], figures["boxes"]
     there = f"{host['name']} has {format_gib(host['budget_bytes'])} for it"
     if boxes:
         needs = " and ".join(
             f"{format_gib(share['device_bytes'])} by {share['way']}" for share in boxes["shares"]
         )
-        raise FitError(
+        return FitError(
             f"each of {boxes['count']} machines needs {needs}, and {there}",
             fix=f"--boxes {2 * boxes['count']}, or a smaller model",
         )
-    helps = [row["change"] for row in figures["advice"] if row["fits"]]
-    raise FitError(
+    helps = [row for row in figures["advice"] if row["fits"]]
+    return FitError(
         f"the run needs {format_gib(figures['reserved_bytes'])} and {there};"
         f" {cause(figures['parts'], host['budget_bytes'])}",
-        fix="; or ".join(helps) or "a smaller model, or a host with more memory",
+        fix="; or ".join(row["change"] for row in helps)
+        or "a smaller model, or a host with more memory",
+        settings=helps[0]["settings"] if helps else None,
     )
 
 
@@ -225,6 +233,7 @@ def _named(job: Job) -> Iterator[None]:
             f" step, run without weights, says: {first_lines(error)}",
             fix="--set train.compile=none, which asks less of the model's code; and report what"
             " --debug shows: this says nothing against the model",
+            settings={"train.compile": "none"},
         ) from error
 
 

@@ -18,8 +18,7 @@ from typing import Any
 from strixft.plan.cost import Cost
 from strixft.plan.trace import Place, Storage, Trace
 from strixft.probe.job import Job
-from strixft.support.disk import cache_folder
-from strixft.support.files import versions, write_text
+from strixft.support.files import cache_folder, versions, write_text
 
 FOLDER = "plans"
 

@@ -29,8 +29,7 @@ from strixft.prepare.build import QUESTION
 from strixft.prepare.select import Selection
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Run
-from strixft.servers.client import Client, find_object, is_refusal, text_schema
-from strixft.servers.models import is_local
+from strixft.servers.client import Client, find_object, is_local, is_refusal, text_schema
 from strixft.support import html
 from strixft.support.errors import DataError, HostError, StrixftError
 from strixft.support.files import write_text

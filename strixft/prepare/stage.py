@@ -26,9 +26,8 @@ from strixft.prepare.build import BatchMaker, build_rows
 from strixft.prepare.select import Selection
 from strixft.recipe.schema import Dataset, Recipe
 from strixft.run.folder import Result, Run
-from strixft.support.disk import cache_folder
 from strixft.support.errors import DataError, RecipeError
-from strixft.support.files import digest
+from strixft.support.files import cache_folder, digest
 
 ROWS_FILE = "rows.arrow"
 

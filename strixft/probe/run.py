@@ -24,8 +24,7 @@ import torch
 from strixft.attention import core
 from strixft.catalog.rates import cpu_name
 from strixft.support.child import Figures, run_steps
-from strixft.support.disk import cache_folder
-from strixft.support.files import versions, write_json
+from strixft.support.files import cache_folder, versions, write_json
 
 FOLDER = "probes"
 

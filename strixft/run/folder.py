@@ -23,7 +23,6 @@ from typing import Any, ClassVar, TypeVar
 from strixft.recipe.load import check_recipe, read_settings
 from strixft.recipe.schema import Recipe
 from strixft.support import html
-from strixft.support.disk import disk_full, is_full
 from strixft.support.environment import seen_by_torch
 from strixft.support.errors import (
     FitError,
@@ -34,7 +33,9 @@ from strixft.support.errors import (
     is_out_of_memory,
 )
 from strixft.support.files import (
+    disk_full,
     free_aside,
+    is_full,
     known_digest,
     now,
     remove_leftovers,
@@ -92,9 +93,9 @@ class Result:
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the files that later stages read, by path in the stage's folder."""
 
-    def is_final(self) -> bool:
-        """Return whether the stage is done with this result; otherwise it runs again next time."""
-        return True
+    def refusal(self) -> StrixftError | None:
+        """Return the error of a result that ends the run; the stage runs again next time."""
+        return None
 
     def _repr_html_(self) -> str:
         """Return the figures for a notebook or the report; stages show more."""
@@ -192,8 +193,8 @@ class Run:
                 )
             with self._status(result.name), self.translate_errors(result.name):
                 found = self._do(result, work)
-            if not found.is_final():
-                self.set_status(state="failed", problem=f"stage {result.name} refuses", fix=None)
+            if (refusal := found.refusal()) is not None:
+                self.set_status(state="failed", **_as_status(refusal))
             return found
 
     @contextlib.contextmanager
@@ -264,7 +265,7 @@ class Run:
             figures=figures,
             files={str(p.relative_to(folder)): known_digest(p) for p in files},
         )
-        if found.is_final():
+        if found.refusal() is None:
             write_json(folder / "result.json", found.to_dict())
         return found
 

@@ -28,7 +28,7 @@ class StrixftError(Exception):
     Args:
         problem: The fault and its place.
         fix: A command, or a change to a named file.
-        settings: Settings that the fix changes, by dotted key.
+        settings: Settings that the fix begins with, by dotted key; a run goes on with them.
     """
 
     exit_code = 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
 from strixft.support.errors import RecipeError
 
@@ -35,8 +35,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(names)}"
 
 
-class Table(Mapping[str, R], Generic[R]):
-    """An ordered mapping from a row's name to the row.
+class Table(dict[str, R]):
+    """An ordered mapping from a row's name to the row; a miss is a `RecipeError`.
 
     Args:
         kind: Noun for a row in error texts, such as "method".
@@ -45,21 +45,8 @@ class Table(Mapping[str, R], Generic[R]):
 
     def __init__(self, kind: str, *rows: R) -> None:
         self.kind = kind
-        self._rows = {row.name: row for row in rows}
-        assert len(self._rows) == len(rows), f"two rows of {kind} share a name"
+        super().__init__((row.name, row) for row in rows)
+        assert len(self) == len(rows), f"two rows of {kind} share a name"
 
-    def __getitem__(self, name: str) -> R:
-        if name not in self._rows:
-            raise RecipeError(
-                f"there is no {self.kind} {name!r}", fix=did_you_mean(name, self._rows)
-            )
-        return self._rows[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._rows
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
+    def __missing__(self, name: str) -> R:
+        raise RecipeError(f"there is no {self.kind} {name!r}", fix=did_you_mean(name, self))

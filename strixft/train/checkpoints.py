@@ -17,9 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from strixft.recipe.load import flatten
-from strixft.support.disk import folder_bytes, free_bytes, require_room, sync
 from strixft.support.errors import StageError
-from strixft.support.files import MANIFEST, digest, read_manifest, write_manifest
+from strixft.support.files import (
+    MANIFEST,
+    digest,
+    folder_bytes,
+    free_bytes,
+    read_manifest,
+    require_room,
+    sync,
+    write_manifest,
+)
 from strixft.support.text import redact_all
 
 KEPT = 2

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from strixft.data.batches import Batch
-from strixft.guard.hang import HangWatch
+from strixft.guard.watch import HangWatch
 from strixft.recipe.schema import Train
 from strixft.step.update import TrainingStep
 from strixft.train.checkpoints import Checkpoint, Checkpoints

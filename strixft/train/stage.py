@@ -25,8 +25,7 @@ from strixft.data.batches import (
     training_order,
 )
 from strixft.guard.advice import finite_again, less_memory, loss_spikes
-from strixft.guard.cap import cap
-from strixft.guard.host import training_host
+from strixft.guard.host import cap, training_host
 from strixft.guard.stage_watches import Watches
 from strixft.model.adapter import attach_adapter, base_of
 from strixft.model.files import fingerprint_base
@@ -41,10 +40,9 @@ from strixft.run.folder import Result, Run, resume_command
 from strixft.run.open import READ_BY
 from strixft.step.tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
-from strixft.support.disk import require_room
 from strixft.support.environment import seen_by_torch
 from strixft.support.errors import FitError, StageError, is_out_of_memory
-from strixft.support.files import write_json
+from strixft.support.files import require_room, write_json
 from strixft.support.progress import progress_bar, say
 from strixft.support.units import format_gib
 from strixft.train.checkpoints import KEPT, Checkpoints
