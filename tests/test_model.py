@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EMBEDDED, WriteRecipe
+from transformers import AutoConfig
 
 from strixft.catalog.methods import METHODS
+from strixft.model.architecture import architecture_of
 from strixft.model.load import build, load_base, native_dtype, random_model, shape_base
 from strixft.model.source import load_config, load_tokenizer, model_source
 from strixft.recipe.load import load_recipe
@@ -134,3 +136,22 @@ def test_random_4_bit_layers_keep_their_bytes(
     with torch.no_grad():
         model(torch.arange(100, 140).unsqueeze(0))
     assert all(map(torch.equal, before, model.parameters()))
+
+
+SMALL = {"vocab_size": 211, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "positions"),
+    [
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, 64),  # two more, for padding
+        ("codegen", {"rotary_dim": 8}, 64),  # a buffer of sines
+        ("olmoe", {"intermediate_size": 48, "num_experts": 64}, None),  # as many experts
+        ("llama", {"intermediate_size": 48}, None),
+    ],
+)
+def test_a_row_is_no_longer_than_a_table_of_positions(
+    model_type: str, more: dict[str, int], positions: int | None
+) -> None:
+    config = AutoConfig.for_model(model_type, **SMALL, max_position_embeddings=64, **more)
+    assert architecture_of(config).positions == positions

@@ -268,28 +268,27 @@ def _ask(config: Any) -> Architecture:
         kinds = list(range(len(layers)))
     named = [(name.rpartition(".")[2], m) for name, m in text_decoder(base).named_modules()]
     linear = {leaf for leaf, module in named if isinstance(module, nn.Linear)}
-    text, windows = config.get_text_config(), {call.mask.window for call in ran.calls}
-    most = getattr(text, "max_position_embeddings", None)
-    spare = range(most, most + 8) if isinstance(most, int) else ()  # OPT has two, for padding
+    windows = {call.mask.window for call in ran.calls}
     return Architecture(
         heads=_heads_of(base, ran.calls),
         windows=tuple(sorted(window for window in windows if window)),
         kinds=tuple(kinds),
         cached=tuple(Cached(call.cached_numbers, call.mask.window) for call in ran.calls),
-        positions=most if any(n in spare and n != text.vocab_size for n in ran.tables) else None,
+        positions=_longest_row(base),
         idle=frozenset(linear - {leaf for leaf, module in named if module in ran.modules}),
     )
 
 
-_LOOK_UPS: dict[Any, Any] = {
-    aten.embedding.default: lambda table, *_: [table.shape[0]],
-    aten.gather.default: lambda table, dim, *_: [table.shape[dim]],
-    aten.index_select.default: lambda table, dim, *_: [table.shape[dim]],
-    aten.index.Tensor: lambda table, places: [
-        size for size, place in zip(table.shape, places, strict=False) if place is not None
-    ],
-}
-"""Operator that looks numbers up → length of the table, from its arguments."""
+def _longest_row(base: Any) -> int | None:
+    """Return the most tokens a row may have, if positions are looked up in a table."""
+    text, decoder = base.config.get_text_config(), text_decoder(base)
+    most = getattr(text, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    tables = [m.num_embeddings for m in decoder.modules() if isinstance(m, nn.Embedding)]
+    tables += [buffer.shape[0] for buffer in decoder.buffers() if buffer.ndim == 2]
+    spare = range(most, most + 8)  # OPT has two more, for padding
+    return most if any(n in spare and n != text.vocab_size for n in tables) else None
 
 
 class _Ran(TorchDispatchMode):
@@ -297,16 +296,12 @@ class _Ran(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tables: list[int] = []
-        """Lengths of tables in which numbers are looked up."""
         self.modules: set[nn.Module] = set()
         self.calls: list[AttentionCall] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return 1  # models only ask to leave something out
-        if func in _LOOK_UPS:
-            self.tables += _LOOK_UPS[func](*args)
         return func(*args, **(kwargs or {}))
 
 

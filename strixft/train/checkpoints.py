@@ -19,7 +19,6 @@ from typing import Any
 from strixft.recipe.load import flatten
 from strixft.support.errors import StageError
 from strixft.support.files import (
-    MANIFEST,
     digest,
     folder_bytes,
     free_bytes,
@@ -56,17 +55,13 @@ def _read(folder: Path, update: int) -> Checkpoint:
         ValueError: A file is missing or damaged.
     """
     manifest = read_manifest(folder)
-    try:
-        listed, inputs = dict(manifest["files"]), dict(manifest["inputs"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{MANIFEST} is damaged") from None
-    for name, written in sorted(listed.items()):  # others leave files too: .DS_Store, .nfs…
+    for name, written in sorted(manifest["files"].items()):  # others leave files: .DS_Store, .nfs…
         path = folder / name
         if ".." in path.parts or not path.is_file():
             raise ValueError(f"{name} is missing")
         if digest(path) != written:
             raise ValueError(f"{name} is not what was written")
-    return Checkpoint(folder, update, inputs)
+    return Checkpoint(folder, update, manifest["inputs"])
 
 
 class Checkpoints:
