@@ -94,7 +94,7 @@ def load(way: str, folder: Path, method: str, device: str) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     import strixft.model.load as ours
-    import strixft.model.nf4_cache as cache
+    import strixft.model.weights as cache
     from strixft.catalog.methods import METHODS
     from strixft.recipe.schema import Recipe
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from strixft.attention.interface import NAME
 from strixft.catalog.methods import METHODS
-from strixft.model import nf4_cache, weights
+from strixft.model import weights
 from strixft.model.files import shard_paths
 from strixft.model.load import load_base, quantization_of, shape_base
 from strixft.model.quantised import finish_loaded
@@ -79,7 +79,7 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4_cache, "LEAST_BYTES", 0)
+    monkeypatch.setattr(weights, "LEAST_BYTES", 0)
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def test_without_room_nothing_is_kept_and_a_line_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(nf4_cache, "SPARE_BYTES", 10**18)
+    monkeypatch.setattr(weights, "SPARE_BYTES", 10**18)
     load_base(recipe_of(llama, "qlora", write_recipe), "cpu", torch.float32)
     assert "4-bit weights are not cached: " in capsys.readouterr().err
     assert kept_folders(tmp_path) == []

@@ -15,8 +15,8 @@ from strixft.catalog.hosts import Sourced
 from strixft.catalog.methods import METHODS
 from strixft.model.architecture import architecture_of, sample_layers, text_layers
 from strixft.model.load import shape_base
-from strixft.model.nf4_cache import FILE_BYTES
 from strixft.model.stream import PIECE_BYTES
+from strixft.model.weights import FILE_BYTES
 from strixft.plan import trace_cache
 from strixft.plan.dry_run import DryRun
 from strixft.plan.trace import RowShape, forward_bytes
