@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from strixft.doctor.checks import check_host as check_host
     from strixft.evaluate.stage import evaluate_recipe as evaluate_recipe
     from strixft.export.stage import export_recipe as export_recipe
-    from strixft.plan.explore import explore_plan as explore_plan
+    from strixft.plan.result import explore_plan as explore_plan
     from strixft.plan.result import plan_recipe as plan_recipe
     from strixft.prepare.stage import prepare_recipe as prepare_recipe
     from strixft.recipe.load import load_recipe as load_recipe
@@ -30,7 +30,7 @@ _HOME = {
     "chat_box": "app.chat",
     "check_host": "doctor.checks",
     "evaluate_recipe": "evaluate.stage",
-    "explore_plan": "plan.explore",
+    "explore_plan": "plan.result",
     "export_recipe": "export.stage",
     "find_runs": "run.open",
     "list_recipes": "app.lab",

@@ -18,11 +18,17 @@ from strixft.data.batches import Batch, PackedShape, shape_batch, training_order
 from strixft.guard.host import find_host
 from strixft.model.load import build
 from strixft.model.source import load_config
-from strixft.plan.choose import AS_FAST, Planner, choose
+from strixft.plan.choose import AS_FAST, DataShape, Planner, choose
 from strixft.plan.cost import Costs, Rates
-from strixft.plan.data_shape import DataShape
-from strixft.plan.dry_run import DryRun, Step, dry_run, run_schedule, trace_run
-from strixft.plan.full_depth import Schedule, rounded_all
+from strixft.plan.dry_run import (
+    DryRun,
+    Schedule,
+    Step,
+    dry_run,
+    rounded_all,
+    run_schedule,
+    trace_run,
+)
 from strixft.plan.result import plan_figures, plan_recipe
 from strixft.plan.scale import Dims, Regime, Traces
 from strixft.plan.trace import RowShape, trace_step
@@ -284,7 +290,7 @@ def test_no_two_products_of_dimensions_grow_alike_between_two_samples(
 @SHAPES
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trace_answers_for_other_micro_batches(shape: dict[str, Any], method: str) -> None:
-    """What a trace is scaled to is what a trace of that very step finds."""
+    """A trace is scaled to the figures that a trace of that very step finds."""
     config, random = AutoConfig.for_model(**shape), Random(method)
     traces = Traces(Job.of(a_recipe(method), config, HOST))
     for _ in range(3):

@@ -7,8 +7,7 @@ from transformers import AutoConfig
 
 from strixft.catalog.hosts import HOSTS, Budget
 from strixft.plan.advice import share_figures
-from strixft.plan.choose import Planner
-from strixft.plan.data_shape import DataShape
+from strixft.plan.choose import DataShape, Planner
 from strixft.plan.result import plan_figures, require_fit
 from strixft.probe.job import Job
 from strixft.recipe.load import load_recipe

@@ -11,7 +11,7 @@ Step = int | tuple[str, int]
 
 
 def replayed(*steps: Step) -> Replay:
-    """Of allocations by size, frees as ("free", number of the allocation)."""
+    """Replay allocations by size, and frees as ("free", number of the allocation)."""
     sizes = [step for step in steps if isinstance(step, int)]
     numbers = count()
     events = [~step[1] if isinstance(step, tuple) else next(numbers) for step in steps]

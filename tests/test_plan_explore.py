@@ -7,9 +7,9 @@ from conftest import WriteRecipe
 from transformers import AutoConfig
 
 from strixft.catalog.hosts import HOSTS, Budget
-from strixft.plan.choose import Planner
-from strixft.plan.data_shape import DataShape
-from strixft.plan.explore import Explorer, explore_plan
+from strixft.plan.choose import DataShape, Planner
+from strixft.plan.result import explore_plan
+from strixft.plan.show import Explorer
 from strixft.prepare.stage import prepare_recipe
 from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Recipe, Train

@@ -1,4 +1,4 @@
-"""What a plan says that kernels write, beside the code that inductor generates."""
+"""Kernels of a plan write what the code that inductor generates writes."""
 
 import copy
 import math

@@ -11,8 +11,7 @@ from strixft.catalog.hosts import HOSTS, Budget, Sourced
 from strixft.catalog.rates import cpu_name, write_rates
 from strixft.guard.host import find_host
 from strixft.model.source import load_config
-from strixft.plan.choose import Planner
-from strixft.plan.data_shape import DataShape
+from strixft.plan.choose import DataShape, Planner
 from strixft.plan.dry_run import DryRun, dry_run
 from strixft.plan.measure import LAYERS, Correction, Line, load_correction, measure, save_correction
 from strixft.plan.result import plan_figures

@@ -1,4 +1,4 @@
-"""What a step is computed with is tried here before it is used: for real, in a real child."""
+"""Attention and 4-bit weights are tried before they are used: for real, in a real child."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ HEADS = Heads(
 )
 ON_CPU = ("sdpa-packed", "sdpa", "eager", "eager-rows")
 
-BAD_WAYS = '''
-"""Ways to compute attention that go wrong, each in its own way."""
+BAD_MODULE = '''
+"""Attention that goes wrong, each function in its own way."""
 import os, time
 import torch
 from strixft.attention.core import FUNCTIONS, attend_eagerly
@@ -96,23 +96,23 @@ def dawdles(*args, **options):
     return attend_eagerly(*args, **options)
 
 
-for way in (raises, aborts, hangs, leaks, nothing, dawdles):
-    FUNCTIONS[way.__name__] = way
+for function in (raises, aborts, hangs, leaks, nothing, dawdles):
+    FUNCTIONS[function.__name__] = function
 '''
 
 
 def bad_backend(name: str) -> AttentionBackend:
     return replace(
-        BACKENDS["sdpa-packed"], name=name, implementation=name, module="bad_ways", why="a test"
+        BACKENDS["sdpa-packed"], name=name, implementation=name, module="bad_backends", why="a test"
     )
 
 
 @pytest.fixture
-def bad_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Six bad rungs before the good ones; a child finds the module that registers them."""
+def bad_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Six bad backends before the good ones; a child finds the module that registers them."""
     folder = tmp_path / "modules"
     folder.mkdir()
-    (folder / "bad_ways.py").write_text(BAD_WAYS)
+    (folder / "bad_backends.py").write_text(BAD_MODULE)
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
     monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(probe_run, "STEP_LIMIT_S", 5.0)
@@ -123,8 +123,8 @@ def bad_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[s
         yield names
 
 
-def test_bad_ways_are_skipped_with_their_reasons_and_a_run_goes_on(
-    bad_ways: list[str],
+def test_bad_backends_are_skipped_with_their_reasons_and_a_run_goes_on(
+    bad_backends: list[str],
     write_recipe: WriteRecipe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -138,7 +138,7 @@ def test_bad_ways_are_skipped_with_their_reasons_and_a_run_goes_on(
         for row in plan.figures["assumptions"]
         if row["what"] == "attention that is not used"
     }
-    assert list(told) == bad_ways
+    assert list(told) == bad_backends
     assert told["raises"] == "probed here: RuntimeError: invalid device function"
     assert told["aborts"].startswith("probed here: crashed (SIGABRT")
     assert told["hangs"] == "probed here: timed out (5 s)"
@@ -236,7 +236,7 @@ def test_no_machine_is_planned_with_kernels_that_were_not_tried_there() -> None:
     assert known_backends(HEADS, "cuda")[0].name == "varlen"
 
 
-def test_a_way_gives_way_to_a_faster_one_that_keeps_no_more(
+def test_a_backend_gives_way_to_a_faster_one_that_keeps_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     figures = {
@@ -371,7 +371,7 @@ def test_gradients_of_the_reference_are_those_of_the_whole_mask(
 
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ways_that_are_right_stay_far_below_what_is_allowed(backend: str, dtype: str) -> None:
+def test_backends_that_are_right_stay_far_below_what_is_allowed(backend: str, dtype: str) -> None:
     heads = asdict(replace(HEADS, windowed=True))
     figures = measure_backend(asdict(BACKENDS[backend]), heads, "cpu", dtype, peak=True)
     assert "problem" not in figures

@@ -17,6 +17,7 @@ from strixft.recipe.schema import Dataset, Recipe, Train
 from strixft.step import layers
 from strixft.step.graphs import writes_4bit_out
 from strixft.step.layers import inductor
+from strixft.step.products import MOST_FUSED_ROWS
 from strixft.step.update import StepOptions, TrainingStep
 
 MULTIPLIES = {torch.ops.aten.mm.default, torch.ops.aten.addmm_.default}
@@ -129,8 +130,6 @@ def test_4_bit_weights_are_written_out_right_before_they_are_multiplied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    from strixft.step.nf4_kernel import MOST_FUSED_ROWS
-
     torch.compiler.reset()
     graphs: list[fx.Graph] = []
     monkeypatch.setattr(layers, "BACKEND", rewriting(graphs))
@@ -176,15 +175,15 @@ def test_generated_code_computes_the_same() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_generated_code_writes_4_bit_weights_out_as_bitsandbytes_does(dtype: torch.dtype) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    from strixft.step import nf4_kernel
-
     torch.manual_seed(0)
     torch.compiler.reset()
     weight = torch.randn(96, 192, dtype=dtype)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4")
 
     def write_out(packed: Tensor, scales: Tensor) -> Tensor:
-        weight: Tensor = nf4_kernel.UNPACK(packed, scales, 64, "nf4", [96, 192], dtype)
+        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+            packed, scales, 64, "nf4", [96, 192], dtype
+        )
         return weight.clone()
 
     found = torch.compile(write_out, backend=inductor)(packed, state.absmax)
@@ -195,14 +194,14 @@ def test_generated_code_writes_4_bit_weights_out_as_bitsandbytes_does(dtype: tor
 @pytest.mark.parametrize("stored", [torch.uint8, torch.bfloat16, torch.float32])
 def test_weights_are_written_out_whatever_type_their_bytes_have(stored: torch.dtype) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    from strixft.step import nf4_kernel
-
     torch.compiler.reset()
     weight = torch.randn(96, 192)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", quant_storage=stored)
 
     def write_out(packed: Tensor, scales: Tensor) -> Tensor:
-        weight: Tensor = nf4_kernel.UNPACK(packed, scales, 64, "nf4", [96, 192], torch.float32)
+        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+            packed, scales, 64, "nf4", [96, 192], torch.float32
+        )
         return weight.clone()
 
     found = torch.compile(write_out, backend=inductor)(packed, state.absmax)
@@ -248,8 +247,6 @@ def _make_large(model: nn.Module) -> None:
 @needs_compiler
 def test_a_compiled_step_over_4_bit_weights_is_the_eager_one() -> None:
     pytest.importorskip("bitsandbytes")
-    from strixft.step.nf4_kernel import MOST_FUSED_ROWS
-
     torch.compiler.reset()
     sides = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 128}

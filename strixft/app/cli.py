@@ -242,11 +242,14 @@ def plan(
     loaded = load_recipe(recipe, _overrides(settings))
     from strixft.plan.result import plan_figures, require_fit
     from strixft.plan.show import tables
-    from strixft.prepare.stage import Prepared
 
     folder = run_dir.absolute() if run_dir else run_folder(find_recipe(recipe), None)
     same = (folder / "recipe.yaml").is_file() and read_recipe(folder) == loaded
-    prepared = Prepared.load(folder / "prepare") if same else None
+    prepared = None
+    if same:
+        from strixft.prepare.stage import Prepared
+
+        prepared = Prepared.load(folder / "prepare")
     figures = plan_figures(loaded, host, prepared, boxes, measured=measure)
     _print_json(figures) if as_json else _print_tables(tables(figures))
     require_fit(figures)

@@ -147,15 +147,6 @@ class KnownBad:
     what: str
     source: str
 
-    def applies(self, backend: AttentionBackend, heads: Heads, device: str) -> bool:
-        """Tell whether the report is about a backend, a model and a device."""
-        return (
-            self.device == device
-            and backend.name in self.backends
-            and (not self.model_types or heads.model_type in self.model_types)
-            and (not self.head_sizes or heads.head_size in self.head_sizes)
-        )
-
 
 _AOTRITON = ("varlen", "sdpa-packed", "sdpa")
 
@@ -192,13 +183,7 @@ def _is_missing(package: str | None) -> bool:
 
 
 def cannot(backend: AttentionBackend, heads: Heads, device_type: str) -> str | None:
-    """Return why a backend cannot train a model on a type of device; None if it can.
-
-    Args:
-        backend: A row of `BACKENDS`.
-        heads: The attention that the model needs.
-        device_type: `cuda` or `cpu`.
-    """
+    """Return why a backend cannot train a model on a type of device, `cuda` or `cpu`; or None."""
     if device_type not in backend.devices:
         return f"no gradients on {device_type}"
     if _is_missing(backend.package):
@@ -215,14 +200,13 @@ def cannot(backend: AttentionBackend, heads: Heads, device_type: str) -> str | N
 
 
 def known_bad(backend: AttentionBackend, heads: Heads, device: str) -> KnownBad | None:
-    """Return the report that speaks against a backend on a device; None if there is none.
-
-    Args:
-        backend: A row of `BACKENDS`.
-        heads: The attention that the model needs.
-        device: Architecture, such as `gfx1151`; empty if it does not matter.
-    """
-    return next((bad for bad in KNOWN_BAD if bad.applies(backend, heads, device)), None)
+    """Return the report against a backend on an architecture, such as `gfx1151`; or None."""
+    for bad in KNOWN_BAD:
+        of_model = heads.model_type in (bad.model_types or (heads.model_type,))
+        of_size = heads.head_size in (bad.head_sizes or (heads.head_size,))
+        if bad.device == device and backend.name in bad.backends and of_model and of_size:
+            return bad
+    return None
 
 
 def is_wanted(backend: AttentionBackend, *, packing: bool) -> bool:
@@ -233,16 +217,13 @@ def is_wanted(backend: AttentionBackend, *, packing: bool) -> bool:
 def known_backends(
     heads: Heads, device_type: str, device: str = "", *, packing: bool = True
 ) -> list[AttentionBackend]:
-    """Return the backends that nothing speaks against before anything is measured; never none.
+    """Return the backends that nothing speaks against before anything is measured, the best first.
 
     Args:
         heads: The attention that the model needs.
         device_type: `cuda` or `cpu`.
         device: Architecture, such as `gfx1151`.
-        packing: Whether the recipe wants packed rows.
-
-    Returns:
-        Backends, the one to be tried first first.
+        packing: The recipe wants packed rows.
     """
     return [
         backend

@@ -36,11 +36,7 @@ _kernels: str | None = None
 
 @contextlib.contextmanager
 def planned_for(device: str) -> Iterator[None]:
-    """Let attention on `meta` be, in this block, what it would be on a device.
-
-    Args:
-        device: `cpu` or `cuda`.
-    """
+    """Let attention on `meta` be, in this block, what it would be on `cpu` or `cuda`."""
     global _planned_device
     before, _planned_device = _planned_device, device  # the compiler cannot read a ContextVar
     try:
@@ -50,10 +46,9 @@ def planned_for(device: str) -> Iterator[None]:
 
 
 def use_kernels(name: str | None) -> None:
-    """Let flash attention of this process take the kernels of a package, or torch's own again.
+    """Let flash attention of this process take kernels of torch's registry, such as `FA4`.
 
-    Args:
-        name: Their name in torch's registry, such as `FA4`; None for torch's own.
+    None for torch's own again.
     """
     global _kernels
     if name == _kernels:
@@ -84,7 +79,7 @@ def attend(
         attention_mask: Lengths (1, 1, 1, N + 1) in int32, a block mask, truths (B, 1, T, T), or
             None for plain causal attention.
         scaling: Factor of the scores; 1/√D if not given.
-        options: Whatever else transformers passes on.
+        options: All else that transformers passes on.
 
     Returns:
         (B, T, H, D), and no weights.
@@ -119,20 +114,9 @@ def attend_eagerly(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute the same by plain products and a softmax in float32; knows tanh-capped scores.
+    """Compute the same by plain products and a softmax in float32; shapes as `attend`.
 
-    Args:
-        module: The attention layer.
-        query: (B, H, T, D).
-        key: (B, fewer H, T, D).
-        value: As `key`.
-        attention_mask: Truths (B, 1, T, T), or None for plain causal attention.
-        scaling: Factor of the scores; 1/√D if not given.
-        softcap: Scores are softcap × tanh(scores / softcap).
-        options: Whatever else transformers passes on.
-
-    Returns:
-        (B, T, H, D), and no weights.
+    Scores are softcap × tanh(scores / softcap), where there is one.
     """
     key, value = _for_each_query(query, key, value)
     scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)  # (B, H, T, T)

@@ -21,12 +21,7 @@ for name, function in FUNCTIONS.items():
 
 
 def use_backend(base: Any, backend: AttentionBackend) -> None:
-    """Let a model compute attention by a backend.
-
-    Args:
-        base: A transformers model.
-        backend: A row of `BACKENDS`.
-    """
+    """Let a transformers model compute attention by a backend."""
     base.set_attn_implementation(backend.implementation)
     if base.device.type == "cuda":
         use_kernels(backend.kernels)

@@ -23,7 +23,7 @@ def documents_of(cu_seq_lens: Tensor, rows: int, length: int) -> Tensor:
     """Return the number of the document that each token belongs to, (B, T).
 
     Args:
-        cu_seq_lens: Where documents begin in the rows laid end to end, and the end, (N + 1,).
+        cu_seq_lens: Begins of documents in the rows laid end to end, and the end, (N + 1,).
         rows: B.
         length: T.
     """
@@ -119,11 +119,7 @@ def make_mask(**options: Any) -> Any:
 
 @contextlib.contextmanager
 def packed_rows(backend: AttentionBackend, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Let a model keep the documents of packed rows apart in this block.
-
-    Args:
-        backend: A row of `BACKENDS`.
-        batch: See `strixft.data.Batch`.
+    """Let a model keep the documents of a `strixft.data.Batch` apart in this block.
 
     Yields:
         Arguments of the decoder besides the tokens of the batch.
@@ -143,13 +139,7 @@ def packed_rows(backend: AttentionBackend, batch: dict[str, Any]) -> Iterator[di
 def layer_inputs(
     backend: AttentionBackend, batch: dict[str, Any], window: int | None
 ) -> dict[str, Any]:
-    """Return the arguments of one attention layer for packed rows.
-
-    Args:
-        backend: A row of `BACKENDS`.
-        batch: See `strixft.data.Batch`.
-        window: Tokens that a token looks back.
-    """
+    """Return the arguments of one attention layer for packed rows; see `packed_rows`."""
     packed = _PackedBatch(backend, batch)
     mask = packed.mask({"local_size": window, "config": None})
     return {"attention_mask": mask, "sliding_window": window, **packed.longest}

@@ -23,8 +23,7 @@ from strixft.catalog.models import MODELS
 from strixft.data.batches import Batch, PackedRows, collate, on_device, pack, training_order
 from strixft.guard.host import budget_for, cap, find_host
 from strixft.model.load import random_model
-from strixft.plan.choose import Planner
-from strixft.plan.data_shape import DataShape
+from strixft.plan.choose import DataShape, Planner
 from strixft.plan.dry_run import DryRun
 from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Recipe

@@ -104,19 +104,24 @@ def outside_text(base: Any) -> list[str]:
     return found
 
 
-def keep_layers(base: Any, kept: Sequence[int]) -> None:
-    """Remove all but some layers of a model; lists of its configuration follow.
+def with_layers(base: Any, kept: Sequence[int]) -> Any:
+    """Return a copy of a model with only some of its layers; lists of its configuration follow.
 
     The whole model is built first, so that no layer is built with a number that is not its own.
     `num_hidden_layers` stays: tables with a part for each layer keep their size.
     """
-    decoder, layers = text_decoder(base), text_layers(base)
-    setattr(decoder, _place_of_layers(base)[1], nn.ModuleList([layers[layer] for layer in kept]))
-    configs = (base.config.get_text_config(), decoder.config)
+    decoder, layers, name = text_decoder(base), text_layers(base), _place_of_layers(base)[1]
+    setattr(decoder, name, nn.ModuleList([layers[layer] for layer in kept]))
+    try:
+        few = copy.deepcopy(base)
+    finally:
+        setattr(decoder, name, layers)
+    configs = (few.config.get_text_config(), text_decoder(few).config)
     for config in {id(config): config for config in configs}.values():
         for key, value in list(vars(config).items()):
             if isinstance(value, list) and len(value) == len(layers):
                 setattr(config, key, [value[layer] for layer in kept])
+    return few
 
 
 # The head
@@ -408,7 +413,7 @@ def _can_be_sampled(
         return True
     with torch.device("meta"):
         small = build_shape(config, torch.bfloat16).train()
-    keep_layers(small, sampled)
+    small = with_layers(small, sampled)
     try:
         calls = _by_layer(text_layers(small), _run(small).calls)
     except RecipeError:

@@ -6,6 +6,7 @@ The same model is built in three ways: with its weights (`load_base`), as shapes
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from strixft.catalog.methods import METHODS, Method
 from strixft.model.adapter import attach_adapter
-from strixft.model.architecture import architecture_of, build_shape, keep_layers
+from strixft.model.architecture import architecture_of, build_shape, with_layers
 from strixft.model.files import fetch, refuse_pickles
 from strixft.model.quantised import NF4, draw_weights, finish_loaded, quantise_shape
 from strixft.model.source import load_config, model_errors_explained, model_source
@@ -109,6 +110,19 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+_last: dict[Any, nn.Module] = {}
+
+
+def _on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
+    """Return a model on `meta` to copy: a plan asks for that of one configuration 20 times."""
+    key = type(config), config.to_json_string(use_diff=False), dtype
+    if key not in _last:
+        _last.clear()
+        with torch.device("meta"):
+            _last[key] = build_shape(config, dtype)
+    return _last[key]
+
+
 def shape_base(
     config: Any,
     method: Method,
@@ -124,10 +138,8 @@ def shape_base(
         dtype: Type in which it computes.
         layers: Only these of the decoder's layers; default: all.
     """
-    with torch.device("meta"):
-        model: nn.Module = build_shape(config, dtype)
-    if layers is not None:
-        keep_layers(model, layers)
+    whole = _on_meta(config, dtype)
+    model: nn.Module = copy.deepcopy(whole) if layers is None else with_layers(whole, layers)
     if method.base != "native":
         quantise_shape(model, method, dtype, getattr(config, "quantization_config", None) or {})
     return model

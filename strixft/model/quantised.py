@@ -10,16 +10,44 @@ Shapes: N tokens, C channels in, D channels out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from strixft.catalog.methods import Method
+
+
+def _compile_when_called(function: Any = None, **options: Any) -> Any:
+    if function is None:
+        return partial(_compile_when_called, **options)
+    compiled: Callable[[], Any] = cache(partial(torch.compile, function, **options))
+    return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+
+@contextlib.contextmanager
+def _compiling_later() -> Iterator[None]:
+    """Let `torch.compile` as a decorator wait for the first call.
+
+    bitsandbytes 0.50 decorates functions that few runs call, and torch 2.13 imports inductor then,
+    which takes a second. This ends where torch imports it later.
+    """
+    right: Callable[..., Any] = torch.compile
+    torch.compile = _compile_when_called  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = right
+
+
+with _compiling_later():
+    import bitsandbytes as bitsandbytes
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
 NF4 = {
     "load_in_4bit": True,

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from strixft.catalog.hosts import Budget
 from strixft.catalog.methods import METHODS
-from strixft.plan.choose import Choice, Planner
-from strixft.plan.data_shape import DataShape
+from strixft.plan.choose import Choice, DataShape, Planner
 from strixft.plan.dry_run import DryRun
 from strixft.plan.phases import outside_layers_bytes
 from strixft.probe.job import Job
@@ -100,7 +99,7 @@ class Share:
     device_bytes: int
     """Reserved, and outside the allocator."""
     parts: dict[str, int]
-    """Of the peak; `gathered` is what is held whole for a while."""
+    """Parts of the peak; `gathered` is held whole for a while."""
     micro_batch_rows: int
     gradient_accumulation_steps: int
     recomputed_layers: int
@@ -110,76 +109,54 @@ class Share:
     """Not known: no link between two such machines is measured."""
 
 
-class _Shared:
-    """A job on several machines, each with its share of an update's tokens."""
-
-    def __init__(self, job: Job, data: DataShape, boxes: int) -> None:
-        self._job, self._boxes = job, boxes
-        tokens = max(1, data.tokens_per_update(job.recipe) // boxes)
-        own = _with(job.recipe, "train", tokens_per_update=tokens)
-        self._planner = Planner(job.with_recipe(own), data)
-
-    def shares(self, limit: Budget) -> tuple[Share, Share]:
-        """Return the share of each machine where it holds all, and where FSDP2 shards."""
-        alone = self._planner.choose(limit)
-        gathered = self._gathered_bytes(alone.run)
-        saved = self._saved_bytes(alone.run, gathered)
-        roomier = self._planner.choose(Budget(limit.num_bytes + saved, limit.source))
-        run, saved = roomier.run, self._saved_bytes(roomier.run, gathered)
-        parts = {n: s // self._boxes if n in SHARDED else s for n, s in run.parts.items()}
-        parts["gathered"] = gathered
-        return (
-            self._share("ddp", alone, 0, alone.run.parts),
-            self._share("fsdp", roomier, saved, parts),
-        )
-
-    def _gathered_bytes(self, run: DryRun) -> int:
-        """Bytes that FSDP2 holds whole: some layers, the embedding, the last norm, the head."""
-        outside = outside_layers_bytes(self._job)
-        layers = run.parts["weights"] + run.parts["adapter"] - outside
-        return WHOLE_LAYERS * (layers // run.num_layers) + outside
-
-    def _saved_bytes(self, run: DryRun, gathered: int) -> int:
-        """Bytes that a machine need not hold under FSDP2."""
-        sharded = sum(run.parts[name] for name in SHARDED)
-        return sharded - sharded // self._boxes - gathered
-
-    def _sent_bytes(self, way: Way, run: DryRun) -> int:
-        """Bytes that a machine sends for one update."""
-        gradients = run.parts["adapter"]  # as many bytes as what is trained
-        sent = 2 * gradients
-        if way == "fsdp":
-            sent = run.steps * (2 * (run.parts["weights"] + run.parts["adapter"]) + gradients)
-        return sent * (self._boxes - 1) // self._boxes
-
-    def _share(self, way: Way, choice: Choice, saved: int, parts: dict[str, int]) -> Share:
-        run = choice.run
-        return Share(
-            way=way,
-            fits=choice.fits,
-            device_bytes=self._planner.need_bytes(run) - saved,
-            parts=parts,
-            micro_batch_rows=run.shape.rows,
-            gradient_accumulation_steps=run.steps,
-            recomputed_layers=run.recomputed_layers,
-            compute_seconds_per_update=run.seconds_per_update,
-            sent_bytes_per_update=self._sent_bytes(way, run),
-        )
-
-
 def share_figures(job: Job, limit: Budget, data: DataShape, boxes: int) -> dict[str, Any]:
-    """Return figures of a run on several machines.
+    """Return figures of a run on several machines: where each holds all, and where FSDP2 shards.
 
     Args:
         job: What runs on each machine.
         limit: What a run may use on each.
         data: Lengths of the rows.
-        boxes: Machines.
+        boxes: Machines; each does its share of an update's tokens.
 
     Raises:
         RecipeError: There cannot be so many machines.
     """
     if not 2 <= boxes <= MOST_BOXES:
         raise RecipeError(f"--boxes should be 2 to {MOST_BOXES}, it is {boxes}", fix="--boxes 2")
-    shares = _Shared(job, data, boxes).shares(limit)
-    return {"count": boxes, "shares": [asdict(share) for share in shares]}
+    tokens = max(1, data.tokens_per_update(job.recipe) // boxes)
+    own = _with(job.recipe, "train", tokens_per_update=tokens)
+    planner = Planner(job.with_recipe(own), data)
+    alone = planner.choose(limit)
+    # FSDP2 holds some layers whole, and embedding, last norm and head
+    held = alone.run.parts["weights"] + alone.run.parts["adapter"]
+    outside = outside_layers_bytes(job)
+    gathered = WHOLE_LAYERS * ((held - outside) // alone.run.num_layers) + outside
+
+    def saved(run: DryRun) -> int:
+        sharded = sum(run.parts[name] for name in SHARDED)
+        return sharded - sharded // boxes - gathered
+
+    def share(way: Way, choice: Choice) -> dict[str, Any]:
+        run = choice.run
+        whole, gradients = run.parts["weights"] + run.parts["adapter"], run.parts["adapter"]
+        parts, less, sent = run.parts, 0, 2 * gradients  # as many bytes as what is trained
+        if way == "fsdp":
+            parts = {n: s // boxes if n in SHARDED else s for n, s in parts.items()}
+            parts["gathered"], less = gathered, saved(run)
+            sent = run.steps * (2 * whole + gradients)
+        return asdict(
+            Share(
+                way=way,
+                fits=choice.fits,
+                device_bytes=planner.need_bytes(run) - less,
+                parts=parts,
+                micro_batch_rows=run.shape.rows,
+                gradient_accumulation_steps=run.steps,
+                recomputed_layers=run.recomputed_layers,
+                compute_seconds_per_update=run.seconds_per_update,
+                sent_bytes_per_update=sent * (boxes - 1) // boxes,
+            )
+        )
+
+    roomier = planner.choose(Budget(limit.num_bytes + saved(alone.run), limit.source))
+    return {"count": boxes, "shares": [share("ddp", alone), share("fsdp", roomier)]}

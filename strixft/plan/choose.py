@@ -1,4 +1,4 @@
-"""Choose rows, recomputed layers and accumulation: a fast plan that fits.
+"""Lengths of the rows, and the choice of rows, recomputed layers and accumulation.
 
 More recomputed layers take less memory and more time. So for each number of rows the search begins
 at the fewest layers whose storages can fit at all, and goes from the fastest choice to slower ones
@@ -12,20 +12,144 @@ import contextlib
 import gc
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from strixft.catalog.hosts import Budget
-from strixft.plan.data_shape import DataShape
+from strixft.data.batches import (
+    PackedRows,
+    PackedShape,
+    largest_batch,
+    rows_of_epochs,
+    training_order,
+)
 from strixft.plan.dry_run import DryRun, Step
 from strixft.plan.inductor import shared_kernels
 from strixft.plan.measure import load_correction
 from strixft.plan.scale import Traces
+from strixft.plan.trace import RowShape
 from strixft.probe.job import Job
+from strixft.recipe.schema import Recipe
+
+if TYPE_CHECKING:  # imports the data engine: a second, for a plan that may have no data
+    from strixft.prepare.stage import Prepared
 
 AS_FAST = 0.005
 """Share of the time of an update that is not worth memory: plans of one model are told apart no
 better (docs/plan-accuracy.md)."""
+
+MAX_TOKENS_PER_UPDATE = 65_536
+
+UPDATES_AIMED_AT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class DataShape:
+    """Tokens and trained tokens of each training row; of each packed row, where rows are packed."""
+
+    max_length: int
+    """Longest row that the recipe allows; packed rows are filled up to it."""
+    lengths: Sequence[int] = ()
+    """Empty as long as the data are not prepared: every row is taken as `max_length` long."""
+    trained: Sequence[int] = ()
+    documents: Sequence[int] = ()
+    """Documents of each packed row, its padding counted as one; empty where rows are not packed."""
+    longest: int = 0
+    """Tokens of the longest document or padding of a packed row."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, prepared: Prepared | None, *, packed: bool) -> DataShape:
+        """Return the shape of prepared data, or the worst that `max_length` allows.
+
+        Args:
+            recipe: The recipe, with the longest row that it allows.
+            prepared: The data.
+            packed: Several documents share a row.
+        """
+        most = recipe.dataset.max_length
+        if prepared is None:
+            return cls(most, longest=most if packed else 0)
+        if packed:
+            return cls.of_packed(most, prepared.packed_rows(recipe.dataset))
+        rows = prepared.token_rows(recipe.dataset).train
+        return cls(most, list(rows["length"]), list(rows["num_trained"]))
+
+    @classmethod
+    def of_packed(cls, most: int, rows: PackedRows) -> DataShape:
+        """Return the shape of packed rows that are filled up to `most` tokens."""
+        lengths, trained, documents = rows.sums("length"), rows.sums("num_trained"), rows.counts()
+        rooms = most - lengths
+        longest = max(int(rooms.max()), rows.longest())
+        whole = documents + (rooms > 0)
+        return cls(most, lengths.tolist(), trained.tolist(), whole.tolist(), longest)
+
+    @property
+    def is_packed(self) -> bool:
+        """Several documents share a row."""
+        return self.longest > 0
+
+    def tokens_per_update(self, recipe: Recipe) -> int:
+        """Return trained tokens of one update: the recipe's, or what makes about 200 updates."""
+        asked = recipe.train.tokens_per_update
+        if isinstance(asked, int):
+            return asked
+        if not self.lengths:
+            return MAX_TOKENS_PER_UPDATE
+        aim = round(sum(self.trained) * recipe.train.epochs / UPDATES_AIMED_AT)
+        return min(max(aim, 1), MAX_TOKENS_PER_UPDATE)
+
+    def rows_per_update(self, recipe: Recipe) -> int:
+        """Return the rows of one update: as many as bring its trained tokens, at least one."""
+        tokens = self.tokens_per_update(recipe)
+        if not self.lengths:
+            return max(1, tokens // self.max_length)
+        mean = sum(self.trained) / len(self.trained)
+        return max(1, min(len(self.trained), round(tokens / mean)))
+
+    def steps(self, recipe: Recipe, rows: int) -> int:
+        """Return the micro-batches of so many rows in an update."""
+        return max(1, round(self.rows_per_update(recipe) / rows))
+
+    def num_rows(self, recipe: Recipe) -> int:
+        """Return the rows that the run trains in all its epochs."""
+        return rows_of_epochs(len(self.lengths), recipe.train.epochs)
+
+    def updates(self, recipe: Recipe, rows: int) -> int | None:
+        """Return the updates of a run in micro-batches of so many rows; the last may be smaller.
+
+        None before the data are prepared.
+        """
+        if not self.lengths:
+            return None
+        return -(-self.num_rows(recipe) // (rows * self.steps(recipe, rows)))
+
+    def mean_length(self) -> float:
+        """Return the real tokens of a row, on average."""
+        return sum(self.lengths) / len(self.lengths) if self.lengths else self.max_length
+
+    def _packed_shape(self, order: Sequence[int], rows: int) -> PackedShape | None:
+        if not self.is_packed:
+            return None
+        shape = PackedShape(self.max_length, 0, self.longest, rows)
+        counts = np.array(self.documents or [1])[list(order)]
+        documents = np.add.reduceat(counts, range(0, len(counts), rows))
+        documents[-1] += (-len(counts) % rows) * len(shape.empty_row())
+        return replace(shape, documents=int(documents.max()))
+
+    def largest(self, recipe: Recipe, rows: int) -> RowShape:
+        """Return the largest micro-batch of so many rows that the run will meet."""
+        if not self.lengths:
+            packed = self._packed_shape([0] * rows, rows)
+            return RowShape(rows, self.max_length, rows * (self.max_length - 1), packed)
+        sizes, seed = self.trained if self.is_packed else self.lengths, recipe.train.seed
+        padded = not self.is_packed
+        order = training_order(sizes, self.num_rows(recipe), seed, rows, padded=padded)
+        length, trained = largest_batch(self.lengths, self.trained, order, rows)
+        packed = self._packed_shape(order, rows)
+        return RowShape(rows, self.max_length if packed else length, trained, packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +210,10 @@ class Planner:
         self.num_layers = len(job.architecture.kinds)
         self.traces = Traces(job)
         self.correction = load_correction(job)
-        self.step = cache(self._step)
-        self.candidate = cache(self._candidate)
+        self.step = cache(lambda rows, layers: self.step_of(self.data, rows, layers))
+        self.candidate = cache(
+            lambda rows, layers: self.candidate_of(self.step(rows, layers), self.data)
+        )
 
     def rows(self) -> list[int]:
         """Return the rows to choose from, most first."""
@@ -105,9 +231,6 @@ class Planner:
         named = {"none": 0, "all": most}
         return [min(named.get(str(asked), asked if isinstance(asked, int) else 0), most)]
 
-    def _step(self, rows: int, layers: int) -> Step:
-        return self.step_of(self.data, rows, layers)
-
     def step_of(self, data: DataShape, rows: int, layers: int) -> Step:
         """Return the step of so many rows over some data."""
         return Step(data.largest(self.recipe, rows), layers, self.data.steps(self.recipe, rows))
@@ -123,9 +246,6 @@ class Planner:
     def need_bytes(self, run: DryRun) -> int:
         """Return what the budget is held against: reserved, and outside the allocator."""
         return run.reserved_bytes + self.outside_bytes
-
-    def _candidate(self, rows: int, layers: int) -> Candidate:
-        return self.candidate_of(self.step(rows, layers), self.data)
 
     def candidate_of(self, step: Step, data: DataShape) -> Candidate:
         """Return a step's figures without the allocator's rules, in milliseconds once traced."""

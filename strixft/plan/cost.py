@@ -8,7 +8,7 @@ of the two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,10 +21,9 @@ from torch.utils.flop_counter import flop_registry
 
 from strixft.catalog.hosts import Host
 from strixft.step.graphs import writes_4bit_out
-from strixft.support.private_torch import tree_iter
+from strixft.support.private_torch import schema_of, tree_iter
 
 Floats = npt.NDArray[np.float64]
-
 
 aten = torch.ops.aten
 
@@ -207,3 +206,88 @@ class Costs:
         each: Floats = np.maximum(self.flop / flop_per_s, moving_s) * repeats
         device, launch = each + is_launched * rates.gap_s, is_launched * rates.launch_s
         return Seconds(device, launch, rates.python_s)
+
+
+# Results of operators on `meta`, kept by their shapes
+
+_ALWAYS_RUN = {
+    aten.embedding_dense_backward.default,  # the tracker wants to know its result
+    aten._unsafe_view.default,  # its schema does not say that it gives a view
+}
+
+MOST = 50_000
+"""Operators kept; a trace has a few hundred that differ."""
+
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+Run = Callable[[Any, Any, Any], Any]
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    """Return what a tensor of any shape is made again by."""
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def made_of(layouts: Sequence[Layout]) -> list[Tensor]:
+    """Return new tensors on `meta`."""
+    return [
+        torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        for size, stride, dtype in layouts
+    ]
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return layout_of(value)
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return type(value), value
+
+
+def _answer(func: Any, args: Any, result: Any) -> Run | None:
+    """Return what answers in an operator's place; None where it has to run each time."""
+    results = result if isinstance(result, tuple) else (result,)
+    if func in _ALWAYS_RUN or not all(isinstance(r, Tensor) and r.is_meta for r in results):
+        return None
+    schema = schema_of(func)
+    if all(part.alias_info is None for part in (*schema.arguments, *schema.returns)):
+        layouts, is_one = tuple(map(layout_of, results)), len(schema.returns) == 1
+        return lambda *_: made_of(layouts)[0] if is_one else tuple(made_of(layouts))
+    if result is args[0] and torch.Tag.inplace_view not in func.tags:
+        return lambda _, args, __: args[0]  # writes over it
+    return None
+
+
+class OpCache:
+    """Answers, and costs, by operator and shapes of its arguments.
+
+    A trace runs the same few operators for each layer and micro-batch, and torch takes 0.1 to 1 ms
+    to find the shape of one result.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Run | None, Cost]] = {}
+
+    def run(self, func: Any, args: Any, kwargs: Any, run: Run) -> tuple[Any, Cost]:
+        """Return an operator's result and cost.
+
+        Args:
+            func: An overload of an operator.
+            args: Its arguments, tensors of any shapes among them.
+            kwargs: Its named arguments.
+            run: Runs it.
+        """
+        key = func, _key(args), tuple((name, _key(value)) for name, value in kwargs.items())
+        if key in self._known:
+            answer, cost = self._known[key]
+            return (answer or run)(func, args, kwargs), cost
+        if len(self._known) >= MOST:
+            self._known.clear()
+        result = run(func, args, kwargs)
+        cost = operator_cost(func, args, kwargs, result)
+        self._known[key] = _answer(func, args, result), cost
+        return result, cost
+
+
+SHARED = OpCache()
+"""Kept for every trace of this process: results depend on operator and shapes alone."""

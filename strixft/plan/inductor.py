@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from strixft.plan.cost import Cost, Layout, kernel_cost, layout_of, made_of
 from strixft.step import layers
 from strixft.step.compiler import (
     aot_autograd,
@@ -28,21 +29,31 @@ from strixft.step.products import rewrite
 from strixft.step.tracker import uncounted
 from strixft.support.private_torch import boxed
 
-torch.library.define("strixft::kernel", "(Tensor[] read, Tensor[] written, bool unpacks) -> ()")
+torch.library.define("strixft::kernel", "(int kernel) -> Tensor[]")
 
 KERNEL = torch.ops.strixft.kernel.default
-"""Tells a dispatch mode that a kernel has run: the tensors that it has read and written, of any
-shapes; `unpacks` where those are 4-bit weights, written out."""
+"""Runs a kernel, by its number in `made`: returns what it writes, and a dispatch mode sees it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A kernel of a graph."""
+
+    written: tuple[Layout, ...]
+    cost: Cost
+
+
+made: list[Made] = []
+"""Kernels of all graphs that are compiled."""
 
 
 @torch.library.impl("strixft::kernel", "CompositeExplicitAutograd")
-def _do_nothing(read: list[torch.Tensor], written: list[torch.Tensor], unpacks: bool) -> None:
-    pass
+def _run_kernel(kernel: int) -> list[torch.Tensor]:
+    return made_of(made[kernel].written)
 
 
 MOST_READS = 4
 """A result made of more tensors than this is written if it is used twice, whoever uses it."""
-
 
 Env = dict[fx.Node, Any]
 """Values of a graph's nodes while it runs."""
@@ -166,21 +177,16 @@ class Units:
 
 
 def _kernel(unit: list[fx.Node], units: Units) -> Run:
-    """Return what makes a kernel's results, of any shapes, and tells a dispatch mode of it."""
-    read = [n for n in units.reads(unit) if isinstance(n.meta.get("val"), torch.Tensor)]
+    """Return what makes a kernel's results, of any shapes."""
+    read = [n.meta["val"] for n in units.reads(unit) if isinstance(n.meta.get("val"), torch.Tensor)]
     written = [node for node in unit if not units.stays_inside(node)]
-    unpacks = any(writes_4bit_out(node.target) for node in written)
     values = [node.meta["val"] for node in written]
-    layouts = [(value.shape, value.stride(), value.dtype) for value in values]
+    unpacks = any(writes_4bit_out(node.target) for node in written)
+    cost, number = kernel_cost(read, values, unpacks=unpacks), len(made)
+    made.append(Made(tuple(map(layout_of, values)), cost))
 
     def run(env: Env) -> None:
-        with uncounted():  # `KERNEL` tells of them
-            made = [
-                torch.empty_strided(size, stride, dtype=dtype, device="meta")
-                for size, stride, dtype in layouts
-            ]
-        env.update(zip(written, made, strict=True))
-        KERNEL([env[node] for node in read], made, unpacks)
+        env.update(zip(written, KERNEL(number), strict=True))
 
     return run
 
@@ -194,27 +200,6 @@ def _operator(node: fx.Node) -> Run:
         env[node] = target(*args, **kwargs)
 
     return run
-
-
-class Kernels:
-    """Runs a graph on `meta` as its kernels would; a dispatch mode is told of them by `KERNEL`."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        nodes = list(module.graph.nodes)
-        self._inputs = [node for node in nodes if node.op == "placeholder"]
-        self._constants = {n: getattr(module, n.target) for n in nodes if n.op == "get_attr"}
-        self._output = nodes[-1].args
-        self._steps = list(_steps(Units(module.graph)))
-
-    def __call__(self, values: list[Any]) -> Any:
-        """Take the inputs out of a list, so that what backward needs no more is freed."""
-        env: Env = {**self._constants, **dict(zip(self._inputs, values, strict=True))}
-        values.clear()
-        for run, done_with in self._steps:
-            run(env)
-            for node in done_with:
-                del env[node]
-        return fx.map_arg(self._output, env.__getitem__)[0]
 
 
 def _steps(units: Units) -> Iterator[tuple[Run, list[fx.Node]]]:
@@ -259,12 +244,25 @@ def num_compiled() -> int:
 
 
 def _compile(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+    """Return what runs a graph on `meta` as its kernels would."""
     with uncounted():
         rewrite(module.graph)
-    kernels = Kernels(module)
     _compiled.num_graphs += 1
+    *_, last = nodes = list(module.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    constants = {node: getattr(module, node.target) for node in nodes if node.op == "get_attr"}
+    steps = list(_steps(Units(module.graph)))
 
-    return boxed(kernels)
+    def run(values: list[Any]) -> Any:
+        env: Env = {**constants, **dict(zip(inputs, values, strict=True))}
+        values.clear()  # what backward needs no more is freed
+        for act, done_with in steps:
+            act(env)
+            for node in done_with:
+                del env[node]
+        return fx.map_arg(last.args, env.__getitem__)[0]
+
+    return boxed(run)
 
 
 def make_backend(compile_graph: Callable[..., Any]) -> Any:
@@ -287,6 +285,7 @@ _backend = make_backend(_compile)
 def _forget(like: Hashable = None) -> None:
     if _compiled.like != like:
         torch.compiler.reset()
+        made.clear()
         _compiled.like, _compiled.num_graphs = like, 0
 
 

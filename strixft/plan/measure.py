@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from strixft.catalog.hosts import Budget, Host
+from strixft.catalog.hosts import Budget
 from strixft.catalog.rates import device_name
 from strixft.data.batches import Batch, shape_batch
 from strixft.guard.host import cap
@@ -78,7 +78,7 @@ class Correction:
     peak: Line | None = None
     """Bytes allocated; None where the device has no allocator to ask."""
     seconds: Line | None = None
-    """Of an update of one micro-batch; None where no time is predicted."""
+    """Time of an update of one micro-batch; None where no time is predicted."""
     source: str = ""
 
     def bytes_more(self, peak_bytes: int) -> int:
@@ -116,20 +116,6 @@ class Correction:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """A small model, as predicted and as measured."""
-
-    planned: DryRun
-    peak_bytes: int | None
-    seconds: float
-
-
-def _spread(num_layers: int, count: int) -> list[int]:
-    """So many layers, evenly from the first to the last."""
-    return [round(layer) for layer in np.linspace(0, num_layers - 1, count)]
-
-
 def _real_batch(shape: RowShape, vocabulary: int, device: str) -> Batch:
     batch = shape_batch(shape.rows, shape.length, shape.trained, device, shape.packed)
     batch["input_ids"].random_(0, vocabulary)
@@ -139,63 +125,49 @@ def _real_batch(shape: RowShape, vocabulary: int, device: str) -> Batch:
     return batch
 
 
-def _seconds(step: TrainingStep, batch: Batch, device: str) -> float:
-    start = time.perf_counter()
-    step.update([batch])
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _require_room(planned: DryRun, host: Host, limit: Budget) -> None:
-    need = planned.reserved_bytes + int(host.outside_bytes.value)
-    if need > limit.num_bytes:
-        raise FitError(
-            f"measuring with {planned.num_layers} layers needs {format_gib(need)} and {host.name}"
-            f" has {format_gib(limit.num_bytes)} for it",
-            fix="--set train.micro_batch=1",
-            settings={"train.micro_batch": 1},
-        )
-
-
-def _measured(
+def _run(
     job: Job, shape: RowShape, recomputed_layers: int, layers: Sequence[int]
 ) -> tuple[int | None, float]:
-    """Peak bytes, where the device counts them, and seconds of an update."""
+    """Return the peak in bytes, where the device counts it, and the seconds of an update."""
     device = job.host.device
     model = random_model(job.recipe, job.config, device, job.dtype, layers)
     step = TrainingStep(model, job.recipe.train, job.options_with(recomputed_layers))
     batch = _real_batch(shape, job.config.get_text_config().vocab_size, device)
-    for _ in range(WARM):
-        _seconds(step, batch, device)
-    seconds = statistics.median(_seconds(step, batch, device) for _ in range(TIMED))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        step.update([batch])
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    median = statistics.median([seconds() for _ in range(WARM + TIMED)][WARM:])
     if device == "cpu":
-        return None, seconds
+        return None, median
     with peak_memory(step.model) as memory:
         step.update([batch])
-    return memory["peak_bytes"], seconds
+    return memory["peak_bytes"], median
 
 
-def _point(job: Job, limit: Budget, run: DryRun, num_layers: int) -> _Point:
-    layers = _spread(run.num_layers, num_layers)
+def _compare(
+    job: Job, limit: Budget, run: DryRun, num_layers: int
+) -> tuple[DryRun, int | None, float]:
+    """Return a model of so many layers as predicted, its measured peak and seconds."""
+    layers = [round(layer) for layer in np.linspace(0, run.num_layers - 1, num_layers)]
     recomputed = round(num_layers * run.recomputed_layers / run.num_layers)
     planned = dry_run(job, run.shape, recomputed, layers=layers)
-    _require_room(planned, job.host, limit)
+    need = planned.reserved_bytes + int(job.host.outside_bytes.value)
+    if need > limit.num_bytes:
+        raise FitError(
+            f"measuring with {num_layers} layers needs {format_gib(need)} and {job.host.name}"
+            f" has {format_gib(limit.num_bytes)} for it",
+            fix="--set train.micro_batch=1",
+            settings={"train.micro_batch": 1},
+        )
     cap(limit.num_bytes, planned.reserved_bytes)
-    peak_bytes, seconds = _measured(job, run.shape, recomputed, layers)
+    found = _run(job, run.shape, recomputed, layers)
     release_memory()  # the next model is not to find this one's memory taken
-    return _Point(planned, peak_bytes, seconds)
-
-
-def _peak_line(points: list[_Point]) -> Line | None:
-    found = [(float(p.planned.peak_bytes), float(p.peak_bytes)) for p in points if p.peak_bytes]
-    return Line.through(*found) if found else None
-
-
-def _seconds_line(points: list[_Point]) -> Line | None:
-    times = [(p.planned.seconds_per_update, p.seconds) for p in points]
-    found = [(predicted, seconds) for predicted, seconds in times if predicted]
-    return Line.through(*found) if found else None
+    return planned, *found
 
 
 def measure(job: Job, limit: Budget, run: DryRun) -> Correction:
@@ -211,15 +183,24 @@ def measure(job: Job, limit: Budget, run: DryRun) -> Correction:
         HostError: There is nothing to compare: no allocator, and no predicted time.
     """
     counts = [min(count, run.num_layers) for count in LAYERS]
-    points = [_point(job, limit, run, count) for count in counts]
-    peak, seconds = _peak_line(points), _seconds_line(points)
-    if peak is None and seconds is None:
+    found = [_compare(job, limit, run, count) for count in counts]
+    peaks = [(float(planned.peak_bytes), float(peak)) for planned, peak, _ in found if peak]
+    times = [
+        (planned.seconds_per_update, seconds)
+        for planned, _, seconds in found
+        if planned.seconds_per_update
+    ]
+    if not peaks and not times:
         raise HostError(
             f"{job.host.name} has no allocator to ask, and no rates that time is predicted with",
             fix="strixft bench bandwidth --host-row; strixft bench gemm --host-row",
         )
     layers = " and ".join(map(str, counts))
-    return Correction(peak, seconds, SOURCE.format(layers=layers, when=date.today()))
+    return Correction(
+        Line.through(*peaks) if peaks else None,
+        Line.through(*times) if times else None,
+        SOURCE.format(layers=layers, when=date.today()),
+    )
 
 
 def _path(job: Job) -> Path:

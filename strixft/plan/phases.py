@@ -26,7 +26,6 @@ from strixft.support.units import GIB, MIB
 
 Phase = dict[str, int]
 
-
 MOST_PROOF_BYTES = 4 * GIB
 """Most memory that the proof of the first loss takes beside the weights, and no less than 1 GiB."""
 
@@ -69,7 +68,9 @@ class Tensors:
     @classmethod
     def of(cls, job: Job) -> Tensors:
         """Return those of a job's model; one layer of each kind is looked at."""
-        base = shape_base(job.config, METHODS["full"], job.dtype, layers=_one_of_each(job))
+        base = shape_base(
+            job.config, METHODS["full"], job.dtype, layers=sample_layers(job.architecture.kinds)
+        )
         inside = [p.numel() for p in text_layers(base).parameters()]
         return cls(max(p.numel() for p in base.parameters()), max(inside))
 
@@ -79,10 +80,6 @@ def outside_layers_bytes(job: Job) -> int:
     base = shape_base(job.config, METHODS["full"], job.dtype, layers=[0])
     inside = sum(p.nbytes for p in text_layers(base).parameters())
     return sum(p.nbytes for p in base.parameters()) - inside
-
-
-def _one_of_each(job: Job) -> list[int]:
-    return sample_layers(job.architecture.kinds)
 
 
 def kv_cache_bytes(config: Any, rows: int, tokens: int, element_bytes: int) -> int:
@@ -167,10 +164,10 @@ class PhasePeaks:
 
     def _forward(self, shape: RowShape) -> int:
         if shape not in self._forwards:
-            layers = _one_of_each(self._job)
-            name = trace_cache.name_of(self._job, shape, "forward")
+            layers = sample_layers(self._job.architecture.kinds)
             self._forwards[shape] = trace_cache.number(
-                name, lambda: forward_bytes(self._job, shape, layers)
+                trace_cache.name_of(self._job, shape, "forward"),
+                lambda: forward_bytes(self._job, shape, layers),
             )
         return int(self._host.workspace_bytes.value) + self._forwards[shape]
 

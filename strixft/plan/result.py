@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -22,19 +22,19 @@ from strixft.model.load import shape_base
 from strixft.model.source import load_config
 from strixft.plan import show
 from strixft.plan.advice import advise, cause, share_figures
-from strixft.plan.choose import Choice, choose
-from strixft.plan.data_shape import DataShape
+from strixft.plan.choose import Choice, DataShape, Planner, choose
 from strixft.plan.dry_run import require_all_weights
-from strixft.plan.exportable import require_exportable
 from strixft.plan.measure import Correction, load_correction, measure, save_correction
 from strixft.plan.phases import PROCESS, Phase, PhasePeaks, phases
-from strixft.prepare.stage import Prepared, require_known_tokens
 from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run, resume_command
 from strixft.support.errors import FitError, RecipeError, StageError, StrixftError
 from strixft.support.private_hf import NAME_OF_CONFIG
 from strixft.support.units import format_gib
+
+if TYPE_CHECKING:
+    from strixft.prepare.stage import Prepared
 
 FEW_UPDATES = 50
 
@@ -119,6 +119,9 @@ def plan_recipe(run: Run) -> Plan:
 
 
 def _plan(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    from strixft.plan.exportable import require_exportable
+    from strixft.prepare.stage import Prepared, require_known_tokens
+
     prepared = run.require(Prepared)
     require_known_tokens(run.recipe, prepared)
     config = _digest(load_config(run.recipe))
@@ -319,3 +322,17 @@ def _warnings(
     for name, phase in peaks.items():
         if name != "train" and phase["device_bytes"] > limit.num_bytes:
             yield f"{name} may need {format_gib(phase['device_bytes'])}, more than the budget"
+
+
+def explore_plan(run: Run) -> show.Explorer:
+    """Return sliders for a prepared run on its host.
+
+    Args:
+        run: The prepared run; its data decide how long rows can be.
+    """
+    from strixft.prepare.stage import Prepared
+
+    recipe = run.recipe
+    job = Job.of(recipe, load_config(recipe), find_host(recipe.memory.host))
+    data = DataShape.of(recipe, run.require(Prepared), packed=job.options.backend.packed)
+    return show.Explorer(Planner(job, data), budget_for(recipe.memory, job.host))

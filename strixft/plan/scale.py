@@ -22,8 +22,19 @@ from strixft.data.batches import PackedShape
 from strixft.model.architecture import architecture_of, sample_layers
 from strixft.plan import trace_cache
 from strixft.plan.cost import SEEN, Costs, Floats, Rates, Seconds
-from strixft.plan.dry_run import DryRun, Step, dry_run, layer_kinds, run_schedule, trace_run
-from strixft.plan.full_depth import Ints, Kind, Schedule, rounded_all, stands_for
+from strixft.plan.dry_run import (
+    DryRun,
+    Ints,
+    Kind,
+    Schedule,
+    Step,
+    dry_run,
+    layer_kinds,
+    rounded_all,
+    run_schedule,
+    stands_for,
+    trace_run,
+)
 from strixft.plan.trace import RowShape, Trace, one_step
 from strixft.probe.job import Job
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
@@ -240,7 +251,7 @@ class Traces:
 
     def _find(self, step: Step) -> tuple[Schedule, Ints, Seconds | None] | None:
         """Return a step's events, with the sizes and times of its micro-batch."""
-        kinds = layer_kinds(self._job.config, step.recomputed_layers)
+        kinds = layer_kinds(self._job, step.recomputed_layers)
         sampled = sample_layers(kinds)
         regime = Regime.of(self._job.config, step.shape)
         key = regime, tuple(kinds[layer] for layer in sampled)

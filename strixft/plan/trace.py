@@ -10,7 +10,7 @@ import contextlib
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
 
@@ -25,18 +25,18 @@ from strixft.data.batches import PackedShape, shape_batch
 from strixft.model.adapter import decoder_layers
 from strixft.model.load import build
 from strixft.plan.cost import (
+    SHARED,
     Cost,
+    OpCache,
     is_4bit_product,
-    kernel_cost,
     operator_cost,
     unpack_cost,
     weight_of_4bit,
 )
-from strixft.plan.inductor import KERNEL, num_compiled, planned_kernels
-from strixft.plan.op_cache import SHARED, OpCache
+from strixft.plan.inductor import KERNEL, made, num_compiled, planned_kernels
 from strixft.probe.job import Job
-from strixft.step.tracker import MemoryTracker, current_part, is_counted
-from strixft.step.update import StepOptions, TrainingStep, token_losses
+from strixft.step.tracker import MemoryTracker, is_counted
+from strixft.step.update import TrainingStep, token_losses
 from strixft.support.private_hf import factors_of_experts
 from strixft.support.private_torch import CHECK_OF_FUSED_ADAM, call_of, set_call, storage_key
 
@@ -79,13 +79,8 @@ class Storage:
     died: Place | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Events at one place, up to the next place's turn."""
-
-    place: Place
-    events: list[tuple[int, bool]]
-    """Index of the storage, whether it is allocated."""
+Segment = tuple[Place, list[int]]
+"""A place, and the changes there up to the next place's turn."""
 
 
 @dataclass
@@ -94,8 +89,8 @@ class Trace:
 
     num_layers: int
     storages: list[Storage] = field(default_factory=list)
-    events: list[tuple[Place, int, bool]] = field(default_factory=list)
-    """Place, index of the storage, whether it is allocated."""
+    events: list[tuple[Place, int]] = field(default_factory=list)
+    """Changes: the index of a storage that is allocated, `~index` where it is freed."""
     work: list[tuple[Place, Cost]] = field(default_factory=list)
     """Cost of each operator, in order."""
 
@@ -111,7 +106,7 @@ class Trace:
     def segments(self) -> list[Segment]:
         """The events, place by place, once they are recorded."""
         groups = groupby(self.events, key=lambda event: event[0])
-        return [Segment(place, [(i, born) for _, i, born in events]) for place, events in groups]
+        return [(place, [change for _, change in events]) for place, events in groups]
 
     @cached_property
     def work_places(self) -> tuple[list[Place], npt.NDArray[np.int64]]:
@@ -123,13 +118,14 @@ class Trace:
 
 def one_step(trace: Trace) -> Trace:
     """Make a trace of updates of one micro-batch from one whose second update has two."""
-    last = max(place.micro_batch for place, _, _ in trace.events)
+    last = max(place.micro_batch for place, _ in trace.events)
     update = Place(last, "update")
 
     def is_gone(place: Place) -> bool:
         return place.micro_batch == last and place != update
 
-    events = [event for event in trace.events if not is_gone(trace.storages[event[1]].born)]
+    storages = trace.storages
+    events = [(at, n) for at, n in trace.events if not is_gone(storages[max(n, ~n)].born)]
     moved = {update: Place(last - 1, "update")}
     work = [
         (Place(0, "load") if is_gone(place) else moved.get(place, place), cost)
@@ -170,7 +166,8 @@ class _Recorder(MemoryTracker):
             self.trace.work.append((self.place, operator_cost(func, args, kwargs, args[0])))
             return None
         if func is KERNEL:
-            return self._note_kernel(*args)
+            self.trace.work.append((self.place, made[args[0]].cost))
+            return func(*args)
         if is_4bit_product(func) and self._on_gpu:
             return self._run_4bit_product(func, args, kwargs)
         if func is aten.add.Tensor and self._adds_embedding_gradient(args):
@@ -184,11 +181,6 @@ class _Recorder(MemoryTracker):
         if is_counted():  # what stays inside a kernel costs nothing beside what the kernel moves
             self.trace.work.append((self.place, cost))
         return result
-
-    def _note_kernel(self, read: list[Tensor], written: list[Tensor], unpacks: bool) -> None:
-        for tensor in written:
-            self.watch(tensor, current_part())
-        self.trace.work.append((self.place, kernel_cost(read, written, unpacks=unpacks)))
 
     def _run_4bit_product(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Count the whole weight, (rows, columns), that it writes out inside, unseen by a tracker.
@@ -227,7 +219,7 @@ class _Recorder(MemoryTracker):
             self._goto("head")
             self._leaves_layers = False
         self._index[key] = len(self.trace.storages)
-        self.trace.events.append((self.place, len(self.trace.storages), True))
+        self.trace.events.append((self.place, len(self.trace.storages)))
         self.trace.storages.append(Storage(storage.nbytes(), name, self.place))
 
     def _free(self, key: int) -> None:
@@ -236,7 +228,7 @@ class _Recorder(MemoryTracker):
             return
         index = self._index.pop(key)
         self.trace.storages[index].died = self.place
-        self.trace.events.append((self.place, index, False))
+        self.trace.events.append((self.place, ~index))
 
     def follow(self, layers: nn.ModuleList) -> None:
         """Note when each layer begins and ends, forward and backward."""
@@ -321,41 +313,34 @@ def trace_step(
         layers: The layers of the model that are run; all if not given.
     """
     options = job.options_with(recomputed_layers)
-    record = partial(_record, job, shape, options, steps, layers)
-    with _known_on_meta(), planned_for(job.host.device):
-        if not options.compiled:
-            return record(SHARED)
-        # all that decides how layers are compiled but the micro-batch, which the compiler guards
-        alike = job.recipe.model_dump_json(), str(job.config.to_dict()), job.options
-        with planned_kernels(alike):
-            while True:  # until nothing is compiled: the compiler makes tensors of its own
-                before = num_compiled()
-                trace = record(SHARED if before else OpCache())
-                if num_compiled() == before:
-                    return trace
 
+    def record(op_cache: OpCache) -> Trace | None:
+        """Return a trace; None if layers were compiled: the compiler makes tensors of its own."""
+        before = num_compiled()
+        model = build(job.recipe, "meta", job.dtype, job.config, layers)
+        batch = shape_batch(shape.rows, shape.length, shape.trained, "meta", shape.packed)
+        step = _TracedStep(model, job.recipe.train, options)
+        recorder = step.recorder = _Recorder(len(decoder_layers(model)), job.host, op_cache)
+        recorder.watch_model(model)
+        recorder.follow(decoder_layers(model))
+        with recorder:
+            for micro_batches in (1, min(steps, 2)):  # in the second the optimiser has its state
+                step.update([batch] * micro_batches)
+                if num_compiled() != before:
+                    recorder.ended = True
+                    return None
+        recorder.assign_optimizer_state(model, step.optimizer)
+        recorder.ended = True
+        return recorder.trace
 
-def _record(
-    job: Job,
-    shape: RowShape,
-    options: StepOptions,
-    steps: int,
-    kept: Sequence[int] | None,
-    op_cache: OpCache,
-) -> Trace:
-    model = build(job.recipe, "meta", job.dtype, job.config, kept)
-    layers = decoder_layers(model)
-    batch = shape_batch(shape.rows, shape.length, shape.trained, "meta", shape.packed)
-    step = _TracedStep(model, job.recipe.train, options)
-    recorder = step.recorder = _Recorder(len(layers), job.host, op_cache)
-    recorder.watch_model(model)
-    recorder.follow(layers)
-    with recorder:
-        step.update([batch])
-        step.update([batch] * min(steps, 2))  # now the optimiser has its state
-    recorder.assign_optimizer_state(model, step.optimizer)
-    recorder.ended = True
-    return recorder.trace
+    # all that decides how layers are compiled but the micro-batch, which the compiler guards
+    alike = job.recipe.model_dump_json(), str(job.config.to_dict()), job.options
+    compiling = planned_kernels(alike) if options.compiled else contextlib.nullcontext()
+    with _known_on_meta(), planned_for(job.host.device), compiling:
+        while True:
+            is_first = options.compiled and not num_compiled()
+            if (trace := record(OpCache() if is_first else SHARED)) is not None:
+                return trace
 
 
 def forward_bytes(job: Job, shape: RowShape, layers: Sequence[int] | None = None) -> int:

@@ -99,7 +99,7 @@ def _encoded(trace: Trace) -> dict[str, Any]:
     return {
         "num_layers": trace.num_layers,
         "storages": [[s.num_bytes, s.part, at(s.born), at(s.died)] for s in trace.storages],
-        "events": [[at(place), index, born] for place, index, born in trace.events],
+        "events": [[at(place), change] for place, change in trace.events],
         "work": [[at(place), c.flop, c.moved, c.dtype] for place, c in trace.work],
         "places": [place and astuple(place) for place in places],  # the last: `at` fills it
     }
@@ -110,6 +110,6 @@ def _decoded(data: dict[str, Any]) -> Trace:
     return Trace(
         data["num_layers"],
         [Storage(size, part, places[b], places[d]) for size, part, b, d in data["storages"]],
-        [(places[n], index, born) for n, index, born in data["events"]],
+        [(places[n], change) for n, change in data["events"]],
         [(places[n], Cost(flop, tuple(moved), kind)) for n, flop, moved, kind in data["work"]],
     )

@@ -58,43 +58,33 @@ def _task(kind: str, host: Host) -> Task:
 def _attention_tasks(
     heads: Heads, host: Host, names: Collection[str], *, peak: bool = False
 ) -> list[Task]:
-    """Tasks of the named backends that this machine supports for a model."""
-    backends = [
-        b for b in BACKENDS.values() if b.name in names and not cannot(b, heads, host.device)
-    ]
-    backends.sort(key=lambda b: b.kernels is not None)  # torch 2.11 cannot give its own back
+    """Return tasks of the named backends that this machine supports for a model."""
+    found = [b for b in BACKENDS.values() if b.name in names and not cannot(b, heads, host.device)]
+    found.sort(key=lambda b: b.kernels is not None)  # torch 2.11 cannot give its own back
     shared = _task("attention", host).arguments | {"heads": asdict(heads)}
     return [
-        Task(b.name, "attention", {"backend": asdict(b), **shared}, {"peak": peak})
-        for b in backends
+        Task(b.name, "attention", {"backend": asdict(b), **shared}, {"peak": peak}) for b in found
     ]
-
-
-def _outcome(figures: Figures) -> Outcome:
-    if "problem" not in figures:
-        return "right"
-    if "ended" in figures:
-        return "timed out" if figures["ended"] == "timed out" else "crashed"
-    return "wrong" if "allowed_error" in figures else "raised"
 
 
 def _verdict(
     backend: AttentionBackend, heads: Heads, host: Host, figures: Figures | None
 ) -> Verdict:
+    def verdict(outcome: Outcome, reason: object) -> Verdict:
+        return Verdict(backend=backend, outcome=outcome, reason=str(reason), figures=figures or {})
+
     if figures is None:
-        why = cannot(backend, heads, host.device) or ""
-        return Verdict(backend=backend, outcome="unsupported", reason=why, figures={})
-    if "skipped" in figures:
-        figures = {**figures, "problem": figures["skipped"]}
-    outcome = _outcome(figures)
-    reported = known_bad(backend, heads, host.architecture)
-    if outcome != "right":
-        reason = str(figures["problem"])
-    elif reported is not None:
-        reason = f"right here, though reported: {reported.what} ({reported.source})"
-    else:
-        reason = f"error {figures['error']:.2g} of {figures['allowed_error']:.2g} allowed"
-    return Verdict(backend=backend, outcome=outcome, reason=reason, figures=figures)
+        return verdict("unsupported", cannot(backend, heads, host.device) or "")
+    problem = figures.get("problem", figures.get("skipped"))
+    if "ended" in figures:
+        return verdict("timed out" if figures["ended"] == "timed out" else "crashed", problem)
+    if problem is not None:
+        return verdict("wrong" if "allowed_error" in figures else "raised", problem)
+    if reported := known_bad(backend, heads, host.architecture):
+        what = f"{reported.what} ({reported.source})"
+        return verdict("right", f"right here, though reported: {what}")
+    error = f"error {figures['error']:.2g} of {figures['allowed_error']:.2g} allowed"
+    return verdict("right", error)
 
 
 def _beside(verdict: Verdict, later: Sequence[Verdict]) -> Verdict:
@@ -127,12 +117,9 @@ def probe_attention(
     Args:
         heads: Attention heads of the model.
         host: This machine.
-        names: Backends to run.
+        names: Backends to run; the verdicts are in the order of `BACKENDS`.
         fresh: Run again those whose figures are known.
         peak: Count the peak of memory on a CPU too.
-
-    Returns:
-        A verdict for each name, in the order of `BACKENDS`.
     """
     found = measure(_attention_tasks(heads, host, names, peak=peak), fresh=fresh)
     named = [backend for backend in BACKENDS.values() if backend.name in names]
@@ -176,9 +163,6 @@ def choose_attention(
         asked: A row of `BACKENDS`, or `auto` for any.
         packing: Documents may share a row.
 
-    Returns:
-        A verdict for each backend that was tried or is unsupported.
-
     Raises:
         HostError: Any would do, and none is right.
     """
@@ -205,17 +189,9 @@ def _chooses_blas(method: Method, host: Host) -> bool:
 def require_device_works(
     heads: Heads, method: Method, host: Host, asked: str = "auto", *, packing: bool = True
 ) -> list[Verdict]:
-    """Try what a run needs of this machine, in one child process, unless that is known.
+    """Try all that a run needs of this machine, in one child process, unless that is known.
 
-    Args:
-        heads: Attention heads of the model.
-        method: The method of training.
-        host: This machine.
-        asked: A row of `BACKENDS`, or `auto` for any.
-        packing: Documents may share a row.
-
-    Returns:
-        The verdicts of `choose_attention`.
+    Arguments and verdicts are those of `choose_attention`.
 
     Raises:
         HostError: 4-bit weights do not come back as they should, or no attention is right.

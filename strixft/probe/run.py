@@ -3,6 +3,8 @@
 Each task has a file in the folder `probes` of the cache folder, named by a digest of all that it
 depends on. Figures that may differ next time are not kept: of missing memory, or an end from
 outside.
+
+The child is this file: `python -m strixft.probe.run TASKS FILE`, with the tasks in JSON.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,21 @@ import torch
 
 from strixft.attention import core
 from strixft.catalog.rates import cpu_name
-from strixft.support.child import Figures, run_steps
+from strixft.probe.attention import measure_backend
+from strixft.probe.weights import measure_products, round_trip
+from strixft.support.child import Figures, do_steps, run_steps
 from strixft.support.files import cache_folder, versions, write_json
 
 FOLDER = "probes"
 
+KINDS: Mapping[str, Callable[..., Figures]] = {
+    "attention": measure_backend,
+    "nf4": round_trip,
+    "products": measure_products,
+}
+
 STEP_LIMIT_S = 120.0
-"""Of one task; a first run on a new GPU compiles kernels, seconds are the rule."""
+"""Limit of one task; a first run on a new GPU compiles kernels, seconds are the rule."""
 
 FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT")
 """Ends that say nothing of the task: the kernel takes memory back, somebody ends the process."""
@@ -56,7 +66,7 @@ class Task:
 
     name: str
     kind: str
-    """A row of `strixft.probe.child.KINDS`."""
+    """A row of `KINDS`."""
     arguments: dict[str, Any]
     """Plain data; `device` is among them."""
     more: dict[str, Any] = field(default_factory=dict)
@@ -64,11 +74,8 @@ class Task:
 
     def depends_on(self) -> dict[str, Any]:
         """Return all that the figures depend on."""
-        return {
-            "kind": self.kind,
-            "arguments": self.arguments,
-            **identity(self.arguments["device"]),
-        }
+        device = identity(self.arguments["device"])
+        return {"kind": self.kind, "arguments": self.arguments, **device}
 
     def digest(self) -> str:
         """Return the digest of `depends_on`."""
@@ -96,26 +103,6 @@ class Task:
                 write_json(self.path(), {"depends_on": self.depends_on(), "figures": figures})
 
 
-def _one_child(tasks: Sequence[Task]) -> int:
-    """Do tasks until the child ends; return how many of them are done with."""
-    words = [asdict(task) for task in tasks]
-    command = (sys.executable, "-m", "strixft.probe.child", json.dumps(words))
-    probe = run_steps(command, step_limit_s=STEP_LIMIT_S, first=tasks[0].name)
-    done = 0
-    for task in tasks:
-        if task.name in probe.steps:
-            figures = dict(probe.steps[task.name])
-            passing = "out_of_memory" in figures or "skipped" in figures
-        elif task.name == probe.at:
-            figures = {"problem": probe.problem(task.name), "ended": probe.ended}
-            passing = probe.how.startswith(FROM_OUTSIDE)
-        else:
-            break
-        task.keep(figures, lasting=not passing)
-        done += 1
-    return done
-
-
 def measure(tasks: Sequence[Task], *, fresh: bool = False) -> dict[str, Figures]:
     """Return figures of tasks by their names: those that are known, and the others from a child.
 
@@ -132,6 +119,24 @@ def measure(tasks: Sequence[Task], *, fresh: bool = False) -> dict[str, Figures]
     while waiting:
         waiting = waiting[_one_child(waiting) :]
     return {task.name: _memo[task.digest()] for task in tasks}
+
+
+def _one_child(tasks: Sequence[Task]) -> int:
+    """Do tasks until the child ends; return how many of them are done with."""
+    words = json.dumps([asdict(task) for task in tasks])
+    command = (sys.executable, "-m", "strixft.probe.run", words)
+    probe = run_steps(command, step_limit_s=STEP_LIMIT_S, first=tasks[0].name)
+    for done, task in enumerate(tasks):
+        if task.name in probe.steps:
+            figures = dict(probe.steps[task.name])
+            passing = "out_of_memory" in figures or "skipped" in figures
+        elif task.name == probe.at:
+            figures = {"problem": probe.problem(task.name), "ended": probe.ended}
+            passing = probe.how.startswith(FROM_OUTSIDE)
+        else:
+            return done
+        task.keep(figures, lasting=not passing)
+    return len(tasks)
 
 
 @cache
@@ -169,10 +174,18 @@ def _facts(device: str) -> dict[str, Any]:
 
 
 def identity(device: str) -> dict[str, Any]:
-    """Return device, driver, versions, and the variables that choose kernels.
-
-    Args:
-        device: `cuda` or `cpu`.
-    """
+    """Return device (`cuda` or `cpu`), driver, versions, and variables that choose kernels."""
     variables = {name: os.environ.get(name) for name in VARIABLES}
     return {**_facts(device), **variables, "probe": _source_digest()}
+
+
+def _child(words: str, output: str) -> None:
+    tasks = json.loads(words)
+    if all(task["arguments"]["device"] == "cpu" for task in tasks):
+        torch.set_num_threads(1)  # the work is small there; threads would wait for each other
+    work = {t["name"]: partial(KINDS[t["kind"]], **t["arguments"], **t["more"]) for t in tasks}
+    do_steps(Path(output), work)
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])

@@ -24,8 +24,8 @@ RELATIVE_ERROR = 0.12
 gives the codes; measured here on a CPU: 0.092); garbage leaves 100 % and more."""
 
 SCALE_ERROR = 0.02
-"""Of a block's scale: 8 bits of double quantisation leave 0.007, rounding to bf16 0.004 more, and
-the nearest two codes are 0.08 apart."""
+"""Largest error of a value, in shares of its block's scale: 8 bits of double quantisation leave
+0.007, rounding to bf16 0.004 more, and the nearest two codes are 0.08 apart."""
 
 BETWEEN_CODES = 1e-3
 """Share of values that may take the code beside: those in the middle between two."""
@@ -44,28 +44,23 @@ def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
 def round_trip(device: str, dtype: str) -> Figures:
     """Quantise, dequantise, compare: the import alone proves nothing (PR #1885 of bitsandbytes).
 
-    Args:
-        device: `cuda` or `cpu`.
-        dtype: What is quantised, such as `bfloat16`.
-
     Returns:
         `version`, `relative_error` of the values' length, `other_codes`: the share of values that
         are not the nearest code times their scale; and a `problem` if either is too much.
     """
-    from bitsandbytes import __version__ as version
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from strixft.model.quantised import bitsandbytes as bnb
 
     values = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     values = values.to(getattr(torch, dtype))
-    packed, state = quantize_4bit(
+    packed, state = bnb.functional.quantize_4bit(
         values.to(device), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
     )
-    found = dequantize_4bit(packed, state).float().cpu()
+    found = bnb.functional.dequantize_4bit(packed, state).float().cpu()
     due, scales = nearest(values)
     error = float((found - values.float()).norm() / values.float().norm())
     others = float(((found - due).abs() <= SCALE_ERROR * scales).logical_not().float().mean())
     figures: Figures = {
-        "version": version,
+        "version": bnb.__version__,
         "relative_error": round(error, 4) if error < float("inf") else None,
         "other_codes": others,
     }
@@ -85,10 +80,6 @@ SIZE = 4096
 
 def measure_products(device: str, dtype: str) -> Figures:
     """Time a weight gradient, dyᵀ·x, by each library, and check it.
-
-    Args:
-        device: `cuda`.
-        dtype: Such as `bfloat16`.
 
     Returns:
         `ms` by library, the `fastest`, `error` of the worse one; and a `problem` if it is wrong.

@@ -1,7 +1,8 @@
-"""Graphs of compiled layers: reading, adding and replacing calls."""
+"""Graphs of compiled layers: reading, adding, replacing and sorting calls."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,26 @@ def _erase_unused(node: fx.Node) -> None:
         node.graph.erase_node(node)
         for source in sources:
             _erase_unused(source)
+
+
+def sort(graph: fx.Graph) -> None:
+    """Move calls behind what they read, and no others.
+
+    As inductor's `stable_topological_sort` does, whose import takes a second.
+    """
+    pending, waiting = list(reversed(graph.nodes)), defaultdict[fx.Node, list[fx.Node]](list)
+    ready, last = set[fx.Node](), None
+    while pending:
+        node, read = pending.pop(), list[Any]()
+        fx.map_arg((node.args, node.kwargs), read.append)
+        if missing := [source for source in read if source not in ready]:
+            waiting[missing[-1]].append(node)
+            continue
+        ready.add(node)
+        if last is not None and last.next is not node:
+            last.append(node)
+        last = node
+        pending += reversed(waiting.pop(node, []))
 
 
 def writes_4bit_out(target: Any) -> bool:

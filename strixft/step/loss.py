@@ -9,7 +9,8 @@ Shapes: K trained tokens, n of them in a chunk; C hidden sizes, V words of the v
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,9 +56,6 @@ def _losses_and_gradient_(
     return losses, probabilities if slope is None else probabilities.mul_(slope)
 
 
-@torch.compile(
-    options={"split_reductions": False}
-)  # a row is read once for its largest and its sum
 def _in_one_pass(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Return what `logits_gradient` does; one kernel reads the logits and writes the gradient."""
     scores = logits.float()
@@ -72,6 +70,12 @@ def _in_one_pass(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple
     return (sums.log() + top - picked).sum(), (gradient * slope).to(logits.dtype)
 
 
+@cache
+def _compiled() -> Any:  # decorating would import inductor, which takes a second
+    # a row is read once for its largest and its sum
+    return torch.compile(_in_one_pass, options={"split_reductions": False})
+
+
 @torch.library.custom_op("strixft::logits_gradient", mutates_args=())
 def logits_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Return the sum () of the losses of raw logits (n, V), and its gradient (n, V) in their dtype.
@@ -80,7 +84,7 @@ def logits_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> tu
     """
     for rows in (logits, labels):  # their number differs, the vocabulary does not
         maybe_mark_dynamic(rows, 0)
-    return _in_one_pass(logits, labels, softcap)
+    return cast("tuple[Tensor, Tensor]", _compiled()(logits, labels, softcap))
 
 
 @logits_gradient.register_fake
@@ -94,8 +98,7 @@ def _gradient_of_chunk(
     """Return the sum () of the losses, and the gradient of the logits (n, V) in hidden's dtype."""
     logits = hidden @ weight.T  # (n, V)
     if compiled:
-        found: tuple[Tensor, Tensor] = logits_gradient(logits, labels, softcap)
-        return found
+        return cast("tuple[Tensor, Tensor]", logits_gradient(logits, labels, softcap))
     logits = logits.float()
     losses, gradient = _losses_and_gradient_(logits, labels, softcap)
     return losses.sum(), gradient.to(hidden.dtype)
@@ -134,13 +137,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
-            None,
-            None,
-            None,
-        )
+        found = (g if g is None else g * grad.to(g.dtype) for g in (grad_hidden, grad_weight))
+        return *found, None, None, None
 
 
 def chunked_cross_entropy(

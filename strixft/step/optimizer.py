@@ -57,31 +57,26 @@ class BFloat16AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-        )
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # calls no closure
         """Update every weight that has a gradient."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._update(weight, group)
-
-    def _update(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
-        state = self.state[weight]
-        if not state:
-            state["step"] = 0
-            state["low"] = torch.zeros_like(weight, dtype=torch.int16)
-            state["exp_avg"] = torch.zeros_like(weight)
-            state["exp_avg_sq"] = torch.zeros_like(weight, dtype=torch.float32)
-        state["step"] += 1
-        names = ("low", "exp_avg", "exp_avg_sq")
-        assert weight.grad is not None
-        tensors = (weight.data, weight.grad.contiguous(), *(state[name] for name in names))
-        for chunk in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True):
-            _update_chunk(chunk, state["step"], group)
+            for weight in (weight for weight in group["params"] if weight.grad is not None):
+                state = self.state[weight]
+                if not state:
+                    state["step"] = 0
+                    state["low"] = torch.zeros_like(weight, dtype=torch.int16)
+                    state["exp_avg"] = torch.zeros_like(weight)
+                    state["exp_avg_sq"] = torch.zeros_like(weight, dtype=torch.float32)
+                state["step"] += 1
+                kept = (state[name] for name in ("low", "exp_avg", "exp_avg_sq"))
+                tensors = (weight.data, weight.grad.contiguous(), *kept)
+                pieces = (tensor.view(-1).split(CHUNK) for tensor in tensors)
+                for chunk in zip(*pieces, strict=True):
+                    _update_chunk(chunk, state["step"], group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; torch's own would cast all of it to bf16."""

@@ -5,7 +5,10 @@ The result stays the same up to rounding; less of it moves through memory.
 - Thin products of one matrix, as by LoRA's A in q, k and v, become one: the matrix is read once.
 - A sum of products is added up by the products themselves, the thin ones first, so that no kernel
   reads all of them once more; a large product hides most of what it reads.
-- 4-bit weights are written out by a kernel of their own (`strixft.step.nf4_kernel`).
+- 4-bit weights are written out by a kernel of their own and then multiplied, which bitsandbytes
+  does inside its product (`strixft.step.lowering` generates the kernel).
+
+Shapes: T tokens; a 4-bit weight is (N, K), packed in N·K / 2 bytes.
 """
 
 from __future__ import annotations
@@ -19,10 +22,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from strixft.step.compiler import lower_in_place, stable_topological_sort
-from strixft.step.graphs import call, calls, is_generated, is_view, replace, value_of
+from strixft.step.graphs import call, calls, is_generated, is_view, replace, sort, value_of
 
-aten = torch.ops.aten
+aten, bnb = torch.ops.aten, torch.ops.bitsandbytes
 
 THIN = 64
 """Rank up to which a product takes the time that its large operand takes to be read or written."""
@@ -31,20 +33,22 @@ _SEEN_THROUGH = {aten.view.default, aten.reshape.default, aten.clone.default}
 """Calls that a product may pass on its way into a sum."""
 
 
+MOST_FUSED_ROWS = 1536
+"""Tokens up to which bitsandbytes may multiply without writing the weights out (0.50)."""
+
+
 def rewrite(graph: fx.Graph) -> None:
     """Rewrite the products of a layer's graph, of forward or of backward."""
-    join = _Join()
-    if "bitsandbytes" in sys.modules:
-        from strixft.step import nf4_kernel
-
-        nf4_kernel.split_products(graph)
+    join, has_4bit = _Join(), "bitsandbytes" in sys.modules
+    if has_4bit:
+        _split_products(graph)
     _write_in_order(graph)
     _join_thin_products(graph, join)
     for root, products in list(_find_sums(graph)):
         _add_up(root, products, join)
-    stable_topological_sort(graph)
-    if "bitsandbytes" in sys.modules:
-        nf4_kernel.unpack_late(graph)
+    sort(graph)
+    if has_4bit:
+        _unpack_late(graph)
 
 
 class _Join:
@@ -110,7 +114,7 @@ def _join_thin_products(graph: fx.Graph, join: _Join) -> None:
             others = [cast("fx.Node", node.args[1 - shared]) for node in group]
             if len(group) > 1 and not _depends(others, {*group}):
                 _join_products(group, others, shared, join)
-                stable_topological_sort(graph)
+                sort(graph)
 
 
 def _depends(nodes: Iterable[fx.Node], on: set[fx.Node]) -> bool:
@@ -223,13 +227,49 @@ def _depth(product: fx.Node) -> int:
     return value_of(cast("fx.Node", product.args[0])).shape[1]
 
 
-torch.library.define("strixft::add_product", "(Tensor(a!) total, Tensor left, Tensor right) -> ()")
+# 4-bit weights
 
 
-@torch.library.impl("strixft::add_product", "CompositeExplicitAutograd")
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left (T, K) times right (K, N) to a total (T, N), in place."""
-    total.addmm_(left, right)
+def _split_products(graph: fx.Graph) -> None:
+    """Let 4-bit weights be written out, and be multiplied by an ordinary product."""
+    for node in calls(graph, bnb.gemm_4bit.default):
+        tokens = value_of(node).numel() // value_of(node).shape[-1]
+        has_bias = len(node.args) > 6 and node.args[6] is not None
+        if tokens > MOST_FUSED_ROWS and not has_bias:
+            _split(node)
 
 
-lower_in_place(aten.addmm_.default, torch.ops.strixft.add_product.default)
+def _split(node: fx.Node) -> None:
+    x, packed, shape, scales, block, kind, _, small, codes, offset = (*node.args, *[None] * 4)[:10]
+    graph, source = node.graph, cast("fx.Node", x)
+    with graph.inserting_before(node):
+        if small is not None:  # the scales are quantised too
+            nested = (small, scales, codes, 256, torch.float32)
+            large = call(graph, bnb.dequantize_blockwise.default, *nested)
+            scales = call(graph, aten.add.Tensor, large, offset)
+        stored = (packed, scales, block, kind, shape, value_of(source).dtype)
+        weight = call(graph, bnb.dequantize_4bit.default, *stored)  # (N, K)
+        columns = call(graph, aten.permute.default, weight, [1, 0])
+        rows = call(graph, aten.view.default, source, [-1, value_of(weight).shape[1]])  # (T, K)
+        product = call(graph, aten.mm.default, rows, columns)  # (T, N)
+        result = call(graph, aten.view.default, product, list(value_of(node).shape))
+    replace(node, result)
+
+
+def _unpack_late(graph: fx.Graph) -> None:
+    """Write weights out right before they are multiplied: one at a time is in memory."""
+    passed = (bnb.dequantize_4bit.default, aten.permute.default)
+    for weight in calls(graph, passed[0]):
+        path = [weight]  # the weight, perhaps its transpose, the product
+        while len(path[-1].users) == 1 and path[-1].target in passed:
+            path += path[-1].users
+        if len(path) > 1:
+            _bring(path[-2], path[-1])
+
+
+def _bring(node: fx.Node, place: fx.Node) -> None:
+    """Move a call, and what only it needs, right before another one."""
+    for source in node.all_input_nodes:
+        if source.op == "call_function" and len(source.users) == 1:
+            _bring(source, place)
+    place.prepend(node)

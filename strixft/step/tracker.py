@@ -59,11 +59,6 @@ def part(name: str) -> Iterator[None]:
         _part.reset(token)
 
 
-def current_part() -> str:
-    """Return the part that what is allocated now belongs to."""
-    return _part.get()
-
-
 def rounded(num_bytes: int) -> int:
     """Return the bytes of the allocator's block."""
     return -(-num_bytes // BLOCK) * BLOCK
@@ -145,7 +140,7 @@ class MemoryTracker(TorchDispatchMode):
             return result
         for value in tree_iter(result):
             if isinstance(value, Tensor) and storage_key(value) not in self._storages:
-                self.watch(value, current_part())
+                self.watch(value, _part.get())
         return result
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -58,7 +58,8 @@ def batch_loss(
     base = base_of(model)
     if (head := linear_head(base)) is None:
         return _own_head_losses(base, batch, options, "sum") / num_trained
-    hidden, weight = _trained_hidden(base, batch, options, head.scale), _head_weight(base)
+    hidden = _trained_hidden(base, batch, options, head.scale)
+    weight: Tensor = base.get_output_embeddings().weight  # (V, C)
     with part("head"):
         total = chunked_cross_entropy(
             hidden, weight, batch["labels"], head.softcap, compiled=options.compiled
@@ -68,13 +69,7 @@ def batch_loss(
 
 @torch.no_grad()
 def token_losses(model: nn.Module, batch: Batch, options: StepOptions = StepOptions()) -> Tensor:
-    """Return the loss of each trained token of a batch, (K,), in float32 and without gradients.
-
-    Args:
-        model: The model of `model.build`.
-        batch: See `strixft.data.Batch`.
-        options: How it is computed.
-    """
+    """Return the loss of each trained token, (K,), in float32; arguments as `batch_loss`."""
     return _token_losses(model, batch, options)
 
 
@@ -84,7 +79,8 @@ def _token_losses(model: nn.Module, batch: Batch, options: StepOptions) -> Tenso
     if (head := linear_head(base)) is None:
         return _own_head_losses(base, batch, options, "none").detach()
     hidden = _trained_hidden(base, batch, options, head.scale).detach()
-    return token_cross_entropy(hidden, _head_weight(base), batch["labels"], head.softcap)
+    weight = base.get_output_embeddings().weight
+    return token_cross_entropy(hidden, weight, batch["labels"], head.softcap)
 
 
 def _trained_hidden(base: Any, batch: Batch, options: StepOptions, scale: float) -> Tensor:
@@ -94,12 +90,6 @@ def _trained_hidden(base: Any, batch: Batch, options: StepOptions, scale: float)
     with part("head"):
         chosen: Tensor = hidden.flatten(0, 1).index_select(0, batch["positions"])
         return chosen if scale == 1 else chosen * scale
-
-
-def _head_weight(base: Any) -> Tensor:
-    """Return the head's matrix, (V, C)."""
-    weight: Tensor = base.get_output_embeddings().weight
-    return weight
 
 
 def _own_head_losses(base: Any, batch: Batch, options: StepOptions, reduction: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Private names of torch, each with its cause and its end.
 
 Nothing else in strixft uses a private name of torch (`tests/test_private_names.py`), but
-`step/compiler.py`, the door to its compiler.
+`step/compiler.py` and `step/lowering.py`, the doors to its compiler.
 """
 
 from __future__ import annotations
