@@ -29,7 +29,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from strixft.catalog.models import MODELS
-from strixft.step.tracker import MemoryTracker
+from strixft.step.memory_tracker import MemoryTracker
 
 aten = torch.ops.aten
 GB = 1e9

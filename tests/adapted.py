@@ -11,7 +11,7 @@ from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch import Tensor, fx, nn
 
 from strixft.plan.inductor import make_backend
-from strixft.step.products import rewrite
+from strixft.step.matrix_products import rewrite
 
 SIDE, RANK = 80, 4
 needs_compiler = pytest.mark.skipif(

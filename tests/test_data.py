@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strixft.data import checks, words
+from strixft.data import checks, word_cache
 from strixft.data.checks import any_of, check_chat, oddities, texts_of
 from strixft.data.duplicates import (
     content_hash,
@@ -26,7 +26,7 @@ from strixft.data.duplicates import (
 )
 from strixft.data.encode import Encoder, TokenRow, cut, divide, halves, windows
 from strixft.data.row_report import example, spread
-from strixft.data.words import Words, WordsDifferError
+from strixft.data.word_cache import Words, WordsDifferError
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import Chat, Message
 
@@ -391,7 +391,7 @@ def test_words_that_lie_are_found_out(tokenizer: Any) -> None:
 def test_no_more_words_are_remembered_than_are_worth_it(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(words, "MOST_CHARACTERS", 2000)
+    monkeypatch.setattr(word_cache, "MOST_CHARACTERS", 2000)
     known = Words(tokenizer.backend_tokenizer)
     for start in range(0, 4000, 200):
         known.encode_batch([f"number {n} {'and so on ' * 20}" for n in range(start, start + 40)])

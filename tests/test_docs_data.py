@@ -4,8 +4,8 @@ import re
 
 from conftest import REPOSITORY
 
+from strixft.formats.known_formats import FORMATS
 from strixft.formats.sources import FILE_KINDS
-from strixft.formats.table import FORMATS
 from strixft.recipe.schema import Dataset
 
 PAGE = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from test_train import trained
 from strixft.app.report import render_report
 from strixft.attention.core import EAGER_NAME
 from strixft.data.batches import collate
-from strixft.data.ends import Ends
+from strixft.data.end_tokens import Ends
 from strixft.evaluate.generate import generate
 from strixft.evaluate.losses import (
     LONGEST,
@@ -39,7 +39,7 @@ from strixft.prepare.stage import Prepared, prepare_recipe
 from strixft.recipe.load import load_recipe
 from strixft.run.folder import Run
 from strixft.run.open import open_run
-from strixft.step.tracker import MemoryTracker
+from strixft.step.memory_tracker import MemoryTracker
 from strixft.step.update import batch_loss
 from strixft.support.errors import DataError, FitError, HostError, RecipeError
 from strixft.train.stage import ADAPTER

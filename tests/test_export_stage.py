@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from strixft.app.report import render_report
 from strixft.catalog.exports import QUANTISATIONS
-from strixft.data.ends import Ends
+from strixft.data.end_tokens import Ends
 from strixft.export.parity import END, chosen_prompts, compare, measure_parity
 from strixft.export.result import Exported
+from strixft.export.server_files import modelfile
 from strixft.export.stage import export_recipe
-from strixft.export.texts import modelfile
 from strixft.model.source import load_tokenizer
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Run

@@ -10,8 +10,8 @@ import strategies
 from hypothesis import given, settings
 
 from strixft.formats.faults import RowFault
+from strixft.formats.known_formats import FORMATS, Format, fitting, suggest_columns
 from strixft.formats.messages import ROLES, Chat, read_tools
-from strixft.formats.table import FORMATS, Format, fitting, suggest_columns
 
 CALL = {"name": "find", "arguments": {"what": "keys"}}
 

@@ -175,7 +175,7 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def _known(policy: dict[str, Any]) -> dict[str, Any]:
-    from strixft.formats.table import FORMATS
+    from strixft.formats.known_formats import FORMATS
 
     known = policy["format"] == "auto" or policy["format"] in FORMATS
     return policy if known else {**policy, "format": "auto"}

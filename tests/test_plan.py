@@ -37,7 +37,7 @@ from strixft.probe.job import Job
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Dataset, Recipe, Train
 from strixft.run.open import open_run
-from strixft.step.tracker import MemoryTracker
+from strixft.step.memory_tracker import MemoryTracker
 from strixft.step.update import TrainingStep
 from strixft.support.errors import FitError, RecipeError, StageError
 from strixft.support.units import GIB

@@ -7,8 +7,8 @@ import pytest
 from conftest import WriteRecipe
 from transformers import AutoConfig
 
+from strixft.catalog.device_rates import cpu_name, write_rates
 from strixft.catalog.hosts import HOSTS, Budget, Sourced
-from strixft.catalog.rates import cpu_name, write_rates
 from strixft.guard.host import find_host
 from strixft.model.source import load_config
 from strixft.plan.choose import DataShape, Planner

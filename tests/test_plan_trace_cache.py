@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoConfig
 
 from strixft.catalog.hosts import HOSTS
-from strixft.plan import phases, scale, trace_cache
+from strixft.plan import phase_peaks, scale, trace_cache
 from strixft.plan.dry_run import Step
-from strixft.plan.phases import PhasePeaks
+from strixft.plan.phase_peaks import PhasePeaks
 from strixft.plan.scale import Regime, Traces
 from strixft.plan.trace import RowShape
 from strixft.probe.job import Job
@@ -80,7 +80,7 @@ def test_a_forward_pass_is_planned_from_disk(cache: Path, monkeypatch: pytest.Mo
     run = Traces(job).dry_run(STEP)
     first = PhasePeaks(job, run)
     found = first.evaluate(4), first.generate(4)
-    monkeypatch.setattr(phases, "forward_bytes", None)
+    monkeypatch.setattr(phase_peaks, "forward_bytes", None)
     again = PhasePeaks(job, run)
     assert (again.evaluate(4), again.generate(4)) == found
     with pytest.raises(TypeError, match="not callable"):

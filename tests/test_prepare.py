@@ -616,12 +616,12 @@ def test_a_process_that_ends_is_an_error_that_says_so(
 
 
 def test_words_that_lie_start_the_work_anew(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    from strixft.data import words
+    from strixft.data import word_cache
 
     true = stage.run(chats(60), max_length=512)
     content = (stage.out / "rows.arrow").read_bytes()
-    monkeypatch.setattr(words, "_cuts_before_spaces", lambda backend: True)
-    monkeypatch.setattr(words, "_cut", list)  # every character a word
+    monkeypatch.setattr(word_cache, "_cuts_before_spaces", lambda backend: True)
+    monkeypatch.setattr(word_cache, "_cut", list)  # every character a word
     assert stage.run(chats(60), max_length=512)["tokens"] == true["tokens"]
     assert (stage.out / "rows.arrow").read_bytes() == content
 

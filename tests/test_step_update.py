@@ -26,7 +26,7 @@ from strixft.step.loss import (
     chunked_cross_entropy,
     rows_of_whole_chunks,
 )
-from strixft.step.tracker import MemoryTracker, part
+from strixft.step.memory_tracker import MemoryTracker, part
 from strixft.step.update import StepOptions, TrainingStep
 from strixft.support.errors import RecipeError
 

@@ -465,7 +465,7 @@ app.add_typer(bench_app, name="bench")
 
 def _run_bench(name: str, settings: dict[str, Any], *, as_json: bool, debug: bool) -> None:
     from strixft.bench.run import run_bench
-    from strixft.catalog.rates import hosts_file
+    from strixft.catalog.device_rates import hosts_file
 
     del debug  # its own callback has seen it
     result = run_bench(name, **settings)

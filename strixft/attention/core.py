@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from strixft.attention import asked
+from strixft.attention import recorder
 
 NAME = "strixft"
 """The name for `attn_implementation`."""
@@ -84,8 +84,8 @@ def attend(
     Returns:
         (B, T, H, D), and no weights.
     """
-    if asked.watch is not None:
-        return asked.watch.attend(module, query, key, value, attention_mask, options), None
+    if recorder.watch is not None:
+        return recorder.watch.attend(module, query, key, value, attention_mask, options), None
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options

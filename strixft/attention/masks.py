@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers.masking_utils import sdpa_mask
 
-from strixft.attention import asked
+from strixft.attention import recorder
 from strixft.attention.backends import AttentionBackend
 
 
@@ -110,8 +110,8 @@ def make_mask(**options: Any) -> Any:
 
     So it is the model that says which layers have a window, and how long it is.
     """
-    if asked.watch is not None:
-        return asked.watch.make_mask(options)
+    if recorder.watch is not None:
+        return recorder.watch.make_mask(options)
     if _packed is not None:
         return _packed.mask(options)
     return sdpa_mask(**options)
@@ -130,7 +130,7 @@ def packed_rows(backend: AttentionBackend, batch: dict[str, Any]) -> Iterator[di
         return
     before, _packed = _packed, _PackedBatch(backend, batch)
     try:
-        with asked.documents_unsought():
+        with recorder.documents_unsought():
             yield {"position_ids": batch["position_ids"], **_packed.longest}
     finally:
         _packed = before

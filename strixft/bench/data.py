@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field
 
 from strixft.bench.run import Bench, BenchRow
-from strixft.data.words import Words
+from strixft.data.word_cache import Words
 from strixft.model.files import EMBEDDED
 from strixft.model.source import model_source
 from strixft.prepare.stage import prepare_data

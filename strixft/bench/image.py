@@ -16,7 +16,7 @@ from pydantic import Field
 from strixft.bench.backends import find_model
 from strixft.bench.run import Bench, BenchRow
 from strixft.bench.timing import columns
-from strixft.catalog.rates import data_folder
+from strixft.catalog.device_rates import data_folder
 from strixft.support.errors import HostError, RecipeError
 from strixft.support.http import ask, base_url
 

@@ -28,7 +28,7 @@ from strixft.plan.dry_run import DryRun
 from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Recipe
 from strixft.recipe.schema import Train as TrainSection
-from strixft.step.tracker import peak_memory, release_memory
+from strixft.step.memory_tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
 
 LAYERS = {"cuda": 0, "cpu": 2}

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from strixft.data.mask import Masker, Piece, Span
 from strixft.data.template import ChatTemplate, squeezed
-from strixft.data.words import Encoding, Words
+from strixft.data.word_cache import Encoding, Words
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import Chat, Message
 from strixft.support.errors import DataError

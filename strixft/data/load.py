@@ -18,9 +18,9 @@ from strixft.data.checks import check_chat
 from strixft.data.readers import raw_rows
 from strixft.data.streams import RawRow, close_quote, to_utf8
 from strixft.formats.faults import RowFault, shown
+from strixft.formats.known_formats import FORMATS, Format, fitting, suggest_columns
 from strixft.formats.messages import Chat, DataRow
 from strixft.formats.sources import HUB, SourceFile, find_files, is_hub
-from strixft.formats.table import FORMATS, Format, fitting, suggest_columns
 from strixft.recipe.schema import Dataset, Source
 from strixft.support.errors import DataError
 from strixft.support.private_hf import fingerprint_of

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strixft.data.ends import Ends
+from strixft.data.end_tokens import Ends
 from strixft.evaluate.losses import groups_of
 from strixft.support.progress import progress_bar
 

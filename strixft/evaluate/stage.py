@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import nn
 
-from strixft.data.ends import Ends
+from strixft.data.end_tokens import Ends
 from strixft.evaluate import show
 from strixft.evaluate.generate import generate, prompt_tokens
 from strixft.evaluate.harness import (
@@ -36,7 +36,7 @@ from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run
-from strixft.step.tracker import release_memory
+from strixft.step.memory_tracker import release_memory
 from strixft.support.errors import DataError
 from strixft.support.files import cache_folder, digest
 from strixft.train.stage import ADAPTER, Trained

@@ -15,8 +15,8 @@ from typing import Any
 
 from strixft.catalog.exports import QUANTISATIONS
 from strixft.catalog.methods import METHODS
-from strixft.data.ends import Ends
-from strixft.export import texts
+from strixft.data.end_tokens import Ends
+from strixft.export import server_files
 from strixft.export.check import ROWS, check_merged
 from strixft.export.merge import copy_beside, merge
 from strixft.model.source import load_tokenizer
@@ -95,7 +95,7 @@ def _write_merged(job: ExportJob, folder: Path, *, float32: bool = False) -> Mad
         shutil.copytree(job.adapter, folder, dirs_exist_ok=True)
     else:
         merge(recipe, job.base_folder, job.adapter, folder, float32=float32)
-    texts.write_generation_config(folder, job.ends)
+    server_files.write_generation_config(folder, job.ends)
     rows = job.prepared.token_rows(recipe.dataset)
     compared = itertools.islice(itertools.chain(rows.validation, rows.train), ROWS)
     return check_merged(recipe, job.adapter, folder, list(compared))
@@ -150,7 +150,7 @@ def _gguf_lora(job: ExportJob) -> Made:
 
 def _ollama(job: ExportJob) -> Made:
     path = job.folder / "Modelfile"
-    write_text(path, texts.modelfile(job.smallest.name, job.tokenizer, job.ends))
+    write_text(path, server_files.modelfile(job.smallest.name, job.tokenizer, job.ends))
     return {"path": str(path), "type": f"ollama create {plain(job.run.name)} -f {path}"}
 
 

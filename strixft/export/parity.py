@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from strixft.catalog.exports import Quantisation
-from strixft.data.ends import Ends
+from strixft.data.end_tokens import Ends
 from strixft.evaluate.generate import generate
 from strixft.servers.llama_cpp import ANY_TEMPLATE, TemplateError, served
 from strixft.support.errors import HostError

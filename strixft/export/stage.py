@@ -8,7 +8,7 @@ from typing import Any
 
 from strixft.catalog.exports import QUANTISATIONS, with_needs
 from strixft.evaluate.variants import load_variant
-from strixft.export import texts
+from strixft.export import server_files
 from strixft.export.make import MAKE, ExportJob
 from strixft.export.parity import chosen_prompts, greedy_answers, measure_parity
 from strixft.export.result import Exported
@@ -115,7 +115,7 @@ def _export(
             made[kind] = MAKE[kind](job)
         parity = _parity(job, kinds) if is_served else {}
     card = job.merged if job.merged.is_dir() else folder
-    text = texts.model_card(run, base_folder, job.tokenizer, made, parity)
+    text = server_files.model_card(run, base_folder, job.tokenizer, made, parity)
     write_text(card / "README.md", text)
     figures = {"made": made, "parity": parity, "kinds": list(kinds), "memory": seen}
     return {"base": base}, figures

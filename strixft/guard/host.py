@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from strixft.catalog.device_rates import with_rates
 from strixft.catalog.hosts import (
     CUDA_WORKSPACE,
     HIP_WORKSPACE,
@@ -18,7 +19,6 @@ from strixft.catalog.hosts import (
     known_host,
     this_host,
 )
-from strixft.catalog.rates import with_rates
 from strixft.model.load import native_dtype
 from strixft.recipe.schema import Memory
 from strixft.support.environment import OVERRIDE, OVERRIDE_WHY

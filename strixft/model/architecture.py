@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from strixft.attention.asked import AttentionCall, watching
 from strixft.attention.backends import Heads
 from strixft.attention.interface import NAME
+from strixft.attention.recorder import AttentionCall, watching
 from strixft.model.config import first_lines
 from strixft.support.errors import RecipeError
 from strixft.support.private_torch import TorchDispatchMode

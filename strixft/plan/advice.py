@@ -10,7 +10,7 @@ from strixft.catalog.hosts import Budget
 from strixft.catalog.methods import METHODS
 from strixft.plan.choose import Choice, DataShape, Planner
 from strixft.plan.dry_run import DryRun
-from strixft.plan.phases import outside_layers_bytes
+from strixft.plan.phase_peaks import outside_layers_bytes
 from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import RecipeError

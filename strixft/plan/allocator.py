@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from strixft.step.tracker import BLOCK
+from strixft.step.memory_tracker import BLOCK
 from strixft.support.units import MIB
 
 SMALL_SIZE = MIB

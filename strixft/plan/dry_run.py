@@ -25,7 +25,7 @@ from strixft.plan.allocator import Replay, replay
 from strixft.plan.cost import Costs, Floats, Rates, Seconds
 from strixft.plan.trace import Place, RowShape, Segment, Trace, trace_step
 from strixft.probe.job import Job
-from strixft.step.tracker import BLOCK, PARTS, MemoryTracker
+from strixft.step.memory_tracker import BLOCK, PARTS, MemoryTracker
 from strixft.support.errors import StageError
 from strixft.support.units import format_gib
 

@@ -25,8 +25,8 @@ from strixft.step.compiler import (
     select_decomp_table,
 )
 from strixft.step.graphs import is_generated, is_view, writes_4bit_out
-from strixft.step.products import rewrite
-from strixft.step.tracker import uncounted
+from strixft.step.matrix_products import rewrite
+from strixft.step.memory_tracker import uncounted
 from strixft.support.private_torch import boxed
 
 torch.library.define("strixft::kernel", "(int kernel) -> Tensor[]")

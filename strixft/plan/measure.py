@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from strixft.catalog.device_rates import device_name
 from strixft.catalog.hosts import Budget
-from strixft.catalog.rates import device_name
 from strixft.data.batches import Batch, shape_batch
 from strixft.guard.host import cap
 from strixft.model.load import random_model
@@ -28,7 +28,7 @@ from strixft.plan import trace_cache
 from strixft.plan.dry_run import DryRun, dry_run
 from strixft.plan.trace import RowShape
 from strixft.probe.job import Job
-from strixft.step.tracker import peak_memory, release_memory
+from strixft.step.memory_tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
 from strixft.support.errors import FitError, HostError
 from strixft.support.files import cache_folder, write_json

@@ -25,7 +25,7 @@ from strixft.plan.advice import advise, cause, share_figures
 from strixft.plan.choose import Choice, DataShape, Planner, choose
 from strixft.plan.dry_run import require_all_weights
 from strixft.plan.measure import Correction, load_correction, measure, save_correction
-from strixft.plan.phases import PROCESS, Phase, PhasePeaks, phases
+from strixft.plan.phase_peaks import PROCESS, Phase, PhasePeaks, phases
 from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run, resume_command

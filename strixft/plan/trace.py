@@ -35,7 +35,7 @@ from strixft.plan.cost import (
 )
 from strixft.plan.inductor import KERNEL, made, num_compiled, planned_kernels
 from strixft.probe.job import Job
-from strixft.step.tracker import MemoryTracker, is_counted
+from strixft.step.memory_tracker import MemoryTracker, is_counted
 from strixft.step.update import TrainingStep, token_losses
 from strixft.support.private_hf import factors_of_experts
 from strixft.support.private_torch import CHECK_OF_FUSED_ADAM, call_of, set_call, storage_key

@@ -22,9 +22,9 @@ from strixft.data.checks import find, mask_chat, texts_of
 from strixft.data.duplicates import SIMILAR, content_hash, question_hash, similarity, sketch
 from strixft.data.load import Input, read_row, value_at
 from strixft.formats.faults import RowFault
+from strixft.formats.known_formats import FORMATS
 from strixft.formats.messages import Chat, Message
 from strixft.formats.sources import SourceFile
-from strixft.formats.table import FORMATS
 from strixft.prepare.build import QUESTION
 from strixft.prepare.select import Selection
 from strixft.recipe.schema import Recipe

@@ -30,9 +30,9 @@ from strixft.data.load import Input, read_row, value_at
 from strixft.data.row_report import KEPT, LEFT_OUT, MadeBatch, Problem, RowReport, Weight
 from strixft.data.streams import RawRow
 from strixft.formats.faults import RowFault
+from strixft.formats.known_formats import NOT_WANTED
 from strixft.formats.messages import Chat, DataRow
 from strixft.formats.sources import SourceFile
-from strixft.formats.table import NOT_WANTED
 from strixft.recipe.schema import Dataset
 from strixft.run.folder import Run
 from strixft.support.errors import HostError

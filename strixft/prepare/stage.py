@@ -14,10 +14,10 @@ from datasets import Dataset as RowsOnDisk
 
 from strixft.data.batches import PackedRows, Packing
 from strixft.data.encode import Encoder, TokenRows
-from strixft.data.ends import Ends, eos_of_files, find_ends
+from strixft.data.end_tokens import Ends, eos_of_files, find_ends
 from strixft.data.load import HubSet, Input, open_inputs
 from strixft.data.row_report import RowReport, example, spread
-from strixft.data.words import Words, WordsDifferError
+from strixft.data.word_cache import Words, WordsDifferError
 from strixft.formats.sources import fingerprint, ignored_files
 from strixft.model.source import load_config, load_tokenizer
 from strixft.prepare import show

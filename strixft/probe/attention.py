@@ -191,7 +191,8 @@ class BackendCall:
             before = torch.cuda.memory_allocated()
             self.both()
             return torch.cuda.max_memory_allocated() - before
-        from strixft.step.tracker import MemoryTracker  # takes seconds, and only the bench asks
+        # takes seconds, and only the bench asks
+        from strixft.step.memory_tracker import MemoryTracker
 
         tracker = MemoryTracker()
         for tensor in (*self._tensors, self._gradient):

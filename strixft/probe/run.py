@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from strixft.attention import core
-from strixft.catalog.rates import cpu_name
+from strixft.catalog.device_rates import cpu_name
 from strixft.probe.attention import measure_backend
 from strixft.probe.weights import measure_products, round_trip
 from strixft.support.child import Figures, do_steps, run_steps

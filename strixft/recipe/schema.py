@@ -23,7 +23,7 @@ from pydantic import (
 from strixft.catalog.exports import KINDS, QUANTISATIONS
 from strixft.catalog.hosts import known_host
 from strixft.catalog.methods import METHODS
-from strixft.formats.table import FORMATS
+from strixft.formats.known_formats import FORMATS
 from strixft.support.errors import HostError
 from strixft.support.tables import did_you_mean
 

@@ -24,7 +24,7 @@ from torch._inductor.lowering import fallback_handler, register_lowering, view
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from strixft.step.products import rewrite
+from strixft.step.matrix_products import rewrite
 
 
 class _Pass(CustomGraphPass):

@@ -21,8 +21,8 @@ from strixft.model.architecture import linear_head, text_decoder
 from strixft.recipe.schema import Train
 from strixft.step.layers import compile_layers, set_recompute
 from strixft.step.loss import chunked_cross_entropy, token_cross_entropy
+from strixft.step.memory_tracker import part
 from strixft.step.optimizer import BFloat16AdamW
-from strixft.step.tracker import part
 
 
 @dataclass(frozen=True, slots=True)

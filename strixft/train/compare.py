@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from strixft.step.tracker import MemoryTracker
+from strixft.step.memory_tracker import MemoryTracker
 from strixft.support import html
 from strixft.support.units import format_gib, format_number, format_seconds
 

@@ -38,7 +38,7 @@ from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run, resume_command
 from strixft.run.open import READ_BY
-from strixft.step.tracker import peak_memory, release_memory
+from strixft.step.memory_tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
 from strixft.support.environment import seen_by_torch
 from strixft.support.errors import FitError, StageError, is_out_of_memory

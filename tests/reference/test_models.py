@@ -25,7 +25,7 @@ from strixft.plan.dry_run import dry_run
 from strixft.plan.trace import RowShape
 from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
-from strixft.step.tracker import MemoryTracker
+from strixft.step.memory_tracker import MemoryTracker
 from strixft.step.update import TrainingStep
 
 LENGTHS = ((19, 30, 4), (26, 11))

@@ -27,8 +27,8 @@ from strixft.data.encode import Encoder, TokenRow
 from strixft.data.row_report import runs
 from strixft.data.template import tools_as_text
 from strixft.formats.faults import RowFault
+from strixft.formats.known_formats import FORMATS
 from strixft.formats.messages import Message
-from strixft.formats.table import FORMATS
 
 TRL = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
 OURS = Path(__file__).parent.parent / "templates"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from strixft.data.ends import Ends
+from strixft.data.end_tokens import Ends
 from strixft.export.result import CellTable, check_table, parity_table
 from strixft.prepare.stage import Prepared
 from strixft.recipe.load import dump_recipe

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_hardware import record_card, record_meminfo
 
+from strixft.catalog.device_rates import device_name, hosts_file, row_of, with_rates, write_rates
 from strixft.catalog.hosts import HOSTS, Host, Sourced, this_host
-from strixft.catalog.rates import device_name, hosts_file, row_of, with_rates, write_rates
 from strixft.guard.host import find_host
 from strixft.support.errors import HostError
 

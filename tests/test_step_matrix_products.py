@@ -17,7 +17,7 @@ from strixft.recipe.schema import Dataset, Recipe, Train
 from strixft.step import layers
 from strixft.step.graphs import writes_4bit_out
 from strixft.step.layers import inductor
-from strixft.step.products import MOST_FUSED_ROWS
+from strixft.step.matrix_products import MOST_FUSED_ROWS
 from strixft.step.update import StepOptions, TrainingStep
 
 MULTIPLIES = {torch.ops.aten.mm.default, torch.ops.aten.addmm_.default}

@@ -17,10 +17,10 @@ from test_data_mask import TEMPLATES, chat, encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from strixft.data.encode import Encoder, TokenRow
-from strixft.data.ends import Ends, eos_of_files, find_ends
+from strixft.data.end_tokens import Ends, eos_of_files, find_ends
 from strixft.evaluate.generate import generate
 from strixft.export.parity import END, compare, greedy_answers
-from strixft.export.texts import write_generation_config
+from strixft.export.server_files import write_generation_config
 from strixft.formats.messages import Chat
 from strixft.servers import gguf
 from strixft.servers.llama_cpp import served
