@@ -341,6 +341,7 @@ def raw_rows(file: SourceFile) -> Iterator[RawRow]:
             told = f"breaks off after row {number}: {str(error) or type(error).__name__}"
             fix += "; gzip -t or zstd -t   shows if it is complete"
         else:
-            told = f"cannot be read after row {number}: {getattr(error, 'strerror', None) or error}"
+            place = f" after row {number}" if number else ""
+            told = f"cannot be read{place}: {getattr(error, 'strerror', None) or error}"
             fix = "check the disk and the file"
         raise DataError(f"{file.name} {told}", fix=fix) from None

@@ -281,8 +281,11 @@ def require_all_weights(job: Job, run: DryRun) -> None:
     Raises:
         StageError: It does not, so its peak cannot be trusted.
     """
-    copies = Counter(job.architecture.kinds)
-    ones = [job.architecture.kinds.index(kind) for kind in copies]
+    kinds: Sequence[object] = job.architecture.kinds
+    if job.recipe.lora.target_modules != "all-linear":
+        kinds = range(len(kinds))  # a target may name one layer alone: each is counted
+    copies = Counter(kinds)
+    ones = [kinds.index(kind) for kind in copies]
     model = build(job.recipe, "meta", job.dtype, job.config, ones)
     weights = _bytes_of(model)
     for layer, count in zip(text_layers(base_of(model)), copies.values(), strict=True):
