@@ -15,17 +15,16 @@ from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
 from strixft.catalog.hosts import Host
-from strixft.model.adapter import base_of
-from strixft.model.architecture import sample_layers, text_layers
+from strixft.model.architecture import sample_layers
 from strixft.model.load import build
 from strixft.plan.allocator import Replay, replay
 from strixft.plan.cost import Costs, Floats, Rates, Seconds
 from strixft.plan.trace import Place, RowShape, Segment, Trace, trace_step
 from strixft.probe.job import Job
 from strixft.step.memory_tracker import BLOCK, PARTS, MemoryTracker
+from strixft.step.update import TrainingStep
 from strixft.support.errors import StageError
 from strixft.support.units import format_gib
 
@@ -35,7 +34,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def rounded_all(num_bytes: Ints) -> Ints:
-    """Return bytes of the allocator's blocks, any shape; see `tracker.rounded`."""
+    """Return bytes of the allocator's blocks, any shape; see `memory_tracker.rounded`."""
     blocks: Ints = -(-num_bytes // BLOCK) * BLOCK
     return blocks
 
@@ -281,28 +280,17 @@ def require_all_weights(job: Job, run: DryRun) -> None:
     Raises:
         StageError: It does not, so its peak cannot be trusted.
     """
-    kinds: Sequence[object] = job.architecture.kinds
-    if job.recipe.lora.target_modules != "all-linear":
-        kinds = range(len(kinds))  # a target may name one layer alone: each is counted
-    copies = Counter(kinds)
-    ones = [kinds.index(kind) for kind in copies]
-    model = build(job.recipe, "meta", job.dtype, job.config, ones)
-    weights = _bytes_of(model)
-    for layer, count in zip(text_layers(base_of(model)), copies.values(), strict=True):
-        weights += _bytes_of(layer) * (count - 1)
+    model = build(job.recipe, "meta", job.dtype, job.config)  # whole: no layer stands for another
+    TrainingStep(model, job.recipe.train, job.options_with(run.recomputed_layers))
+    tracker = MemoryTracker()
+    tracker.watch_model(model)
     counted = run.parts["weights"] + run.parts["adapter"]
-    if counted != weights:
+    if counted != tracker.live_bytes:
         raise StageError(
             f"strixft failed to plan a {job.config.model_type}: it counts {format_gib(counted)} of"
-            f" weights, and all layers have {format_gib(weights)}",
+            f" weights, and all layers have {format_gib(tracker.live_bytes)}",
             fix="report it with the model's name: this says nothing against the model",
         )
-
-
-def _bytes_of(module: nn.Module) -> int:
-    tracker = MemoryTracker()
-    tracker.watch_model(module)
-    return tracker.live_bytes
 
 
 @dataclass(frozen=True, slots=True)
