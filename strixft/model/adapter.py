@@ -62,7 +62,7 @@ def find_targets(base: Any, asked: str | list[str], idle: Collection[str] = ()) 
     inside = [
         path
         for path, module in base.named_modules()
-        if id(module) in decoder and _is_linear(module) and not _is_router(path, base)
+        if id(module) in decoder and is_linear(module) and not _is_router(path, base)
     ]
     if isinstance(asked, list):
         _require_adaptable(base, asked, inside, idle)
@@ -76,7 +76,7 @@ def find_targets(base: Any, asked: str | list[str], idle: Collection[str] = ()) 
     kept = [name for name in names if name not in taken]
     left_out = [f"{name}: {taken[name]}" for name in names if name in taken]
     experts = (m.experts for m in text_decoder(base).modules() if hasattr(m, "experts"))
-    if any(not any(map(_is_linear, one.modules())) for one in experts):  # one fused parameter
+    if any(not any(map(is_linear, one.modules())) for one in experts):  # one fused parameter
         left_out.append("experts: those that a router chooses get no adapter")
     return Targets(kept, _pattern(base, kept, inside), left_out)
 
@@ -85,11 +85,12 @@ def _leaf(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _is_named(path: str, names: Collection[str]) -> bool:
+def is_named(path: str, names: Collection[str]) -> bool:
+    """Return whether one of some names is the last part, or parts, of a path."""
     return any(f".{path}".endswith(f".{name}") for name in names)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Return whether a module multiplies by a matrix and does nothing else."""
     weight = getattr(module, "weight", None)
     is_own = type(module).__module__.startswith("transformers.models.")  # routers, for example
@@ -111,8 +112,8 @@ def _require_adaptable(
     head, known = base.get_output_embeddings(), list(dict.fromkeys(map(_leaf, inside)))
     parameters = {_leaf(path) for path, _ in text_decoder(base).named_parameters()}
     renamed = renamed_by_peft(getattr(base.config, "model_type", None))
-    heads = [path for path, m in base.named_modules() if m is head and _is_named(path, asked)]
-    there = [name for name in asked if any(_is_named(path, [name]) for path in inside)]
+    heads = [path for path, m in base.named_modules() if m is head and is_named(path, asked)]
+    there = [name for name in asked if any(is_named(path, [name]) for path in inside)]
     of_experts = [name for name in asked if renamed.get(name) in parameters]
     unknown = [name for name in asked if name not in (*there, *of_experts)]
     fix, settings = "leave it out, or lora.target_modules: all-linear", _ALL_LINEAR
@@ -137,11 +138,11 @@ def _require_adaptable(
 
 def _pattern(base: Any, names: Collection[str], inside: Collection[str]) -> str | None:
     """Return a pattern of the other modules with these names; None if there are none."""
-    kept = {path for path in inside if _is_named(path, names)}
+    kept = {path for path in inside if is_named(path, names)}
     others = {
         re.sub(r"\d+", "0", path)
         for path, _ in base.named_modules()
-        if path not in kept and _is_named(path, names)
+        if path not in kept and is_named(path, names)
     }
     parts = [re.sub(r"(?<![A-Za-z_])0(?![A-Za-z_])", r"\\d+", re.escape(one)) for one in others]
     return "|".join(sorted(parts)) or None
