@@ -98,6 +98,24 @@ def _loss_curve(losses: list[float], spikes: list[int]) -> str:
     return html.picture(figure, "training loss by update")
 
 
+def coverage_html(told: Figures) -> str:
+    """Return a table of what was trained, and what proved it."""
+    rows = [
+        [kind["name"], kind["trained"], kind["layers"] or "outside the layers"]
+        for kind in told["kinds"]
+    ]
+    size = f"{told['tensors']} tensors, {format_number(told['parameters'])} weights"
+    text = f"Trained: {size}; nothing in {', '.join(told['frozen']) or 'no module'} was."
+    if "moved" in told:
+        proven = f"{told['moved']} of them moved in the first {told['updates']} updates"
+        if told["unreached_experts"]:
+            proven += f", {told['unreached_experts']} belong to experts that no token reached"
+        if "adapter_changes" in told:
+            proven += f"; the adapter changed hidden states by {told['adapter_changes']:.1g}"
+        text += f" {proven}."
+    return html.note(text) + html.table(rows, ["what was trained", "in layers", "of"])
+
+
 def trained_html(figures: Figures) -> str:
     """Return a training's figures for a notebook or the report."""
     warnings, spikes = list(figures["warnings"]), figures["spikes"]
@@ -121,5 +139,6 @@ def trained_html(figures: Figures) -> str:
             f" comparing took {format_seconds(proof['seconds'])}"
         )
     told = "".join(map(html.warning, warnings))
+    covered = coverage_html(figures["trained"]) if figures.get("trained") else ""
     curve = _loss_curve(figures["losses"], spikes)
-    return told + html.mapping(shown) + compare_html(figures) + curve
+    return told + html.mapping(shown) + compare_html(figures) + covered + curve

@@ -26,6 +26,7 @@ from strixft.guard.watch import HangWatch
 from strixft.recipe.schema import Train
 from strixft.step.update import TrainingStep
 from strixft.train.checkpoints import Checkpoint, Checkpoints
+from strixft.train.coverage import FirstUpdates, not_finite
 
 MOST_SKIPPED = 20
 """Consecutive updates that float16's scaler may skip before training stops."""
@@ -111,6 +112,7 @@ class TrainingLoop:
         reserve_bytes: Memory that the allocator may keep between updates; None for any.
         is_asked: Returns whether somebody wants the training to stop.
         on_update: Called with the progress after each update.
+        first: Watches the first updates of this process.
     """
 
     def __init__(
@@ -124,11 +126,12 @@ class TrainingLoop:
         reserve_bytes: int | None = None,
         is_asked: Callable[[], bool],
         on_update: Callable[[Progress], None],
+        first: FirstUpdates | None = None,
     ) -> None:
         self.step, self.updates, self.checkpoints = step, updates, checkpoints
         self.progress, self.first_update = Progress(), 1
         self._batches, self._hang = batches, hang
-        self._is_asked, self._on_update = is_asked, on_update
+        self._is_asked, self._on_update, self._first = is_asked, on_update, first
         self._schedule = LambdaLR(step.optimizer, rate_factor(step.settings, updates))
         self._processes = PartialState()
         self._ahead: list[Batch] = []
@@ -193,11 +196,16 @@ class TrainingLoop:
         if bad:
             raise NotFiniteError(update, "loss", f"{seen[bad[0]]}", bad)
         if not np.isfinite(total) and not self.step.scaler.is_enabled():
-            raise NotFiniteError(update, "gradient", "not a finite number", range(len(seen)))
+            value = f"not a finite number{not_finite(self.step)}"
+            raise NotFiniteError(update, "gradient", value, range(len(seen)))
+        if self._first is not None:
+            self._first.before_step()
         self._updating = True
 
     def _finish_update(self, batches: list[Batch], loss: Tensor) -> None:
         """Take note of an update, with its loss, ()."""
+        if self._first is not None:
+            self._first.after_step()
         self._skipped = self._skipped + 1 if self.step.skipped else 0
         if self._skipped >= MOST_SKIPPED:
             value = f"not a finite number, as in {MOST_SKIPPED} updates in a row"

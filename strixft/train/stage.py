@@ -45,6 +45,7 @@ from strixft.support.errors import FitError, StageError, is_out_of_memory
 from strixft.support.files import require_room, write_json
 from strixft.support.progress import progress_bar, say
 from strixft.support.units import format_gib
+from strixft.train import coverage
 from strixft.train.checkpoints import KEPT, Checkpoints
 from strixft.train.compare import GAP_FLAGGED, device_parts, trained_html
 from strixft.train.loop import NotFiniteError, Progress, TrainingLoop
@@ -53,7 +54,7 @@ from strixft.train.proof import expected, proof_batches, prove
 ADAPTER = "adapter"
 """Folder of the trained weights: a PEFT adapter, or a whole model for `method: full`."""
 
-CHECKPOINTS, PROOF = "checkpoints", "proof.json"
+CHECKPOINTS, PROOF, COVERAGE = "checkpoints", "proof.json", "coverage.json"
 
 CHECKPOINT_FORMAT = 2
 """Changes with the files of a checkpoint: one of another format is refused."""
@@ -127,6 +128,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if step.dropout:
             share = f"{step.dropout:g}"
             _warn(watches, f"training leaves out the dropout of {share} that the model has")
+        told, watch = _coverage(step, watches, batches(0)[0], folder / COVERAGE)
         loop = TrainingLoop(
             step,
             batches,
@@ -136,6 +138,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             reserve_bytes=round(planned["reserved_bytes"] * (1 + GAP_FLAGGED)),
             is_asked=watches.is_asked,
             on_update=bar,
+            first=watch,
         )
         _require_room(step, checkpoints)
         began = time.monotonic()
@@ -163,6 +166,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         **seen,
         "cap": capped.says,
         "proof": proof,
+        "trained": _read(folder / COVERAGE) or told,
         "checkpoints_set_aside": checkpoints.torn,
     }
     return {name: inputs[name] for name in ("rows_sha256", "choice", "base")}, figures
@@ -264,7 +268,34 @@ def _build_step(
         release_memory()
         seconds = {"load_s": loaded - began, "seconds": time.monotonic() - loaded}
         write_json(path, {**asdict(proof), **seconds})
-    return step, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return step, _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _coverage(
+    step: TrainingStep, watches: Watches, batch: Batch, path: Path
+) -> tuple[dict[str, Any], coverage.FirstUpdates | None]:
+    """Tell what is trained, and watch the first updates unless an earlier process has.
+
+    Args:
+        step: The training step.
+        watches: Told of layers that are not trained.
+        batch: Any of the run's.
+        path: File with what is trained, once it is proven.
+
+    Raises:
+        StageError: A layer that the recipe names has no adapter.
+    """
+    told = coverage.describe(step.model)
+    for warning in coverage.warnings_of(told):
+        _warn(watches, warning)
+    if path.is_file():
+        return told, None
+    return told, coverage.FirstUpdates(step, batch, lambda seen: write_json(path, told | seen))
 
 
 def _require_room(step: TrainingStep, checkpoints: Checkpoints) -> None:

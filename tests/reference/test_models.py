@@ -27,6 +27,7 @@ from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
 from strixft.step.memory_tracker import MemoryTracker
 from strixft.step.update import TrainingStep
+from strixft.train import coverage
 
 LENGTHS = ((19, 30, 4), (26, 11))
 """Tokens of the documents of two rows."""
@@ -42,8 +43,8 @@ def write_model(folder: Path, sides: dict[str, Any]) -> None:
     model = auto.from_config(config, dtype=torch.float32)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
+        for key, parameter in model.named_parameters():
+            if parameter.ndim >= 2 or key.endswith("correct_output_scale"):
                 parameter.normal_(0, 0.1, generator=draw)
     model.save_pretrained(folder)
 
@@ -146,6 +147,20 @@ def test_first_loss_and_gradients_are_those_of_transformers_and_peft(
     for key, gradient in expected.items():
         assert (found[key] - gradient).abs().max() <= 1e-4 * largest, key
     check_what_is_adapted(model)
+    check_training_is_proven(step, batch)
+
+
+def check_training_is_proven(step: TrainingStep, batch: Batch) -> None:
+    """After two updates each trained tensor has learned, and what is trained is told."""
+    told = coverage.describe(step.model)
+    assert not told["layers_without"]
+    proven: list[dict[str, Any]] = []
+    watch = coverage.FirstUpdates(step, batch, proven.append)
+    for _ in range(coverage.UPDATES):
+        step.update([batch], before_step=lambda *_: watch.before_step())
+        watch.after_step()
+    assert proven[0]["moved"] == told["tensors"]
+    assert proven[0]["adapter_changes"] > 0
 
 
 def check_what_is_adapted(model: nn.Module) -> None:
