@@ -24,8 +24,9 @@ from strixft.data.duplicates import (
     split_rows,
     uniform,
 )
-from strixft.data.encode import Encoder, TokenRow, cut, divide, halves, windows
+from strixft.data.encode import Encoder, TokenRow
 from strixft.data.row_report import example, spread
+from strixft.data.too_long import cut, divide, halves, windows
 from strixft.data.word_cache import Words, WordsDifferError
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import Chat, Message

@@ -439,8 +439,6 @@ def test_a_row_with_pictures_or_sounds_is_refused_unless_they_are_ignored(name: 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("chat_template_kwargs", {"enable_thinking": False}),
-        ("chat_template_kwargs", {"custom_instructions": "", "python_tools": ["f"]}),
         ("history", [["a", "b"]]),
         ("documents", ["d"]),
         ("context", "c"),
@@ -465,6 +463,39 @@ def test_a_key_that_cannot_be_printed_is_shown_escaped() -> None:
 def test_a_column_that_says_nothing_is_no_column() -> None:
     empty = {"chat_template_kwargs": {"custom_instructions": "", "tools": []}, "documents": [None]}
     assert FORMATS["messages"].to_chat({**messages(USER, GOOD), **empty}).unused == set()
+
+
+def test_variables_of_the_chat_template_are_read_without_those_that_are_empty() -> None:
+    given = {"enable_thinking": False, "custom_instructions": "", "xml_tools": [], "effort": "low"}
+    wanted = {"enable_thinking": False, "effort": "low"}
+    for row in (
+        {"chat_template_kwargs": given},
+        {"chat_template_kwargs": json.dumps(given)},
+        {"chat_template_kwargs": {"effort": "low"}, "enable_thinking": False},
+        {"chat_template_kwargs": given, "enable_thinking": False},
+    ):
+        chat = FORMATS["messages"].to_chat({**messages(USER, GOOD), **row})
+        assert chat.template_kwargs == wanted
+    assert FORMATS["messages"].to_chat(messages(USER, GOOD)).template_kwargs is None
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "problem"),
+    [
+        ({"chat_template_kwargs": ["x"]}, "bad_template_kwargs", "is not a mapping: ['x']"),
+        ({"chat_template_kwargs": "{"}, "bad_template_kwargs", "is not JSON"),
+        ({"enable_thinking": "no"}, "bad_template_kwargs", "should be true or false, it is 'no'"),
+        (
+            {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": False},
+            "two_values",
+            "has 'enable_thinking' and other in 'chat_template_kwargs'",
+        ),
+    ],
+)
+def test_variables_that_are_none_are_refused(row: dict[str, Any], kind: str, problem: str) -> None:
+    fault = fault_of({**messages(USER, GOOD), **row})
+    assert fault.kind == kind
+    assert problem in fault.problem
 
 
 def test_a_sharegpt_call_joins_the_words_before_it() -> None:

@@ -22,6 +22,7 @@ from strixft.data.batches import collate
 from strixft.data.readers import raw_rows
 from strixft.formats.sources import SourceFile
 from strixft.prepare import build as works
+from strixft.prepare.show import page
 from strixft.prepare.stage import PROBLEMS_FILE, Prepared, prepare_data, prepare_recipe
 from strixft.recipe.load import check_recipe
 from strixft.run.folder import Run
@@ -551,9 +552,32 @@ def test_reasoning_that_the_template_hides_makes_more_rows_and_is_told(
             ("assistant", "<think>\nsecond\n</think>\n\nBye."),
         )
     ]
-    figures = stage.run([{"messages": turns}, *chats(3)], validation_fraction=0)
+    rows = [{"messages": turns}, *chats(3)]
+    figures = stage.run(rows, validation_fraction=0)
     assert figures["rows_train"] == 5
     assert figures["notes"][0].startswith("1 chats became several rows each")
+    assert figures["thinking"] == {"rows": 1, "of": 4, "as": "train"}
+    assert figures["notes"][1].startswith("1 of 4 rows have reasoning before an answer, and the")
+    assert "25%, 1 rows, trained" in page(figures)
+
+    dropped = stage.run(rows, validation_fraction=0, thinking="drop")
+    assert (dropped["rows_train"], dropped["notes"]) == (4, [])
+    stage.tokenizer.chat_template += "{%- if enable_thinking is defined %}{% endif %}"
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    told = stage.run(rows, validation_fraction=0, **off)["notes"]
+    assert told[1].endswith("To leave it out: --set dataset.thinking=drop")
+    kept = stage.run(rows, validation_fraction=0, thinking="keep")
+    assert kept["tokens"] == figures["tokens"]
+    assert kept["trained_tokens"] < dropped["trained_tokens"] < figures["trained_tokens"]
+    assert kept["mask_checked"] == {"rows": 5, "equal": 5}
+
+
+def test_rows_that_differ_in_their_reasoning_alone_are_one_row_where_it_is_dropped(
+    stage: Stage,
+) -> None:
+    rows = [chat("Hi", f"<think>{n}</think>Hello.") for n in range(3)]
+    assert stage.run([*rows, *chats(3)], thinking="drop")["rows_duplicate"] == 2
+    assert stage.run([*rows, *chats(3)], thinking="keep")["rows_duplicate"] == 0
 
 
 # Packing, order, and the same result every time.

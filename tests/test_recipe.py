@@ -682,3 +682,17 @@ def test_data_in_the_home_folder_may_be_written_with_a_tilde(
 ) -> None:
     path = write("model: m\ndataset: {source: ~/rows.jsonl}\n")
     assert load_recipe(path).dataset.source == os.path.expanduser("~/rows.jsonl")
+
+
+def test_reasoning_cannot_be_kept_out_of_a_loss_on_all() -> None:
+    data = {"model": "m", "dataset": {"source": "s", "loss_on": "all", "thinking": "keep"}}
+    with pytest.raises(RecipeError, match="should be train or drop where loss_on is all"):
+        check_recipe(data, name="r")
+
+
+def test_variables_of_the_template_that_a_row_sets_are_refused() -> None:
+    dataset = {"source": "s", "chat_template_kwargs": {"tools": []}}
+    with pytest.raises(RecipeError, match="chat_template_kwargs: 'tools' is set for each row"):
+        check_recipe({"model": "m", "dataset": dataset}, name="r")
+    recipe = load_recipe("demo", {"dataset.chat_template_kwargs.enable_thinking": False})
+    assert recipe.dataset.chat_template_kwargs == {"enable_thinking": False}

@@ -41,6 +41,7 @@ class Chat:
         with _translated_errors("the model cannot be loaded"):
             self.model: Any = load_variant(run.recipe, adapter, "base" if base else "tuned")
         self.tokenizer = load_tokenizer(run.recipe)
+        self.template_kwargs = run.recipe.dataset.chat_template_kwargs
         self.ends = run.require(Prepared).ends(self.tokenizer)
         self.messages: list[Message] = []
 
@@ -66,7 +67,11 @@ class Chat:
         from transformers import TextIteratorStreamer
 
         prompt = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            messages,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            **self.template_kwargs,
         ).to(self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failures: list[Exception] = []

@@ -55,6 +55,8 @@ def content_hash(chat: Chat) -> int:
     parts = [chat.text] if chat.text is not None else list(_parts(chat.messages))
     if chat.tools:
         parts.append(json.dumps(chat.tools))
+    if chat.template_kwargs:
+        parts.append(json.dumps(chat.template_kwargs, sort_keys=True))
     if chat.rejected is not None:
         parts += _parts(chat.rejected)
     if chat.label is not None:

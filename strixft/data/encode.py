@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +13,12 @@ import numpy.typing as npt
 import pyarrow as pa
 from datasets import Dataset
 
+from strixft.data.completeness import squeezed
 from strixft.data.mask import Masker, Piece, Span
-from strixft.data.template import ChatTemplate, squeezed
+from strixft.data.template import ChatTemplate
 from strixft.data.word_cache import Encoding, Words
 from strixft.formats.faults import RowFault
-from strixft.formats.messages import Chat, Message
+from strixft.formats.messages import Chat
 from strixft.support.errors import DataError
 
 Tokens = npt.NDArray[np.int32]
@@ -24,6 +26,9 @@ Flags = npt.NDArray[np.bool_]
 
 CHECKED_ROWS = 256
 """Rows whose trained tokens are decoded again and compared."""
+
+MOST_MASKERS = 64
+"""Kept for different variables of the template: every row may have its own."""
 
 
 @dataclass(slots=True)
@@ -148,6 +153,8 @@ class Encoder:
         max_length: Texts that must have more tokens than this are not tokenised.
         words: Words of this tokenizer that are known already.
         eos: Tokens at which the model stops, as its files name them.
+        keep_thinking: Show reasoning, and do not train it.
+        template_kwargs: Variables of the chat template; those of a row come first.
 
     Raises:
         DataError: The tokenizer is a slow one.
@@ -160,6 +167,9 @@ class Encoder:
         max_length: int | None = None,
         words: Words | None = None,
         eos: Sequence[int] = (),
+        *,
+        keep_thinking: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -173,7 +183,8 @@ class Encoder:
         self.tokenizer, self.loss_on, self.eos = tokenizer, loss_on, eos
         self.words = Words(backend) if words is None else words
         self.max_length = max_length
-        self._maskers: dict[bool, Masker] = {}
+        self._keep_thinking, self.template_kwargs = keep_thinking, dict(template_kwargs or {})
+        self._maskers: dict[tuple[bool, str], Masker] = {}
         bos = tokenizer.bos_token_id
         begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         self._start_of_text: str = tokenizer.bos_token if begins else ""
@@ -182,8 +193,10 @@ class Encoder:
         """Longer texts surely have more tokens than `max_length`."""
         self.mask_checked = self.mask_equal = 0
 
-    def masker(self, *, with_tools: bool = False) -> Masker:
-        """Return the masker for chats with tools or without.
+    def masker(
+        self, *, with_tools: bool = False, kwargs: Mapping[str, Any] | None = None
+    ) -> Masker:
+        """Return the masker for chats with tools or without, and with variables of the template.
 
         Raises:
             DataError: The tokenizer has no chat template that can be used.
@@ -191,12 +204,39 @@ class Encoder:
         # as transformers chooses among several templates: rows with tools may have their own
         named = self.tokenizer.chat_template
         with_tools = with_tools and isinstance(named, dict) and "tool_use" in named
-        if with_tools not in self._maskers:
-            template = ChatTemplate(self.tokenizer, for_tools=with_tools)
+        variables = {**self.template_kwargs, **(kwargs or {})}
+        key = with_tools, json.dumps(variables, sort_keys=True)
+        if key not in self._maskers:
+            if len(self._maskers) > MOST_MASKERS:
+                self._maskers.clear()
+            template = ChatTemplate(self.tokenizer, for_tools=with_tools, kwargs=variables)
             names = [self.tokenizer.decode([token]) for token in self.eos]
-            masker = Masker(template, self.loss_on, self.tokenizer.eos_token or "", names)
-            self._maskers[with_tools] = masker
-        return self._maskers[with_tools]
+            eos = self.tokenizer.eos_token or ""
+            self._maskers[key] = Masker(
+                template, self.loss_on, eos, names, keep_thinking=self._keep_thinking
+            )
+        return self._maskers[key]
+
+    def masker_of(self, chat: Chat) -> Masker:
+        """Return the masker for a chat.
+
+        Raises:
+            DataError: The tokenizer has no chat template that can be used.
+            RowFault: The template does not read a variable of the row, or refuses its value.
+        """
+        with_tools = chat.tools is not None
+        if not chat.template_kwargs:
+            return self.masker(with_tools=with_tools)
+        template = self.masker(with_tools=with_tools).template
+        for name in chat.template_kwargs:
+            if not template.reads(name):
+                told = f"has {name!r} for the chat template, which does not read it"
+                key = name if name == "enable_thinking" else "chat_template_kwargs"
+                raise RowFault("not_shown", told, key)
+        try:
+            return self.masker(with_tools=with_tools, kwargs=chat.template_kwargs)
+        except DataError as error:
+            raise RowFault("template_refuses", error.problem, "chat_template_kwargs") from None
 
     def text_piece(self, text: str, *, begins: bool = True, ends: bool = True) -> Piece:
         """Return plain text between the tokens with which the model's texts begin and end.
@@ -222,7 +262,7 @@ class Encoder:
         """
         if chat.text is not None:
             return [self.text_piece(chat.text)]
-        return self.masker(with_tools=chat.tools is not None).pieces(chat)
+        return self.masker_of(chat).pieces(chat)
 
     def encode(self, chats: Sequence[Chat]) -> list[Encoded | RowFault]:
         """Return the token rows of each chat, from text to tokens in one go, or its fault."""
@@ -305,123 +345,3 @@ def _token_span(encoding: Any, text: str, span: Span) -> tuple[int, int]:
         return 0, 0
     last = token_from(span[1], len(text))
     return first, len(encoding) if last is None else last
-
-
-# Rows that are too long, by the recipe's policy.
-
-
-def cut(row: TokenRow, max_length: int) -> TokenRow | None:
-    """Return the row's start; None if nothing of it would be trained."""
-    trained = row.trained[:max_length]
-    if not trained.any():
-        return None
-    ids, prompt = row.input_ids[:max_length], min(row.prompt_tokens, max_length - 1)
-    return replace(row, input_ids=ids, trained=trained, prompt_tokens=prompt)
-
-
-def windows(row: TokenRow, max_length: int) -> list[TokenRow]:
-    """Return plain text in stretches of `max_length`."""
-    made = []
-    for start in range(0, len(row), max_length):
-        trained = row.trained[start : start + max_length].copy()
-        trained[:1] = False
-        if trained.any():
-            ids = row.input_ids[start : start + max_length]
-            made.append(TokenRow(ids, trained, max(1, len(ids) // 2), "", ""))
-    return made
-
-
-def stretches(encoder: Encoder, text: str) -> Iterator[TokenRow]:
-    """Yield the rows of a text that is too long for the tokenizer, one stretch at a time.
-
-    The tokens of a row of 16 MiB would take a gigabyte.
-    """
-    size = (encoder.most_characters or len(text)) // 2
-    for start in range(0, len(text), size):
-        part = text[start : start + size]
-        piece = encoder.text_piece(part, begins=not start, ends=start + size >= len(text))
-        (found,) = encoder.tokenise([[piece]])
-        if isinstance(found, list):
-            yield from (row for row in found if isinstance(row, TokenRow))
-
-
-def halves(chat: Chat) -> tuple[Chat, Chat] | None:
-    """Divide a chat between exchanges into two, which both begin with the system message.
-
-    Returns:
-        None where there is one exchange only, or a half without an answer.
-    """
-    opening = [m for m in chat.messages[:1] if m["role"] in ("system", "developer")]
-    exchanges: list[list[Message]] = []  # each from one user's turn to the next
-    for message in chat.messages[len(opening) :]:
-        if message["role"] == "user" or not exchanges:
-            exchanges.append([])
-        exchanges[-1].append(message)
-    sizes = [sum(len(m["content"]) for m in exchange) for exchange in exchanges]
-    places = range(1, len(exchanges))
-    for place in sorted(places, key=lambda place: abs(sum(sizes[:place]) - sum(sizes) / 2)):
-        first, second = (
-            [*opening, *(m for exchange in half for m in exchange)]
-            for half in (exchanges[:place], exchanges[place:])
-        )
-        if all(any(m["role"] == "assistant" for m in part) for part in (first, second)):
-            return replace(chat, messages=first), replace(chat, messages=second)
-    return None
-
-
-def divide(encoder: Encoder, chat: Chat, max_length: int) -> Encoded:
-    """Divide a chat that is too long into several, and cut none of its answers.
-
-    Exchanges that are too long even alone come back as they are.
-
-    Raises:
-        RowFault: The template refuses a part.
-    """
-    (found,) = encoder.encode([chat])
-    if isinstance(found, RowFault):
-        raise found
-    if all(isinstance(row, TokenRow) and len(row) <= max_length for row in found):
-        return found
-    if chat.text is not None:
-        short = [row for row in found if isinstance(row, TokenRow)]
-        rows = short or stretches(encoder, chat.text)
-        return [part for row in rows for part in windows(row, max_length)]
-    parts = halves(chat)
-    if parts is None:
-        return found
-    return [row for part in parts for row in divide(encoder, part, max_length)]
-
-
-def shorten(
-    encoder: Encoder,
-    chat: Chat,
-    found: Encoded,
-    policy: str,
-    note: Callable[[str, str, str], None],
-) -> Encoded:
-    """Return the rows of a chat, none above the encoder's `max_length`, by the recipe's policy.
-
-    `note` gets kind, text and action of each change.
-
-    Raises:
-        RowFault: The template refuses a part.
-    """
-    most = encoder.max_length
-    if most is None or all(isinstance(one, TokenRow) and len(one) <= most for one in found):
-        return found
-    if policy == "split" and chat.rejected is None:
-        parts = divide(encoder, chat, most)
-        if len(parts) > len(found):
-            note("split", f"has more than {most} tokens, now {len(parts)} rows", "split")
-        found = parts
-    made: Encoded = []
-    for one in found:
-        if policy == "truncate" and isinstance(one, TooLong) and chat.text is not None:
-            one = next(stretches(encoder, chat.text), one)
-        if isinstance(one, TokenRow) and len(one) > most:
-            start = cut(one, most) if policy == "truncate" else None
-            if start is not None:
-                note("cut", f"has {len(one)} tokens, cut to {most}", "cut")
-            one = TooLong(len(one), most) if start is None else start
-        made.append(one)
-    return made

@@ -17,14 +17,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from strixft.data.template import (
-    ChatTemplate,
-    left_out,
-    reasoning_of,
-    says,
-    shared_length,
-    squeezed,
-)
+from strixft.data.completeness import left_out, says, squeezed
+from strixft.data.template import ChatTemplate, reasoning_of, shared_length
 from strixft.formats.faults import RowFault
 from strixft.formats.messages import REASONING, Chat, Message
 from strixft.support.errors import DataError
@@ -69,6 +63,8 @@ class Masker:
         end_of_text: Written after the last answer where the template ends it with nothing.
         eos: Texts at which the model stops. Where the template ends an answer with nothing, one
             that opens the next turn is the answer's end: `<|user|>` of GLM-4.
+        keep_thinking: Reasoning before an answer, and the empty one that a template writes in its
+            place, is shown and not trained.
 
     Raises:
         DataError: Nothing would tell the model to stop.
@@ -80,6 +76,8 @@ class Masker:
         loss_on: str,
         end_of_text: str = "",
         eos: Sequence[str] = (),
+        *,
+        keep_thinking: bool = False,
     ) -> None:
         if not template.end_token and not end_of_text:
             raise DataError(
@@ -89,6 +87,7 @@ class Masker:
             )
         self.template = template
         self.loss_on = loss_on
+        self._keep_thinking = keep_thinking
         self._end_of_text = "" if template.end_token else end_of_text
         self._ends = template.ends if template.end_token else [*eos, *template.ends]
 
@@ -126,7 +125,7 @@ class Masker:
             if span is None:
                 found = self._as_last(form, index)
                 if is_whole and text.startswith(found.text):
-                    span = found.spans[0]
+                    span = found.prompt_end, found.spans[0][1]
                 else:
                     own.append(found)
                     continue
@@ -134,11 +133,34 @@ class Masker:
         if not spans:
             return own
         last = max(spans)
-        ordered = [spans[index] for index in sorted(spans)]
-        if self._end_of_text and not text[ordered[-1][1] :].strip():
-            text = text[: ordered[-1][1]] + self._end_of_text
-            ordered[-1] = (ordered[-1][0], len(text))
-        return [Piece(text, ordered, ordered[-1][0], *_exchange(form.messages, last)), *own]
+        if self._end_of_text and not text[spans[last][1] :].strip():
+            text = text[: spans[last][1]] + self._end_of_text
+            spans[last] = (spans[last][0], len(text))
+        begin = spans[last][0]  # where the model begins to write, and so to think
+        ordered = [self._trained(form.messages[i], text, spans[i]) for i in sorted(spans)]
+        return [Piece(text, ordered, begin, *_exchange(form.messages, last)), *own]
+
+    def _trained(self, message: Message, text: str, span: Span) -> Span:
+        """Return what is trained of all that the model writes.
+
+        Raises:
+            RowFault: Its reasoning stands behind its calls.
+        """
+        (start, end), template = span, self.template
+        if not self._keep_thinking:
+            return span
+        thought = (message.get(REASONING[0]) or reasoning_of(message)[0]).strip()
+        found = text.find(thought, start, end) if thought else -1
+        if found >= 0:
+            calls = message.get("tool_calls", ())
+            if any(call["function"]["name"] in text[start:found] for call in calls):
+                raise RowFault("not_shown", "the chat template shows reasoning after the calls")
+            found += len(thought)
+            return found + len(template.end_in(text[found:end])), end
+        for lead in (frame.lead for frame in template.frames):
+            if template.thought_end in lead and text.startswith(lead, start):
+                return start + lead.index(template.thought_end) + len(template.thought_end), end
+        return span
 
     def _require_all(self, form: Chat, text: str, *, prompt: bool = False) -> None:
         missing = _lacking(form.messages, text, self._places(form, text, prompt=prompt))
@@ -228,7 +250,8 @@ class Masker:
                 start = opened if framed is None else framed
         if not self.template.end_token and self._end_of_text:
             text += self._end_of_text
-        return Piece(text, [(start, len(text))], start, *_exchange(form.messages, index))
+        trained = self._trained(message, text, (start, len(text)))
+        return Piece(text, [trained], start, *_exchange(form.messages, index))
 
     def _written(self, messages: Sequence[Message], index: int, prompt: str) -> str:
         """Return an answer's own words, where the template would leave some of them out."""

@@ -65,7 +65,8 @@ class MadeBatch:
     """In the order of the rows."""
     counts: Counter[str] = field(default_factory=Counter)
     """`rows_read`, `bytes_read`; `token_rows` and their `tokens`; `chats_divided` by templates that
-    rewrite answers; `tools_as_text`: chats with tools for which the template has no place;
+    rewrite answers; `rows_chats` that could be read, and `rows_thinking` of them with reasoning;
+    `tools_as_text`: chats with tools for which the template has no place;
     `mask_checked` rows whose mask was decoded, and `mask_equal` rows of them that were right."""
     unused: Counter[str] = field(default_factory=Counter)
     """Column, or key of messages, that is not read → rows that have it."""

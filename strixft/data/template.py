@@ -7,19 +7,19 @@ forms in which a template may take reasoning, calls and functions, and else refu
 from __future__ import annotations
 
 import contextlib
-import html
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from strixft.formats.faults import RowFault, shown
-from strixft.formats.messages import REASONING, Chat, Message
+from strixft.data.completeness import check_calls, check_tools, left_out, squeezed
+from strixft.formats.faults import RowFault
+from strixft.formats.messages import END_OF_REASONING, REASONING, RESERVED, Chat, Message
 from strixft.support.errors import DataError
 from strixft.support.private_hf import compile_template
 
-QUESTIONS = ("zquestion one", "zquestion two")
+QUESTIONS, THOUGHT = ("zquestion one", "zquestion two"), "zthought"
 ANSWERS = ("zanswer one", "zanswer two")
 """Texts that the template is tried with; no template writes these words itself."""
 
@@ -33,12 +33,6 @@ _TOOL = {
 }
 
 _TAG = re.compile(r"\s*<[^<>\s]{1,40}>")
-
-_MARK = 0xF0000
-"""First of the private-use characters that are put to names and values of calls."""
-
-_NUMBER = 7_316_000_000
-"""Numbers of calls become this one and its successors, which no data have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +73,20 @@ class ChatTemplate:
     Args:
         tokenizer: A tokenizer of transformers with a chat template.
         for_tools: Take the one for rows with tools, where there are several (`tool_use`).
+        kwargs: Variables of the template, such as `enable_thinking`.
 
     Raises:
-        DataError: It has none, or it refuses a question and its answer.
+        DataError: It has none, it refuses a question and its answer, or it does not read a
+            variable.
     """
 
-    def __init__(self, tokenizer: Any, *, for_tools: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        for_tools: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template",
@@ -94,15 +96,22 @@ class ChatTemplate:
 
         self._name, self._tools = tokenizer.name_or_path, [_TOOL] if for_tools else None
         self._in_parts = False
-        self._special_tokens = dict(tokenizer.special_tokens_map)
+        self._variables = {**tokenizer.special_tokens_map, **(kwargs or {})}
         try:
             self._source: str = tokenizer.get_chat_template(tools=self._tools)
             self._template = compile_template(self._source)
             parsed = self._template.environment.parse(self._source)
+            self.shows_reasoning = any(name in self._source for name in (*REASONING, "<think>"))
+            """The template has a place for reasoning."""
             self.lists_tools = "tools" in meta.find_undeclared_variables(parsed)
             """The template has a place for functions."""
         except Exception as error:  # of the template's syntax, or of several without a default
             raise self._refused(error) from None
+        if unread := next((name for name in kwargs or {} if not self.reads(name)), None):
+            raise DataError(
+                f"the chat template of {self._name} does not read {unread!r}",
+                fix=f"leave {unread} out of dataset.chat_template_kwargs",
+            )
         added = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         longest = sorted(added, key=len, reverse=True)
         self.specials = re.compile(r"\s*(?:" + "|".join(map(re.escape, longest)) + ")")
@@ -116,11 +125,18 @@ class ChatTemplate:
                 self._look()
             except (RowFault, ValueError):
                 raise self._refused(error) from None
+        self.thought_end = self._look_for_thought_end()
 
     def _refused(self, error: Exception) -> DataError:
         return DataError(
             f"the chat template of {self._name} cannot show a question and its answer: {error}",
             fix="use the model's instruct version, or correct its chat_template.jinja",
+        )
+
+    def reads(self, name: str) -> bool:
+        """Check that the template has a variable of this name that a row may set."""
+        return (
+            name not in RESERVED and re.search(rf"\b{re.escape(name)}\b", self._source) is not None
         )
 
     def render(
@@ -140,7 +156,7 @@ class ChatTemplate:
                 tools=tools,
                 documents=None,
                 add_generation_prompt=prompt,
-                **self._special_tokens,
+                **self._variables,
             )
         except Exception as error:  # templates raise what they like
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -158,7 +174,7 @@ class ChatTemplate:
         tail = prompt[prompt.index(QUESTIONS[0]) + len(QUESTIONS[0]) :]
         plain = self.render([question], self._tools)
         if plain == prompt and written.endswith(tail):  # it does not heed add_generation_prompt
-            self._opener = written.removeprefix(self._end_in(written))
+            self._opener = written.removeprefix(self.end_in(written))
             written = written.removesuffix(self._opener)
         self.end_token = written.rstrip()
         """Text that the template writes after the last answer; may be empty."""
@@ -183,9 +199,19 @@ class ChatTemplate:
                 opened = shared_length(after[::-1], double[: double.index(QUESTIONS[0])][::-1])
                 self.ends = [after[: len(after) - opened].rstrip(), ""]
             elif not after.startswith(self.end_token):
-                self.ends.append(self._end_in(after))
+                self.ends.append(self.end_in(after))
 
-    def _end_in(self, text: str) -> str:
+    def _look_for_thought_end(self) -> str:
+        """Return the text that ends reasoning: `</think>`, or `<|end|>` of gpt-oss' channels."""
+        question, answer = _turn("user", QUESTIONS[0]), _turn("assistant", ANSWERS[0])
+        thinking = {**answer, **dict.fromkeys(REASONING, THOUGHT)}
+        with contextlib.suppress(RowFault):
+            _, shown, after = self.render([question, thinking], self._tools).partition(THOUGHT)
+            if shown and ANSWERS[0] in after:
+                return self.end_in(after).strip()
+        return END_OF_REASONING
+
+    def end_in(self, text: str) -> str:
         """Return the first token or tag of a text, where it begins with one."""
         match = self.specials.match(text) or _TAG.match(text)
         return match[0] if match else ""
@@ -219,8 +245,8 @@ class ChatTemplate:
         for form in (replace(chat, messages=messages) for messages in forms):
             try:
                 text = self.render(form.messages, form.tools)
-                _check_tools(form.tools, text)
-                _check_calls(self, form, text)
+                check_tools(form.tools, text)
+                check_calls(self.render, form, text)
                 self._check_reasoning(form)
             except RowFault as one:
                 fault = one if fault is None or fault.kind == "template_refuses" else fault
@@ -252,6 +278,21 @@ def reasoning_of(message: Message) -> tuple[str, str]:
         return "", content
     reasoning, _, answer = content.partition("</think>")
     return reasoning.strip().removeprefix("<think>").strip(), answer.lstrip()
+
+
+def has_reasoning(chat: Chat) -> bool:
+    """Check that an answer of a chat has reasoning before it."""
+    return any(reasoning_of(message)[0] for message in chat.messages)
+
+
+def without_reasoning(chat: Chat) -> Chat:
+    """Return a chat whose answers have no reasoning before them."""
+
+    def bare(messages: Sequence[Message]) -> list[Message]:
+        return [{**one, "content": reasoning_of(one)[1]} for one in messages]
+
+    rejected = None if chat.rejected is None else bare(chat.rejected)
+    return replace(chat, messages=bare(chat.messages), rejected=rejected)
 
 
 def _with_reasoning_apart(message: Message) -> Message:
@@ -302,114 +343,3 @@ def tools_as_text(messages: Sequence[Message], tools: Any) -> list[Message]:
     if made[0]["role"] == "system":
         return [{**made[0], "content": f"{made[0]['content']}\n\n{told}"}, *made[1:]]
     return [_turn("system", told), *made]
-
-
-def squeezed(text: str) -> str:
-    """Return the text without spaces, which templates may trim or add."""
-    return "".join(text.split())
-
-
-def says(text: str, words: str) -> bool:
-    """Check that a text has these words: as they are, or escaped as JSON, HTML or Python do."""
-    if words.strip() in text:
-        return True
-    flat = squeezed(text)
-    escaped = (
-        words,
-        json.dumps(words)[1:-1],
-        json.dumps(words, ensure_ascii=False)[1:-1],
-        html.escape(words),
-        repr(words)[1:-1],
-    )
-    return any(squeezed(one) in flat for one in escaped)
-
-
-def left_out(messages: Sequence[Message], index: int, part: str = "") -> RowFault:
-    """Return the fault of a row of which the chat template leaves out a message, or a part."""
-    role = messages[index]["role"]
-    problem = f"the chat template leaves out {part}message {index + 1}, the {role}'s"
-    said = messages[index]["content"].strip()
-    hint = "; name its role 'system' if that is what it is" if role == "developer" else ""
-    return RowFault("not_shown", f"{problem}{f': {shown(said)}' if said else ''}{hint}")
-
-
-def _check_tools(tools: Sequence[Mapping[str, Any]] | None, text: str) -> None:
-    """Refuse a chat whose functions the template does not show.
-
-    Raises:
-        RowFault: It names the function.
-    """
-    for tool in tools or ():
-        function = tool.get("function", tool)
-        for name in ("name", "description"):
-            value = function.get(name)
-            if isinstance(value, str) and not says(text, value):
-                raise RowFault(
-                    "not_shown",
-                    f"the chat template leaves out the {name} of the function"
-                    f" {shown(function['name'])} of 'tools'; what it has no place for can be"
-                    " written into the system message",
-                )
-
-
-def _check_calls(template: ChatTemplate, form: Chat, text: str) -> None:
-    """Refuse a form in which the template leaves out a name or a value of a call.
-
-    The chat is rendered with a mark at each of them; each mark must be in what comes out, however
-    often the same words occur elsewhere. Arguments must not come out as Python writes them.
-
-    Raises:
-        RowFault: It names the call.
-    """
-    made: list[tuple[str, str, str]] = []  # words for each value, the value, and its mark
-
-    def mark(plain: str, what: str) -> str:
-        made.append((what, plain, chr(_MARK + len(made) % 0xFFFD)))
-        return plain + made[-1][2]
-
-    def marked(value: Any, what: str, of: str) -> Any:
-        if isinstance(value, dict):
-            return {
-                mark(key, f"the argument {shown(key)}{of}"): marked(
-                    inner, f"the value of {shown(key)}", of
-                )
-                for key, inner in value.items()
-            }
-        if isinstance(value, list):
-            return [marked(inner, what, of) for inner in value]
-        if isinstance(value, str):
-            return mark(value, what + of)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            number = _NUMBER + len(made)
-            made.append((what + of, json.dumps(value), str(number)))
-            return number if isinstance(value, int) else float(number)
-        return value  # true, false and null: their key is marked
-
-    def marked_call(call: Mapping[str, Any]) -> dict[str, Any]:
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        is_text, of = isinstance(arguments, str), f"the call of {shown(name)}"
-        written = repr(arguments)
-        if not is_text and written in text and json.dumps(arguments) != written:
-            told = f"the arguments of {shown(name)} come out as Python's, not as JSON"
-            raise RowFault("not_shown", told)
-        name = mark(name, of)
-        inside = json.loads(arguments) if is_text else arguments
-        inside = marked(inside, "a value", f" of {of}")
-        arguments = json.dumps(inside, ensure_ascii=False) if is_text else inside
-        return {**call, "function": {**call["function"], "name": name, "arguments": arguments}}
-
-    messages = [
-        {**one, "tool_calls": list(map(marked_call, one["tool_calls"]))}
-        if one.get("tool_calls")
-        else one
-        for one in form.messages
-    ]
-    if not made:
-        return
-    try:
-        found = template.render(messages, form.tools)
-    except RowFault:  # of a template that looks names up
-        found = None
-    for what, plain, sign in made:
-        if not (says(text, plain) if found is None else says(found, sign)):
-            raise RowFault("not_shown", f"the chat template leaves out {what}")

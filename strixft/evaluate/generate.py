@@ -5,7 +5,7 @@ Shapes: B prompts, T tokens of the longest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,12 +84,20 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Ten
     return ids, mask
 
 
-def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise a prompt as the first message of a chat, or as plain text without a template."""
+def prompt_tokens(tokenizer: Any, text: str, kwargs: Mapping[str, Any]) -> list[int]:
+    """Tokenise a prompt as the first message of a chat, or as plain text without a template.
+
+    Args:
+        tokenizer: The model's.
+        text: The prompt.
+        kwargs: Variables of the chat template.
+    """
     if not tokenizer.chat_template:
         plain: list[int] = tokenizer(text)["input_ids"]
         return plain
     chat = [{"role": "user", "content": text}]
-    encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    encoded = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=True, **kwargs
+    )
     ids: list[int] = encoded["input_ids"]
     return ids

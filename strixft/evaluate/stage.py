@@ -228,7 +228,8 @@ def _measure(job: EvaluationJob, model: nn.Module) -> Measured:
     answer_began = time.monotonic()
     tokens = answers(prompts, most + ANSWER_ROOM)
     count, answer_seconds = sum(map(len, tokens)), time.monotonic() - answer_began
-    own = [prompt_tokens(job.tokenizer, text) for text in asked.prompts]
+    kwargs = job.recipe.dataset.chat_template_kwargs
+    own = [prompt_tokens(job.tokenizer, text, kwargs) for text in asked.prompts]
     prompted = decoded(answers(own, asked.prompt_answer_tokens))
     tasks: TaskScores = {}
     if job.tasks is not None:

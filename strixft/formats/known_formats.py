@@ -21,6 +21,7 @@ from strixft.formats.messages import (
     Message,
     read_message,
     read_messages,
+    read_template_kwargs,
     read_tools,
     with_reasoning,
 )
@@ -112,7 +113,7 @@ def _with_system(system: object, messages: list[Message]) -> list[Message]:
 
 
 def _chat(row: Keys, messages: list[Message], rejected: list[Message] | None = None) -> Chat:
-    """Return a chat with the row's system message, and the tools that it or a message names."""
+    """Return a chat with the row's system message and variables, and the tools that are named."""
     said = [read_tools(row.take("tools")), read_tools(row.take("functions"))]
     said += [message.pop("tools", None) for message in [*messages, *(rejected or [])]]
     found = [tools for tools in said if tools]
@@ -120,7 +121,12 @@ def _chat(row: Keys, messages: list[Message], rejected: list[Message] | None = N
         raise RowFault("two_values", "has tools in two places, which differ")
     system = row.take(*SYSTEM)
     other = None if rejected is None else _with_system(system, rejected)
-    return Chat(_with_system(system, messages), found[0] if found else None, rejected=other)
+    return Chat(
+        _with_system(system, messages),
+        found[0] if found else None,
+        rejected=other,
+        template_kwargs=read_template_kwargs(row),
+    )
 
 
 def _user(value: object, what: str) -> Message:
@@ -269,7 +275,8 @@ def _format(
     detected: bool = True,
 ) -> Format:
     sets = tuple(frozenset(columns.split()) for columns in shapes)
-    beside = frozenset(() if kind == "text" else ("system", "tools", *more.split()))
+    every = ("system", "tools", "chat_template_kwargs", *more.split())
+    beside = frozenset(() if kind == "text" else every)
     return Format(name, kind, read, sets, beside, example, detected)
 
 

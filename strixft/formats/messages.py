@@ -38,7 +38,10 @@ FLAGS = ("train", "weight", "loss_weight", "loss", "loss_scale")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of data and chat templates for the reasoning before an answer."""
 
-_END_OF_REASONING = "</think>"
+END_OF_REASONING = "</think>"
+
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Variables of chat templates that are set for each row and cannot be chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Chat:
     """The chat with the answer that was not preferred."""
     label: bool | None = None
     """Thumbs up or down."""
+    template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template for this row, such as `enable_thinking`."""
     unused: frozenset[str] = field(default=frozenset(), compare=False)
     """Columns, and keys of messages, that describe the row and are not read."""
 
@@ -93,12 +98,12 @@ def with_reasoning(content: str, reasoning: str, what: str) -> str:
     Raises:
         RowFault: The answer holds other reasoning already, or no answer follows.
     """
-    own, end, _ = content.partition(_END_OF_REASONING)
+    own, end, _ = content.partition(END_OF_REASONING)
     if end:
         if own.strip().removeprefix("<think>").strip() == reasoning.strip():
             return content
         raise RowFault("two_values", f"{what} has reasoning in its text and other in a key")
-    return f"<think>\n{reasoning.strip()}\n{_END_OF_REASONING}\n\n{content.lstrip()}"
+    return f"<think>\n{reasoning.strip()}\n{END_OF_REASONING}\n\n{content.lstrip()}"
 
 
 def _in_order(made: dict[str, Any], written: DataRow) -> dict[str, Any]:
@@ -168,6 +173,33 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
     if not isinstance(value, list):
         raise RowFault("bad_tools", f"'tools' is not a list: {shown(value)}")
     return [_tool(tool) for tool in value]
+
+
+def read_template_kwargs(keys: Keys) -> dict[str, Any] | None:
+    """Return a row's variables of the chat template; those without a value are left out.
+
+    TRL and transformers name them `chat_template_kwargs`. `enable_thinking`, the most common of
+    them, may stand in a column of its own.
+
+    Raises:
+        RowFault: They are not a mapping of names to JSON values.
+    """
+    name = "chat_template_kwargs"
+    value = keys.take(name)
+    if isinstance(value, str):
+        value = parse_json(value, "bad_template_kwargs", f"{name!r}") if value.strip() else None
+    if value is not None and not isinstance(value, Mapping):
+        raise RowFault("bad_template_kwargs", f"{name!r} is not a mapping: {shown(value)}", name)
+    made = {k: v for k, v in (value or {}).items() if v is False or not is_empty(v)}
+    thinking = keys.take("enable_thinking")
+    if thinking is not None and not isinstance(thinking, bool):
+        told = f"'enable_thinking' should be true or false, it is {shown(thinking)}"
+        raise RowFault("bad_template_kwargs", told, "enable_thinking")
+    if thinking is not None and made.setdefault("enable_thinking", thinking) is not thinking:
+        told = f"has 'enable_thinking' and other in {name!r}"
+        raise RowFault("two_values", told, "enable_thinking")
+    check_json(made, "bad_template_kwargs", name)
+    return made or None
 
 
 def _flag(keys: Keys) -> bool | None:

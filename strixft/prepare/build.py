@@ -25,10 +25,12 @@ import pyarrow as pa
 
 from strixft.data import checks
 from strixft.data.duplicates import content_hash, hash_text, question_hash, sketch
-from strixft.data.encode import SCHEMA, Encoded, Encoder, TokenRow, TooLong, batch_of, shorten
+from strixft.data.encode import SCHEMA, Encoded, Encoder, TokenRow, TooLong, batch_of
 from strixft.data.load import Input, read_row, value_at
 from strixft.data.row_report import KEPT, LEFT_OUT, MadeBatch, Problem, RowReport, Weight
 from strixft.data.streams import RawRow
+from strixft.data.template import has_reasoning, without_reasoning
+from strixft.data.too_long import shorten
 from strixft.formats.faults import RowFault
 from strixft.formats.known_formats import NOT_WANTED
 from strixft.formats.messages import Chat, DataRow
@@ -141,6 +143,11 @@ class BatchMaker:
             RowFault: It cannot be used.
         """
         chat, column = read_row(self._input, raw), self.dataset.group_by
+        if chat.text is None:
+            thinks = has_reasoning(chat)
+            self._made.counts["rows_thinking"] += thinks
+            self._made.counts["rows_chats"] += 1
+            chat = without_reasoning(chat) if thinks and self.dataset.thinking == "drop" else chat
         assert not isinstance(raw, RowFault)
         group = None if column in (None, QUESTION) else value_at(raw, column)
         if group is None and column not in (None, QUESTION):
@@ -219,7 +226,7 @@ class BatchMaker:
         """Note speakers' names that the template hides, and tools that it has no place for."""
         if chat.text is not None:
             return
-        template = self.encoder.masker(with_tools=chat.tools is not None).template
+        template = self.encoder.masker_of(chat).template
         self._made.counts["tools_as_text"] += template.writes_as_text(chat)
         names = {m["name"]: None for m in chat.messages if "name" in m and m["role"] != "tool"}
         text = "".join(piece.text for piece in self.encoder.pieces(chat)) if names else ""

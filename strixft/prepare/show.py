@@ -13,6 +13,8 @@ from strixft.support.units import format_number
 STYLES = {True: f"background:#ffedd5;color:{html.TUNED}", False: f"color:{html.BASE}"}
 """Style of tokens that are trained, and of masked ones."""
 
+WORDS_OF_THINKING = {"train": "trained", "keep": "shown, not trained", "drop": "left out"}
+
 BOX_STYLE = (
     "white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #cbd5e1;padding:.6rem;"
     "max-height:24rem;overflow-y:auto;font:13px/1.5 ui-monospace,monospace;text-align:left"
@@ -59,9 +61,19 @@ def _counts(figures: Mapping[str, Any]) -> str:
             "longest row": f"{number(figures['longest_tokens'])} tokens",
             "fill, one chat in a row": f"{packing['fill_without']:.1%} of {packing['max_length']}",
             "fill, packed": f"{packing['fill']:.1%}, {number(packing['rows'])} rows",
+            **_thinking(figures),
             "an answer ends with": ", ".join(filter(None, ends)) or "nothing",
         }
     )
+
+
+def _thinking(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Return the share of rows with reasoning; runs of older versions have none."""
+    found = figures.get("thinking", {"rows": 0})
+    if not found["rows"]:
+        return {}
+    share = f"{found['rows'] / found['of']:.0%}, {format_number(found['rows'])} rows"
+    return {"rows with reasoning": f"{share}, {WORDS_OF_THINKING[found['as']]}"}
 
 
 def _augmented(figures: Mapping[str, Any]) -> str:

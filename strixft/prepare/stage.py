@@ -17,6 +17,7 @@ from strixft.data.encode import Encoder, TokenRows
 from strixft.data.end_tokens import Ends, eos_of_files, find_ends
 from strixft.data.load import HubSet, Input, open_inputs
 from strixft.data.row_report import RowReport, example, spread
+from strixft.data.template import ChatTemplate
 from strixft.data.word_cache import Words, WordsDifferError
 from strixft.formats.sources import fingerprint, ignored_files
 from strixft.model.source import load_config, load_tokenizer
@@ -37,6 +38,10 @@ PROBLEMS_FILE = "problems.jsonl"
 
 TRAINED_AS = {"pairs": "chosen", "thumbs": "thumbs-up"}
 """Kind of preference data → the format that reads them as chats."""
+
+ENOUGH_THINKING = 0.75
+"""Fraction of rows with reasoning that lets a model go on reasoning, Unsloth's advice for Qwen 3.
+Source: https://unsloth.ai/docs/models/qwen3-how-to-run-and-fine-tune"""
 
 LOSS_ON = {"text": "all", "pairs": "completion", "thumbs": "completion"}
 """Kind of data → `loss_on` that it always has; of a pair both answers are trained."""
@@ -150,7 +155,15 @@ def prepare_data(
     kind = "chat" if len(kinds) > 1 else kinds.pop()
     eos = eos_of_files(tokenizer, offline=recipe.offline)
     loss_on = LOSS_ON.get(kind, dataset.loss_on)
-    encoder = Encoder(tokenizer, loss_on, dataset.max_length, words, eos)
+    encoder = Encoder(
+        tokenizer,
+        loss_on,
+        dataset.max_length,
+        words,
+        eos,
+        keep_thinking=dataset.thinking == "keep",
+        template_kwargs=dataset.chat_template_kwargs,
+    )
     report, selection, seconds = _build_rows(recipe, inputs, folder, encoder, run)
     augmented: dict[str, Any] = {}
     (folder / FILE).unlink(missing_ok=True)  # of a run that was killed
@@ -170,6 +183,11 @@ def prepare_data(
         **{
             f"rows_{name}": counts[f"rows_{name}"]
             for name in ("read", "bad", "too_long", "left_out")
+        },
+        "thinking": {
+            "rows": counts["rows_thinking"],
+            "of": counts["rows_chats"],
+            "as": dataset.thinking,
         },
         "keys_unused": dict(report.unused.most_common()),
         "tokens_read": counts["tokens"] + sum(report.long_lengths),
@@ -240,8 +258,35 @@ def _notes(figures: dict[str, Any], report: RowReport, encoder: Encoder) -> list
             f"{divided} chats became several rows each: the chat template leaves out the reasoning"
             " of answers, and each of them is trained whole, in its own row.",
         ),
+        *_thinking_notes(figures["thinking"], encoder, template),
     ]
     return [text for holds, text in notes if holds]
+
+
+def _thinking_notes(
+    thinking: dict[str, Any], encoder: Encoder, template: ChatTemplate | None
+) -> list[tuple[object, str]]:
+    """Tell how many rows have reasoning, where the model reasons."""
+    rows, of = thinking["rows"], thinking["of"]
+    share, trains = f"{rows} of {of} rows have reasoning before an answer", thinking["as"] != "drop"
+    is_off = encoder.template_kwargs.get("enable_thinking") is False
+    return [
+        (
+            trains and is_off and rows,
+            f"{share}, and enable_thinking is false. To leave it out: --set dataset.thinking=drop",
+        ),
+        (
+            trains
+            and not is_off
+            and template is not None
+            and template.shows_reasoning
+            and rows < ENOUGH_THINKING * of,
+            f"{share}, and the chat template is that of a model that reasons. So that it goes on"
+            f" reasoning, Unsloth advises {ENOUGH_THINKING:.0%} or more for Qwen 3"
+            " (unsloth.ai/docs, fine-tuning Qwen 3). --set dataset.thinking=keep   leaves the empty"
+            " reasoning, which the template may write for the others, out of the loss",
+        ),
+    ]
 
 
 def _inputs(

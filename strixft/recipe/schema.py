@@ -24,6 +24,7 @@ from strixft.catalog.exports import KINDS, QUANTISATIONS
 from strixft.catalog.hosts import known_host
 from strixft.catalog.methods import METHODS
 from strixft.formats.known_formats import FORMATS
+from strixft.formats.messages import RESERVED
 from strixft.support.errors import HostError
 from strixft.support.tables import did_you_mean
 
@@ -181,6 +182,14 @@ class Dataset(_Section):
     """Keys of rows, messages and calls to leave out, wherever they occur."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
     """Tokens that count in the loss: every assistant turn, only the last one, or the whole text."""
+    thinking: Literal["train", "keep", "drop"] = "train"
+    """Reasoning before answers: `train` counts it in the loss, since a model that reasons has to
+    write it; `keep` shows it and counts only what follows it; `drop` removes it from the rows. The
+    empty reasoning that some templates write for an answer without any is trained by `train` and
+    `drop`, so that the model learns to answer at once, and not by `keep`."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Variables of the chat template, such as `enable_thinking: false`, for all rows, evaluation
+    and chat; a row's own `chat_template_kwargs` come first."""
     max_length: int = Field(default=4096, ge=8, le=2**20)
     """Longest row in tokens."""
     too_long: Literal["drop", "truncate", "split", "error"] = "drop"
@@ -202,6 +211,20 @@ class Dataset(_Section):
     """Fraction of rows held out for evaluation, chosen by a hash of their content."""
     augment: Augment | None = None
     """Additional training rows that a server writes."""
+
+    @field_validator("thinking")
+    @classmethod
+    def _has_a_part_to_keep(cls, value: str, info: ValidationInfo) -> str:
+        if value == "keep" and info.data.get("loss_on") == "all":
+            raise ValueError("should be train or drop where loss_on is all, it is 'keep'")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _leaves_the_rows_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in RESERVED & value.keys():
+            raise ValueError(f"{name!r} is set for each row")
+        return value
 
     def sources(self) -> list[str]:
         """Return the sources by name, one or several."""
