@@ -6,32 +6,33 @@ from typing import TYPE_CHECKING, Any
 from strixft.support import environment
 
 if TYPE_CHECKING:
+    from strixft.app.attend import evaluate_recipe as evaluate_recipe
+    from strixft.app.attend import export_recipe as export_recipe
+    from strixft.app.attend import prepare_recipe as prepare_recipe
+    from strixft.app.attend import train_recipe as train_recipe
     from strixft.app.chat import chat_box as chat_box
     from strixft.app.lab import list_recipes as list_recipes
     from strixft.app.lab import run_recipe as run_recipe
     from strixft.app.report import write_report as write_report
+    from strixft.app.watch import watch as watch
     from strixft.bench.page import open_benchmarks as open_benchmarks
     from strixft.bench.page import predict_training as predict_training
     from strixft.bench.run import run_bench as run_bench
     from strixft.doctor.checks import check_host as check_host
-    from strixft.evaluate.stage import evaluate_recipe as evaluate_recipe
-    from strixft.export.stage import export_recipe as export_recipe
     from strixft.plan.result import explore_plan as explore_plan
     from strixft.plan.result import plan_recipe as plan_recipe
-    from strixft.prepare.stage import prepare_recipe as prepare_recipe
     from strixft.recipe.load import load_recipe as load_recipe
     from strixft.run.open import find_runs as find_runs
     from strixft.run.open import open_run as open_run
     from strixft.support.errors import StrixftError as StrixftError
-    from strixft.train.stage import train_recipe as train_recipe
 
 _HOME = {
     "StrixftError": "support.errors",
     "chat_box": "app.chat",
     "check_host": "doctor.checks",
-    "evaluate_recipe": "evaluate.stage",
+    "evaluate_recipe": "app.attend",
     "explore_plan": "plan.result",
-    "export_recipe": "export.stage",
+    "export_recipe": "app.attend",
     "find_runs": "run.open",
     "list_recipes": "app.lab",
     "load_recipe": "recipe.load",
@@ -39,10 +40,11 @@ _HOME = {
     "open_run": "run.open",
     "plan_recipe": "plan.result",
     "predict_training": "bench.page",
-    "prepare_recipe": "prepare.stage",
+    "prepare_recipe": "app.attend",
     "run_bench": "bench.run",
     "run_recipe": "app.lab",
-    "train_recipe": "train.stage",
+    "train_recipe": "app.attend",
+    "watch": "app.watch",
     "write_report": "app.report",
 }
 """Public name → module; imported on first use, so that `strixft --help` starts without torch."""

@@ -26,6 +26,7 @@ from strixft.bench.run import (
     store_file,
 )
 from strixft.catalog.models import MODELS
+from strixft.guard import sensors
 from strixft.guard.host import find_host
 from strixft.support.errors import FitError, HostError, RecipeError, StageError, StrixftError
 
@@ -115,8 +116,8 @@ def test_sensors_that_are_not_there_are_left_out(tmp_path: Path) -> None:
     (device / "vendor").write_text("0x1002")
     (device / "hwmon/hwmon3/freq1_input").write_text("2900000000")
     (device / "hwmon/hwmon3/power1_average").write_text("85000000")
-    assert timing.read_sensors("cuda", tmp_path) == {"clock_mhz": 2900, "power_w": 85}
-    with timing.watched(lambda: timing.read_sensors("cuda", tmp_path)) as seen:
+    assert sensors.read_sensors("cuda", tmp_path) == {"clock_mhz": 2900, "power_w": 85}
+    with timing.watched(lambda: sensors.read_sensors("cuda", tmp_path)) as seen:
         pass
     assert seen == {"clock_mhz": 2900, "power_w": 85}
 

@@ -31,6 +31,7 @@ from strixft.support.errors import (
 )
 from strixft.support.files import digest, now, versions, write_json, write_text
 from strixft.support.locks import read_owner, this_process
+from strixft.support.progress import progress_bar
 
 RECIPE = "model: m\ndataset: {source: rows.jsonl}\ntrain: {epochs: 3}\n"
 
@@ -235,7 +236,8 @@ def test_the_status_tells_which_stage_is_at_work(run: Run) -> None:
     seen: list[dict[str, Any]] = []
 
     def work(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        run.report_progress(done=3, total=9)
+        for _ in progress_bar(range(3), total=9, desc="prepare", unit="row"):
+            pass
         seen.append(run.status())
         return {}, {}
 
@@ -246,7 +248,8 @@ def test_the_status_tells_which_stage_is_at_work(run: Run) -> None:
         "running",
         os.getpid(),
     )
-    assert seen[0]["progress"] == {"done": 3, "total": 9}
+    progress = seen[0]["progress"]
+    assert (progress["what"], progress["total"]) == ("prepare", 9)
     assert run.status()["state"] == "done"
 
 

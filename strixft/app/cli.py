@@ -6,8 +6,8 @@ import contextlib
 import io
 import json
 import os
+import pkgutil
 import sys
-import threading
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +27,6 @@ app = typer.Typer(
     name="strixft",
     help="Fine-tune language models on machines with unified memory.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -42,6 +41,26 @@ def _set_debug(value: bool) -> None:
     _shows_traceback = value
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        import strixft
+
+        print(strixft.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune language models on machines with unified memory."""
+
+
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe: a name or a path.")]
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Run folder; runs/<recipe> if not given.")
@@ -52,6 +71,10 @@ Set = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_set_debug, help="Show a traceback on errors.")
+]
+Detach = Annotated[
+    bool,
+    typer.Option("--detach", help="Run in a process of its own, which outlives this terminal."),
 ]
 RunArgument = Annotated[str, typer.Argument(help="Run: a name under runs/ or a folder.")]
 
@@ -111,41 +134,6 @@ def _stop_printed(run: Run, as_json: bool) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _progress_of(run: Run) -> Iterator[Any]:
-    """Show a progress line fed by the run's status file, since stages run in other processes."""
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    ended = threading.Event()
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("start", total=None)
-
-        def follow() -> None:
-            while not ended.wait(0.5):
-                status = run.status()
-                seen = status.get("progress", {})
-                loss = f" loss {seen['loss']:.3f}" if "loss" in seen else ""
-                rate = f" {seen['tok_per_s']} tok/s" if seen.get("tok_per_s") else ""
-                stage = f"{status['stage'] or 'start'}{loss}{rate}"
-                bar.tasks[0].total = seen.get("total")  # `update` would take None as no change
-                bar.update(task, description=stage, completed=seen.get("done", 0))
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield bar
-        finally:
-            ended.set()
-            thread.join()
-
-
 @app.command()
 def recipe(
     name: Annotated[str | None, typer.Argument(help="Recipe: a name or a path.")] = None,
@@ -176,26 +164,25 @@ def recipe(
 
 
 STAGE_VERBS = {
-    "prepare": "prepare_recipe",
-    "plan": "plan_recipe",
-    "train": "train_recipe",
-    "evaluate": "evaluate_recipe",
+    "prepare": "strixft.prepare.stage:prepare_recipe",
+    "plan": "strixft.plan.result:plan_recipe",
+    "train": "strixft.train.stage:train_recipe",
+    "evaluate": "strixft.evaluate.stage:evaluate_recipe",
 }
-"""Stage → public function, imported only when the stage runs."""
+"""Stage → function that does it here, imported only when the stage runs."""
 
 
 def _run_stages(
     last: str, recipe: str, run_dir: Path | None, settings: list[str] | None, as_json: bool
 ) -> None:
     """Run the stages up to `last` in this process and print its figures."""
-    import strixft
     from strixft.recipe.load import flatten
     from strixft.run.folder import chosen_stages
 
     run = _open(recipe, run_dir, settings)
     with _stop_printed(run, as_json):
         for stage in chosen_stages(None, last):
-            result: Result = getattr(strixft, STAGE_VERBS[stage])(run)
+            result: Result = pkgutil.resolve_name(STAGE_VERBS[stage])(run)
     if as_json:
         _print_json(result.to_dict())
     else:
@@ -260,10 +247,14 @@ def train(
     recipe: RecipeArgument,
     run_dir: RunDir = None,
     settings: Set = None,
+    detach: Detach = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Train by the plan; refuse a run that does not fit."""
+    if detach:
+        _detach("train", _open(recipe, run_dir, settings), as_json)
+        return
     _run_stages("train", recipe, run_dir, settings, as_json)
 
 
@@ -313,6 +304,7 @@ def run_command(
         str | None, typer.Option("--from", help="Repeat this stage and the later ones.")
     ] = None,
     last: Annotated[str | None, typer.Option("--to", help="Stop after this stage.")] = None,
+    detach: Detach = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -322,13 +314,20 @@ def run_command(
 
     chosen_stages(first, last)  # refuses names that are not stages
     run = _open(recipe, run_dir, settings, first)
-    with _stop_printed(run, as_json), _progress_of(run) as bar:
+    if detach:
+        asked = {"--from": first, "--to": last}
+        words = [word for name, stage in asked.items() if stage for word in (name, stage)]
+        _detach("run", run, as_json, *words)
+        return
+    from strixft.app.watch import progress_shown
+
+    with _stop_printed(run, as_json), progress_shown(run) as console:
         from strixft.app.notebooks import run_stages
         from strixft.app.report import write_report
         from strixft.export.result import Exported
 
         def notify(stage: str, done: bool) -> None:
-            bar.console.print(f"{stage}: already finished" if done else stage)
+            console.print(f"{stage}: already finished" if done else stage)
 
         overrides = _overrides(settings)
         run_stages(run, find_recipe(recipe), overrides, first=first, last=last, notify=notify)
@@ -344,6 +343,18 @@ def run_command(
         print(f"report: {report}")
     if exported:
         exported.require_parity()
+
+
+def _detach(command: str, run: Run, as_json: bool, *options: str) -> None:
+    """Start a command on a run in a process of its own and say how to look after it."""
+    from strixft.app.attend import start_on
+
+    start_on(run, command, *options)
+    if as_json:
+        _print_json({"run_dir": str(run.folder), **run.status()})
+        return
+    name = typed(run.folder)
+    print(f"{name} runs on its own\nwatch: strixft watch {name}\nstop:  strixft stop {name}")
 
 
 def _print_metrics(run: Run) -> None:
@@ -391,6 +402,20 @@ def _compare(found: list[Run], page: Path | None, as_json: bool) -> None:
         return
     tables = {"setting": compared.differences(), "figure": compared.results()}
     _print_tables((rows, [header, *names]) for header, rows in tables.items())
+
+
+@app.command()
+def watch(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show a run until it ends. Ctrl-C leaves it running."""
+    from strixft.app import watch as watching
+    from strixft.run.open import find_run
+
+    found = find_run(run)
+    if as_json:
+        _print_json(found.observer().look().to_dict())
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        watching.show_in_terminal(found)
 
 
 @app.command()

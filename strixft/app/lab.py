@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +17,20 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from strixft.app.attend import start_on
 from strixft.app.notebooks import run_stages
 from strixft.app.report import write_report
+from strixft.app.watch import LiveView, in_live_notebook
 from strixft.recipe.find import find_recipe, find_recipes, shipped, workspace
 from strixft.recipe.load import parse_overrides
+from strixft.run.folder import Run
 from strixft.run.open import open_run
 from strixft.support import html
 from strixft.support.environment import BEFORE_TORCH
+from strixft.support.errors import HostError
 from strixft.support.files import cache_folder
+from strixft.support.progress import say
+from strixft.support.text import typed
 
 ADDRESS = "127.0.0.1"
 
@@ -29,6 +38,9 @@ START = "notebooks/start-here.ipynb"
 
 KERNEL_ENDS_S = 120
 """Seconds for a training kernel to save its last update; Jupyter's own 5 s are too few."""
+
+DISABLED = ("@jupyterlab/apputils-extension:announcements",)
+"""Parts of JupyterLab that are off: this one asks on the first page whether to fetch news."""
 
 KERNEL = "python3"
 """Kernel name in the notebooks. The first kernel found under it runs them."""
@@ -43,7 +55,7 @@ def kernel_folder() -> Path:
 
 
 def write_kernel(folder: Path) -> Path:
-    """Write a kernel of this environment below a folder for `JUPYTER_PATH`."""
+    """Write a kernel of this environment, and the page's settings, below a folder for Jupyter."""
     path = folder / "kernels" / KERNEL / "kernel.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -54,6 +66,9 @@ def write_kernel(folder: Path) -> Path:
         "env": {name: os.environ[name] for name in BEFORE_TORCH},
     }
     path.write_text(json.dumps(spec, indent=2) + "\n")
+    page = folder / "labconfig" / "page_config.json"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(json.dumps({"disabledExtensions": dict.fromkeys(DISABLED, True)}) + "\n")
     return path
 
 
@@ -67,8 +82,10 @@ def put_notebooks(folder: Path) -> Path:
 
 def lab_environment(kernels: Path) -> dict[str, str]:
     """Return the environment variables, with the kernel first and a token if there is none."""
-    paths = filter(None, (str(kernels), os.environ.get("JUPYTER_PATH")))
-    environment = {**os.environ, "JUPYTER_PATH": os.pathsep.join(paths)}
+    environment = dict(os.environ)
+    for name in ("JUPYTER_PATH", "JUPYTER_CONFIG_PATH"):
+        paths = filter(None, (str(kernels), os.environ.get(name)))
+        environment[name] = os.pathsep.join(paths)
     environment["JUPYTER_TOKEN"] = environment.get("JUPYTER_TOKEN") or secrets.token_urlsafe(24)
     return environment
 
@@ -85,7 +102,7 @@ def lab_command(folder: Path, *, port: int, browser: bool) -> list[str]:
         f"--LabApp.default_url=/lab/tree/{START}",
         f"--KernelManager.shutdown_wait_time={KERNEL_ENDS_S}",
     ]
-    words += [] if browser else ["--no-browser"]
+    words += [] if browser else ["--no-browser", "--ServerApp.log_level=WARN"]
     return words + (["--allow-root"] if os.geteuid() == 0 else [])
 
 
@@ -100,8 +117,41 @@ def start_lab(*, port: int = 8888, browser: bool = True) -> None:
     put_notebooks(folder)
     kernels = kernel_folder()
     write_kernel(kernels)
-    command = lab_command(folder, port=port, browser=browser)
-    os.execve(command[0], command, lab_environment(kernels))
+    port = free_port(port)
+    command, environment = lab_command(folder, port=port, browser=browser), lab_environment(kernels)
+    if not browser:
+        say(how_to_open(port, environment["JUPYTER_TOKEN"]))
+    os.execve(command[0], command, environment)
+
+
+def free_port(port: int) -> int:
+    """Return the first port from this one on that nobody listens on.
+
+    Raises:
+        HostError: There is none among the next hundred.
+    """
+    for one in range(port, min(port + 100, 65536)):
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind((ADDRESS, one))
+            except OSError:
+                continue
+            return one
+    raise HostError(f"no port from {port} on is free", fix="strixft lab --port 9000")
+
+
+def how_to_open(port: int, token: str) -> str:
+    """Return what to type to open the lab here, from another machine, and as a service."""
+    host = f"{getpass.getuser()}@{platform.node()}"
+    return (
+        f"open:                  http://{ADDRESS}:{port}/lab/tree/{START}?token={token}\n"
+        f"from another machine:  ssh -N -L {port}:{ADDRESS}:{port} {host}   then open the same"
+        " address there\n"
+        "as a service:          systemd-run --user --unit=strixft-lab --setenv=JUPYTER_TOKEN=…"
+        f" --working-directory={typed(workspace())} {typed(sys.executable)} -m strixft lab"
+        " --no-browser"
+    )
 
 
 @dataclass(frozen=True)
@@ -143,8 +193,11 @@ def run_recipe(
     recipe: str | Path,
     run_dir: str | Path | None = None,
     overrides: Mapping[str, Any] | str | None = None,
-) -> ReportPage:
+) -> ReportPage | None:
     """Run the unfinished stages and write the report.
+
+    In a notebook that a person looks at they run in a process of their own, which the cell shows:
+    it is free at once, and shows the report at the end.
 
     Args:
         recipe: Name or path of the recipe.
@@ -155,5 +208,15 @@ def run_recipe(
         StrixftError: A stage failed; the fix ends with the command that resumes.
     """
     run = open_run(recipe, run_dir, overrides)
+    if in_live_notebook() and not run.is_done(run.last_stage):
+        if not run.workers():
+            start_on(run, "run")
+        LiveView(run, lambda: _report_html(run))
+        return None
     run_stages(run, find_recipe(recipe), parse_overrides(overrides))
     return ReportPage(write_report(run))
+
+
+def _report_html(run: Run) -> str:
+    """Return the report of a run that has ended; nothing if a stage is missing."""
+    return ReportPage(write_report(run))._repr_html_() if run.is_done(run.last_stage) else ""

@@ -19,9 +19,10 @@ from typing import Annotated, Any, Literal, Self
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from strixft.bench.timing import read_sensors, watched
+from strixft.bench.timing import watched
 from strixft.catalog.device_rates import FOLDER, cpu_name, data_folder, device_name, write_rates
 from strixft.catalog.hosts import Sourced
+from strixft.guard.sensors import read_sensors
 from strixft.support import html
 from strixft.support.errors import HostError, RecipeError
 from strixft.support.files import now, versions

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import subprocess
 import threading
 import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import psutil
-
-from strixft.catalog.hosts import read_amd_cards, read_int
+from strixft.guard.sensors import AMD_SENSORS, Reading
 
 LEAST_TURN_S = 0.1
 """Seconds that a turn lasts at least, so that the clock and one launch do not matter."""
@@ -108,53 +104,7 @@ def work_columns(
     return rate_columns(name, amount, repeat, lambda: seconds_of(work, calls, device), direct)
 
 
-# Sensors.
-
 EVERY_S = 1.0
-
-AMD_SENSORS = {
-    "clock_mhz": ("freq1_input", 1e6),
-    "temperature_c": ("temp1_input", 1e3),
-    "power_w": ("power1_average", 1e6),
-}
-"""Name → file of amdgpu's hwmon and divisor (kernel documentation, gpu/amdgpu/thermal)."""
-
-NVIDIA_SMI = (
-    *("nvidia-smi", "--query-gpu=clocks.sm,temperature.gpu,power.draw"),
-    *("--format=csv,noheader,nounits", "--id=0"),
-)
-"""Command that prints the same three."""
-
-Reading = dict[str, float]
-
-
-def _read_cpu() -> Reading:
-    found, heat = Reading(), psutil.sensors_temperatures() or {}
-    if (clock := psutil.cpu_freq()) is not None:
-        found["clock_mhz"] = clock.current
-    for name in ("k10temp", "coretemp"):
-        if sensors := heat.get(name):
-            found["temperature_c"] = sensors[0].current
-    return found
-
-
-def read_sensors(device: str, root: Path = Path("/")) -> Reading:
-    """Return clock, temperature and power of a device, as far as its driver tells them."""
-    with contextlib.suppress(
-        OSError, ValueError, RuntimeError, NotImplementedError, subprocess.SubprocessError
-    ):
-        if device == "cpu":
-            return _read_cpu()
-        if cards := read_amd_cards(root):
-            return {
-                name: value / scale
-                for name, (file, scale) in AMD_SENSORS.items()
-                for path in cards[0].folder.glob(f"hwmon/hwmon*/{file}")
-                if (value := read_int(path)) is not None
-            }
-        done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=5, check=True)
-        return dict(zip(AMD_SENSORS, map(float, done.stdout.split(",")), strict=True))
-    return {}
 
 
 @contextlib.contextmanager

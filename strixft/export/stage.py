@@ -21,6 +21,7 @@ from strixft.run.open import set_aside
 from strixft.servers import gguf
 from strixft.support.errors import HostError
 from strixft.support.files import require_room, write_text
+from strixft.support.progress import progress_bar
 from strixft.train.stage import ADAPTER, Trained
 
 __all__ = ["Exported", "export_recipe"]
@@ -110,8 +111,7 @@ def _export(
     require_kinds(run.recipe, kinds)
     made, is_served = {}, bool(SERVED.intersection(kinds))
     with StageWatch(run, looks=False).watching_memory() as seen:
-        for count, kind in enumerate(kinds):
-            run.report_progress(done=count, total=len(kinds) + is_served)
+        for kind in progress_bar(kinds, unit="kind", desc="export"):
             made[kind] = MAKE[kind](job)
         parity = _parity(job, kinds) if is_served else {}
     card = job.merged if job.merged.is_dir() else folder

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from strixft.guard.host import training_host
-from strixft.guard.watch import HangWatch, MemoryWatch
+from strixft.guard.sensors import read_sensors
+from strixft.guard.watch import Counters, HangWatch, MemoryWatch
 from strixft.run.folder import Run
 from strixft.support.errors import StrixftError
 from strixft.support.signals import Signals, on_signals
@@ -18,6 +21,9 @@ from strixft.support.units import GIB
 
 ROOT = Path("/")
 """Folder that holds `/proc` and `/sys`."""
+
+TOLD_EVERY_S = 5.0
+"""Seconds between two notes of the host's state."""
 
 
 class StageWatch:
@@ -35,13 +41,24 @@ class StageWatch:
         self.asked: StrixftError | None = None
         """Reason for the host to end the stage."""
         ask = self._ask if looks else run.leave
-        reserve = round(run.recipe.memory.reserve_gib * GIB) if training_host().unified else 0
-        self.memory = MemoryWatch(reserve, warn=self.warn, ask=ask, leave=run.leave, root=ROOT)
+        host = training_host()
+        reserve = round(run.recipe.memory.reserve_gib * GIB) if host.unified else 0
+        self._device, self._told = host.device, -math.inf
+        self.memory = MemoryWatch(
+            reserve, warn=self.warn, ask=ask, leave=run.leave, tell=self._tell, root=ROOT
+        )
 
     def warn(self, text: str) -> None:
         """Warn the user of something that does not end the stage."""
         self.warnings.append(text)
         self.run.set_status(warnings=self.warnings)
+
+    def _tell(self, now: Counters) -> None:
+        """Put the host's memory, and the device's temperature and power, into the run's status."""
+        if time.monotonic() - self._told > TOLD_EVERY_S:
+            self._told = time.monotonic()
+            host = {"left_bytes": now.left_bytes, **read_sensors(self._device, ROOT)}
+            self.run.set_status(flush=False, host=host)
 
     def _ask(self, error: StrixftError) -> None:
         self.asked = error

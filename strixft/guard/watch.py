@@ -134,6 +134,7 @@ class MemoryWatch(threading.Thread):
         warn: Called once, with the text, when the reserve is reached.
         ask: Called once, with the error, when the run should stop.
         leave: Called once, with the error, when the process must end now.
+        tell: Called with every reading.
         root: Folder that holds `/proc` and `/sys`.
         every_s: Time between two readings.
     """
@@ -145,10 +146,12 @@ class MemoryWatch(threading.Thread):
         warn: Callable[[str], None],
         ask: Callable[[FitError], None],
         leave: Callable[[FitError], None],
+        tell: Callable[[Counters], None] = lambda now: None,
         root: Path = Path("/"),
         every_s: float = EVERY_S,
     ) -> None:
         super().__init__(name="memory watch", daemon=True)
+        self._tell = tell
         self._reserve, self._root, self._every_s = reserve_bytes, root, every_s
         self._acts = {
             "warn": lambda now: warn(self._words(now)),
@@ -183,7 +186,7 @@ class MemoryWatch(threading.Thread):
 
     def run(self) -> None:
         """Check until the watch ends; each level acts once."""
-        while self._acts and not self._ended.wait(self._every_s):
+        while not self._ended.wait(self._every_s):
             self.look()
 
     def look(self) -> Level:
@@ -193,6 +196,7 @@ class MemoryWatch(threading.Thread):
         except HostError:  # a reading that fails does not end a run
             return "calm"
         self.least_left_bytes = min(self.least_left_bytes, now.left_bytes)
+        self._tell(now)
         level = level_of(now, self._reserve)
         act = self._acts.pop(level, None)
         if act is not None:

@@ -28,7 +28,6 @@ from strixft.formats.sources import SourceFile
 from strixft.prepare.build import QUESTION
 from strixft.prepare.select import Selection
 from strixft.recipe.schema import Recipe
-from strixft.run.folder import Run
 from strixft.servers.client import Client, find_object, is_local, is_refusal, text_schema
 from strixft.support import html
 from strixft.support.errors import DataError, HostError, StrixftError
@@ -155,7 +154,6 @@ def augment_rows(
     selection: Selection,
     folder: Path,
     cache: Path,
-    run: Run | None = None,
 ) -> tuple[list[Input], dict[str, Any]]:
     """Let a server write new rows from training rows, into a file of a folder.
 
@@ -165,7 +163,6 @@ def augment_rows(
         selection: The rows without these, and their split.
         folder: Of the stage.
         cache: Folder under which answers are kept, so that no request is sent twice.
-        run: Gets the progress.
 
     Returns:
         The new rows as an input, or no input if no row is usable; and figures.
@@ -194,8 +191,6 @@ def augment_rows(
             raise HostError(
                 f"{error.problem}; {kept}", fix=f"{error.fix}; the same command goes on from there"
             ) from error
-        if run is not None:
-            run.report_progress(done=done + 1, total=len(source_rows))
     lines = (json.dumps(row, ensure_ascii=False) for row in writer.rows)
     write_text(folder / FILE, "".join(f"{line}\n" for line in lines))
     figures = {

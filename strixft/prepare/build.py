@@ -36,11 +36,9 @@ from strixft.formats.known_formats import NOT_WANTED
 from strixft.formats.messages import Chat, DataRow
 from strixft.formats.sources import SourceFile
 from strixft.recipe.schema import Dataset
-from strixft.run.folder import Run
 from strixft.support.errors import HostError
 from strixft.support.progress import progress_bar
 from strixft.support.signals import follow_parent
-from strixft.support.units import GIB
 
 ROWS_AT_ONCE = 512
 
@@ -291,7 +289,7 @@ def _made_batches(maker: BatchMaker, raws: Iterator[RawBatch]) -> Generator[Made
         gc.unfreeze()
 
 
-def build_rows(maker: BatchMaker, report: RowReport, path: Path, run: Run | None) -> float:
+def build_rows(maker: BatchMaker, report: RowReport, path: Path) -> float:
     """Make the token rows of all inputs and write them to a file, with a progress bar.
 
     Returns:
@@ -320,13 +318,9 @@ def build_rows(maker: BatchMaker, report: RowReport, path: Path, run: Run | None
                 if len(plain) == len(sources) and counts["bytes_read"]:  # else nobody knows
                     bar.total = round(done * max(1.0, size / counts["bytes_read"]))
                 bar.update(done - bar.n)
-                if run is not None and now - told > 1:
+                if now - told > 1:
                     told, rate = now, round(counts["tokens"] / (now - began))
-                    resident = process.memory_info().rss
-                    bar.set_postfix(tok_per_s=rate, gib=f"{resident / GIB:.2f}")
-                    run.report_progress(
-                        done=done, total=bar.total, tok_per_s=rate, resident_bytes=resident
-                    )
+                    bar.note(tok_per_s=rate, resident_bytes=process.memory_info().rss)
         except BrokenProcessPool:
             raise HostError(
                 f"a process that prepared data ended after row {counts['rows_read']},"

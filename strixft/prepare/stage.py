@@ -123,7 +123,7 @@ def prepare_recipe(run: Run) -> Prepared:
     """
     return run.once(
         Prepared,
-        lambda folder: prepare_data(run.recipe, folder, load_tokenizer(run.recipe), run),
+        lambda folder: prepare_data(run.recipe, folder, load_tokenizer(run.recipe)),
     )
 
 
@@ -131,7 +131,6 @@ def prepare_data(
     recipe: Recipe,
     folder: Path,
     tokenizer: Any,
-    run: Run | None = None,
     words: Words | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load, check, format, mask, split and pack; write the rows to files in a folder.
@@ -140,7 +139,6 @@ def prepare_data(
         recipe: Names the data and says how to prepare them.
         folder: Place of the files.
         tokenizer: The model's.
-        run: Gets the progress.
         words: Words of the tokenizer that are known already.
 
     Returns:
@@ -164,14 +162,14 @@ def prepare_data(
         keep_thinking=dataset.thinking == "keep",
         template_kwargs=dataset.chat_template_kwargs,
     )
-    report, selection, seconds = _build_rows(recipe, inputs, folder, encoder, run)
+    report, selection, seconds = _build_rows(recipe, inputs, folder, encoder)
     augmented: dict[str, Any] = {}
     (folder / FILE).unlink(missing_ok=True)  # of a run that was killed
     if dataset.augment is not None and dataset.augment.enabled:
-        more, augmented = augment_rows(recipe, inputs, selection, folder, cache_folder(), run)
+        more, augmented = augment_rows(recipe, inputs, selection, folder, cache_folder())
         before, inputs = len(inputs), [*inputs, *more]
         if more:
-            report, selection, seconds = _build_rows(recipe, inputs, folder, encoder, run)
+            report, selection, seconds = _build_rows(recipe, inputs, folder, encoder)
         files = selection.columns["file"][selection.split.train]
         augmented["rows_trained"] = int(np.count_nonzero(files >= before))
     selection.save(folder / ORDER_FILE)
@@ -207,19 +205,19 @@ def prepare_data(
 
 
 def _build_rows(
-    recipe: Recipe, inputs: Sequence[Input], folder: Path, encoder: Encoder, run: Run | None
+    recipe: Recipe, inputs: Sequence[Input], folder: Path, encoder: Encoder
 ) -> tuple[RowReport, Selection, float]:
     """Write the row file and select from it; with the seconds that the rows took."""
     path = folder / ROWS_FILE
     try:
         with RowReport(folder / PROBLEMS_FILE, recipe.dataset) as report:
             maker = BatchMaker(recipe.dataset, inputs, encoder)
-            seconds = build_rows(maker, report, path, run)
+            seconds = build_rows(maker, report, path)
             report.check(inputs)
             return report, Selection(recipe, inputs, report, path), seconds
     except WordsDifferError:  # so ask the tokenizer for whole texts, from the start
         encoder.words.usable = False
-        return _build_rows(recipe, inputs, folder, encoder, run)
+        return _build_rows(recipe, inputs, folder, encoder)
 
 
 def _notes(figures: dict[str, Any], report: RowReport, encoder: Encoder) -> list[str]:

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from strixft.recipe.load import check_recipe, read_settings
 from strixft.recipe.schema import Recipe
+from strixft.run.live import Observer, page_kept
+from strixft.run.show import write_page
 from strixft.support import html
 from strixft.support.environment import seen_by_torch
 from strixft.support.errors import (
@@ -43,6 +47,7 @@ from strixft.support.files import (
     write_json,
 )
 from strixft.support.locks import Owner, hold, read_owner
+from strixft.support.progress import following
 from strixft.support.signals import StopNow, raised
 from strixft.support.tables import did_you_mean
 from strixft.support.text import redact, typed
@@ -191,7 +196,13 @@ class Run:
                     f"{path} has changed since this run was opened",
                     fix="run the same command again",
                 )
-            with self._status(result.name), self.translate_errors(result.name):
+            write = partial(write_page, self.folder)
+            with (
+                page_kept(self.observer(), write),
+                self._status(result.name),
+                self.translate_errors(result.name),
+                following(_Told(self, result.name)),
+            ):
                 found = self._do(result, work)
             if (refusal := found.refusal()) is not None:
                 self.set_status(state="failed", **_as_status(refusal))
@@ -330,16 +341,18 @@ class Run:
                 return {**status, "state": "failed", "problem": ENDED_SILENTLY, "fix": None}
         return dict(status)
 
-    def report_progress(self, **progress: Any) -> None:
-        """Put a stage's progress into `status.json` for other programs.
-
-        It does not wait for the disk: progress is of no use after a power cut.
-        """
-        self.set_status(flush=False, progress=progress)
+    def observer(self) -> Observer:
+        """Return one who looks at this run again and again."""
+        return Observer(self.folder, STAGES, self.status)
 
     def set_status(self, *, flush: bool = True, **values: Any) -> None:
-        """Put values into `status.json` if the disk has room."""
-        with contextlib.suppress(OSError):
+        """Put values into `status.json` if the disk has room.
+
+        Args:
+            flush: Wait for the disk; progress is of no use after a power cut.
+            values: Keys to set.
+        """
+        with _status_lock, contextlib.suppress(OSError):
             self._write_status({**self.status(), **values}, flush=flush)
 
     def _write_status(self, status: Mapping[str, Any], *, flush: bool = True) -> None:
@@ -376,7 +389,33 @@ class Run:
             state = "stopped" if isinstance(error, Stopped) else "failed"
             self.set_status(state=state, **_as_status(error))
             raise
-        self._write_status({**status, "state": "done"})
+        with _status_lock:
+            self._write_status({**status, "state": "done"})
+
+
+_status_lock = threading.RLock()
+"""`status.json` is read, changed and written by more than one thread."""
+
+TOLD_EVERY_S = 0.5
+"""Seconds between two notes of a bar's progress."""
+
+
+class _Told:
+    """Puts the state of progress bars into the run's status, not too often.
+
+    `doing` is the bar that moved last, `progress` the one that counts the stage's own work and
+    bears its name.
+    """
+
+    def __init__(self, run: Run, stage: str) -> None:
+        self._run, self._stage, self._told, self._what = run, stage, -math.inf, ""
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        now, is_new = time.monotonic(), state["what"] != self._what
+        if is_new or state["done"] == state["total"] or now - self._told > TOLD_EVERY_S:
+            self._told, self._what = now, state["what"]
+            own = {"progress": state} if state["what"] == self._stage else {}
+            self._run.set_status(flush=False, doing=state, **own)
 
 
 def _as_status(error: BaseException) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def stop_run(run: Run, notify: Callable[[int], None] = lambda pid: None) -> dict
         notify: Called with the number of the process that was asked.
 
     Returns:
-        The run's status after its process has ended.
+        The run's status after its process has left it.
 
     Raises:
         StageError: No process works on the run, or a process on another machine does.
@@ -280,6 +280,6 @@ def stop_run(run: Run, notify: Callable[[int], None] = lambda pid: None) -> dict
         )
     os.kill(first.pid, signal.SIGTERM)
     notify(first.pid)
-    while any(worker.is_alive for worker in workers):
+    while set(workers) & set(run.workers()):  # a notebook's kernel lives on without the lock
         time.sleep(0.2)
     return run.status()

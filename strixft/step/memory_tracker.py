@@ -184,6 +184,19 @@ def peak_memory(model: nn.Module) -> Iterator[dict[str, Any]]:
     found["resident_bytes"] = psutil.Process().memory_info().rss
 
 
+def memory_now() -> dict[str, int]:
+    """Return the memory that this process holds in bytes: on a GPU by torch, else what is resident.
+
+    The largest since the start counts, as between updates most is free.
+    """
+    if device_type() == "cuda":
+        return {
+            "allocated_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
+    return {"resident_bytes": psutil.Process().memory_info().rss}
+
+
 def release_memory() -> None:
     """Give back what nothing refers to any more, so that whatever comes next finds it free."""
     gc.collect()

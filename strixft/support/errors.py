@@ -40,6 +40,11 @@ class StrixftError(Exception):
         self.settings = dict(settings or {})
         super().__init__(f"{self.problem}{FIX}{self.fix}")
 
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that a notebook shows in place of a traceback."""
+        colour = "31" if self.exit_code else "33"
+        return [f"\x1b[{colour};1m{self.problem}\x1b[0m", f"fix: {self.fix}"]
+
 
 class RecipeError(StrixftError, ValueError):
     """The recipe does not describe a run."""

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from strixft.data.batches import Batch
 from strixft.guard.watch import HangWatch
 from strixft.recipe.schema import Train
+from strixft.run.log import Record
 from strixft.step.update import TrainingStep
 from strixft.train.checkpoints import Checkpoint, Checkpoints
 from strixft.train.coverage import FirstUpdates, not_finite
@@ -111,7 +112,8 @@ class TrainingLoop:
         hang: Told of every micro-batch.
         reserve_bytes: Memory that the allocator may keep between updates; None for any.
         is_asked: Returns whether somebody wants the training to stop.
-        on_update: Called with the progress after each update.
+        on_update: Called after each update with the progress and the update's own figures:
+            `update`, `seconds`, `loss`, `learning_rate`, and `grad_norm`, before clipping.
         first: Watches the first updates of this process.
     """
 
@@ -125,7 +127,7 @@ class TrainingLoop:
         *,
         reserve_bytes: int | None = None,
         is_asked: Callable[[], bool],
-        on_update: Callable[[Progress], None],
+        on_update: Callable[[Progress, Record], None],
         first: FirstUpdates | None = None,
     ) -> None:
         self.step, self.updates, self.checkpoints = step, updates, checkpoints
@@ -139,6 +141,7 @@ class TrainingLoop:
         self._updating = False  # the weights are between two updates
         self._skipped = 0
         self._reserve_bytes, self._released = reserve_bytes, -2
+        self._began, self._norm = 0.0, 0.0  # of the update
 
     def run(self, checkpoint: Checkpoint | None = None) -> None:
         """Train from a checkpoint, or from the start.
@@ -151,6 +154,7 @@ class TrainingLoop:
         saved = time.monotonic()  # setting the clock cannot delay a checkpoint
         try:
             while self.progress.update < self.updates and not self._is_asked():
+                self._began = time.monotonic()
                 batches = self._ahead or self._batches(self.progress.update)
                 self._ahead = []
                 loss = self.step.update(
@@ -192,6 +196,7 @@ class TrainingLoop:
         if update < self.updates:  # from here on the device is waited for
             self._ahead = self._batches(update)
         *seen, total = torch.cat([losses, norm.reshape(1).to(losses)]).tolist()
+        self._norm = total
         bad = [index for index, loss in enumerate(seen) if not np.isfinite(loss)]
         if bad:
             raise NotFiniteError(update, "loss", f"{seen[bad[0]]}", bad)
@@ -210,6 +215,7 @@ class TrainingLoop:
         if self._skipped >= MOST_SKIPPED:
             value = f"not a finite number, as in {MOST_SKIPPED} updates in a row"
             raise NotFiniteError(self.progress.update + 1, "gradient", value, range(1))
+        rate = self._schedule.get_last_lr()[0]
         if not self.step.skipped:
             self._schedule.step()
         self._release_cache()
@@ -217,7 +223,10 @@ class TrainingLoop:
         self.progress.update += 1
         self.progress.tokens += sum(batch["num_tokens"] for batch in batches)
         self.progress.losses.append(float(loss))
-        self._on_update(self.progress)
+        seconds = time.monotonic() - self._began
+        record: Record = {"update": self.progress.update, "seconds": round(seconds, 3)}
+        record |= {"loss": self.progress.losses[-1], "learning_rate": rate, "grad_norm": self._norm}
+        self._on_update(self.progress, record)
 
     def _release_cache(self) -> None:
         """Give cached memory back where micro-batches of many sizes have filled it beyond the plan.

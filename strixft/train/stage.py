@@ -37,8 +37,9 @@ from strixft.probe.checks import fastest_blas
 from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Result, Run, resume_command
+from strixft.run.log import LOG, Record, append, busy_seconds
 from strixft.run.open import READ_BY
-from strixft.step.memory_tracker import peak_memory, release_memory
+from strixft.step.memory_tracker import memory_now, peak_memory, release_memory
 from strixft.step.update import TrainingStep
 from strixft.support.environment import seen_by_torch
 from strixft.support.errors import FitError, StageError, is_out_of_memory
@@ -141,13 +142,12 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             first=watch,
         )
         _require_room(step, checkpoints)
-        began = time.monotonic()
         ends = _ends_saved(run, job, plan, loop, batches)
         with contextlib.closing(bar), peak_memory(step.model) as memory, ends:
             loop.run(newest)
         if loop.progress.update < loop.updates:
             raise watches.stop_error(loop.progress.update, loop.updates)
-        seconds, rate = time.monotonic() - began, bar.tok_per_s(loop.progress)
+        rate = bar.tok_per_s(loop.progress)
         memory["peak_parts"] = memory["peak_parts"] or device_parts(
             step.model, step.optimizer, memory["peak_bytes"]
         )
@@ -160,7 +160,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "spikes": loss_spikes(loop.progress.losses),
         "tokens": loop.progress.tokens,
         "tok_per_s": rate,
-        "train_seconds": round(seconds, 3),
+        "train_seconds": round(bar.busy_s, 3),
         **{f"planned_{name}": planned[name] for name in compared},
         **memory,
         **seen,
@@ -307,10 +307,13 @@ def _require_room(step: TrainingStep, checkpoints: Checkpoints) -> None:
 
 
 class _Bar:
-    """Progress bar and speed of a training."""
+    """Progress bar, log and speed of a training."""
 
     def __init__(self, run: Run, updates: int) -> None:
-        self._run, self._updates = run, updates
+        self._updates = updates
+        self._log = run.stage_folder("train") / LOG
+        self.busy_s = 0.0
+        """Time of the finished updates, in earlier processes too."""
         self._warm: tuple[float, int] | None = None
         self._bar: Any = None
 
@@ -319,25 +322,32 @@ class _Bar:
         if self._bar is not None:
             self._bar.close()
 
-    def __call__(self, progress: Progress) -> None:
-        """Show an update; the clock starts after the first, which compiles and warms up."""
-        if self._bar is None:
-            self._warm = time.monotonic(), progress.tokens
+    def __call__(self, progress: Progress, record: Record) -> None:
+        """Log and show an update; the clock starts after the first, which compiles and warms up."""
+        is_first = self._warm is None
+        if self._warm is None:
             initial = progress.update - 1
-            self._bar = progress_bar(total=self._updates, initial=initial, unit="update")
-        loss, rate = progress.losses[-1], self.tok_per_s(progress)
-        self._bar.set_postfix(loss=f"{loss:.3f}", tok_per_s=rate, refresh=False)
+            self.busy_s = busy_seconds(self._log, initial)
+        self.busy_s += record["seconds"]
+        if self._warm is None:
+            self._warm = self.busy_s, progress.tokens
+            self._bar = progress_bar(
+                total=self._updates, initial=initial, unit="update", desc="train"
+            )
+        rate = self.tok_per_s(progress)
+        record |= {"time": round(time.time(), 3), "busy_s": round(self.busy_s, 3)}
+        record |= {"tokens": progress.tokens, "tok_per_s": rate, **memory_now()}
+        with contextlib.suppress(OSError):  # the checkpoint reports a full disk
+            append(self._log, record | ({"first": True} if is_first else {}))
+        self._bar.note(loss=round(record["loss"], 3), tok_per_s=rate)
         self._bar.update(progress.update - self._bar.n)
-        self._run.report_progress(
-            done=progress.update, total=self._updates, loss=loss, tok_per_s=rate
-        )
 
     def tok_per_s(self, progress: Progress) -> float | None:
         """Return real tokens per second since the first update of this process, if any."""
         began, tokens = self._warm or (0.0, progress.tokens)
         if progress.tokens == tokens:
             return None
-        return round((progress.tokens - tokens) / (time.monotonic() - began), 1)
+        return round((progress.tokens - tokens) / (self.busy_s - began), 1)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,108 @@
+"""`train/log.jsonl`: one line an update, only ever appended to; read while it grows.
+
+A resumed training may repeat updates that were not saved: a later line of an update, and all that
+follows it, takes the place of the earlier ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LOG = "log.jsonl"
+
+MOST_POINTS = 1000
+"""Points that a reader keeps for a curve; older ones are thinned."""
+
+RECENT = 50
+"""Updates whose time tells how long the next ones take."""
+
+Record = dict[str, Any]
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Append a record as one line, whatever a killed process left at the end of the file."""
+    line = json.dumps(record) + "\n"
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(line.encode())
+
+
+def busy_seconds(path: Path, update: int) -> float:
+    """Return the time of all updates up to this one, as the log has it."""
+    reader = LogReader(path)
+    reader.read()
+    return max((one["busy_s"] for one in reader.points if one["update"] <= update), default=0.0)
+
+
+class LogReader:
+    """Reads what was appended since the last time; its memory does not grow with the file.
+
+    Args:
+        path: The log; it may not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self._read_bytes = 0
+        self.points: list[Record] = []
+        """Records for a curve, in order; the last one is the newest."""
+        self.recent: deque[Record] = deque(maxlen=RECENT)
+        """The last updates of the process that trains."""
+        self.session: Record | None = None
+        """First record of that process."""
+
+    def read(self) -> None:
+        """Take in the new lines; one that is not finished yet waits."""
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        if size < self._read_bytes:
+            self._start_again()
+        if size == self._read_bytes:
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._read_bytes)
+            whole, newline, _ = file.read(size - self._read_bytes).rpartition(b"\n")
+        self._read_bytes += len(whole) + len(newline)
+        for line in whole.splitlines():
+            self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            update = record["update"]
+        except (ValueError, KeyError, TypeError):  # half a line of a process that was killed
+            return
+        while self.points and self.points[-1]["update"] >= update:
+            self.points.pop()
+        self.points.append(record)
+        if len(self.points) > MOST_POINTS:
+            del self.points[1:-1:2]
+        if record.get("first"):
+            self.session = record
+            self.recent.clear()
+        else:
+            self.recent.append(record)
+
+    def seconds_left(self, updates: int) -> float | None:
+        """Return the time for the rest of the updates; None before the second of a process.
+
+        The first one compiles and warms up. Time between updates, as for a checkpoint or an
+        evaluation, counts as it came so far in this process.
+        """
+        if not self.recent:
+            return None
+        last = self.recent[-1]
+        seconds = sum(record["seconds"] for record in self.recent) / len(self.recent)
+        begun = self.session or self.recent[0]
+        count = last["update"] - begun["update"]
+        between = last["time"] - begun["time"] - (last["busy_s"] - begun["busy_s"])
+        return float((updates - last["update"]) * (seconds + max(0.0, between) / max(1, count)))
