@@ -30,6 +30,7 @@ SLOW = [
     "test_app_chat",
     "test_app_lab",
     "test_app_notebooks",
+    "test_browser",
     "test_bench_run",
     "test_cli",
     "test_damage",
@@ -175,6 +176,11 @@ def write_recipe(tmp_path: Path, tiny_model: Path) -> WriteRecipe:
 def write_module_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> WriteRecipe:
     """Writes a recipe on the tiny model for all tests of a module."""
     return recipe_writer(tmp_path_factory.mktemp("recipes"), tiny_model)
+
+
+def mark_as_trained(folder: Path) -> None:
+    """Give a run a checkpoint: from then on its settings are taken."""
+    (folder / "train" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
 
 
 @pytest.fixture

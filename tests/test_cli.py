@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import WriteRecipe, chat, chats
+from conftest import WriteRecipe, chat, chats, mark_as_trained
 
 from strixft.app.cli import main
 from strixft.recipe.load import load_recipe
@@ -190,6 +190,7 @@ def test_an_unknown_host(enter: Type, write_recipe: WriteRecipe) -> None:
 def test_a_run_name_that_is_taken(enter: Type, write_recipe: WriteRecipe) -> None:
     path = write_recipe()
     assert enter("prepare", path, "--run-dir", "taken").code == 0
+    mark_as_trained(Path("taken"))
     answer = enter("prepare", path, "--run-dir", "taken", "--set", "dataset.max_length=64")
     problem, fix = refusal(answer, 2)
     assert problem == (
@@ -345,7 +346,8 @@ def test_a_line_of_a_table_is_not_folded_in_a_pipe(enter: Type, write_recipe: Wr
 
 
 def test_a_list_of_no_runs_is_a_header_alone(enter: Type) -> None:
-    assert enter("runs").out.split() == ["run", "stage", "state", "updated"]
+    header = ["run", "model", "stage", "state", "done", "loss,", "base", "→", "tuned", "updated"]
+    assert enter("runs").out.split() == header
 
 
 # Tracebacks.

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import WriteRecipe, chats
+from conftest import WriteRecipe, chats, mark_as_trained, write_lines
 
 from strixft.app.notebooks import run_stages
 from strixft.prepare.stage import Prepared, prepare_recipe
@@ -48,6 +48,7 @@ def test_what_was_prepared_stays_when_only_training_changes(recipe: Path, tmp_pa
 def test_a_change_that_something_done_depends_on_is_refused(recipe: Path, tmp_path: Path) -> None:
     run = open_run(recipe, tmp_path / "run")
     prepare_recipe(run)
+    mark_as_trained(run.folder)
     with pytest.raises(RecipeError, match=r"dataset\.max_length") as caught:
         open_run(recipe, run.folder, {"dataset.max_length": 16})
     assert "--from prepare   repeats prepare and the later stages" in caught.value.fix
@@ -66,9 +67,37 @@ def test_from_takes_the_change_and_sets_aside(recipe: Path, tmp_path: Path) -> N
 def test_from_a_later_stage_does_not_take_an_earlier_change(recipe: Path, tmp_path: Path) -> None:
     run = open_run(recipe, tmp_path / "run")
     prepare_recipe(run)
+    mark_as_trained(run.folder)
     with pytest.raises(RecipeError, match="belongs to a run of another recipe"):
         open_run(recipe, run.folder, {"dataset.max_length": 16}, first="plan")
     assert run.is_done("prepare")
+
+
+def test_until_something_is_trained_settings_are_free(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(recipe, tmp_path / "run")
+    prepare_recipe(run)
+    again = open_run(recipe, run.folder, {"dataset.max_length": 64})
+    assert "dataset.max_length changed: prepare will be done again" in capsys.readouterr().err
+    assert not again.is_done("prepare")
+    assert (run.folder / "prepare.1" / "result.json").is_file()
+    prepare_recipe(again)
+    mark_as_trained(run.folder)
+    with pytest.raises(RecipeError, match=r"dataset\.max_length"):
+        open_run(recipe, run.folder)
+
+
+def test_a_source_that_is_typed_starts_where_it_is_typed(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, here = write_recipe(), tmp_path / "elsewhere"
+    here.mkdir()
+    write_lines(here / "mine.jsonl", chats(3))
+    monkeypatch.chdir(here)
+    run = open_run(recipe, tmp_path / "run", {"dataset.source": "mine.jsonl"})
+    assert run.recipe.dataset.source == str(here / "mine.jsonl")
+    assert open_run(recipe, tmp_path / "other").recipe.dataset.source == f"{tmp_path}/tiny.jsonl"
 
 
 def test_begin_again_names_the_first_stage() -> None:

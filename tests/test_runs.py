@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from conftest import mark_as_trained
 
 from strixft.recipe.load import load_recipe
 from strixft.run import folder
@@ -401,6 +402,7 @@ def test_the_complete_recipe_of_a_run_opens_it_too(run: Run) -> None:
 
 def test_a_run_that_is_taken_names_the_keys_that_differ(recipe: Path, run: Run) -> None:
     run.once(Planned, lambda _: ({"rows": "1"}, {"fits": True}))
+    mark_as_trained(run.folder)
     with pytest.raises(RecipeError) as caught:
         open_run(recipe, run.folder, {"train.epochs": 4, "lora.r": 8})
     assert caught.value.problem == (
@@ -428,14 +430,16 @@ def test_the_run_folder_to_type_is_free(tmp_path: Path) -> None:
 
 def test_a_run_that_is_taken_is_left_as_it_is(recipe: Path, run: Run) -> None:
     run.once(Planned, lambda _: ({"rows": "1"}, {"fits": True}))
+    mark_as_trained(run.folder)
     before = (run.folder / "recipe.yaml").read_bytes()
     with pytest.raises(RecipeError):
         open_run(recipe, run.folder, {"train.epochs": 4})
     assert (run.folder / "recipe.yaml").read_bytes() == before
 
 
-def test_data_that_changed_since_they_were_prepared_are_refused(recipe: Path, run: Run) -> None:
+def test_data_that_changed_since_a_training_are_refused(recipe: Path, run: Run) -> None:
     prepare(run)
+    mark_as_trained(run.folder)
     source = Path(str(run.recipe.dataset.source))
     source.write_text("other rows\n")
     with pytest.raises(DataError) as caught:
@@ -445,6 +449,15 @@ def test_data_that_changed_since_they_were_prepared_are_refused(recipe: Path, ru
         f"--run-dir {run.folder}-2, or:"
         f" strixft run {run.folder}/recipe.yaml --run-dir {run.folder} --from prepare"
     )
+
+
+def test_data_that_changed_are_prepared_again_until_something_is_trained(
+    recipe: Path, run: Run
+) -> None:
+    prepare(run)
+    Path(str(run.recipe.dataset.source)).write_text("other rows\n")
+    assert not open_run(recipe, run.folder).is_done("prepare")
+    assert (run.folder / "prepare.1" / "result.json").is_file()
 
 
 def test_data_that_changed_before_they_were_prepared_do_not_matter(recipe: Path, run: Run) -> None:

@@ -1,5 +1,8 @@
 """Errors carry a problem, a fix and an exit code, and survive a process border."""
 
+import subprocess
+import sys
+
 import pytest
 
 from strixft.support.errors import (
@@ -57,3 +60,15 @@ def test_an_error_of_another_name_is_not_rebuilt() -> None:
 
 def test_an_error_of_the_same_name_without_a_fix_is_not_ours() -> None:
     assert error_from_text("DataError", "No numeric types to aggregate") is None
+
+
+def test_a_notebook_shows_an_error_without_a_traceback() -> None:
+    code = (
+        "from strixft.support.errors import RecipeError; raise RecipeError('bad key', fix='good')"
+    )
+    words = [sys.executable, "-m", "IPython", "--colors=NoColor", "-c", code]
+    shown = subprocess.run(words, capture_output=True, text=True)
+    lines = [line for line in (shown.stdout + shown.stderr).splitlines() if line.strip()]
+    assert len(lines) == 2
+    assert "bad key" in lines[0]
+    assert lines[1] == "fix: good"

@@ -384,9 +384,23 @@ def runs(
         _compare([find_run(name) for name in names], page, as_json)
         return
     found = list_runs()
-    keys = ["run", "stage", "state", "updated"]
-    rows = [[str(row.get(key, "–")) for key in keys] for row in found]
-    _print_json(found) if as_json else _print_table(rows, keys)
+    if as_json:
+        _print_json(found)
+        return
+    header = ["run", "model", "stage", "state", "done", "loss, base → tuned", "updated"]
+    _print_table(map(_run_row, found), header)
+
+
+def _run_row(row: dict[str, Any]) -> list[str]:
+    from datetime import datetime
+
+    doing, loss, updated = row.get("doing") or {}, row.get("loss"), row.get("updated")
+    of = f"{doing.get('done', 0):,} of {doing['total']:,}" if doing.get("total") else "–"
+    cells = [row["run"], Path(row.get("model", "–")).name, row["stage"] or "–", row["state"]]
+    cells.append(of if row["state"] == "running" else "–")
+    cells.append(f"{loss['base']:.3f} → {loss['tuned']:.3f}" if loss else "–")
+    local = datetime.fromisoformat(updated).astimezone() if updated else None
+    return [*cells, f"{local:%Y-%m-%d %H:%M}" if local else "–"]
 
 
 def _compare(found: list[Run], page: Path | None, as_json: bool) -> None:

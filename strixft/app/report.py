@@ -29,7 +29,7 @@ def render_report(run: Run) -> str:
     results = [result for result in loaded.values() if result]
     evaluated, trained = loaded[Evaluated], loaded[Trained]
     exported, judged = loaded[Exported], None
-    seconds = sum(result.seconds for result in results)
+    seconds = {one.name: one.seconds + one.figures.get("earlier_seconds", 0) for one in results}
     flag = compare.warning(trained.figures) if trained else None
 
     body = html.note("Not evaluated yet.")
@@ -49,9 +49,11 @@ def render_report(run: Run) -> str:
     body += f"<h2>Export</h2>{exported._repr_html_()}" if exported else ""
     body += f"<h2>Recipe</h2><pre>{escape(dump_recipe(run.recipe))}</pre><h2>Versions</h2>"
     body += html.mapping(results[-1].versions | results[-1].host) if results else ""
-    times = [[result.name, format_seconds(result.seconds)] for result in results]
+    times = [[name, format_seconds(took)] for name, took in seconds.items()]
     body += "<h2>Time</h2>" + html.table(times, ["stage", "took"])
-    lead = f"{run.recipe.method} on {run.recipe.model}, {format_seconds(seconds)} in all"
+    lead = (
+        f"{run.recipe.method} on {run.recipe.model}, {format_seconds(sum(seconds.values()))} in all"
+    )
     return html.page(run.name, lead, body)
 
 

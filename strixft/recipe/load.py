@@ -301,12 +301,14 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     path = find_recipe(name_or_path)
     recipe = check_recipe(_override(read_settings(path), overrides or {}), name=str(path))
     folder, dataset, evaluate = path.parent, recipe.dataset, recipe.evaluate
+    is_typed = bool({"dataset", "dataset.source"} & set(overrides or {}))
+    data_folder = Path.cwd() if is_typed else folder
     source: str | list[Source]
     if isinstance(dataset.source, str):
-        source = sources.resolve(dataset.source, folder)
+        source = sources.resolve(dataset.source, data_folder)
     else:
         source = [
-            one.model_copy(update={"source": sources.resolve(one.source, folder)})
+            one.model_copy(update={"source": sources.resolve(one.source, data_folder)})
             for one in dataset.source
         ]
     files = {

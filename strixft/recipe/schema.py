@@ -172,8 +172,8 @@ class Dataset(_Section):
     """The source of the rows, and the part of them to train on."""
 
     source: Annotated[str | list[Source], _refuse(lambda one: one == [], "names nothing to read")]
-    """File, folder or glob pattern, relative to the recipe's file; a data set on the hub; or a list
-    of `{source, weight}`."""
+    """File, folder or glob pattern, relative to the recipe's file or, where it is typed, to the
+    working folder; a data set on the hub; or a list of `{source, weight}`."""
     format: Format = "auto"
     """Format of a row; `auto` detects it from the columns."""
     columns: Columns = Field(default={})

@@ -18,6 +18,7 @@ from strixft.run.folder import DRIVER, LOCK, OWNER_ENDS_S, STAGES, Result, Run, 
 from strixft.support.errors import DataError, RecipeError, StageError, StrixftError
 from strixft.support.files import free_aside, write_text
 from strixft.support.locks import hold
+from strixft.support.progress import say
 from strixft.support.text import typed
 
 READ_BY = {
@@ -93,34 +94,58 @@ def _refuse_other(folder: Path, old: Recipe, new: Recipe) -> None:
     )
 
 
+def _has_trained(run: Run) -> bool:
+    """Return whether a run holds training, which nothing sets aside unasked."""
+    return run.is_done("train") or any(run.stage_folder("train").glob("checkpoints/checkpoint-*"))
+
+
+def _do_again(run: Run, first: str, why: str) -> None:
+    """Set aside the stages that have cost little, and say so."""
+    done = [stage for stage in stages_from(first) if run.is_done(stage)]
+    if done:
+        set_aside(run, stages_from(first))
+        say(f"{why}: {' and '.join(done)} will be done again; the earlier results are kept as .N")
+
+
 def _take_recipe(folder: Path, recipe: Recipe, first: str | None) -> None:
-    """Let a run continue with a changed recipe if no finished stage depends on the change."""
+    """Let a run continue with a changed recipe if no training depends on the change."""
     old, run = read_recipe(folder), Run(folder, recipe)
     if old == recipe:
         return
-    reader = first_reader(_changes(old, recipe))
+    changes = _changes(old, recipe)
+    reader = first_reader(changes)
     if first is not None and reader in (None, *stages_from(first)):
         set_aside(run, stages_from(first))
+    elif reader is not None and not _has_trained(run):
+        _do_again(run, reader, f"{', '.join(changes)} changed")
     elif reader is not None and any(map(run.is_done, stages_from(reader))):
         _refuse_other(folder, old, recipe)
     with run.owned():
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
 
 
-def _refuse_other_data(folder: Path, recipe: Recipe) -> None:
-    done = Result.load(folder / "prepare")
+def _take_data(folder: Path, recipe: Recipe) -> None:
+    """Prepare files that have changed again, unless a training depends on them.
+
+    Raises:
+        DataError: A training does.
+    """
+    done, run = Result.load(folder / "prepare"), Run(folder, recipe)
     if done is None:
         return
     try:
         now_there, _ = fingerprint(recipe.dataset.sources())
     except DataError:
         return  # moved or deleted: the prepared rows stay
-    if done.inputs["source_sha256"] != now_there:
+    if done.inputs["source_sha256"] == now_there:
+        return
+    names = ", ".join(recipe.dataset.sources())
+    if _has_trained(run):
         raise DataError(
-            f"{', '.join(recipe.dataset.sources())} has changed since {folder} was prepared",
-            fix=f"--run-dir {typed(free_name(folder))},"
-            f" or: {Run(folder, recipe).resume_command} --from prepare",
+            f"{names} has changed since {folder} was prepared",
+            fix=f"--run-dir {typed(free_name(folder))}, or: {run.resume_command} --from prepare",
         )
+    _do_again(run, "prepare", f"{names} has changed")
 
 
 def open_run(
@@ -140,9 +165,9 @@ def open_run(
             may have changed.
 
     Raises:
-        RecipeError: The recipe does not exist or has faults, or the folder holds a run of another
-            recipe with finished stages that depend on the difference.
-        DataError: The folder was prepared from other data.
+        RecipeError: The recipe does not exist or has faults, or the folder holds a training of
+            another recipe, which depends on the difference.
+        DataError: The folder holds a training on other data.
     """
     run_dir = _as_typed("run_dir", run_dir)
     path = find_recipe(_as_typed("recipe", recipe))
@@ -152,7 +177,7 @@ def open_run(
     if (folder / "recipe.yaml").is_file():
         _take_recipe(folder, resolved, first)
         if first != "prepare":
-            _refuse_other_data(folder, resolved)
+            _take_data(folder, resolved)
     elif not _is_new(folder):
         raise RecipeError(
             f"{folder} exists and is not a run folder", fix=f"--run-dir {typed(free_name(folder))}"
@@ -234,11 +259,22 @@ def find_runs() -> list[Run]:
 
 
 def list_runs() -> list[dict[str, Any]]:
-    """Return name, `status.json` and folder of each run of the workspace, damaged ones included."""
-    runs = {run.folder: run.status() for run in find_runs()}
+    """Return each run of the workspace, damaged ones included: name, model, `status.json`, folder.
+
+    `loss` is that of the held-out rows, of base and tuned model, once it is known.
+    """
+    runs = {run.folder: _listed(run) for run in find_runs()}
     damaged = {"stage": None, "state": "unreadable"}
     rows = [(folder, runs.get(folder, damaged)) for folder in run_folders()]
     return [{"run": folder.name, **status, "folder": str(folder)} for folder, status in rows]
+
+
+def _listed(run: Run) -> dict[str, Any]:
+    evaluated = None
+    with contextlib.suppress(StrixftError):  # a damaged result should not hide the run
+        evaluated = Result.load(run.stage_folder("evaluate"))
+    loss = evaluated.figures.get("metrics", {}).get("loss") if evaluated else None
+    return {"model": run.recipe.model, **run.status(), **({"loss": loss} if loss else {})}
 
 
 def set_aside(run: Run, stages: tuple[str, ...]) -> None:

@@ -161,6 +161,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "tokens": loop.progress.tokens,
         "tok_per_s": rate,
         "train_seconds": round(bar.busy_s, 3),
+        "earlier_seconds": round(bar.earlier_s, 3),
         **{f"planned_{name}": planned[name] for name in compared},
         **memory,
         **seen,
@@ -312,8 +313,8 @@ class _Bar:
     def __init__(self, run: Run, updates: int) -> None:
         self._updates = updates
         self._log = run.stage_folder("train") / LOG
-        self.busy_s = 0.0
-        """Time of the finished updates, in earlier processes too."""
+        self.busy_s = self.earlier_s = 0.0
+        """Time of the finished updates, in earlier processes too; and in those alone."""
         self._warm: tuple[float, int] | None = None
         self._bar: Any = None
 
@@ -327,7 +328,7 @@ class _Bar:
         is_first = self._warm is None
         if self._warm is None:
             initial = progress.update - 1
-            self.busy_s = busy_seconds(self._log, initial)
+            self.busy_s = self.earlier_s = busy_seconds(self._log, initial)
         self.busy_s += record["seconds"]
         if self._warm is None:
             self._warm = self.busy_s, progress.tokens
