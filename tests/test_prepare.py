@@ -63,8 +63,9 @@ class Stage:
         """The figures of prepared rows."""
         if rows is not None:
             dataset["source"] = str(self.source(rows))
+        top = {"thinking": dataset.pop("thinking", "train")}
         section = {"max_length": 256, "validation_fraction": 0.2, **dataset}
-        recipe = check_recipe({"model": "m", "dataset": section}, name="r")
+        recipe = check_recipe({"model": "m", "dataset": section, **top}, name="r")
         self.recipe = recipe
         self.out = self.folder / "out"
         shutil.rmtree(self.out, ignore_errors=True)
@@ -565,7 +566,7 @@ def test_reasoning_that_the_template_hides_makes_more_rows_and_is_told(
     stage.tokenizer.chat_template += "{%- if enable_thinking is defined %}{% endif %}"
     off = {"chat_template_kwargs": {"enable_thinking": False}}
     told = stage.run(rows, validation_fraction=0, **off)["notes"]
-    assert told[1].endswith("To leave it out: --set dataset.thinking=drop")
+    assert told[1].endswith("To leave it out: --set thinking=drop")
     kept = stage.run(rows, validation_fraction=0, thinking="keep")
     assert kept["tokens"] == figures["tokens"]
     assert kept["trained_tokens"] < dropped["trained_tokens"] < figures["trained_tokens"]

@@ -685,7 +685,7 @@ def test_data_in_the_home_folder_may_be_written_with_a_tilde(
 
 
 def test_reasoning_cannot_be_kept_out_of_a_loss_on_all() -> None:
-    data = {"model": "m", "dataset": {"source": "s", "loss_on": "all", "thinking": "keep"}}
+    data = {"model": "m", "dataset": {"source": "s", "loss_on": "all"}, "thinking": "keep"}
     with pytest.raises(RecipeError, match="should be train or drop where loss_on is all"):
         check_recipe(data, name="r")
 

@@ -19,6 +19,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import pyarrow as pa
@@ -66,8 +67,15 @@ _maker: BatchMaker | None = None
 class BatchMaker:
     """Maker of token rows from raw rows, one batch at a time."""
 
-    def __init__(self, dataset: Dataset, inputs: Sequence[Input], encoder: Encoder) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        inputs: Sequence[Input],
+        encoder: Encoder,
+        thinking: Literal["train", "keep", "drop"] = "train",
+    ) -> None:
         self.dataset, self.inputs, self.encoder = dataset, inputs, encoder
+        self.thinking = thinking
         encoder.mask_checked = encoder.mask_equal = 0
         tokenizer = encoder.tokenizer
         added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
@@ -145,7 +153,7 @@ class BatchMaker:
             thinks = has_reasoning(chat)
             self._made.counts["rows_thinking"] += thinks
             self._made.counts["rows_chats"] += 1
-            chat = without_reasoning(chat) if thinks and self.dataset.thinking == "drop" else chat
+            chat = without_reasoning(chat) if thinks and self.thinking == "drop" else chat
         assert not isinstance(raw, RowFault)
         group = None if column in (None, QUESTION) else value_at(raw, column)
         if group is None and column not in (None, QUESTION):

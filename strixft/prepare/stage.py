@@ -159,7 +159,7 @@ def prepare_data(
         dataset.max_length,
         words,
         eos,
-        keep_thinking=dataset.thinking == "keep",
+        keep_thinking=recipe.thinking == "keep",
         template_kwargs=dataset.chat_template_kwargs,
     )
     report, selection, seconds = _build_rows(recipe, inputs, folder, encoder)
@@ -185,7 +185,7 @@ def prepare_data(
         "thinking": {
             "rows": counts["rows_thinking"],
             "of": counts["rows_chats"],
-            "as": dataset.thinking,
+            "as": recipe.thinking,
         },
         "keys_unused": dict(report.unused.most_common()),
         "tokens_read": counts["tokens"] + sum(report.long_lengths),
@@ -211,7 +211,7 @@ def _build_rows(
     path = folder / ROWS_FILE
     try:
         with RowReport(folder / PROBLEMS_FILE, recipe.dataset) as report:
-            maker = BatchMaker(recipe.dataset, inputs, encoder)
+            maker = BatchMaker(recipe.dataset, inputs, encoder, recipe.thinking)
             seconds = build_rows(maker, report, path)
             report.check(inputs)
             return report, Selection(recipe, inputs, report, path), seconds
@@ -271,7 +271,7 @@ def _thinking_notes(
     return [
         (
             trains and is_off and rows,
-            f"{share}, and enable_thinking is false. To leave it out: --set dataset.thinking=drop",
+            f"{share}, and enable_thinking is false. To leave it out: --set thinking=drop",
         ),
         (
             trains
@@ -281,7 +281,7 @@ def _thinking_notes(
             and rows < ENOUGH_THINKING * of,
             f"{share}, and the chat template is that of a model that reasons. So that it goes on"
             f" reasoning, Unsloth advises {ENOUGH_THINKING:.0%} or more for Qwen 3"
-            " (unsloth.ai/docs, fine-tuning Qwen 3). --set dataset.thinking=keep   leaves the empty"
+            " (unsloth.ai/docs, fine-tuning Qwen 3). --set thinking=keep   leaves the empty"
             " reasoning, which the template may write for the others, out of the loss",
         ),
     ]

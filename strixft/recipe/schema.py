@@ -182,11 +182,6 @@ class Dataset(_Section):
     """Keys of rows, messages and calls to leave out, wherever they occur."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
     """Tokens that count in the loss: every assistant turn, only the last one, or the whole text."""
-    thinking: Literal["train", "keep", "drop"] = "train"
-    """Reasoning before answers: `train` counts it in the loss, since a model that reasons has to
-    write it; `keep` shows it and counts only what follows it; `drop` removes it from the rows. The
-    empty reasoning that some templates write for an answer without any is trained by `train` and
-    `drop`, so that the model learns to answer at once, and not by `keep`."""
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Variables of the chat template, such as `enable_thinking: false`, for all rows, evaluation
     and chat; a row's own `chat_template_kwargs` come first."""
@@ -211,13 +206,6 @@ class Dataset(_Section):
     """Fraction of rows held out for evaluation, chosen by a hash of their content."""
     augment: Augment | None = None
     """Additional training rows that a server writes."""
-
-    @field_validator("thinking")
-    @classmethod
-    def _has_a_part_to_keep(cls, value: str, info: ValidationInfo) -> str:
-        if value == "keep" and info.data.get("loss_on") == "all":
-            raise ValueError("should be train or drop where loss_on is all, it is 'keep'")
-        return value
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -355,6 +343,11 @@ class Recipe(_Section):
         default="lora", description=f"Training method: {', '.join(METHODS)}."
     )
     dataset: Dataset
+    thinking: Literal["train", "keep", "drop"] = "train"
+    """Reasoning before answers: `train` counts it in the loss, since a model that reasons has to
+    write it; `keep` shows it and counts only what follows it; `drop` removes it from the rows. The
+    empty reasoning that some templates write for an answer without any is trained by `train` and
+    `drop`, so that the model learns to answer at once, and not by `keep`."""
     lora: Lora = Lora()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
@@ -364,6 +357,14 @@ class Recipe(_Section):
     """Never use the network; anything that is not on disk is an error."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; set it to `true` only after reading the code."""
+
+    @field_validator("thinking")
+    @classmethod
+    def _has_a_part_to_keep(cls, value: str, info: ValidationInfo) -> str:
+        dataset = info.data.get("dataset")
+        if value == "keep" and dataset is not None and dataset.loss_on == "all":
+            raise ValueError("should be train or drop where loss_on is all, it is 'keep'")
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         """Return the complete recipe as plain data."""

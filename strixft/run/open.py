@@ -24,6 +24,7 @@ from strixft.support.text import typed
 READ_BY = {
     "model": "prepare",
     "dataset": "prepare",
+    "thinking": "prepare",
     "trust_remote_code": "prepare",
     "method": "plan",
     "lora": "plan",

@@ -1,4 +1,4 @@
-"""`dataset.thinking` and the template's variables under real chat templates.
+"""`thinking` and the template's variables under real chat templates.
 
 What transformers renders with the same variables is the reference, as in `test_templates.py`.
 """
