@@ -67,11 +67,16 @@ def page(lab: tuple[str, Path]) -> Iterator[Any]:
         page.on("console", lambda one: errors.append(one.text) if one.type == "error" else None)
         _open(page, lab[0])
         yield page
-        if "STRIXFT_PICTURES" in os.environ:
-            page.screenshot(path=os.environ["STRIXFT_PICTURES"] + "/last.png")
+        _take_picture(page, "last")
         browser.close()
         assert elsewhere == []
         assert errors == []
+
+
+def _take_picture(page: Any, name: str) -> None:
+    """Save what the browser shows where somebody asks for it, to be looked at."""
+    if "STRIXFT_PICTURES" in os.environ:
+        page.screenshot(path=f"{os.environ['STRIXFT_PICTURES']}/{name}.png")
 
 
 def is_outside(url: str) -> bool:
@@ -85,16 +90,17 @@ def _open(page: Any, address: str) -> None:
             break
         except playwright.Error:
             time.sleep(0.5)
-    page.locator("p", has_text="From a recipe to a report").wait_for()
+    page.locator("p:visible", has_text="From a recipe to a report").wait_for()
 
 
 def _run_all(page: Any) -> None:
+    page.get_by_text("| Idle").wait_for()  # before its kernel is there, a cell is passed over
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
 
 
 def _to_the_end(page: Any) -> None:
-    page.locator(".jp-WindowedPanel-outer").evaluate(
+    page.locator(".jp-WindowedPanel-outer:visible").evaluate(
         "panel => panel.scrollTop = panel.scrollHeight"
     )
 
@@ -115,14 +121,35 @@ def _wait_for_update(page: Any, update: int) -> int:
     return seen
 
 
+def test_an_error_is_two_lines_and_tables_are_aligned(page: Any, lab: tuple[str, Path]) -> None:
+    notebook = lab[1] / "notebooks/30-train.ipynb"
+    notebook.write_text(notebook.read_text().replace("recipes/demo.yaml", "dmeo"))
+    page.goto(lab[0].replace("start-here", "30-train"))
+    page.locator("p", has_text="Trains by the plan").wait_for()
+    _run_all(page)
+    page.get_by_text("there is no recipe 'dmeo'").wait_for()
+    shown = page.locator(".jp-Notebook:visible").inner_text()
+    assert "fix: did you mean 'demo'?" in shown
+    assert "Traceback" not in shown
+    _take_picture(page, "error")
+    page.goto(lab[0])
+    page.locator("p:visible", has_text="From a recipe to a report").wait_for()
+    page.get_by_text("| Idle").wait_for()
+    page.locator(".cm-line:visible", has_text="list_recipes").click()
+    page.keyboard.press("Shift+Enter")
+    cell = page.locator("table.sx td:visible").first
+    cell.wait_for()
+    assert cell.evaluate("cell => getComputedStyle(cell).textAlign") == "left"
+
+
 def test_a_run_is_seen_found_again_stopped_and_resumed(page: Any, lab: tuple[str, Path]) -> None:
     _run_all(page)
     first = _wait_for_update(page, 2)
     page.reload()
-    page.locator("p", has_text="From a recipe to a report").wait_for()
+    page.locator("p:visible", has_text="From a recipe to a report").wait_for()
     _run_all(page)
     _wait_for_update(page, first + 2)
-    page.screenshot(path=os.environ.get("STRIXFT_PICTURES", str(lab[1])) + "/live.png")
+    _take_picture(page, "live")
     page.locator("button.sx-stop").last.click()
     page.get_by_text("train: stopped").last.wait_for()
     assert list((lab[1] / "runs/demo/train/checkpoints").glob("checkpoint-*/manifest.json"))

@@ -15,12 +15,12 @@ ESCAPED = "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;&amp;&quot;"
 
 def test_a_cell_is_escaped() -> None:
     markup = html.table([[HOSTILE]])
-    assert markup == f'<table class="sx"><tr><td>{ESCAPED}</td></tr></table>'
+    assert markup == f'{html.LEFT}<table class="sx"><tr><td>{ESCAPED}</td></tr></table>'
 
 
 def test_a_header_is_escaped() -> None:
     markup = html.table([], [HOSTILE])
-    assert markup == f'<table class="sx"><tr><th>{ESCAPED}</th></tr></table>'
+    assert markup == f'{html.LEFT}<table class="sx"><tr><th>{ESCAPED}</th></tr></table>'
 
 
 def test_a_name_and_its_value_are_escaped() -> None:

@@ -35,6 +35,10 @@ img.sx { max-width: 100% } pre { background: #f1f5f9; padding: 1rem; overflow-x:
 """
 
 
+LEFT = "<style>table.sx td, table.sx th { text-align: left !important }</style>"
+"""Goes before each table: JupyterLab aligns cells to the right, prose too."""
+
+
 class Markup(str):
     """Text that is HTML already; a notebook shows it as such."""
 
@@ -54,14 +58,14 @@ def _shown(value: object) -> str:
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
     """Build an HTML table.
 
-    >>> table([["a", "<b>"]])
+    >>> table([["a", "<b>"]]).removeprefix(LEFT)
     '<table class="sx"><tr><td>a</td><td>&lt;b&gt;</td></tr></table>'
     """
     head = "".join(f"<th>{_shown(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{_shown(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f'<table class="sx">{f"<tr>{head}</tr>" if head else ""}{body}</table>'
+    return f'{LEFT}<table class="sx">{f"<tr>{head}</tr>" if head else ""}{body}</table>'
 
 
 def mapping(values: Mapping[str, object]) -> str:
