@@ -300,11 +300,9 @@ def test_json_of_a_stage_is_all_that_is_printed(enter: Type, write_recipe: Write
 
 
 def test_json_of_the_runs(enter: Type, write_recipe: WriteRecipe) -> None:
-    folder = open_run(write_recipe()).folder
-    answer = enter("runs", "--json")
-    assert json.loads(answer.out) == [
-        {"run": "tiny", "stage": None, "state": "new", "folder": str(folder)}
-    ]
+    run = open_run(write_recipe())
+    row = {"run": "tiny", "stage": None, "state": "new", "folder": str(run.folder)}
+    assert json.loads(enter("runs", "--json").out) == [row | {"model": run.recipe.model}]
 
 
 def test_json_of_a_report(enter: Type, write_recipe: WriteRecipe) -> None:

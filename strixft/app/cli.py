@@ -341,6 +341,8 @@ def run_command(
         _print_metrics(run)
         _print_tables(exported.tables() if exported else [])
         print(f"report: {report}")
+        if run.is_done("train"):
+            _print_next(run)
     if exported:
         exported.require_parity()
 
@@ -355,6 +357,14 @@ def _detach(command: str, run: Run, as_json: bool, *options: str) -> None:
         return
     name = typed(run.folder)
     print(f"{name} runs on its own\nwatch: strixft watch {name}\nstop:  strixft stop {name}")
+
+
+def _print_next(run: Run) -> None:
+    """Print what to type after a training."""
+    folder, recipe = typed(run.folder), typed(run.folder / "recipe.yaml")
+    print(f"next:   strixft chat {folder}")
+    if not run.is_done("export"):
+        print(f"        strixft export {recipe} --run-dir {folder} --to gguf")
 
 
 def _print_metrics(run: Run) -> None:
