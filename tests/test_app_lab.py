@@ -30,7 +30,8 @@ from strixft.app.lab import (
     put_notebooks,
     write_kernel,
 )
-from strixft.run.open import open_run
+from strixft.run.open import find_runs, open_run
+from strixft.support.files import digest
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 
@@ -64,7 +65,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
     """A running JupyterLab: its port and its pid; its token is `secret`."""
     folder, port = tmp_path_factory.mktemp("workspace"), _free_port()
-    put_notebooks(folder)
+    start = put_notebooks(folder) / "start-here.ipynb"
     write_kernel(folder / "kernels")
     environment = lab_environment(folder / "kernels") | {
         "JUPYTER_TOKEN": "secret",
@@ -72,7 +73,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]
         "JUPYTER_DATA_DIR": str(folder / "data"),
         "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
     }
-    command = lab_command(folder, port=port, browser=False)
+    command = lab_command(folder, start, port=port, browser=False)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
         _wait_for(port, process)
@@ -113,12 +114,35 @@ def test_the_notebooks_are_there(server: tuple[int, int]) -> None:
     assert {path.name for path in NOTEBOOKS.glob("*.ipynb")} <= names
 
 
-def test_notebooks_that_are_there_are_left_alone(tmp_path: Path) -> None:
+def test_an_edited_notebook_is_left_alone_and_the_newer_one_lies_beside_it(tmp_path: Path) -> None:
     own = tmp_path / "notebooks/start-here.ipynb"
     own.parent.mkdir()
     own.write_text("mine")
     put_notebooks(tmp_path)
     assert own.read_text() == "mine"
+    newer = own.with_name(f"start-here-{strixft.__version__}.ipynb")
+    assert newer.read_bytes() == (NOTEBOOKS / own.name).read_bytes()
+
+
+def test_a_copy_that_nobody_edited_is_replaced_by_a_newer_one(tmp_path: Path) -> None:
+    copies = put_notebooks(tmp_path)
+    known = json.loads((copies / lab.KNOWN).read_text())
+    (copies / "start-here.ipynb").write_text("older")
+    known["start-here.ipynb"] = digest(copies / "start-here.ipynb")
+    (copies / lab.KNOWN).write_text(json.dumps(known))
+    put_notebooks(tmp_path)
+    for copy in copies.glob("*.ipynb"):
+        assert copy.read_bytes() == (NOTEBOOKS / copy.name).read_bytes()
+
+
+def test_a_clone_stays_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/start-here.ipynb").write_text("{}")
+    monkeypatch.setattr(lab, "shipped", lambda kind: tmp_path / kind)
+    copies = put_notebooks(tmp_path)
+    assert copies == tmp_path / "runs/notebooks"
+    assert [path.name for path in copies.glob("*.ipynb")] == ["start-here.ipynb"]
+    assert find_runs() == []
 
 
 def test_a_token_is_made_and_a_given_one_is_kept(
@@ -135,7 +159,7 @@ def test_a_token_is_made_and_a_given_one_is_kept(
 
 
 def test_a_kernel_that_trains_has_time_to_save() -> None:
-    command = lab.lab_command(Path("/w"), port=1, browser=False)
+    command = lab.lab_command(Path("/w"), Path("/w/n.ipynb"), port=1, browser=False)
     assert "--KernelManager.shutdown_wait_time=120" in command
 
 

@@ -1,6 +1,8 @@
 """Notebooks stay thin, carry no outputs, and have the parameters that the pipeline passes."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -40,3 +42,16 @@ def test_a_stage_has_the_parameters(stage: str) -> None:
         "run_dir",
         "overrides",
     }
+
+
+def test_papermill_cannot_mistype_a_parameter(tmp_path: Path) -> None:
+    """papermill itself warns only, and would run the demo."""
+    words = ["recipee", "recipes/mine.yaml", "-p", "run_dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "papermill", str(notebook_of("prepare"))]
+    done = subprocess.run(
+        [*command, str(tmp_path / "out.ipynb"), "-p", *words], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "the notebook has no parameter 'recipee'" in done.stderr
+    assert "did you mean 'recipe'?" in done.stderr
+    assert not (tmp_path / "run").exists()

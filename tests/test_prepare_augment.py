@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from conftest import EMBEDDED, WriteRecipe, chat, chats
+from conftest import EMBEDDED, WriteRecipe, chat, chats, mark_as_trained
 from http_server import serving
 from test_evaluate_judge import CHAT, MODELS, completion
 from typer.testing import CliRunner
@@ -322,6 +322,7 @@ def test_the_flag_is_a_setting_of_the_recipe(
         done = type_in(app, [*words, "--augment", "--json"])
     assert done.exit_code == 0
     assert json.loads(done.stdout)["figures"]["augment"]["rows_trained"] > 10
+    mark_as_trained(tmp_path / "run")
     without = type_in(app, words)
     assert isinstance(without.exception, RecipeError)
     assert "dataset.augment.enabled: True there, False here" in without.exception.problem

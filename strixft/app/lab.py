@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import strixft
 from strixft.app.attend import start_on
 from strixft.app.notebooks import run_stages
 from strixft.app.report import write_report
@@ -28,13 +29,16 @@ from strixft.run.open import open_run
 from strixft.support import html
 from strixft.support.environment import BEFORE_TORCH
 from strixft.support.errors import HostError
-from strixft.support.files import cache_folder
+from strixft.support.files import cache_folder, digest, write_json
 from strixft.support.progress import say
 from strixft.support.text import typed
 
 ADDRESS = "127.0.0.1"
 
-START = "notebooks/start-here.ipynb"
+START = "start-here.ipynb"
+
+KNOWN = ".shipped.json"
+"""File beside copies of notebooks: the SHA-256 of each as it was copied."""
 
 KERNEL_ENDS_S = 120
 """Seconds for a training kernel to save its last update; Jupyter's own 5 s are too few."""
@@ -73,11 +77,27 @@ def write_kernel(folder: Path) -> Path:
 
 
 def put_notebooks(folder: Path) -> Path:
-    """Return the notebooks of a working folder; copy those that ship if it has none."""
-    notebooks = folder / "notebooks"
-    if not notebooks.is_dir():
-        shutil.copytree(shipped("notebooks"), notebooks)
-    return notebooks
+    """Copy the notebooks that ship into a working folder, and return where they are.
+
+    In a clone they are copied into `runs/`, so that opening them leaves the clone as it is. A copy
+    that nobody edited is replaced by a newer one; beside an edited one the newer gets its version's
+    name.
+    """
+    ours, copies = shipped("notebooks"), folder / "notebooks"
+    if copies.resolve() == ours.resolve():
+        copies = folder / "runs" / "notebooks"
+    copies.mkdir(parents=True, exist_ok=True)
+    known_file = copies / KNOWN
+    known = json.loads(known_file.read_text()) if known_file.is_file() else {}
+    for notebook in ours.glob("*.ipynb"):
+        copy, newest, last = copies / notebook.name, digest(notebook), known.get(notebook.name)
+        if copy.exists() and digest(copy) != last:  # somebody's own
+            copy = copies / f"{notebook.stem}-{strixft.__version__}.ipynb"
+        if last != newest or not copy.parent.joinpath(notebook.name).exists():
+            shutil.copy(notebook, copy)
+        known[notebook.name] = newest
+    write_json(known_file, known)
+    return copies
 
 
 def lab_environment(kernels: Path) -> dict[str, str]:
@@ -90,8 +110,15 @@ def lab_environment(kernels: Path) -> dict[str, str]:
     return environment
 
 
-def lab_command(folder: Path, *, port: int, browser: bool) -> list[str]:
-    """Return the command that starts JupyterLab in a folder, reachable from this machine only."""
+def lab_command(folder: Path, start: Path, *, port: int, browser: bool) -> list[str]:
+    """Return the command that starts JupyterLab in a folder, reachable from this machine only.
+
+    Args:
+        folder: The folder that it shows.
+        start: The notebook in it that it opens.
+        port: Its port.
+        browser: Open a browser.
+    """
     words = [
         sys.executable,
         "-m",
@@ -99,7 +126,7 @@ def lab_command(folder: Path, *, port: int, browser: bool) -> list[str]:
         f"--ServerApp.ip={ADDRESS}",
         f"--ServerApp.port={port}",
         f"--ServerApp.root_dir={folder}",
-        f"--LabApp.default_url=/lab/tree/{START}",
+        f"--LabApp.default_url={page_of(folder, start)}",
         f"--KernelManager.shutdown_wait_time={KERNEL_ENDS_S}",
     ]
     words += [] if browser else ["--no-browser", "--ServerApp.log_level=WARN"]
@@ -114,13 +141,14 @@ def start_lab(*, port: int = 8888, browser: bool = True) -> None:
         browser: Open a browser.
     """
     folder = workspace()
-    put_notebooks(folder)
+    start = put_notebooks(folder) / START
     kernels = kernel_folder()
     write_kernel(kernels)
     port = free_port(port)
-    command, environment = lab_command(folder, port=port, browser=browser), lab_environment(kernels)
+    command = lab_command(folder, start, port=port, browser=browser)
+    environment = lab_environment(kernels)
     if not browser:
-        say(how_to_open(port, environment["JUPYTER_TOKEN"]))
+        say(how_to_open(port, page_of(folder, start), environment["JUPYTER_TOKEN"]))
     os.execve(command[0], command, environment)
 
 
@@ -141,11 +169,16 @@ def free_port(port: int) -> int:
     raise HostError(f"no port from {port} on is free", fix="strixft lab --port 9000")
 
 
-def how_to_open(port: int, token: str) -> str:
+def page_of(folder: Path, notebook: Path) -> str:
+    """Return the address of a notebook in a lab that shows a folder."""
+    return f"/lab/tree/{notebook.relative_to(folder).as_posix()}"
+
+
+def how_to_open(port: int, page: str, token: str) -> str:
     """Return what to type to open the lab here, from another machine, and as a service."""
     host = f"{getpass.getuser()}@{platform.node()}"
     return (
-        f"open:                  http://{ADDRESS}:{port}/lab/tree/{START}?token={token}\n"
+        f"open:                  http://{ADDRESS}:{port}{page}?token={token}\n"
         f"from another machine:  ssh -N -L {port}:{ADDRESS}:{port} {host}   then open the same"
         " address there\n"
         "as a service:          systemd-run --user --unit=strixft-lab --setenv=JUPYTER_TOKEN=…"

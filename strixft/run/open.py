@@ -15,6 +15,7 @@ from strixft.recipe.find import find_recipe, workspace
 from strixft.recipe.load import dump_recipe, flatten, load_recipe, parse_overrides
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import DRIVER, LOCK, OWNER_ENDS_S, STAGES, Result, Run, read_recipe
+from strixft.run.parameters import cells_run, refuse_unknown
 from strixft.support.errors import DataError, RecipeError, StageError, StrixftError
 from strixft.support.files import free_aside, write_text
 from strixft.support.locks import hold
@@ -169,7 +170,9 @@ def open_run(
         RecipeError: The recipe does not exist or has faults, or the folder holds a training of
             another recipe, which depends on the difference.
         DataError: The folder holds a training on other data.
+        StageError: The notebook was given a parameter that it does not have.
     """
+    refuse_unknown(cells_run())
     run_dir = _as_typed("run_dir", run_dir)
     path = find_recipe(_as_typed("recipe", recipe))
     resolved = load_recipe(path, parse_overrides(overrides))
