@@ -1,5 +1,7 @@
 """Every recipe that ships loads, and says only what differs from the default."""
 
+import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
+from strixft.catalog.models import CONFIGS, MODELS
 from strixft.recipe.load import flatten, load_recipe
 from strixft.recipe.schema import explain
 
@@ -37,3 +40,17 @@ def test_the_demo_data_are_what_their_script_writes() -> None:
         [sys.executable, folder / "make_home_lab.py"], capture_output=True, check=True
     )
     assert written.stdout == (folder / "home-lab.jsonl").read_bytes()
+
+
+def test_each_config_has_its_source_and_hash_and_recipes_say_what_is_reconstructed() -> None:
+    page = (CONFIGS / "README.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| (\w+) \| (.+?) \| `(\w{16})` \|$", page, re.MULTILINE)
+    hashes = {
+        one.name: hashlib.sha256(one.path.read_bytes()).hexdigest() for one in MODELS.values()
+    }
+    assert {name: start for name, _, _, start in rows} == {k: v[:16] for k, v in hashes.items()}
+    told = {path.stem: "reconstructed" in path.read_text() for path in RECIPES}
+    kinds = {name: kind for name, kind, _, _ in rows}
+    pieced = {path.stem: kinds.get(load_recipe(path).model) == "reconstructed" for path in RECIPES}
+    assert told == pieced
+    assert len(RECIPES) >= 25

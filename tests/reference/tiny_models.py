@@ -237,4 +237,8 @@ def shrunk(raw: Mapping[str, Any]) -> dict[str, Any]:
     return small
 
 
-SHIPPED = {f"{name}, small": shrunk(row.config) for name, row in MODELS.items()}
+SHIPPED = {
+    f"{name}, small": shrunk(row.config)
+    for name, row in MODELS.items()
+    if "layer_types" not in row.text_config  # a list of all layers; the types are in `TINY`
+}
