@@ -498,6 +498,34 @@ def test_variables_that_are_none_are_refused(row: dict[str, Any], kind: str, pro
     assert problem in fault.problem
 
 
+@pytest.mark.parametrize("name", ["tools", "functions", "tool_defs", "available_tools"])
+def test_functions_are_read_under_each_of_their_names(name: str) -> None:
+    """PrimeIntellect-ai/prime-rl#2494: rows with `tool_defs` were trained without functions."""
+    plain = {"name": "find", "description": "Finds.", "parameters": {"type": "object"}}
+    wanted = [{"type": "function", "function": plain}]
+    for value in (wanted, [plain], json.dumps([plain])):
+        assert FORMATS["messages"].to_chat({**messages(USER, GOOD), name: value}).tools == wanted
+
+
+@pytest.mark.parametrize("end", ["", "<|return|>", "<|end|>\n"])
+@pytest.mark.parametrize("start", ["", "<|start|>assistant"])
+def test_an_answer_in_the_channels_of_gpt_oss_has_its_reasoning_apart(start: str, end: str) -> None:
+    """sgl-project/sglang#10061, simonw/llm-mlx#24: the template raises an error on such a text."""
+    said = (
+        f"{start}<|channel|>analysis<|message|>2 + 2\nis 4<|end|>"
+        f"<|start|>assistant<|channel|>final<|message|>4{end}"
+    )
+    wanted = "<think>\n2 + 2\nis 4\n</think>\n\n4"
+    row = messages(USER, {"role": "assistant", "content": said})
+    assert FORMATS["messages"].to_chat(row).messages[-1]["content"] == wanted
+    pair = FORMATS["prompt-completion"].to_chat({"prompt": "2 + 2?", "completion": said})
+    assert pair.messages[-1]["content"] == wanted
+    other = "<|channel|>final alone"
+    assert FORMATS["messages"].to_chat(
+        messages(USER, {"role": "assistant", "content": other})
+    ).messages[-1] == {"role": "assistant", "content": other}
+
+
 def test_a_sharegpt_call_joins_the_words_before_it() -> None:
     row = {
         "conversations": [

@@ -16,9 +16,11 @@ from typing import Literal
 from strixft.formats.faults import Keys, RowFault, as_text, is_empty, parse_json, shown
 from strixft.formats.messages import (
     REASONING,
+    TOOLS,
     Chat,
     DataRow,
     Message,
+    channels_apart,
     read_message,
     read_messages,
     read_template_kwargs,
@@ -114,7 +116,7 @@ def _with_system(system: object, messages: list[Message]) -> list[Message]:
 
 def _chat(row: Keys, messages: list[Message], rejected: list[Message] | None = None) -> Chat:
     """Return a chat with the row's system message and variables, and the tools that are named."""
-    said = [read_tools(row.take("tools")), read_tools(row.take("functions"))]
+    said = [read_tools(row.take(name)) for name in TOOLS]
     said += [message.pop("tools", None) for message in [*messages, *(rejected or [])]]
     found = [tools for tools in said if tools]
     if any(tools != found[0] for tools in found):
@@ -134,7 +136,7 @@ def _user(value: object, what: str) -> Message:
 
 
 def _answer(value: object, column: str, reasoning: object = None) -> Message:
-    content = as_text(value, f"{column!r}")
+    content = channels_apart(as_text(value, f"{column!r}"), f"{column!r}")
     if not is_empty(reasoning):
         content = with_reasoning(content, as_text(reasoning, "the reasoning"), f"{column!r}")
     return {"role": "assistant", "content": content}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,10 +36,21 @@ _ROLE_OF = {
 FLAGS = ("train", "weight", "loss_weight", "loss", "loss_scale")
 """Names of the flag that an answer is trained: axolotl, OpenAI, ms-swift, others."""
 
+TOOLS = ("tools", "functions", "tool_defs", "available_tools")
+"""Keys of data for functions: OpenAI's, its earlier one, that of verifiers, and others."""
+
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of data and chat templates for the reasoning before an answer."""
 
 END_OF_REASONING = "</think>"
+
+_CHANNELS = re.compile(
+    r"\s*(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>(?P<reasoning>.*?)<\|end\|>"
+    r"\s*<\|start\|>assistant<\|channel\|>final<\|message\|>(?P<answer>.*?)"
+    r"(?:<\|(?:return|end)\|>)?\s*",
+    re.DOTALL,
+)
+"""An answer as gpt-oss writes it: reasoning in one channel, what it says in another."""
 
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """Variables of chat templates that are set for each row and cannot be chosen."""
@@ -104,6 +116,15 @@ def with_reasoning(content: str, reasoning: str, what: str) -> str:
             return content
         raise RowFault("two_values", f"{what} has reasoning in its text and other in a key")
     return f"<think>\n{reasoning.strip()}\n{END_OF_REASONING}\n\n{content.lstrip()}"
+
+
+def channels_apart(content: str, what: str) -> str:
+    """Return an answer that is written in gpt-oss' channels as one after its reasoning.
+
+    Its own chat template refuses channels in a text, since it writes them itself.
+    """
+    found = _CHANNELS.fullmatch(content) if "<|channel|>" in content else None
+    return with_reasoning(found["answer"], found["reasoning"], what) if found else content
 
 
 def _in_order(made: dict[str, Any], written: DataRow) -> dict[str, Any]:
@@ -227,6 +248,7 @@ def _content(value: object, keys: Keys, role: str, *, calls: bool) -> str:
     if value is None and not calls:
         keys.finish("message")  # a key in its place is a better reason than its absence
     content = as_text("" if value is None and calls else value, about)
+    content = channels_apart(content, about) if role == "assistant" else content
     if is_empty(reasoning):
         return content
     if role != "assistant":
@@ -284,7 +306,8 @@ def read_message(message: object, number: int, above: Keys) -> Message:
             "unknown_role", f"{what} has the role {shown(named)}; known are {', '.join(_ROLE_OF)}"
         )
     value = keys.take("content", "value")
-    if isinstance(value, str) and keys.all_read and named != "function_call":
+    plain = isinstance(value, str) and "<|channel|>" not in value
+    if plain and keys.all_read and named != "function_call":
         return {"role": role, "content": as_text(value, f"content of {what}")}
     made: Message = {"role": role, "content": ""}
     for key in ("name", "tool_call_id") if role == "tool" else ("name",):
@@ -293,7 +316,7 @@ def read_message(message: object, number: int, above: Keys) -> Message:
     flag = _flag(keys)
     if flag is not None and flag is not (role == "assistant"):
         made["train"] = flag
-    tools = read_tools(keys.take("tools", "functions"))
+    tools = read_tools(keys.take(*TOOLS))
     if tools:
         made["tools"] = tools
     is_call = named == "function_call"

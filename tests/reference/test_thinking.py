@@ -137,3 +137,38 @@ def test_a_variable_that_no_template_reads_is_refused_with_its_key() -> None:
     (fault,) = Encoder(tokenizer_for(PATHS["llama3"].read_text())).encode([row])
     assert isinstance(fault, RowFault)
     assert fault.key == "enable_thinking"
+
+
+NAMES = ("reasoning_content", "reasoning", "thinking")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8", "glm4moe"])
+def test_reasoning_is_written_whatever_the_data_call_it(name: str) -> None:
+    """huggingface/transformers#44301 (`thinking` was lost), THUDM/slime#330, huggingface/trl#6361.
+
+    The last: an answer of the model itself holds the closing tag alone, since the prompt opened it.
+    """
+    tokenizer = tokenizer_for(PATHS[name].read_text())
+    asked = turn("user", "What is 2+2?")
+    answer = turn("assistant", "The answer is 4.", reasoning_content="2+2 equals 4.")
+    whole = tokenizer.apply_chat_template([asked, answer], tokenize=False)
+    given = [
+        turn("assistant", "2+2 equals 4.\n</think>\n\nThe answer is 4."),
+        turn("assistant", "<think>\n2+2 equals 4.\n</think>\n\nThe answer is 4."),
+        *(turn("assistant", "The answer is 4.", **{key: "2+2 equals 4."}) for key in NAMES),
+    ]
+    for one in given:
+        (row,) = rows_of(Encoder(tokenizer), read([asked, one]))
+        text = tokenizer.decode(row.input_ids.tolist())
+        assert text.removesuffix(tokenizer.eos_token).rstrip() == whole.rstrip()
+        assert "2+2 equals 4." in trained(tokenizer, row)
+
+
+def test_what_gpt_oss_wrote_is_trained_as_it_wrote_it() -> None:
+    tokenizer = tokenizer_for(PATHS["gptoss"].read_text())
+    said = (
+        "<|channel|>analysis<|message|>I see it.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>So be it.<|return|>"
+    )
+    (row,) = rows_of(Encoder(tokenizer), read([turn("user", "Why?"), turn("assistant", said)]))
+    assert trained(tokenizer, row) == said
