@@ -229,6 +229,17 @@ def test_losses_hold_the_rows_of_one_batch(shared_run: Run) -> None:
     assert found == row_losses(model, rows, most_tokens)
 
 
+def test_reasoning_before_an_answer_is_not_compared() -> None:
+    """A model that reasons writes its own; the reference may have some, or none."""
+    answers = ["<think>\nhm\n</think>\n\n4", "hm\n</think>\n\n4", "4"]
+    for reference in ("4", "<think>\n2 + 2\n</think>\n\n4"):
+        assert scores("exact_match", answers, [reference] * 3, "") == [1, 1, 1]
+    assert (
+        choose_metrics("auto", ['<think>a</think>{"a": 1}'])[0]
+        == choose_metrics("auto", ['{"a": 1}'])[0]
+    )
+
+
 def test_an_interval_of_many_rows_takes_little_memory() -> None:
     values = np.random.default_rng(0).random((2, 50_000))  # drawn 2000 times: 0.8 GB
     base, tuned = values.tolist()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from strixft.formats.messages import END_OF_REASONING
 from strixft.support.errors import HostError
 from strixft.support.tables import Table
 
@@ -156,6 +157,15 @@ METRICS: Table[Metric] = Table(
 """Metrics that a recipe's `evaluate.metrics` may name, besides `loss` and `perplexity`."""
 
 
+def after_reasoning(text: str) -> str:
+    """Return the answer that follows reasoning; the opening tag may stand in the prompt.
+
+    >>> after_reasoning("2 + 2</think> 4"), after_reasoning("4")
+    ('4', '4')
+    """
+    return text.rpartition(END_OF_REASONING)[2].lstrip() if END_OF_REASONING in text else text
+
+
 def choose_metrics(
     asked: Literal["auto"] | Sequence[str], references: Sequence[str]
 ) -> tuple[list[str], list[str]]:
@@ -167,7 +177,8 @@ def choose_metrics(
     if asked != "auto":
         require_libraries(asked)
         return [name for name in asked if name in METRICS], []
-    suit = [metric for metric in METRICS.values() if metric.suits(references)]
+    final = list(map(after_reasoning, references))
+    suit = [metric for metric in METRICS.values() if metric.suits(final)]
     told = [
         f"{metric.name}: {metric.because}"
         + ("" if metric.is_installed() else f"; left out, it needs {INSTALL}")
@@ -194,8 +205,8 @@ def require_libraries(asked: Literal["auto"] | Sequence[str]) -> None:
 def scores(
     name: str, answers: Sequence[str], references: Sequence[str], pattern: str
 ) -> list[float]:
-    """Return the score of each answer by a metric."""
-    pairs = zip(answers, references, strict=True)
+    """Return the score of each answer by a metric; reasoning before it is not compared."""
+    pairs = zip(map(after_reasoning, answers), map(after_reasoning, references), strict=True)
     return [METRICS[name].score(answer, reference, pattern) for answer, reference in pairs]
 
 
