@@ -320,8 +320,9 @@ def run_command(
         _detach("run", run, as_json, *words)
         return
     from strixft.app.watch import progress_shown
+    from strixft.run.notify import told
 
-    with _stop_printed(run, as_json), progress_shown(run) as console:
+    with told(run), _stop_printed(run, as_json), progress_shown(run) as console:
         from strixft.app.notebooks import run_stages
         from strixft.app.report import write_report
         from strixft.export.result import Exported

@@ -334,6 +334,9 @@ class Memory(_Section):
     """GiB that the host keeps for itself if device and host share memory."""
 
 
+_NOTIFIED = re.compile(r"desktop|(ntfy|webhook):(https?://|\$\w)\S+|command:.*\S.*")
+
+
 class Recipe(_Section):
     """One run, complete."""
 
@@ -353,6 +356,17 @@ class Recipe(_Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     memory: Memory = Memory()
+    notify: Annotated[
+        list[str],
+        _refuse(
+            lambda targets: not all(map(_NOTIFIED.fullmatch, targets)),
+            "should hold desktop, ntfy:URL, webhook:URL or command:WORDS, it is {}",
+        ),
+    ] = Field(default=[])
+    """Receivers of a message when the run is done, has failed or was stopped: `desktop`,
+    `ntfy:https://ntfy.sh/TOPIC`, `webhook:$URL` (JSON for Slack, Discord or your own),
+    `command:WORDS` (with `STRIXFT_RUN`, `STRIXFT_STATE`, `STRIXFT_TEXT`). `$NAME` is a variable of
+    the environment: an address that is a secret stays out of the recipe."""
     offline: bool = False
     """Never use the network; anything that is not on disk is an error."""
     trust_remote_code: bool = False
@@ -364,6 +378,14 @@ class Recipe(_Section):
         dataset = info.data.get("dataset")
         if value == "keep" and dataset is not None and dataset.loss_on == "all":
             raise ValueError("should be train or drop where loss_on is all, it is 'keep'")
+        return value
+
+    @field_validator("offline")
+    @classmethod
+    def _sends_nothing(cls, value: bool, info: ValidationInfo) -> bool:
+        sent = [one for one in info.data.get("notify", []) if one.startswith(("ntfy", "webhook"))]
+        if value and sent:
+            raise ValueError(f"is true, and notify would send to {sent[0].partition(':')[0]}")
         return value
 
     def to_dict(self) -> dict[str, Any]:

@@ -34,7 +34,8 @@ READ_BY = {
     "evaluate": "evaluate",
     "export": "export",
 }
-"""Section of a recipe → the first stage whose result depends on it; none depends on `offline`."""
+"""Section of a recipe → the first stage whose result depends on it; none depends on `offline` and
+`notify`."""
 
 
 def run_folder(recipe: Path, run_dir: str | Path | None) -> Path:
