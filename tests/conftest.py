@@ -56,6 +56,7 @@ SLOW = [
     "test_step_matrix_products",
     "test_step_update",
     "test_stop",
+    "test_sweep",
     "test_templates",
     "test_train",
 ]

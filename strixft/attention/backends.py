@@ -128,6 +128,8 @@ class Heads:
     """Some layers look back only so far."""
     carries_state: bool = False
     """Some layers are not attention, or take no positions: documents cannot share a row."""
+    own_attention: bool = False
+    """The model's own code computes attention, and knows of no documents in a row."""
     value_size: int | None = None
     """Size of values that have another one than queries and keys."""
     mask_alone: bool = False
@@ -186,6 +188,8 @@ def cannot(backend: AttentionBackend, heads: Heads, device_type: str) -> str | N
     """Return why a backend cannot train a model on a type of device, `cuda` or `cpu`; or None."""
     if device_type not in backend.devices:
         return f"no gradients on {device_type}"
+    if heads.own_attention and backend.name != "eager-rows":
+        return "the model computes attention by code of its own"
     if _is_missing(backend.package):
         return f"{backend.package} is not installed"
     if backend.packed and heads.carries_state:

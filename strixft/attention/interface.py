@@ -12,16 +12,25 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from strixft.attention.backends import AttentionBackend
 from strixft.attention.core import FUNCTIONS, NAME, use_kernels
 from strixft.attention.masks import make_mask
+from strixft.support.private_hf import calls_attention_by_name
 
-__all__ = ["NAME", "use_backend"]
+__all__ = ["call_ours", "use_backend"]
 
 for name, function in FUNCTIONS.items():
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, make_mask)
 
 
+def call_ours(base: Any) -> None:
+    """Let a transformers model call our attention, if it computes none by its own code."""
+    if calls_attention_by_name(base):
+        base.set_attn_implementation(NAME)
+
+
 def use_backend(base: Any, backend: AttentionBackend) -> None:
-    """Let a transformers model compute attention by a backend."""
+    """Let a transformers model compute attention by a backend, if not by its own code."""
+    if not calls_attention_by_name(base):
+        return
     base.set_attn_implementation(backend.implementation)
     if base.device.type == "cuda":
         use_kernels(backend.kernels)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from strixft.attention.backends import BACKENDS
-from strixft.attention.interface import NAME, use_backend
+from strixft.attention.interface import call_ours, use_backend
 from strixft.catalog.methods import METHODS
 from strixft.evaluate.variants import load_variant
 from strixft.guard.host import budget_for, device_type, find_host, training_dtype
@@ -42,8 +42,10 @@ TOKENS = 1024
 POSITIONS = 256
 """Most positions of a row that are compared, from its end."""
 
-MOST_DIFFERENCE = 1e-5
-"""Largest difference of two logits in float32, as a share of the largest logit."""
+MOST_DIFFERENCE = 5e-5
+"""Largest difference of two logits in float32, as a share of the largest logit. Right merges of
+random models differ by up to 1.4e-5 (`make sweep`: gemma4_text, qwen3_5), those that lack a part of
+the adapter by more than 2e-4."""
 
 MOST_KL = 1e-3
 """Largest mean KL(trained ‖ merged) where weights are rounded, in nats a token."""
@@ -226,10 +228,11 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
         device_map={"": device} if fits else "auto",
         max_memory=None if fits else {"cpu": 0, **most},
         offload_folder=folder / ".offload",
-        attn_implementation=NAME,
+        attn_implementation="eager",
         local_files_only=True,
         trust_remote_code=recipe.trust_remote_code,
     )
+    call_ours(model)
     return model.eval(), not fits
 
 

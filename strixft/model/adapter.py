@@ -7,6 +7,7 @@ channels in, D channels out.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import warnings
 from collections.abc import Collection, Iterator
@@ -20,7 +21,7 @@ from torch import nn
 from strixft.catalog.methods import Method
 from strixft.model.architecture import outside_text, text_decoder, text_layers
 from strixft.recipe.schema import Lora
-from strixft.support.errors import RecipeError
+from strixft.support.errors import RecipeError, StageError
 from strixft.support.private_hf import renamed_by_peft
 from strixft.support.tables import did_you_mean
 
@@ -236,13 +237,40 @@ def attach_adapter(
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Load a trained adapter onto a base, with float32 weights as in training."""
+    """Load a trained adapter onto a base, with float32 weights as in training.
+
+    Raises:
+        StageError: It was trained on another model, or on another level of a wrapper.
+    """
     from peft import PeftModel
 
     with _without_warning():
-        adapted: nn.Module = PeftModel.from_pretrained(model, folder)
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            adapted: nn.Module = PeftModel.from_pretrained(model, folder)
+        except (UserWarning, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+                raise
+            raise _other_model(model, folder) from error
     _use_master_weights(adapted, scale_inside=False)
     return adapted
+
+
+def _other_model(model: Any, folder: Path) -> StageError:
+    """Return the error of an adapter whose layers are not those of a model."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        first = min(file.keys()).removeprefix("base_model.model.").partition(".lora_")[0]
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    decoder = {id(module) for module in text_decoder(model).modules()}
+    own = (path for path, m in model.named_modules() if id(m) in decoder and is_linear(m))
+    return StageError(
+        f"the adapter in {folder} was trained on another model, or another level of it: its first"
+        f" layer is {first}, those of this {type(model).__name__} are named like"
+        f" {next(own).removesuffix('.base_layer')}",
+        fix=f"the model that it was trained on: {settings.get('base_model_name_or_path')}",
+    )
 
 
 def base_of(model: nn.Module) -> Any:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from strixft.attention.backends import Heads
-from strixft.attention.interface import NAME
+from strixft.attention.interface import call_ours
 from strixft.attention.recorder import AttentionCall, watching
 from strixft.model.config import first_lines
 from strixft.support.errors import RecipeError
+from strixft.support.private_hf import calls_attention_by_name
 from strixft.support.private_torch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -248,10 +249,10 @@ def build_shape(config: Any, dtype: torch.dtype) -> Any:
     """
     own_code = type(config).__module__.startswith("transformers_modules")  # trusted: it has run
     try:
-        return auto_class(config).from_config(
+        base = auto_class(config).from_config(
             copy.deepcopy(config),
             dtype=dtype,
-            attn_implementation=NAME,
+            attn_implementation="eager",
             trust_remote_code=own_code,
         )
     except Exception as error:  # whatever a model's class raises at contradicting sizes
@@ -259,6 +260,8 @@ def build_shape(config: Any, dtype: torch.dtype) -> Any:
             f"no {config.model_type} can be built from its config.json: {first_lines(error)}",
             fix="correct config.json, or download the model again",
         ) from error
+    call_ours(base)
+    return base
 
 
 def _ask(config: Any) -> Architecture:
@@ -326,8 +329,8 @@ def _run(base: Any) -> _Ran:
         raise RecipeError(
             f"strixft cannot plan a {base.config.model_type}: its code fails without weights:"
             f" {first_lines(error)}",
-            fix="report it with the output of --debug; strixft's planning fails here, the"
-            " model may be fine",
+            fix="correct config.json if its sizes contradict each other; else report it with the"
+            " output of --debug",
         ) from error
     finally:
         hook.remove()
@@ -439,6 +442,7 @@ def _heads_of(base: Any, calls: Sequence[AttentionCall]) -> Heads:
         return Heads(
             model_type=model_type, head_size=64, query_heads=1, key_heads=1,
             softcap=None, windowed=False, carries_state=True,
+            own_attention=not calls_attention_by_name(base),
         )  # fmt: skip
     largest = max(calls, key=lambda call: call.head_size)
     return Heads(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,8 @@ def _missing(raw: Raw, text: Raw) -> Iterator[str]:
     except ValueError:  # a type with several text models, such as musicgen
         known = kind
     saved = known().to_dict()
+    if "text_config" in kind.sub_configs and "hidden_size" not in text:
+        return (yield f"text_config is missing: a {raw['model_type']} has its text model inside")
     for name in NEEDED_INSIDE if "text_config" in raw else NEEDED:
         own = known.attribute_map.get(name, name)  # GPT-2: `n_embd`
         called = {name, own, *OLD_NAMES.get(name, ())}
@@ -162,8 +165,13 @@ def _check_type(raw: Raw, place: str) -> None:
         problem = "model_type is missing"
         fix = f'"model_type": "llama" in {place}, or the type that the model has'
     elif model_type not in CONFIG_MAPPING:
-        problem = f"transformers does not know the model type {model_type!r}"
-        fix = f"{did_you_mean(model_type, shipped)}; or a model that transformers knows"
+        problem = (
+            f"transformers {version('transformers')} does not know the model type {model_type!r}"
+        )
+        fix = (
+            f"{did_you_mean(model_type, shipped)}; a newer type comes with a newer strixft"
+            " (pip install --upgrade strixft), or with code of its own (trust_remote_code: true)"
+        )
     elif model_type not in {**CAUSAL, **WRAPPERS}:
         problem = f"a {model_type} does not continue text"
         fix = f"a causal language model, such as one of: {', '.join(shipped)}"

@@ -6,6 +6,7 @@ Nothing here loads the modules of a model: preparing data needs none of them.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,26 @@ def model_source(name: str) -> str:
             )
         return str(embedded_folder(name))
     path = os.path.expanduser(name)
-    return path if os.path.isdir(path) else name
+    if not os.path.isdir(path):
+        return name
+    _refuse_adapter(Path(path))
+    return path
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder that holds an adapter: transformers would load its base, and both."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    raise RecipeError(
+        f"model: {folder} holds an adapter for {base or 'a model that it does not name'}",
+        fix=f"model: {base or 'its base'}, or a merged model: strixft export … --to merged"
+        f"   (a whole model beside it is read once {file.name} is gone)",
+    )
 
 
 @contextlib.contextmanager
@@ -92,8 +112,19 @@ def load_tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
     with model_errors_explained(recipe.model):
-        return AutoTokenizer.from_pretrained(
-            model_source(recipe.model),
-            local_files_only=recipe.offline,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+        source = model_source(recipe.model)
+        try:
+            return AutoTokenizer.from_pretrained(
+                source,
+                local_files_only=recipe.offline,
+                trust_remote_code=recipe.trust_remote_code,
+            )
+        except Exception as error:  # whatever the classes of configuration and tokenizer raise
+            load_config(recipe)  # names the faults of config.json
+            if "trust_remote_code" in str(error):
+                raise
+            raise RecipeError(
+                f"the tokenizer of {recipe.model} cannot be loaded: {first_lines(error)}",
+                fix="a tokenizer lies beside config.json, as tokenizer.json or the files that its"
+                f" class reads: hf download ORG/NAME --include '*token*' --local-dir {source}",
+            ) from error

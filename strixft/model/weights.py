@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from strixft.attention.interface import NAME
+from strixft.attention.interface import call_ours
 from strixft.model.architecture import auto_class, outside_text
 from strixft.model.config import place_of
 from strixft.model.files import sampled_hash, shard_paths
@@ -294,11 +294,12 @@ class Loading:
             dtype=self.dtype,
             quantization_config=None if is_quantised else self.quantization,
             device_map={"": self.device},
-            attn_implementation=NAME,
+            attn_implementation="eager",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in `info`
             **more,
         )
+        call_ours(model)
         if is_quantised:
             _cast_rest(model, self.dtype)
         return model, info
@@ -346,9 +347,11 @@ def _require_weights(source: str, model: Any, info: Mapping[str, Any]) -> None:
         head = model.get_output_embeddings()
         tied = head is not None and model.get_parameter(own[0]) is head.weight
         place = place_of(source)
+        others = sorted(info["unexpected_keys"])
+        instead = f"; no part of a {type(model).__name__} is {others[0]}" if others else ""
         raise RecipeError(
             f"the files of {source} do not hold weights that its config.json describes:"
-            f" {own[0]}{drawn[own[0]]}{more}",
+            f" {own[0]}{drawn[own[0]]}{more}{instead}",
             fix=f'"tie_word_embeddings": true in {place}, if the model was trained so'
             if tied and not mismatched
             else f"correct {place}, or download the model again",

@@ -32,6 +32,15 @@ def recompute_by(layer: Any, function: Callable[..., Any]) -> None:
     layer._gradient_checkpointing_func = function
 
 
+def calls_attention_by_name(model: Any) -> bool:
+    """Return whether a model calls the attention that it is told, and computes none itself."""
+    # transformers 5.23: `set_attn_implementation` warns and does nothing where Falcon, Bloom or MPT
+    # have attention of their own, and `from_pretrained` takes any name for them.
+    # End: when either refuses the name, or the flag is public.
+    found: bool = type(model)._can_set_attn_implementation()
+    return found
+
+
 def kept_in_float32(model: Any) -> tuple[str, ...]:
     """Return parts of the names of weights that transformers never casts."""
     # transformers 5.23 loads the weights of a quantised checkpoint without casting any, and has no

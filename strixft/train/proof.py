@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strixft.attention.interface import NAME
+from strixft.attention.interface import call_ours
 from strixft.data.batches import Batch
 from strixft.model.adapter import base_of
 from strixft.step.update import TrainingStep
@@ -136,7 +136,7 @@ def expected(base: Any, batches: Sequence[Batch], room_bytes: int) -> list[Docum
         for span in _chosen(batch, most)
     ]
     base.train(was_training)
-    base.set_attn_implementation(NAME)
+    call_ours(base)
     return found
 
 

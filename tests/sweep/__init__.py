@@ -1,0 +1,1 @@
+"""Every architecture through every stage; `make sweep` writes docs/models.md."""
