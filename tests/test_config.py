@@ -96,6 +96,16 @@ def test_a_damaged_configuration_is_refused(config: Any, problem: str, recipe_of
     assert caught.value.fix
 
 
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4", "awq"])
+def test_weights_that_are_stored_otherwise_lead_to_the_16_bit_ones(
+    kind: str, recipe_of: Any
+) -> None:
+    """As Ministral 3 and MiniMax M2 come (huggingface/transformers#46736)."""
+    with pytest.raises(RecipeError, match=f"the weights are stored as {kind}") as caught:
+        load_config(recipe_of(GOOD | {"quantization_config": {"quant_method": kind}}))
+    assert "ends in -BF16" in caught.value.fix
+
+
 def test_what_only_building_shows_is_refused_too(recipe_of: Any) -> None:
     change = {"rope_parameters": {"rope_type": "nope"}}
     with pytest.raises(RecipeError, match=r"no llama can be built from its config\.json"):

@@ -145,10 +145,6 @@ def _faults(raw: Raw) -> list[str]:
     text = raw if text is None else text
     checks = (_size_faults, _rotary_faults, _setting_faults)
     found = [fault for check in checks for fault in check(text)] or _relation_faults(text)
-    stored = raw.get("quantization_config")
-    kind = stored.get("quant_method") if isinstance(stored, Mapping) else None
-    if kind not in (None, *STORED_AS):
-        found = [*found, f"the weights are stored as {kind}, which strixft cannot train"]
     return [*_missing(raw, text), *found]
 
 
@@ -180,6 +176,18 @@ def _check_type(raw: Raw, place: str) -> None:
     raise RecipeError(f"{place}: {problem}", fix=fix)
 
 
+def _refuse_stored(raw: Raw, place: str) -> None:
+    """Refuse weights in a storage that no gradient goes through, such as FP8 or GPTQ."""
+    stored = raw.get("quantization_config")
+    kind = stored.get("quant_method") if isinstance(stored, Mapping) else None
+    if kind not in (None, *STORED_AS):
+        raise RecipeError(
+            f"{place}: the weights are stored as {kind}, which strixft cannot train",
+            fix="model: the version of it with 16-bit weights; on the hub it is often the one that"
+            " was quantised, or its name ends in -BF16",
+        )
+
+
 def check_raw(raw: Any, place: str) -> None:
     """Refuse a configuration, as JSON has it, from which no training step can be built.
 
@@ -191,12 +199,12 @@ def check_raw(raw: Any, place: str) -> None:
     if "auto_map" in raw:
         return  # its own code says what it is
     _check_type(raw, place)
-    faults = _faults(raw)
-    if faults:
+    if faults := _faults(raw):
         raise RecipeError(
             f"{place} describes no model: {'; '.join(faults)}",
             fix=f"correct {place}, or download the model again",
         )
+    _refuse_stored(raw, place)
 
 
 def place_of(source: str) -> str:
