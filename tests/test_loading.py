@@ -23,7 +23,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from strixft.attention.interface import NAME
+from strixft.attention.core import NAME
 from strixft.catalog.methods import METHODS
 from strixft.model import weights
 from strixft.model.files import shard_paths

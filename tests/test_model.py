@@ -1,14 +1,18 @@
 """Models: the embedded one, shapes on meta, adapters, and what cannot be loaded."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import EMBEDDED, WriteRecipe
+from sweep.models import SWEPT
 from transformers import AutoConfig
 
+from strixft.attention.backends import known_backends
 from strixft.catalog.methods import METHODS
-from strixft.model.architecture import architecture_of
+from strixft.model.adapter import find_targets
+from strixft.model.architecture import Head, architecture_of, linear_head
 from strixft.model.load import build, load_base, native_dtype, random_model, shape_base
 from strixft.model.source import load_config, load_tokenizer, model_source
 from strixft.recipe.load import load_recipe
@@ -155,3 +159,41 @@ def test_a_row_is_no_longer_than_a_table_of_positions(
 ) -> None:
     config = AutoConfig.for_model(model_type, **SMALL, max_position_embeddings=64, **more)
     assert architecture_of(config).positions == positions
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("llama", Head(1.0, None)),
+        ("granite", Head(0.25, None)),
+        ("minicpm3", Head(8.0, None)),
+        ("gemma2", Head(1.0, 30.0)),
+        ("recurrent_gemma", Head(1.0, 30.0)),
+        ("muse_glimmer", Head(0.5, 20.0)),
+        ("phi", None),  # a bias
+    ],
+)
+def test_a_head_is_found_by_trying(name: str, head: Head | None) -> None:
+    config = AutoConfig.for_model(**SWEPT[name])
+    assert linear_head(shape_base(config, METHODS["lora"], torch.float32)) == head
+
+
+@pytest.mark.parametrize("name", ["falcon", "bloom", "mpt", "gptj"])
+def test_attention_by_code_of_its_own_is_left_alone(name: str) -> None:
+    """The class takes any name of an attention, and Falcon cannot be built with another."""
+    config = AutoConfig.for_model(**SWEPT[name])
+    heads = architecture_of(config).heads
+    assert heads.own_attention
+    assert [backend.name for backend in known_backends(heads, "cpu", "", packing=True)] == [
+        "eager-rows"
+    ]
+    base: Any = shape_base(config, METHODS["lora"], torch.float32)
+    assert base.config.get_text_config()._attn_implementation == "eager"
+
+
+def test_a_linear_layer_may_have_a_class_of_its_own() -> None:
+    base = shape_base(AutoConfig.for_model(**SWEPT["falcon"]), METHODS["lora"], torch.float32)
+    names = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    assert find_targets(base, "all-linear").names == names
+    routed = shape_base(AutoConfig.for_model(**SWEPT["phimoe"]), METHODS["lora"], torch.float32)
+    assert find_targets(routed, "all-linear").names == ["q_proj", "k_proj", "v_proj", "o_proj"]

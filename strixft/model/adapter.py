@@ -93,10 +93,24 @@ def is_named(path: str, names: Collection[str]) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether a module multiplies by a matrix and does nothing else."""
+    if type(module).__module__.startswith("transformers.models."):  # routers, for example
+        return isinstance(module, nn.Linear) and _returns_product(module)
     weight = getattr(module, "weight", None)
-    is_own = type(module).__module__.startswith("transformers.models.")  # routers, for example
-    is_matrix = weight is not None and weight.ndim == 2
-    return is_matrix and not isinstance(module, nn.Embedding) and not is_own
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def _returns_product(module: nn.Linear) -> bool:
+    """Return whether a layer of a model's own class returns a product, as Falcon's does.
+
+    Routers return what they chose, grouped layers take other shapes: tried on `meta`.
+    """
+    shapes = {n: torch.empty_like(w, device="meta") for n, w in module.named_parameters()}
+    x = torch.empty(2, module.in_features, device="meta")
+    try:
+        found = torch.func.functional_call(module, shapes, (x.to(module.weight.dtype),))
+    except Exception:  # whatever a class does with other shapes
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (2, module.out_features)
 
 
 def _is_router(path: str, base: Any) -> bool:

@@ -192,9 +192,19 @@ def _find_head(base: Any) -> Head | None:
     scale = float((plain * logits).sum() / plain.square().sum())
     if torch.allclose(logits, plain * scale, rtol=1e-4, atol=1e-5):
         return Head(1.0 if abs(scale - 1) < 1e-5 else scale, None)
-    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-    if cap and torch.allclose(logits, cap * torch.tanh(plain / cap), rtol=1e-4, atol=1e-5):
-        return Head(1.0, cap)
+    settings = vars(base.config.get_text_config())
+    return _capped_head(plain, logits, [v for name, v in settings.items() if "cap" in name])
+
+
+def _capped_head(plain: Tensor, logits: Tensor, caps: Sequence[Any]) -> Head | None:
+    """Return a head whose logits, (1, T, 8), are products that one of some values caps; or None."""
+    for cap in (cap for cap in caps if isinstance(cap, int | float) and cap > logits.abs().max()):
+        uncapped, well_below = cap * torch.atanh(logits / cap), logits.abs() < cap / 2
+        scale = float((uncapped / plain)[well_below].median()) if well_below.any() else 1.0
+        scale = 1.0 if abs(scale - 1) < 1e-4 else round(scale, 6)
+        due = cap * torch.tanh(plain * scale / cap)
+        if torch.allclose(logits, due, rtol=1e-4, atol=1e-5):
+            return Head(scale, float(cap))
     return None
 
 

@@ -48,11 +48,13 @@ tried.
 """
 
 
-def row(found: dict[str, Any]) -> str:
+def row(name: str, found: dict[str, Any] | None) -> str:
     """A line of the table."""
+    if found is None:
+        return f"| {name} | – | not run yet | – |"
     outcome = f"refused: {found['refused']}" if found["refused"] else "right"
     rows = "–" if found["refused"] else "shared" if found["packed"] else "one document each"
-    return f"| {found['name']} | {rows} | {outcome} | {found['gguf'] or '–'} |"
+    return f"| {name} | {rows} | {outcome} | {found['gguf'] or '–'} |"
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -67,13 +69,15 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "sweep.jsonl")
     parser.add_argument("--gguf", action="store_true", help="convert to GGUF and compare too")
+    parser.add_argument("--page", action="store_true", help="write it though types are missing")
     asked = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     from sweep.models import SWEPT
     from sweep.run import TOLERANCES, UPDATES, sweep, verdict
 
     done, bad = read(asked.results), 0
-    for name in asked.names or [name for name in SWEPT if name not in done]:
+    missing = [] if asked.page else [name for name in SWEPT if name not in done]
+    for name in asked.names or missing:
         began = time.process_time()
         with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
             found = sweep(name, SWEPT[name], Path(folder), gguf=asked.gguf)
@@ -85,10 +89,10 @@ def main() -> int:
         with asked.results.open("a") as file:
             file.write(f"{json.dumps(asdict(found))}\n")
     done = read(asked.results)
-    if done.keys() >= SWEPT.keys() and not bad:
+    if asked.page or (done.keys() >= SWEPT.keys() and not bad):
         bounds = {key.replace(" ", "_"): most for key, most in TOLERANCES.items()}
         text = INTRODUCTION.format(updates=UPDATES, **bounds)
-        PAGE.write_text(text + "".join(f"{row(done[name])}\n" for name in SWEPT))
+        PAGE.write_text(text + "".join(f"{row(name, done.get(name))}\n" for name in SWEPT))
     return bad
 
 

@@ -71,7 +71,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "mpt": {
         "model_type": "mpt", "vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4,
-        "expansion_ratio": 2, "max_seq_len": 256, "bos_token_id": 1, "eos_token_id": 2,
+        "expansion_ratio": 2, "max_seq_len": 2048, "bos_token_id": 1, "eos_token_id": 2,
     },
     "qwen2_moe": _text(
         "qwen2_moe", shared_expert_intermediate_size=16, sliding_window=WINDOW,
@@ -191,5 +191,6 @@ SWEPT = {name: _with_vocabulary(sides) for name, sides in (TINY | MORE).items()}
 
 REFUSED: dict[str, str] = {
     "gpt_oss": "learned sinks, which strixft cannot compute yet",
+    "mimo_v2_flash": "learned sinks, which strixft cannot compute yet",
 }
 """Types that are refused, and what the sentence says; each is true of the type."""
