@@ -21,15 +21,18 @@ Copy one, set `dataset.source`, and run it.
 The figures are **predicted** for `{host}`, a budget of {budget}: rows of `max_length` without
 a gap, and every operator at the rate that the host's row in `strixft/catalog/hosts.py` names. Of
 plans that are as fast but for 0.5 % the table has the smallest ([plan.md](plan.md)). Beside a
-GPU the plan of now is within 0.4 % of allocated and 1.8 % of reserved memory
+GPU the plan of now is within 0.6 % of allocated and 4.6 % of reserved memory
 ([plan-accuracy.md](plan-accuracy.md)). Time has not
 been measured on this host; work that is not large matrix products will be slower than this.
 
-Qwen 3.5 and 3.6 are trained in bf16: Unsloth advises against 4-bit for the whole 3.5 line, whose weights lose more by it
-than usual ([unsloth.ai/docs](https://unsloth.ai/docs/models/qwen3.5/fine-tune)). Their linear attention, and the Mamba-2 layers of Granite's hybrid, are
-planned with transformers' own path; flash-linear-attention, where it is installed and right, is faster. Vision-language
-checkpoints (Qwen 3.5, Gemma 3 and 4, Ministral 3, Muse Glimmer) are trained as text. A recipe that says `reconstructed` was planned
-from a `config.json` that was put together: `strixft/catalog/configs/README.md` has the sources.
+Qwen 3.5 and 3.6 are trained in bf16: Unsloth advises against 4-bit for the whole 3.5 line, whose
+weights lose more by it than usual
+([unsloth.ai/docs](https://unsloth.ai/docs/models/qwen3.5/fine-tune)). Their linear attention, and
+the Mamba-2 layers of Granite's hybrid, are planned with transformers' own path;
+flash-linear-attention, where it is installed and right, is faster. Vision-language checkpoints
+(Qwen 3.5, Gemma 3 and 4, Ministral 3, Muse Glimmer) are trained as text. A recipe that says
+`reconstructed` was planned from a `config.json` that was put together:
+`strixft/catalog/configs/README.md` has the sources.
 
     python dev/recipe_table.py {host} > docs/recipes.md
 
