@@ -70,7 +70,7 @@ def test_a_data_file_that_is_missing(enter: Type, write_recipe: WriteRecipe) -> 
     path = write_recipe(dataset={"source": "tinny.jsonl"})
     problem, fix = refusal(enter("prepare", path), 2)
     assert problem == f"there is no data file {path.parent}/tinny.jsonl"
-    assert fix == "did you mean 'tiny.jsonl'?   (dataset.source is relative to the recipe's file)"
+    assert fix == "did you mean 'tiny.jsonl'?, or your own: --set dataset.source=my-chats.jsonl"
 
 
 def test_a_folder_without_data(enter: Type, write_recipe: WriteRecipe, tmp_path: Path) -> None:

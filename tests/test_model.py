@@ -16,7 +16,7 @@ from strixft.model.architecture import Head, architecture_of, linear_head
 from strixft.model.load import build, load_base, native_dtype, random_model, shape_base
 from strixft.model.source import load_config, load_tokenizer, model_source
 from strixft.recipe.load import load_recipe
-from strixft.recipe.schema import Recipe
+from strixft.recipe.schema import Dataset, Recipe
 from strixft.support.errors import HostError, RecipeError
 
 
@@ -197,3 +197,13 @@ def test_a_linear_layer_may_have_a_class_of_its_own() -> None:
     assert find_targets(base, "all-linear").names == names
     routed = shape_base(AutoConfig.for_model(**SWEPT["phimoe"]), METHODS["lora"], torch.float32)
     assert find_targets(routed, "all-linear").names == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def test_without_a_network_a_model_is_not_asked_for_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    recipe = Recipe(model="nobody/nothing", dataset=Dataset(source="none"))
+    with pytest.raises(HostError, match=r"nobody/nothing is not on this machine, and http://127"):
+        load_tokenizer(recipe)

@@ -188,11 +188,11 @@ def _matching(pattern: str) -> list[SourceFile]:
 
 def _missing(path: Path) -> DataError:
     if not path.parent.is_dir():
-        fix = "correct dataset.source; it is relative to the recipe's file"
+        fix = "correct dataset.source, or your own: --set dataset.source=my-chats.jsonl"
     else:
         names = sorted(shown_path(Path(p.name)) for p in path.parent.iterdir())[:200]
         near = did_you_mean(path.name, names) if names else "the folder is empty"
-        fix = f"{near}   (dataset.source is relative to the recipe's file)"
+        fix = f"{near}, or your own: --set dataset.source=my-chats.jsonl"
     return DataError(f"there is no data file {shown_path(path)}", fix=fix)
 
 

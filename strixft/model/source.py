@@ -16,7 +16,7 @@ from strixft.catalog.models import MODELS
 from strixft.model.config import first_lines, read_config
 from strixft.model.files import EMBEDDED, embedded_folder
 from strixft.recipe.schema import Recipe
-from strixft.support.errors import RecipeError
+from strixft.support.errors import HostError, RecipeError
 from strixft.support.tables import did_you_mean
 
 
@@ -54,6 +54,10 @@ def _refuse_adapter(folder: Path) -> None:
         fix=f"model: {base or 'its base'}, or a merged model: strixft export … --to merged"
         f"   (a whole model beside it is read once {file.name} is gone)",
     )
+
+
+HUB_ANSWERS_S = 10.0
+"""Longest wait for the hub's first answer."""
 
 
 @contextlib.contextmanager
@@ -103,6 +107,28 @@ def load_config(recipe: Recipe) -> Any:
         )
 
 
+def _require_hub(name: str) -> None:
+    """Require the hub where a model is not on this machine: its library tries for minutes.
+
+    Raises:
+        HostError: It cannot be reached.
+    """
+    import httpx
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    known = try_to_load_from_cache(name, "tokenizer_config.json")
+    if isinstance(known, str) or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        httpx.head(constants.ENDPOINT, timeout=HUB_ANSWERS_S)
+    except httpx.HTTPError as error:
+        raise HostError(
+            f"{name} is not on this machine, and {constants.ENDPOINT} cannot be reached:"
+            f" {first_lines(error)}",
+            fix="connect this machine to the network; or model: a folder that holds it",
+        ) from error
+
+
 def load_tokenizer(recipe: Recipe) -> Any:
     """Load the model's tokenizer.
 
@@ -113,6 +139,8 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
     with model_errors_explained(recipe.model):
         source = model_source(recipe.model)
+        if not recipe.offline and not os.path.isdir(source):
+            _require_hub(recipe.model)
         try:
             return AutoTokenizer.from_pretrained(
                 source,
@@ -121,7 +149,8 @@ def load_tokenizer(recipe: Recipe) -> Any:
             )
         except Exception as error:  # whatever the classes of configuration and tokenizer raise
             load_config(recipe)  # names the faults of config.json
-            if "trust_remote_code" in str(error):
+            on_the_hub = not os.path.isdir(source) and isinstance(error, OSError)
+            if on_the_hub or "trust_remote_code" in str(error):
                 raise
             raise RecipeError(
                 f"the tokenizer of {recipe.model} cannot be loaded: {first_lines(error)}",
