@@ -181,8 +181,8 @@ def test_start_lab_becomes_jupyterlab(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_recipes_are_listed_with_what_they_do() -> None:
     html = list_recipes()._repr_html_()
-    assert "demo" in html
-    assert "home lab" in html
+    assert "<td>demo</td><td>embedded:smollm2-135m</td><td>lora</td>" in html
+    assert "meta-llama/Llama-3.3-70B-Instruct" in html
 
 
 def test_the_report_is_shown_in_a_frame_that_runs_nothing(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def recipe(
     debug: Debug = False,
 ) -> None:
     """List the recipes, or show one with all its settings."""
-    from strixft.recipe.find import find_recipes
+    from strixft.recipe.find import HEADER, describe, find_recipes, shipped
     from strixft.recipe.load import dump_recipe, load_recipe
     from strixft.recipe.schema import Recipe
     from strixft.recipe.schema import explain as explain_settings
@@ -156,8 +156,12 @@ def recipe(
         header = ["setting", "default", "what it does"]
         _print_json(explained) if as_json else _print_table(explained, header)
     elif name is None:
-        found = {key: str(path) for key, path in find_recipes().items()}
-        _print_json(found) if as_json else _print_table(found.items(), ["recipe", "file"])
+        found = find_recipes()
+        if as_json:
+            _print_json({key: str(path) for key, path in found.items()})
+            return
+        _print_table([[name, *describe(path)] for name, path in found.items()], HEADER)
+        _note(f"\n{shipped('recipes')}\nhow much memory and time each takes: docs/recipes.md")
     else:
         loaded = load_recipe(name, _overrides(settings))
         _print_json(loaded.to_dict()) if as_json else print(dump_recipe(loaded), end="")

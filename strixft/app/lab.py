@@ -22,7 +22,14 @@ from strixft.app.attend import start_on
 from strixft.app.notebooks import run_stages
 from strixft.app.report import write_report
 from strixft.app.watch import LiveView, in_live_notebook
-from strixft.recipe.find import find_recipe, find_recipes, shipped, workspace
+from strixft.recipe.find import (
+    HEADER,
+    describe,
+    find_recipe,
+    find_recipes,
+    shipped,
+    workspace,
+)
 from strixft.recipe.load import parse_overrides
 from strixft.run.folder import Run
 from strixft.run.open import open_run
@@ -189,18 +196,12 @@ def how_to_open(port: int, page: str, token: str) -> str:
 
 @dataclass(frozen=True)
 class RecipeList:
-    """Recipes to choose from, each with its first comment."""
+    """Recipes to choose from."""
 
     recipes: Mapping[str, Path]
 
     def _repr_html_(self) -> str:
-        rows = [(name, _first_comment(path), path) for name, path in self.recipes.items()]
-        return html.table(rows, ["recipe", "what it does", "file"])
-
-
-def _first_comment(path: Path) -> str:
-    line = path.read_text(encoding="utf-8").partition("\n")[0]
-    return line.removeprefix("#").strip() if line.startswith("#") else ""
+        return html.table([[name, *describe(path)] for name, path in self.recipes.items()], HEADER)
 
 
 def list_recipes() -> RecipeList:

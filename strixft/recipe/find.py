@@ -30,6 +30,31 @@ def find_recipes() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
+def describe(path: Path) -> list[str]:
+    """Return model, method and longest row of a recipe's file."""
+    import yaml
+
+    from strixft.recipe.schema import Dataset, Recipe
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        length = found["dataset"].get("max_length", Dataset.model_fields["max_length"].default)
+        method = found.get("method", Recipe.model_fields["method"].default)
+        return [str(found["model"]), str(method), str(length)]
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        yaml.YAMLError,
+    ):  # one file should not hide others
+        return ["damaged", "–", "–"]
+
+
+HEADER = ("recipe", "model", "method", "tokens in a row")
+
+
 def find_recipe(name_or_path: str | Path) -> Path:
     """Return the recipe file for a name or a path.
 
