@@ -109,6 +109,8 @@ BACKENDS: Table[AttentionBackend] = Table(
     ),
 )
 
+CARRIES_ON = "its layers would carry on from one document of a row to the next"
+
 LARGEST_FLASH_HEAD = 256
 """torch 2.11 ATen/native/transformers/sdp_utils: flash attention takes heads up to this size."""
 
@@ -193,7 +195,7 @@ def cannot(backend: AttentionBackend, heads: Heads, device_type: str) -> str | N
     if _is_missing(backend.package):
         return f"{backend.package} is not installed"
     if backend.packed and heads.carries_state:
-        return "its layers would carry on from one document of a row to the next"
+        return CARRIES_ON
     if heads.softcap is not None and not backend.caps_scores:
         return "leaves out the cap of the scores"
     if backend.mask == "lengths" and heads.head_size > LARGEST_FLASH_HEAD:

@@ -14,8 +14,9 @@ from strixft.catalog.methods import METHODS
 from strixft.guard.host import device_type, training_dtype, training_host
 from strixft.model.adapter import base_of, load_adapter
 from strixft.model.architecture import architecture_of
+from strixft.model.kernels import switch_off
 from strixft.model.load import load_base
-from strixft.probe.checks import choose_attention, usable
+from strixft.probe.checks import choose_attention, find_bad_kernels, usable
 from strixft.recipe.schema import Recipe
 
 VARIANTS = ("base", "tuned")
@@ -42,6 +43,7 @@ def load_variants(
     model = load_base(recipe, device, dtype)
     heads = architecture_of(model.config).heads
     backend = usable(choose_attention(heads, training_host(), packing=False))[0]  # correct here
+    switch_off(find_bad_kernels(model.config, training_host()))
 
     def ready(model: nn.Module) -> nn.Module:
         use_backend(base_of(model), backend)

@@ -63,7 +63,7 @@ def find_targets(base: Any, asked: str | list[str], idle: Collection[str] = ()) 
     inside = [
         path
         for path, module in base.named_modules()
-        if id(module) in decoder and is_linear(module) and not _is_router(path, base)
+        if id(module) in decoder and is_linear(module) and not is_router(path, base)
     ]
     if isinstance(asked, list):
         _require_adaptable(base, asked, inside, idle)
@@ -113,7 +113,7 @@ def _returns_product(module: nn.Linear) -> bool:
     return isinstance(found, torch.Tensor) and found.shape == (2, module.out_features)
 
 
-def _is_router(path: str, base: Any) -> bool:
+def is_router(path: str, base: Any) -> bool:
     """Return whether a layer decides which experts a token goes to."""
     parent, _, leaf = path.rpartition(".")
     is_gate = leaf == "gate" and hasattr(base.get_submodule(parent), "experts")

@@ -24,6 +24,7 @@ from strixft.attention.backends import Heads
 from strixft.attention.interface import call_ours
 from strixft.attention.recorder import AttentionCall, watching
 from strixft.model.config import first_lines
+from strixft.model.kernels import guard_kernels
 from strixft.support.errors import RecipeError
 from strixft.support.private_hf import calls_attention_by_name
 from strixft.support.private_torch import TorchDispatchMode
@@ -234,6 +235,8 @@ class Architecture:
     """Tokens of the longest row, if positions are looked up in a table."""
     idle: frozenset[str]
     """Last parts of the names of layers that training does not call: an adapter would not learn."""
+    kernels: tuple[str, ...] = ()
+    """Packages whose kernels its layers take here, for recurrence or convolution."""
 
 
 _asked: dict[str, Architecture] = {}
@@ -271,6 +274,7 @@ def build_shape(config: Any, dtype: torch.dtype) -> Any:
             fix="correct config.json, or download the model again",
         ) from error
     call_ours(base)
+    guard_kernels(base)
     return base
 
 
@@ -294,6 +298,7 @@ def _ask(config: Any) -> Architecture:
         cached=tuple(Cached(call.cached_numbers, call.mask.window) for call in ran.calls),
         positions=_longest_row(base),
         idle=frozenset(linear - {leaf for leaf, module in named if module in ran.modules}),
+        kernels=guard_kernels(base),
     )
 
 

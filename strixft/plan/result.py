@@ -173,6 +173,8 @@ def plan_figures(
         "parts": run.parts,
         "phases": peaks,
         "boxes": shared,
+        "packing": {"packed": job.options.backend.packed, "reason": job.unpacked_because},
+        "kernels_off": dict(job.proof.bad_kernels),
         "choice": {**_choice(job, chosen), "evaluated_rows": evaluated_rows},
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,
@@ -309,6 +311,10 @@ def _warnings(
     job: Job, updates: int | None, peaks: dict[str, Phase], limit: Budget, known: Correction
 ) -> Iterator[str]:
     """Yield what a user should know before training."""
+    if reason := job.unpacked_because:
+        yield f"rows are not packed, though dataset.packing is true: {reason}"
+    for package, problem in job.proof.bad_kernels.items():
+        yield f"kernels of {package} are not used, transformers' own path is: {problem}"
     if job.method.adapter != "none":
         whole = shape_base(job.config, METHODS["full"], torch.bfloat16)
         left_out = find_targets(whole, job.recipe.lora.target_modules, job.architecture.idle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from strixft.attention.backends import (
@@ -16,8 +16,10 @@ from strixft.attention.backends import (
 )
 from strixft.catalog.hosts import Host
 from strixft.catalog.methods import BITSANDBYTES, Method
+from strixft.model.architecture import architecture_of, sample_layers
 from strixft.model.load import native_dtype
-from strixft.probe.run import Task, measure
+from strixft.probe.layers import plain_config
+from strixft.probe.run import Task, measure, measure_here
 from strixft.support.child import Figures
 from strixft.support.errors import HostError
 
@@ -179,6 +181,77 @@ def choose_attention(
         f"no attention backend is right on {host.name} ({seen})",
         fix="strixft doctor   says what is wrong; strixft bench attention   tries again",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class LayersProof:
+    """Faults that a trial of an architecture's layers found on this device."""
+
+    leaks: Mapping[str, str] = field(default_factory=dict)
+    """Attention with which documents of a row are not kept apart, and the reason."""
+    bad_kernels: Mapping[str, str] = field(default_factory=dict)
+    """Packages whose kernels are wrong, and the reason."""
+
+
+def heads_here(config: Any) -> Heads:
+    """Return a model's heads on this machine.
+
+    Where a package has kernels for its states, documents may share a row: that is tried.
+    """
+    found = architecture_of(config)
+    return replace(found.heads, carries_state=found.heads.carries_state and not found.kernels)
+
+
+def _try_layers(
+    config: Any, backend: AttentionBackend, host: Host, off: Collection[str]
+) -> str | None:
+    """Return the problem of an architecture's layers with a backend, without some kernels."""
+    architecture = architecture_of(config)
+    arguments = {
+        "config": plain_config(config),
+        "layers": sample_layers(architecture.kinds),
+        "backend": asdict(backend),
+        "kernels": architecture.kernels,
+        "off": sorted(off),
+    }
+    shared = _task("layers", host).arguments
+    task = Task(f"layers with {backend.name}", "layers", {**shared, **arguments})
+    if host.device == "cpu" and not architecture.kernels:
+        figures = measure_here(task)
+    else:
+        figures = measure([task])[task.name]
+    problem: str | None = figures.get("problem")
+    return problem
+
+
+def find_bad_kernels(config: Any, host: Host) -> dict[str, str]:
+    """Try the kernels that a model takes from packages, those of one package at a time."""
+    packages, found = architecture_of(config).kernels, {}
+    for package in packages:
+        others = [other for other in packages if other != package]
+        if problem := _try_layers(config, BACKENDS["eager-rows"], host, others):
+            found[package] = problem
+    return found
+
+
+def prove_layers(config: Any, host: Host, backends: Sequence[AttentionBackend]) -> LayersProof:
+    """Try an architecture's layers on this machine: kernels, then documents that share rows.
+
+    Args:
+        config: The model's configuration.
+        host: This machine.
+        backends: Attention that is right here, the first to be taken first.
+    """
+    packed = [backend for backend in backends if backend.packed]
+    bad, leaks = find_bad_kernels(config, host), dict[str, str]()
+    for backend in packed:
+        if (problem := _try_layers(config, backend, host, bad)) is None:
+            break
+        leaks[backend.name] = problem
+        if architecture_of(config).heads.carries_state:  # whatever the attention
+            leaks |= {other.name: problem for other in packed}
+            break
+    return LayersProof(leaks, bad)
 
 
 def _chooses_blas(method: Method, host: Host) -> bool:

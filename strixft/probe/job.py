@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from strixft.attention.backends import Heads, known_backends
+from strixft.attention.backends import CARRIES_ON, Heads, known_backends
 from strixft.catalog.hosts import Host
 from strixft.catalog.methods import METHODS, Method
 from strixft.model.architecture import Architecture, architecture_of
 from strixft.model.load import native_dtype
-from strixft.probe.checks import USABLE, Verdict, require_device_works, usable
+from strixft.probe.checks import (
+    USABLE,
+    LayersProof,
+    Verdict,
+    heads_here,
+    prove_layers,
+    require_device_works,
+    usable,
+)
 from strixft.recipe.schema import Recipe
 from strixft.step.update import StepOptions
 from strixft.support.errors import HostError, RecipeError
@@ -32,6 +40,8 @@ class Job:
     """Options of the step; a plan chooses how many layers are recomputed."""
     verdicts: tuple[Verdict, ...] = ()
     """Attention backends that were tried on this machine; empty for another one."""
+    proof: LayersProof = field(default_factory=LayersProof)
+    """Faults that the model's layers showed on this machine."""
 
     @classmethod
     def of(cls, recipe: Recipe, config: Any, host: Host) -> Job:
@@ -41,13 +51,15 @@ class Job:
             RecipeError: The attention that the recipe names cannot be used there.
             HostError: No attention is right on this machine, or 4-bit weights are wrong.
         """
-        verdicts: tuple[Verdict, ...] = ()
-        heads, asked = architecture_of(config).heads, recipe.train.attention
-        if host.here:
-            method, packing = METHODS[recipe.method], recipe.dataset.packing
-            verdicts = tuple(require_device_works(heads, method, host, asked, packing=packing))
-        options = _choose_options(recipe, heads, host, verdicts)
-        return cls(recipe, config, host, options, verdicts)
+        if not host.here:
+            options = _choose_options(recipe, architecture_of(config).heads, host)
+            return cls(recipe, config, host, options)
+        heads, asked = heads_here(config), recipe.train.attention
+        method, packing = METHODS[recipe.method], recipe.dataset.packing
+        verdicts = tuple(require_device_works(heads, method, host, asked, packing=packing))
+        proof = prove_layers(config, host, usable(verdicts))
+        options = _choose_options(recipe, heads, host, verdicts, proof)
+        return cls(recipe, config, host, options, verdicts, proof)
 
     @classmethod
     def planned(
@@ -67,21 +79,24 @@ class Job:
         Raises:
             HostError: The attention of the plan, or 4-bit weights, are wrong here.
         """
-        heads, method = architecture_of(config).heads, METHODS[recipe.method]
+        heads, method = heads_here(config), METHODS[recipe.method]
         verdicts = require_device_works(heads, method, host, choice["attention"])
+        proof = prove_layers(config, host, usable(verdicts))
         for verdict in verdicts:
-            if verdict.outcome not in USABLE:
+            reason = proof.leaks.get(verdict.backend.name)
+            if verdict.outcome not in USABLE or reason:
                 raise HostError(
                     f"attention {verdict.backend.name!r}, which the plan chose, cannot be used on"
-                    f" {host.name}: {verdict.reason}",
+                    f" {host.name}: {reason or verdict.reason}",
                     fix=plan_again,
                 )
         options = StepOptions(**{field.name: choice[field.name] for field in fields(StepOptions)})
-        return cls(recipe, config, host, options, tuple(verdicts))
+        return cls(recipe, config, host, options, tuple(verdicts), proof)
 
     def with_recipe(self, recipe: Recipe) -> Job:
         """Return the job of a changed recipe, for the same model on the same host."""
-        options = _choose_options(recipe, self.architecture.heads, self.host, self.verdicts)
+        heads = heads_here(self.config) if self.host.here else self.architecture.heads
+        options = _choose_options(recipe, heads, self.host, self.verdicts, self.proof)
         return replace(self, recipe=recipe, options=options)
 
     def options_with(self, recomputed_layers: int) -> StepOptions:
@@ -92,6 +107,20 @@ class Job:
     def method(self) -> Method:
         """The recipe's row of `METHODS`."""
         return METHODS[self.recipe.method]
+
+    @property
+    def unpacked_because(self) -> str | None:
+        """The reason why documents do not share rows; None where they do, or should not."""
+        chosen, heads = self.options.backend, self.architecture.heads
+        if chosen.packed or not self.recipe.dataset.packing:
+            return None
+        if self.recipe.train.attention == chosen.name:
+            return f"train.attention: {chosen.name} takes one document a row"
+        if self.proof.leaks:
+            return f"tried on {self.host.name}: {next(iter(self.proof.leaks.values()))}"
+        if heads.carries_state:
+            return CARRIES_ON
+        return "no attention that keeps documents apart can be used"
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -105,7 +134,11 @@ class Job:
 
 
 def _choose_options(
-    recipe: Recipe, heads: Heads, host: Host, verdicts: tuple[Verdict, ...]
+    recipe: Recipe,
+    heads: Heads,
+    host: Host,
+    verdicts: tuple[Verdict, ...] = (),
+    proof: LayersProof | None = None,
 ) -> StepOptions:
     """Choose the fastest attention that nothing speaks against, or the one the recipe names."""
     train, packing = recipe.train, recipe.dataset.packing
@@ -114,10 +147,14 @@ def _choose_options(
         if host.here
         else known_backends(heads, host.device, host.architecture, packing=packing)
     )
+    leaks = proof.leaks if proof else {}
+    found = [backend for backend in found if backend.name not in leaks]
     if train.attention != "auto":
         found = [backend for backend in found if backend.name == train.attention]
     if not found:
-        reasons = "".join(f": {verdict.reason}" for verdict in verdicts)
+        reasons = "".join(
+            f": {leaks.get(verdict.backend.name, verdict.reason)}" for verdict in verdicts
+        )
         raise RecipeError(
             f"attention {train.attention!r} cannot train {heads.model_type} on {host.name}"
             f"{reasons}",

@@ -26,6 +26,7 @@ import torch
 from strixft.attention import core
 from strixft.catalog.device_rates import cpu_name
 from strixft.probe.attention import measure_backend
+from strixft.probe.layers import measure_layers
 from strixft.probe.weights import measure_products, round_trip
 from strixft.support.child import Figures, do_steps, run_steps
 from strixft.support.files import cache_folder, versions, write_json
@@ -34,6 +35,7 @@ FOLDER = "probes"
 
 KINDS: Mapping[str, Callable[..., Figures]] = {
     "attention": measure_backend,
+    "layers": measure_layers,
     "nf4": round_trip,
     "products": measure_products,
 }
@@ -44,7 +46,10 @@ STEP_LIMIT_S = 120.0
 FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT")
 """Ends that say nothing of the task: the kernel takes memory back, somebody ends the process."""
 
-PACKAGES = ("torch", "transformers", "bitsandbytes", "flash-attn-4")
+PACKAGES = (
+    *("torch", "transformers", "bitsandbytes"),
+    *("flash-attn-4", "flash-linear-attention", "causal-conv1d", "mamba-ssm"),
+)
 
 VARIABLES = (
     "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",
@@ -119,6 +124,15 @@ def measure(tasks: Sequence[Task], *, fresh: bool = False) -> dict[str, Figures]
     while waiting:
         waiting = waiting[_one_child(waiting) :]
     return {task.name: _memo[task.digest()] for task in tasks}
+
+
+def measure_here(task: Task) -> Figures:
+    """Return the figures of a task that can neither crash nor hang, done in this process."""
+    if (known := task.known()) is not None:
+        return known
+    figures = KINDS[task.kind](**task.arguments, **task.more)
+    task.keep(figures, lasting=True)
+    return figures
 
 
 def _one_child(tasks: Sequence[Task]) -> int:

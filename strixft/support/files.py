@@ -55,7 +55,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 PACKAGES = (
     *("strixft", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"),
-    "flash-attn-4",
+    *("flash-attn-4", "flash-linear-attention", "causal-conv1d", "mamba-ssm"),
 )
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)(\.ipynb)?")

@@ -6,6 +6,7 @@ upgrade this is the file to read.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,6 +74,25 @@ def factors_of_experts() -> type:
 
     found: type = layer._LoraFactorsProxy
     return found
+
+
+def kernel_beside(function: Any) -> tuple[str, str, Callable[..., Any]] | None:
+    """Return package and name of the kernel that a function of a model calls, and torch's own path.
+
+    None for any other function, and where the package is not installed.
+    """
+    # transformers 5.17 to 5.23 chooses when a model's module is imported, and keeps the choice in a
+    # closure (`integrations/hub_kernels.py`, `use_kernel_func_from_hub_with_fallback`).
+    # End: when a kernel can be switched off by a public name.
+    if (
+        not inspect.isfunction(function)
+        or "is_new_implementation" not in function.__code__.co_freevars
+    ):
+        return None
+    kept = inspect.getclosurevars(function).nonlocals
+    if not kept["is_new_implementation"]:
+        return None
+    return kept["package"], kept["func_name"], kept["torch_function"]
 
 
 def fingerprint_of(rows: Any) -> str:

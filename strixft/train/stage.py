@@ -29,6 +29,7 @@ from strixft.guard.host import cap, training_host
 from strixft.guard.stage_watches import Watches
 from strixft.model.adapter import attach_adapter, base_of
 from strixft.model.files import fingerprint_base
+from strixft.model.kernels import switch_off
 from strixft.model.load import fetch_base, load_base
 from strixft.model.source import load_config, model_source
 from strixft.plan.result import Plan
@@ -179,6 +180,7 @@ def _planned_job(run: Run, plan: Plan) -> Job:
     here = "" if recipe.memory.host in ("auto", "cpu") else " --set memory.host=auto"
     again = f"{run.resume_command}{here} --from plan"
     job = Job.planned(recipe, load_config(recipe), host, plan.figures["choice"], again)
+    switch_off(job.proof.bad_kernels)
     if (library := fastest_blas(job.method, host)) is not None:
         torch.backends.cuda.preferred_blas_library(library)
     return job

@@ -125,7 +125,9 @@ def test_first_loss_and_gradients_are_those_of_transformers_and_peft(
     folder, adapter = tmp_path / "model", tmp_path / "adapter"
     write_model(folder, MODELS_TRIED[name])
     recipe = a_recipe(folder)
-    options = Job.of(recipe, load_config(recipe), cpu()).options
+    job = Job.of(recipe, load_config(recipe), cpu())
+    options, carries_state = job.options, job.architecture.heads.carries_state
+    assert (options.backend.packed, dict(job.proof.leaks)) == (not carries_state, {})
     torch.manual_seed(3)
     model: Any = build(recipe, "cpu", torch.float32)
     with torch.no_grad():
