@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from strixft.model.adapter import ADAPTER_NAME, base_of, decoder_layers, is_line
 from strixft.model.architecture import outside_text, text_decoder
 from strixft.step.update import TrainingStep
 from strixft.support.errors import StageError
+from strixft.support.files import write_json
 
 UPDATES = 2
 """Updates that are watched: B = 0 leaves A without a gradient in the first."""
@@ -323,3 +325,20 @@ def _without(step: TrainingStep, names: Sequence[str]) -> tuple[str, Json]:
         return "--set method=full", {"method": "full"}
     listed = ",".join(kept)
     return f"--set 'lora.target_modules=[{listed}]'", {"lora.target_modules": kept}
+
+
+def cover(step: TrainingStep, batch: Batch, path: Path) -> tuple[Json, FirstUpdates | None]:
+    """Tell what is trained, and watch the first updates unless an earlier process has.
+
+    Args:
+        step: The training step.
+        batch: Any of the run's.
+        path: File with what is trained, once it is proven.
+
+    Raises:
+        StageError: A layer that the recipe names has no adapter.
+    """
+    told = describe(step.model)
+    if path.is_file():
+        return told, None
+    return told, FirstUpdates(step, batch, lambda seen: write_json(path, told | seen))

@@ -130,7 +130,9 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if step.dropout:
             share = f"{step.dropout:g}"
             _warn(watches, f"training leaves out the dropout of {share} that the model has")
-        told, watch = _coverage(step, watches, batches(0)[0], folder / COVERAGE)
+        told, watch = coverage.cover(step, batches(0)[0], folder / COVERAGE)
+        for warning in coverage.warnings_of(told):
+            _warn(watches, warning)
         loop = TrainingLoop(
             step,
             batches,
@@ -277,28 +279,6 @@ def _build_step(
 def _read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
-
-
-def _coverage(
-    step: TrainingStep, watches: Watches, batch: Batch, path: Path
-) -> tuple[dict[str, Any], coverage.FirstUpdates | None]:
-    """Tell what is trained, and watch the first updates unless an earlier process has.
-
-    Args:
-        step: The training step.
-        watches: Told of layers that are not trained.
-        batch: Any of the run's.
-        path: File with what is trained, once it is proven.
-
-    Raises:
-        StageError: A layer that the recipe names has no adapter.
-    """
-    told = coverage.describe(step.model)
-    for warning in coverage.warnings_of(told):
-        _warn(watches, warning)
-    if path.is_file():
-        return told, None
-    return told, coverage.FirstUpdates(step, batch, lambda seen: write_json(path, told | seen))
 
 
 def _require_room(step: TrainingStep, checkpoints: Checkpoints) -> None:
