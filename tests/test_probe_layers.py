@@ -8,20 +8,23 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from conftest import REPOSITORY, WriteRecipe
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from strixft.attention import masks
 from strixft.attention.backends import BACKENDS
 from strixft.guard.host import find_host
 from strixft.model.architecture import architecture_of, sample_layers
+from strixft.model.kernels import guard_kernels, switch_off
 from strixft.model.source import load_config, model_source
 from strixft.plan.result import plan_figures
+from strixft.probe import layers
 from strixft.probe import run as probe_run
 from strixft.probe.checks import prove_layers
 from strixft.probe.job import Job
@@ -65,9 +68,9 @@ def a_config(model_type: str) -> Any:
 
 def measured(model_type: str, backend: str, dtype: str = "float32") -> dict[str, Any]:
     config = a_config(model_type)
-    layers = sample_layers(architecture_of(config).kinds)
+    chosen = sample_layers(architecture_of(config).kinds)
     row = asdict(BACKENDS[backend])
-    return measure_layers(plain_config(config), layers, row, "cpu", dtype)
+    return measure_layers(plain_config(config), chosen, row, "cpu", dtype)
 
 
 @pytest.mark.parametrize("model_type", OWN)
@@ -75,6 +78,7 @@ def measured(model_type: str, backend: str, dtype: str = "float32") -> dict[str,
 def test_documents_that_share_rows_are_as_each_alone_but_where_layers_carry_states(
     model_type: str, dtype: str
 ) -> None:
+    """axolotl-ai-cloud/axolotl#3572, huggingface/transformers#46588: without kernels they leak."""
     figures = measured(model_type, "sdpa-packed", dtype)
     assert ("problem" in figures) == (model_type in STATE), figures
     if model_type in STATE:
@@ -178,6 +182,48 @@ def test_packing_that_leaks_here_is_off_with_its_reason(
         Job.planned(recipe, job.config, host, choice, "strixft run x --from plan")
 
 
+def test_kernels_with_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface/peft#1612: a fused kernel is given weights; their adapters do not learn."""
+    from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+
+    package, code = ModuleType("a_package"), ModuleType("a_model")
+    names = ("causal_conv1d_fn", "mamba_split_conv1d_scan_combined")
+    for name in names:
+        setattr(package, name, lambda x, *, seq_idx=None: f"kernel {seq_idx}")
+    monkeypatch.setitem(sys.modules, "a_package", package)
+    monkeypatch.setitem(sys.modules, "a_model", code)
+    for name in names:
+
+        def plain(x: Tensor, **options: Any) -> str:
+            return "plain"
+
+        beside = use_kernel_func_from_hub_with_fallback(name, "a_package")
+        setattr(code, name, beside(plain))
+    model = type("Mixer", (nn.Module,), {"__module__": "a_model"})()
+    for _ in range(2):  # the second time they have their switches
+        assert guard_kernels(model) == ("a_package",)
+    convolve: Any = code.causal_conv1d_fn
+    here, meta = torch.ones(1), torch.ones(1, device="meta")
+    assert convolve(here, seq_idx=3) == "kernel 3"
+    assert convolve(meta, seq_idx=3) == "plain"
+    assert code.mamba_split_conv1d_scan_combined(here) == "plain"
+    switch_off(["a_package"])
+    assert convolve(here) == "plain"
+    switch_off([])
+    assert convolve(here) == "kernel None"
+
+
+@pytest.mark.parametrize("name", ["hidden", "tokens", "a", "b"])
+def test_a_value_that_is_not_a_number_is_wrong(name: str) -> None:
+    """fla-org/flash-linear-attention#913: a backward kernel ends well and gives NaN."""
+    due = {key: torch.ones(4, 3) for key in ("hidden", "tokens", "a", "b")}
+    found = {key: value.clone() for key, value in due.items()}
+    found[name][2, 1] = torch.nan
+    figures = layers._judged(layers._errors(found, due), dict.fromkeys(layers._SAID, 1e-7))
+    assert "are off by" in figures["problem"]
+    assert figures["error"] is None
+
+
 FLA = '''
 """A kernel with the name of flash-linear-attention's; `{wrong}` is added to its result."""
 import torch
@@ -205,6 +251,7 @@ import json, sys
 from strixft.plan.result import plan_figures
 from strixft.recipe.load import load_recipe
 recipe = load_recipe(sys.argv[1])
+from strixft.model.kernels import guard_kernels, switch_off
 from strixft.model.source import load_config
 from strixft.model.architecture import architecture_of
 figures = plan_figures(recipe, "cpu")

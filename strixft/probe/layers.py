@@ -52,7 +52,7 @@ ROUNDINGS = 4.0
 """Times the distance of two right paths that is allowed."""
 
 LEAST = 1e-3
-"""What is allowed at least. Seen in float32, in 24 architectures: up to 8e-5 where all is right,
+"""Least that is allowed. Seen in float32, in 24 architectures: up to 8e-5 where all is right,
 1.0 and more where a state or a convolution reaches over a boundary."""
 
 Results = dict[str, Tensor]
@@ -67,7 +67,7 @@ class _Call:
     ids: Tensor
     """(B, T)."""
     places: Tensor
-    """Of the documents' tokens in the call's rows laid end to end."""
+    """Places of the documents' tokens in the call's rows laid end to end."""
     batch: Batch = field(default_factory=dict)
     backend: AttentionBackend | None = None
 
@@ -155,7 +155,7 @@ def _errors(found: Results, due: Results) -> dict[str, float]:
     least = 1e-3 * max((float(due[name].norm()) for name in weights), default=1.0)
     errors["weights"] = max(
         (
-            float((found[name] - due[name]).norm()) / max(float(due[name].norm()), least)
+            _finite(float((found[name] - due[name]).norm()) / max(float(due[name].norm()), least))
             for name in weights
         ),
         default=0.0,
