@@ -34,7 +34,7 @@ from strixft.model.config import first_lines
 from strixft.model.kernels import switch_off
 from strixft.model.quantised import draw_weights
 from strixft.support.child import Figures
-from strixft.support.private_hf import NAME_OF_CONFIG
+from strixft.support.private_hf import NAME_OF_CONFIG, calls_attention_by_name
 
 LENGTHS = {"cuda": ((150, 83, 41, 26), (200, 67, 33)), "cpu": ((13, 7, 4), (9, 15))}
 """Tokens of the documents of two rows; no boundary lies where a kernel's block ends."""
@@ -243,7 +243,8 @@ def _without_kernels(packages: Collection[str]) -> Iterator[None]:
 
 def _plainly(decoder: Any, calls: Sequence[_Call], off: Collection[str]) -> Results:
     """Run calls by transformers' own path."""
-    decoder.set_attn_implementation("eager")
+    if calls_attention_by_name(decoder):
+        decoder.set_attn_implementation("eager")
     decoder.set_experts_implementation("eager")
     with _without_kernels(off):
         return _results(decoder, calls)
