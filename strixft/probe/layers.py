@@ -52,7 +52,7 @@ ROUNDINGS = 4.0
 """Times the distance of two right paths that is allowed."""
 
 LEAST = 1e-3
-"""Least that is allowed. Seen in float32, in 24 architectures: up to 8e-5 where all is right,
+"""Least that is allowed. Seen in float32, in 18 architectures: up to 8e-5 where all is right,
 1.0 and more where a state or a convolution reaches over a boundary."""
 
 Results = dict[str, Tensor]
