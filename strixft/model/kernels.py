@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from strixft.support.private_hf import kernel_beside
 
 FUSED = ("mamba_split_conv1d_scan_combined", "mamba_inner_fn")
-"""Never called: they are given weights of projections, and read past their adapters. The first is
-reported to be wrong on HIP as well (state-spaces/mamba, issue of `mamba_split_conv1d_scan`)."""
+"""Never called: they are given weights of projections, and read past their adapters."""
 
 _off: set[str] = set()
 
