@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from strixft.model.adapter import load_adapter
+from strixft.model.architecture import architecture_of
 from strixft.model.load import load_base
 from strixft.model.source import load_config, load_tokenizer
 from strixft.plan.result import plan_figures
@@ -161,3 +163,12 @@ def test_an_adapter_from_another_level(
     first = "model.layers.0." if level == "text" else inside
     assert f"its first layer is {first}mlp.up_proj" in caught.value.problem
     assert f"are named like {inside}self_attn.q_proj" in caught.value.problem
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+def test_a_package_that_a_class_needs(model: Path, write_recipe: WriteRecipe) -> None:
+    """The tower of Gemma 3n comes from timm."""
+    (model / "config.json").write_text(json.dumps({"model_type": "gemma3n", "text_config": TEXT}))
+    with pytest.raises(RecipeError, match="a gemma3n needs a package that is not") as caught:
+        architecture_of(load_config(load_recipe(write_recipe(model=str(model)))))
+    assert caught.value.fix == "pip install timm"

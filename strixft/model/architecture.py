@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -258,7 +259,7 @@ def build_shape(config: Any, dtype: torch.dtype) -> Any:
     """Build the model of a configuration on torch's current default device.
 
     Raises:
-        RecipeError: The sizes in the configuration contradict each other.
+        RecipeError: The sizes in the configuration contradict each other, or a package is missing.
     """
     own_code = type(config).__module__.startswith("transformers_modules")  # trusted: it has run
     try:
@@ -268,6 +269,12 @@ def build_shape(config: Any, dtype: torch.dtype) -> Any:
             attn_implementation="eager",
             trust_remote_code=own_code,
         )
+    except ImportError as error:
+        typed = re.search(r"pip install [\w.-]+", str(error))
+        raise RecipeError(
+            f"a {config.model_type} needs a package that is not installed: {first_lines(error)}",
+            fix=typed[0] if typed else "pip install the package that is named",
+        ) from error
     except Exception as error:  # whatever a model's class raises at contradicting sizes
         raise RecipeError(
             f"no {config.model_type} can be built from its config.json: {first_lines(error)}",
