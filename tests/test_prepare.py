@@ -691,7 +691,9 @@ def test_nothing_that_data_say_becomes_part_of_the_page(stage: Stage) -> None:
     name = "<b>rows.jsonl"
     figures = stage.run(source=str(stage.source([*rows, "{no"], name)), max_bad_fraction=1)
     html = stage.prepared(figures)._repr_html_()
-    assert set(_Tags(html).tags) == {"table", "tr", "td", "th", "p", "pre", "bdi", "span", "img"}
+    assert set(_Tags(html).tags) == {
+        *("table", "tr", "td", "th", "p", "pre", "bdi", "span", "img", "style")
+    }
     for hidden in ("\u202e", "\x1b", "\x00", "<script", "onerror=alert(1)>"):
         assert hidden not in html
     assert "⟦U+202E⟧" in html
