@@ -48,6 +48,8 @@ SLOW = [
     "test_harness",
     "test_hostile",
     "test_merge",
+    "test_methods",
+    "test_methods_runs",
     "test_models",
     "test_opening",
     "test_plan",
@@ -57,6 +59,7 @@ SLOW = [
     "test_step_update",
     "test_stop",
     "test_sweep",
+    "test_target_kernels",
     "test_templates",
     "test_train",
 ]

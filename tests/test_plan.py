@@ -154,7 +154,7 @@ def test_every_micro_batch_of_training_is_within_the_planned_one(seed: int) -> N
     epochs, rows = rng.choice([0.5, 1.0, 1.7, 3.0]), 2 ** rng.randrange(4)
     train = Train(epochs=epochs, tokens_per_update=rng.randrange(1, 200), seed=seed)
     recipe = Recipe(model="none", method="lora", dataset=Dataset(source="none"), train=train)
-    order = training_order(trained, data.num_rows(recipe), seed, rows)
+    order = training_order(trained, data.num_rows(recipe, rows), seed, rows)
     planned = data.largest(recipe, rows)
     assert planned.packed is not None
     padding = len(planned.packed.empty_row())

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from strixft.recipe.schema import Train
+
 Indices = npt.NDArray[np.int64]
 
 Batch = dict[str, Any]
@@ -300,6 +302,19 @@ def length_groups(
 def rows_of_epochs(num_rows: int, epochs: float) -> int:
     """Return the rows that a run trains: each once an epoch; a fraction of one stops early."""
     return max(1, round(num_rows * epochs))
+
+
+def rows_of_run(num_rows: int, train: Train, per_update: int) -> int:
+    """Return the rows that a run trains: those of its updates, or of its epochs.
+
+    Args:
+        num_rows: Training rows.
+        train: Names the updates, or the epochs.
+        per_update: Rows of an update.
+    """
+    if train.max_steps is not None:
+        return train.max_steps * per_update
+    return rows_of_epochs(num_rows, train.epochs)
 
 
 def training_order(

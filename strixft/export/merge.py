@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import device_type, training_dtype
+from strixft.model.adapter import saved_modules
 from strixft.model.files import INDEX, beside_weights, shard_paths
 from strixft.model.load import shape_base
 from strixft.model.mergeable import (
@@ -38,6 +39,8 @@ from strixft.model.mergeable import (
     groups_for,
     own_names,
     quantised_parameters,
+    replaced_parameters,
+    without_tied,
 )
 from strixft.model.quantised import LARGEST
 from strixft.model.source import load_config
@@ -167,11 +170,17 @@ def load_adapted(config: Any, adapter: Path, device: str) -> nn.Module:
         return StageError(f"the adapter in {adapter} {problem}", fix=AGAIN)
 
     state = load_peft_weights(str(adapter), device="cpu")
-    if strange := [name for name in state if ".lora_" not in name]:
-        raise refused(f"holds {strange[0]}, which cannot be merged")
-    base = shape_base(config, METHODS["lora"], torch.float32)
+    settings, base = (
+        PeftConfig.from_pretrained(adapter),
+        shape_base(config, METHODS["lora"], torch.float32),
+    )
     with torch.device("meta"):
-        model: nn.Module = PeftModel(base, PeftConfig.from_pretrained(adapter))
+        model: nn.Module = PeftModel(base, settings)
+    whole = {f"base_model.model.{name}" for name in replaced_parameters(model)}
+    if strange := [name for name in state if ".lora_" not in name and name not in whole]:
+        raise refused(f"holds {strange[0]}, which cannot be merged")
+    for _, module in saved_modules(model):
+        module.to_empty(device=device)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             for name in layer.adapter_layer_names:
@@ -180,7 +189,9 @@ def load_adapted(config: Any, adapter: Path, device: str) -> nn.Module:
         result = set_peft_model_state_dict(model, state)
     except RuntimeError as error:
         raise refused(f"is for another base model: {' '.join(str(error).split())}") from error
-    missing = [name for name in result.missing_keys if ".lora_" in name] + result.unexpected_keys
+    ours = (".lora_", ".modules_to_save.")
+    missing = [name for name in result.missing_keys if any(part in name for part in ours)]
+    missing += result.unexpected_keys
     if missing:
         raise refused(f"and the base do not belong together: {missing[0]}")
     return model
@@ -192,9 +203,10 @@ class _Merger:
     def __init__(self, recipe: Recipe, config: Any, adapter: Path) -> None:
         self._device, self._dtype = device_type(), training_dtype()
         self._storage = METHODS[recipe.method].base
-        self._adapted = adapted_parameters(load_adapted(config, adapter, self._device))
+        trained = load_adapted(config, adapter, self._device)
+        self._adapted, self._replaced = adapted_parameters(trained), replaced_parameters(trained)
         self._quantised = quantised_parameters(config, self._storage, self._dtype)
-        self.changed: set[str] = self._adapted.keys() | self._quantised
+        self.changed: set[str] = self._adapted.keys() | self._replaced.keys() | self._quantised
         """Names of the parameters that differ from the base's files."""
         self.shape = shape_base(config, METHODS["lora"], torch.float32)
 
@@ -207,6 +219,8 @@ class _Merger:
             weight: The parameter in the base's files.
             is_packed: True if the files hold it packed: then it is the weight that training saw.
         """
+        if name in self._replaced:
+            return self._replaced[name]
         if name in self._quantised and not is_packed:
             weight = as_stored(weight.to(self._device, self._dtype), self._storage)
         weight = weight.to(self._device, torch.float32)
@@ -286,7 +300,8 @@ def merge(
         shards = [stack.enter_context(Shard(path)) for path in shard_paths(base_folder)]
         base = _Base(shards, config, float32=float32)
         names = own_names(base.entries)
-        groups = groups_for(merger.shape, base.entries, merger.changed)
+        wanted = without_tied(merger.changed, merger.shape, base.entries)
+        groups = groups_for(merger.shape, base.entries, wanted)
         files: dict[str, _File] = {}
         for shard in shards:
             rows = {name: base.written(name) for name in names if name in shard.entries}

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from strixft.catalog.methods import Method
 from strixft.model.architecture import outside_text, text_decoder, text_layers
+from strixft.model.config import first_lines
 from strixft.recipe.schema import Lora
 from strixft.support.errors import RecipeError, StageError
 from strixft.support.private_hf import renamed_by_peft
@@ -173,8 +174,17 @@ class _MasterLinear(nn.Linear):
         return nn.functional.linear(x, (self.weight * self.factor).to(x.dtype))
 
 
+class AdapterDropout(nn.Dropout):
+    """Drops inputs of an adapter, and keeps a mask of one byte a number on every device."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (…, C) with a share of its numbers dropped, and the others scaled up."""
+        # torch's own would be another operator on `meta`, where a plan counts, than on a GPU
+        return torch.native_dropout(x, self.p, True)[0] if self.training else x
+
+
 class _ScaledInside:
-    """Adds the outputs of base and adapter in PEFT's LoRA layers, with A multiplied by α/r.
+    """Adds the outputs of base and adapter in PEFT's LoRA layers, with A multiplied by its scaling.
 
     A factor behind B, even 1, would write out a scaled copy of the gradient of every layer's
     output. Takes the place of a `LoraVariant` in PEFT.
@@ -185,6 +195,7 @@ class _ScaledInside:
         module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         """Return base plus adapter, (…, D), for the input x (…, C)."""
+        x = module.lora_dropout[active_adapter](x)
         adapter: torch.Tensor = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
         return result + adapter
 
@@ -202,10 +213,74 @@ def _use_master_weights(model: nn.Module, *, scale_inside: bool) -> None:
             if type(module) is nn.Linear and module is not layer.get_base_layer():  # A and B
                 module.to(torch.float32)
                 module.__class__ = _MasterLinear
+            elif type(module) is nn.Dropout:
+                module.__class__ = AdapterDropout
         is_lora = isinstance(layer, LoraLayer) and not layer.use_dora[ADAPTER_NAME]
         if scale_inside and is_lora:
             layer.lora_A[ADAPTER_NAME].factor = layer.scaling[ADAPTER_NAME]
             layer.lora_variant[ADAPTER_NAME] = _ScaledInside()
+
+
+def _train_saved_modules(model: nn.Module) -> None:
+    """Keep modules that are trained whole in float32, and let them answer in the base's type."""
+    dtype = base_of(model).dtype
+    for _, module in saved_modules(model):
+        for buffer in (b for b in module.buffers() if b.is_floating_point()):
+            buffer.copy_(buffer.to(dtype))  # a scale is rounded as the base rounds it
+        module.to(torch.float32)
+        if isinstance(module, nn.Linear):
+            module.__class__ = _MasterLinear
+        else:
+            kind = type(module)
+            module.__class__ = type(f"Master{kind.__name__}", (_InBaseType, kind), {})
+            module.base_dtype = dtype
+
+
+class _InBaseType:
+    """Gives a module's result in the type of the base."""
+
+    base_dtype: torch.dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result: torch.Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return result.to(self.base_dtype)
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that are trained whole beside an adapter, by their names in the base."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for path, wrapper in base_of(model).named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            yield path, wrapper.modules_to_save[ADAPTER_NAME]
+
+
+def _is_tied(base: Any) -> bool:
+    """Return whether token embedding and head are one matrix."""
+    head = base.get_output_embeddings()
+    return head is not None and head.weight is base.get_input_embeddings().weight
+
+
+def _require_savable(base: Any, names: Collection[str]) -> None:
+    """Require that each name is that of modules whose own weights can be trained.
+
+    Raises:
+        RecipeError: It is not, with the reason.
+    """
+    for name in names:
+        named = [(path, m) for path, m in base.named_modules() if path.endswith(name)]
+        problem, fix = None, "lora.modules_to_save: [embed_tokens, lm_head]"
+        if not named:
+            leaves = dict.fromkeys(_leaf(path) for path, m in base.named_modules() if path)
+            problem, fix = f"the model has no module {name!r}", did_you_mean(name, list(leaves))
+        for path, module in named:
+            weights = list(module.parameters())
+            if list(module.children()) or not weights:
+                problem = f"{path} has no weights of its own, or other modules inside"
+            elif not all(weight.is_floating_point() for weight in weights):
+                problem = f"{path} is stored in few bits, and cannot be trained whole"
+        if problem:
+            raise RecipeError(f"lora.modules_to_save: {problem}", fix=fix)
 
 
 @contextlib.contextmanager
@@ -216,8 +291,29 @@ def _without_warning() -> Iterator[None]:
         yield
 
 
+def adapted_layers(lora: Lora, num_layers: int) -> list[int]:
+    """Return the decoder layers that get an adapter.
+
+    Raises:
+        RecipeError: The model does not have one of them.
+    """
+    if lora.layers == "all":
+        return list(range(num_layers))
+    if max(lora.layers) >= num_layers:
+        raise RecipeError(
+            f"lora.layers names layer {max(lora.layers)}, and the model's last one is"
+            f" {num_layers - 1}",
+            fix=f"lora.layers: numbers from 0 to {num_layers - 1}",
+        )
+    return sorted(set(lora.layers))
+
+
 def attach_adapter(
-    model: nn.Module, method: Method, lora: Lora, idle: Collection[str] = ()
+    model: nn.Module,
+    method: Method,
+    lora: Lora,
+    idle: Collection[str] = (),
+    kept: Sequence[int] | None = None,
 ) -> nn.Module:
     """Return the model with its trainable weights: a frozen base with an adapter, or all of it.
 
@@ -226,6 +322,7 @@ def attach_adapter(
         method: Kind of the adapter, whose weights stay in float32.
         lora: Its size and its layers.
         idle: `Architecture.idle` of the base: these layers get no adapter.
+        kept: The decoder layers that the model still has, by their numbers in the whole model.
     """
     if method.adapter == "none":
         model.requires_grad_(True)
@@ -235,19 +332,63 @@ def attach_adapter(
     from peft import LoraConfig, get_peft_model
 
     targets = find_targets(model, lora.target_modules, idle)
+    _require_savable(model, lora.modules_to_save)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
-        lora_dropout=0.0,
+        use_rslora=lora.rs,
+        lora_dropout=lora.dropout,
         target_modules=targets.names,
         exclude_modules=targets.exclude,
+        modules_to_save=list(lora.modules_to_save) or None,  # PEFT adds tied ones
+        ensure_weight_tying=bool(lora.modules_to_save) and _is_tied(model),
+        **_layers_for_peft(model, lora, kept),
         use_dora=method.adapter == "dora",
         task_type="CAUSAL_LM",
     )
-    with _without_warning():
-        adapted: nn.Module = get_peft_model(model, config)
+    try:
+        with _without_warning():
+            adapted: nn.Module = get_peft_model(model, config)
+    except ValueError as error:  # experts in one parameter take no dropout and no DoRA
+        raise RecipeError(
+            f"PEFT cannot attach this adapter: {first_lines(error)}",
+            fix="lora.target_modules: all-linear",
+            settings=_ALL_LINEAR,
+        ) from error
     _use_master_weights(adapted, scale_inside=True)
+    _train_saved_modules(adapted)
     return adapted
+
+
+def _layers_for_peft(model: nn.Module, lora: Lora, kept: Sequence[int] | None) -> dict[str, Any]:
+    """Return PEFT's settings for the layers that get an adapter."""
+    if lora.layers == "all":
+        return {}
+    layers = text_layers(model)
+    chosen = adapted_layers(lora, len(layers)) if kept is None else lora.layers
+    numbers = [here for here, whole in enumerate(kept or range(len(layers))) if whole in chosen]
+    name = next(path for path, module in model.named_modules() if module is layers)
+    return {"layers_to_transform": numbers, "layers_pattern": _leaf(name)}
+
+
+def copy_weights(model: nn.Module, folder: Path) -> None:
+    """Give an adapter the weights of another one of its kind and size.
+
+    Raises:
+        StageError: They are not of one kind and size.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    state = load_peft_weights(str(folder), device="cpu")
+    result = set_peft_model_state_dict(model, state)
+    ours = (".lora_", ".modules_to_save.")
+    missing = [name for name in result.missing_keys if any(part in name for part in ours)]
+    if strange := [*missing, *result.unexpected_keys]:
+        raise StageError(
+            f"the adapter in {folder} is not that of this recipe: {strange[0]}",
+            fix="leave init_from out, or name another run",
+        )
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:

@@ -166,7 +166,8 @@ class _Hidden:
 
 @torch.no_grad()
 def _find_head(base: Any) -> Head | None:
-    own: Any = base.get_output_embeddings()
+    whole: Any = base.get_output_embeddings()
+    own = getattr(whole, "original_module", whole)  # PEFT's copy of it is trained, maybe
     if not isinstance(own, nn.Linear) or getattr(own, "bias", None) is not None:
         return None
     draw = torch.Generator().manual_seed(0)
@@ -189,7 +190,7 @@ def _find_head(base: Any) -> Head | None:
         for decoder in decoders.values():
             vars(decoder).pop("forward", None)
         base.training = was_training
-        base.set_output_embeddings(own)
+        base.set_output_embeddings(whole)
     plain = hidden @ small.weight.T  # (1, T, 8)
     scale = float((plain * logits).sum() / plain.square().sum())
     if torch.allclose(logits, plain * scale, rtol=1e-4, atol=1e-5):

@@ -167,7 +167,7 @@ def build(
         return attach_adapter(load_base(recipe, device, dtype), method, recipe.lora, idle)
     base = shape_base(config, method, dtype, layers=layers)
     with torch.device("meta"):
-        return attach_adapter(base, method, recipe.lora, idle)
+        return attach_adapter(base, method, recipe.lora, idle, layers)
 
 
 def random_model(

@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from strixft.catalog.methods import METHODS
-from strixft.model.adapter import attach_adapter, base_of
+from strixft.model.adapter import attach_adapter, base_of, saved_modules
 from strixft.model.architecture import architecture_of
 from strixft.model.config import first_lines
 from strixft.model.files import model_folder, shard_paths
@@ -121,6 +121,22 @@ def adapted_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module
     return found
 
 
+def replaced_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that were trained whole beside an adapter, by names in the base."""
+    return {
+        f"{path}.{leaf}": weight
+        for path, module in saved_modules(model)
+        for leaf, weight in module.named_parameters()
+    }
+
+
+def without_tied(names: Collection[str], shape: Any, entries: Mapping[str, Entry]) -> set[str]:
+    """Leave out parameters that are the same as others, unless the files hold them, too."""
+    own = {name for name, _ in shape.named_parameters()}
+    held = {group.target for group in groups_of(shape, own_names(entries))}
+    return {name for name in names if name in own or name in held}
+
+
 def quantised_parameters(config: Any, base: str, dtype: torch.dtype) -> set[str]:
     """Return the names of the weights that a base of this storage keeps quantised."""
     if base == "native":
@@ -222,5 +238,6 @@ def check_merge(recipe: Recipe, entries: Mapping[str, Entry]) -> None:
     base, again = (shape_base(config, METHODS["lora"], torch.float32) for _ in range(2))
     idle = architecture_of(config).idle
     with torch.device("meta"):
-        adapted = adapted_parameters(attach_adapter(again, METHODS["lora"], recipe.lora, idle))
-    groups_for(base, entries, adapted.keys() | quantised)
+        trained = attach_adapter(again, METHODS["lora"], recipe.lora, idle)
+    changed = adapted_parameters(trained).keys() | replaced_parameters(trained).keys() | quantised
+    groups_for(base, entries, without_tied(changed, base, entries))

@@ -23,7 +23,7 @@ from strixft.data.batches import (
     PackedRows,
     PackedShape,
     largest_batch,
-    rows_of_epochs,
+    rows_of_run,
     training_order,
 )
 from strixft.plan.dry_run import DryRun, Step
@@ -113,18 +113,19 @@ class DataShape:
         """Return the micro-batches of so many rows in an update."""
         return max(1, round(self.rows_per_update(recipe) / rows))
 
-    def num_rows(self, recipe: Recipe) -> int:
-        """Return the rows that the run trains in all its epochs."""
-        return rows_of_epochs(len(self.lengths), recipe.train.epochs)
+    def num_rows(self, recipe: Recipe, rows: int) -> int:
+        """Return the rows that the whole run trains, in micro-batches of so many."""
+        per_update = rows * self.steps(recipe, rows)
+        return rows_of_run(len(self.lengths), recipe.train, per_update)
 
     def updates(self, recipe: Recipe, rows: int) -> int | None:
         """Return the updates of a run in micro-batches of so many rows; the last may be smaller.
 
-        None before the data are prepared.
+        None before the data are prepared, unless the recipe names it.
         """
         if not self.lengths:
-            return None
-        return -(-self.num_rows(recipe) // (rows * self.steps(recipe, rows)))
+            return recipe.train.max_steps
+        return -(-self.num_rows(recipe, rows) // (rows * self.steps(recipe, rows)))
 
     def mean_length(self) -> float:
         """Return the real tokens of a row, on average."""
@@ -146,7 +147,7 @@ class DataShape:
             return RowShape(rows, self.max_length, rows * (self.max_length - 1), packed)
         sizes, seed = self.trained if self.is_packed else self.lengths, recipe.train.seed
         padded = not self.is_packed
-        order = training_order(sizes, self.num_rows(recipe), seed, rows, padded=padded)
+        order = training_order(sizes, self.num_rows(recipe, rows), seed, rows, padded=padded)
         length, trained = largest_batch(self.lengths, self.trained, order, rows)
         packed = self._packed_shape(order, rows)
         return RowShape(rows, self.max_length if packed else length, trained, packed)

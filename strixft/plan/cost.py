@@ -154,7 +154,8 @@ def unpack_cost(packed: Tensor, weight: Tensor) -> Cost:
 
 def operator_cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost:
     """Return the cost of one operator."""
-    first = next((t for t in tree_iter(result) if isinstance(t, Tensor)), None)
+    written = args if result is None else result  # an optimizer's update writes over its arguments
+    first = next((t for t in tree_iter(written) if isinstance(t, Tensor)), None)
     if first is None:
         return Cost(0, (), UNTYPED)
     flop = count_flop(func, args, kwargs, result)

@@ -243,8 +243,8 @@ class DryRun:
 def layer_kinds(
     job: Job, recomputed_layers: int, layers: Sequence[int] | None = None
 ) -> list[Kind]:
-    """Return for each layer, or some, whether it is recomputed, and its kind in the model."""
-    known = job.architecture.kinds
+    """Return for each layer, or some, whether it is recomputed, and its kind."""
+    known = job.kinds
     kept = known if layers is None else [known[layer] for layer in layers]
     return [(index < recomputed_layers, kind) for index, kind in enumerate(kept)]
 
@@ -265,7 +265,7 @@ def trace_run(
         steps: Micro-batches of an update.
         layers: Only these of the model's layers.
     """
-    layers = range(len(job.architecture.kinds)) if layers is None else layers
+    layers = range(len(job.kinds)) if layers is None else layers
     kinds = layer_kinds(job, recomputed_layers, layers)
     sampled = sample_layers(kinds)
     recomputed = sum(index < recomputed_layers for index in sampled)

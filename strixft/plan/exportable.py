@@ -31,6 +31,9 @@ def require_kinds(recipe: Recipe, kinds: Collection[str]) -> None:
     """
     if "gguf-lora" in kinds and METHODS[recipe.method].adapter != "lora":
         raise StageError(f"method {recipe.method} has no plain LoRA adapter", fix="--to gguf")
+    if "gguf-lora" in kinds and recipe.lora.modules_to_save:
+        names = ", ".join(recipe.lora.modules_to_save)
+        raise StageError(f"a GGUF adapter cannot hold {names}, trained whole", fix="--to gguf")
     gguf.require_tools(kinds, recipe.export.gguf)
     if SERVED.intersection(kinds):
         require_runtime()

@@ -182,6 +182,8 @@ def measure(job: Job, limit: Budget, run: DryRun) -> Correction:
         FitError: Not even the small models fit.
         HostError: There is nothing to compare: no allocator, and no predicted time.
     """
+    everywhere = job.recipe.lora.model_copy(update={"layers": "all"})  # few layers may have none
+    job = replace(job, recipe=job.recipe.model_copy(update={"lora": everywhere}))
     counts = [min(count, run.num_layers) for count in LAYERS]
     found = [_compare(job, limit, run, count) for count in counts]
     peaks = [(float(planned.peak_bytes), float(peak)) for planned, peak, _ in found if peak]

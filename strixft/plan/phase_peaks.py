@@ -164,7 +164,7 @@ class PhasePeaks:
 
     def _forward(self, shape: RowShape) -> int:
         if shape not in self._forwards:
-            layers = sample_layers(self._job.architecture.kinds)
+            layers = sample_layers(self._job.kinds)
             self._forwards[shape] = trace_cache.number(
                 trace_cache.name_of(self._job, shape, "forward"),
                 lambda: forward_bytes(self._job, shape, layers),

@@ -15,7 +15,7 @@ import torch
 from strixft.catalog.hosts import THIS_MACHINE, Budget, Host, Sourced
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import budget_for, find_host
-from strixft.model.adapter import find_targets
+from strixft.model.adapter import adapted_layers, find_targets
 from strixft.model.architecture import architecture_of
 from strixft.model.config import first_lines, warnings_of
 from strixft.model.load import shape_base
@@ -28,6 +28,7 @@ from strixft.plan.measure import Correction, load_correction, measure, save_corr
 from strixft.plan.phase_peaks import PROCESS, Phase, PhasePeaks, phases
 from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
+from strixft.run.first_weights import first_weights
 from strixft.run.folder import Result, Run, resume_command
 from strixft.support.errors import FitError, RecipeError, StageError, StrixftError
 from strixft.support.private_hf import NAME_OF_CONFIG
@@ -198,8 +199,11 @@ def _checked_job(recipe: Recipe, name: str, *, measured: bool) -> Job:
         )
     host = find_host(name)
     _require_master_weights(recipe, host)
+    first_weights(recipe)
     config = load_config(recipe)
     _require_positions(recipe, config)
+    if METHODS[recipe.method].adapter != "none":
+        adapted_layers(recipe.lora, len(architecture_of(config).kinds))
     return Job.of(recipe, config, host)
 
 
@@ -260,7 +264,7 @@ def _choice(job: Job, chosen: Choice) -> dict[str, Any]:
 def _times(recipe: Recipe, chosen: Choice, data: DataShape) -> dict[str, float | None]:
     run, per_update = chosen.run, chosen.run.seconds_per_update
     rows = run.shape.rows * run.steps
-    updates = data.num_rows(recipe) / rows if data.lengths else None
+    updates = data.num_rows(recipe, run.shape.rows) / rows if data.lengths else None
     return {
         "tok_per_s": rows * data.mean_length() / per_update if per_update else None,
         "seconds_per_update": per_update,

@@ -247,7 +247,8 @@ class _Recorder(MemoryTracker):
             if not again:
                 self._leaves_layers = last
                 hidden = output[0] if isinstance(output, tuple) else output
-                hidden.register_hook(lambda _: self._goto("backward", index))
+                if hidden.requires_grad:  # no gradient goes below the first adapter
+                    hidden.register_hook(lambda _: self._goto("backward", index))
             return output
 
         set_call(layer, followed)

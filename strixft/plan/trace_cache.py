@@ -46,7 +46,7 @@ def name_of(job: Job, regime: Any, kinds: Sequence[Any]) -> str:
         "config": {k: v for k, v in job.config.to_dict().items() if k != "transformers_version"},
         "method": recipe.method,
         "lora": recipe.lora.model_dump(),
-        "optimizer": recipe.train.optimizer,
+        "optimizer": [recipe.train.optimizer, recipe.train.lora_plus_ratio != 1],
         "options": asdict(job.options),
         "device": [host.device, host.architecture, host.bfloat16],
         "regime": str(regime),

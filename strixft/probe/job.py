@@ -12,6 +12,7 @@ import torch
 from strixft.attention.backends import CARRIES_ON, Heads, known_backends
 from strixft.catalog.hosts import Host
 from strixft.catalog.methods import METHODS, Method
+from strixft.model.adapter import adapted_layers
 from strixft.model.architecture import Architecture, architecture_of
 from strixft.model.load import native_dtype
 from strixft.probe.checks import (
@@ -126,6 +127,19 @@ class Job:
     def architecture(self) -> Architecture:
         """The model's layers, its heads, and what else its code tells."""
         return architecture_of(self.config)
+
+    @cached_property
+    def kinds(self) -> list[tuple[int, bool, int]]:
+        """For each layer its kind in the model, whether it gets an adapter, and its place.
+
+        No gradient goes below the first adapter (-1), and none to the input of its layer (0).
+        """
+        known = self.architecture.kinds
+        adapted = list(range(len(known)))
+        if self.method.adapter != "none":
+            adapted = adapted_layers(self.recipe.lora, len(known))
+        places = [max(-1, min(layer - adapted[0], 1)) for layer in range(len(known))]
+        return [(known[n], n in adapted, places[n]) for n in range(len(known))]
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from strixft.formats import sources
-from strixft.recipe.find import find_recipe
+from strixft.recipe.find import find_recipe, workspace
 from strixft.recipe.schema import Recipe, Source, as_section, explain, shown
 from strixft.support.errors import RecipeError, StrixftError
 from strixft.support.tables import did_you_mean
@@ -288,6 +288,17 @@ def _task_folder(name: str | None, folder: Path) -> str | None:
     return str(found)
 
 
+def _run_folder(name: str | None, folder: Path) -> str | None:
+    """Return the folder of a run by its path, beside the recipe or here, or by its name."""
+    if name is None:
+        return None
+    given = Path(os.path.expanduser(name))
+    for place in (folder, Path.cwd(), workspace(), workspace() / "runs"):
+        if os.path.isfile(place / given / "recipe.yaml"):
+            return os.path.realpath(place / given)
+    raise RecipeError(f"init_from: there is no run {name!r}", fix="strixft runs   lists the runs")
+
+
 def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read and check a recipe file, apply overrides, and resolve the paths in it.
 
@@ -320,6 +331,7 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
             "model": _model(recipe.model, Path.cwd() if "model" in (overrides or {}) else folder),
             "dataset": dataset.model_copy(update={"source": source}),
             "evaluate": evaluate.model_copy(update=files),
+            "init_from": _run_folder(recipe.init_from, folder),
         }
     )
 

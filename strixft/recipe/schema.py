@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -89,6 +90,14 @@ def _known_columns(columns: dict[str, str]) -> dict[str, str]:
                 f"{name!r} is not a column of a format; {did_you_mean(name, sorted(known))}"
             )
     return columns
+
+
+def _layer_numbers(asked: Any) -> Any:
+    """Return `16-31` as a list of numbers; anything else as it is."""
+    found = (
+        re.fullmatch(r"\s*(\d{1,4})\s*-\s*(\d{1,4})\s*", asked) if isinstance(asked, str) else None
+    )
+    return list(range(int(found[1]), int(found[2]) + 1)) if found else asked
 
 
 Format = Annotated[str, AfterValidator(lambda name: name if name == "auto" else FORMATS[name].name)]
@@ -227,11 +236,23 @@ class Lora(_Section):
     """Rank: a higher rank learns more and costs more memory."""
     alpha: int = Field(default=32, ge=1)
     """Strength: the adapter's output is scaled by alpha / r."""
+    rs: bool = False
+    """Scale by alpha / √r instead, so that high ranks learn as fast (rsLoRA, arXiv:2312.03732)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that are dropped in training; each takes a mask of its own."""
     target_modules: Annotated[
         Literal["all-linear"] | list[str],
         _refuse(lambda names: not names, "should name at least one layer"),
     ] = "all-linear"
-    """Layers that get an adapter; all linear layers learn best (arXiv:2305.14314)."""
+    """Modules that get an adapter; all linear layers learn best (arXiv:2305.14314)."""
+    layers: Annotated[
+        Literal["all"] | list[Annotated[int, Field(ge=0)]],
+        BeforeValidator(_layer_numbers),
+        _refuse(lambda layers: not layers, "should name at least one layer"),
+    ] = "all"
+    """Decoder layers that get an adapter, counted from 0: a list, or a range such as `16-31`."""
+    modules_to_save: list[str] = Field(default=[])
+    """Modules that are trained whole beside the adapter, such as `embed_tokens` and `lm_head`."""
 
 
 class Train(_Section):
@@ -239,8 +260,12 @@ class Train(_Section):
 
     epochs: float = Field(default=2, gt=0)
     """Passes over the training rows; a fraction stops within a pass."""
+    max_steps: Annotated[int | None, _at_least(1)] = None
+    """Updates of the run, in place of those of `epochs`; the rows are used as often as it takes."""
     learning_rate: float = Field(default=1e-4, gt=0, lt=1)
     """Peak learning rate, reached after the warm-up."""
+    lora_plus_ratio: float = Field(default=1.0, gt=0, le=1000)
+    """Learning rate of an adapter's B, relative to that of its A (LoRA+, arXiv:2402.12354)."""
     tokens_per_update: Annotated[int | Literal["auto"], _at_least(1)] = "auto"
     """Trained tokens in one update; `auto` aims at 200 updates in total."""
     micro_batch: Annotated[int | Literal["auto"], _at_least(1)] = "auto"
@@ -255,8 +280,9 @@ class Train(_Section):
     compile: Literal["auto", "layers", "none"] = "auto"
     """Compile the decoder layers into generated kernels; `auto` does so on a GPU for packed
     rows."""
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW with float32 masters: 12 bytes for a weight trained in bf16, 16 in float32."""
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """AdamW with float32 masters: 12 bytes for a weight trained in bf16, 16 in float32;
+    `adamw-8bit` keeps an adapter's moments in 8 bits: 10 (arXiv:2110.02861)."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -351,6 +377,8 @@ class Recipe(_Section):
     write it; `keep` shows it and counts only what follows it; `drop` removes it from the rows. The
     empty reasoning that some templates write for an answer without any is trained by `train` and
     `drop`, so that the model learns to answer at once, and not by `keep`."""
+    init_from: str | None = None
+    """Run whose adapter is trained on, such as `runs/first`: the same base, and the same `lora`."""
     lora: Lora = Lora()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

@@ -29,6 +29,7 @@ READ_BY = {
     "trust_remote_code": "prepare",
     "method": "plan",
     "lora": "plan",
+    "init_from": "plan",
     "train": "plan",
     "memory": "plan",
     "evaluate": "evaluate",

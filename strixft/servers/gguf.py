@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -226,10 +227,31 @@ def convert_model(folder: Path, target: Path, kind: str, ends: Sequence[int]) ->
         _convert("convert_hf_to_gguf.py", [str(view), "--outtype", kind], target, ends)
 
 
+@contextlib.contextmanager
+def _scaled_by_rank(adapter: Path) -> Iterator[Path]:
+    """Lend an adapter whose output is scaled by alpha / r, the only scaling that llama.cpp has.
+
+    rsLoRA scales by alpha / √r, which the converter does not read (llama.cpp of October 2026).
+    """
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if not settings.get("use_rslora"):
+        yield adapter
+        return
+    alpha = settings["lora_alpha"] * math.sqrt(settings["r"])
+    with tempfile.TemporaryDirectory() as temporary:
+        view = Path(temporary)
+        for file in adapter.iterdir():
+            if file.name != "adapter_config.json":
+                (view / file.name).symlink_to(file.resolve())
+        scaled = {**settings, "lora_alpha": alpha, "use_rslora": False}
+        (view / "adapter_config.json").write_text(json.dumps(scaled), encoding="utf-8")
+        yield view
+
+
 def convert_adapter(adapter: Path, base_folder: Path, target: Path) -> None:
     """Write an adapter as a GGUF file of its own, in float16; raises as `convert_model` does."""
-    with _without_code(base_folder) as view:
-        words = [str(adapter), "--base", str(view), "--outtype", "f16"]
+    with _without_code(base_folder) as view, _scaled_by_rank(adapter) as scaled:
+        words = [str(scaled), "--base", str(view), "--outtype", "f16"]
         _convert("convert_lora_to_gguf.py", words, target)
 
 

@@ -79,11 +79,14 @@ def is_view(node: fx.Node) -> bool:
     return node.op == "call_function" and is_named
 
 
+_GENERATED = {aten.constant_pad_nd.default, aten.rand.default}  # a mask of dropout is drawn inside
+
+
 def is_generated(node: fx.Node) -> bool:
     """Tell whether the compiler writes the kernel: elementwise, a sum of rows, 4-bit weights."""
     if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
         return False  # of several results, as of `var_mean`, none is generated
-    if writes_4bit_out(node.target) or node.target is aten.constant_pad_nd.default:
+    if writes_4bit_out(node.target) or node.target in _GENERATED:
         return True
     tags = getattr(node.target, "tags", ())
     fusible = torch.Tag.pointwise in tags or torch.Tag.reduction in tags

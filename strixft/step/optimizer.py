@@ -1,4 +1,4 @@
-"""AdamW for weights that are kept in bf16: small updates are not lost.
+"""Optimizers, and AdamW for weights that are kept in bf16: small updates are not lost.
 
 A bf16 weight has 8 significant bits, so an update below 1/512 of it changes nothing. Here the 16
 bits that a float32 would have besides are kept in the optimizer's state. The weight is the rounded
@@ -9,11 +9,14 @@ and the first in bf16, training takes 12 bytes a weight in place of the 16 of us
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from strixft.recipe.schema import Train
+from strixft.support.errors import RecipeError
 
 CHUNK = 2**24
 """Elements that are updated at once: temporaries take 64 MiB each."""
@@ -42,7 +45,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
     """AdamW over bf16 weights with float32 masters (Loshchilov and Hutter, arXiv:1711.05101).
 
     Args:
-        params: Weights in bf16.
+        params: Weights in bf16, or groups of them with their own learning rates.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
         betas: Decay of both moments.
@@ -51,7 +54,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -101,3 +104,44 @@ def _update_chunk(tensors: tuple[Tensor, ...], step: int, group: dict[str, Any])
     master.mul_(1 - group["lr"] * group["weight_decay"])
     master.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**step))
     split_(master, weight, low)
+
+
+def _groups(named: Mapping[str, nn.Parameter], train: Train) -> list[dict[str, Any]]:
+    """Return the trained weights by learning rate: B of an adapter may have its own (LoRA+)."""
+    if train.lora_plus_ratio == 1:
+        return [{"params": list(named.values())}]
+    faster = {name for name in named if ".lora_" in name and ".lora_A." not in name}
+    groups = (
+        ([w for n, w in named.items() if n not in faster], train.learning_rate),
+        ([named[n] for n in named if n in faster], train.learning_rate * train.lora_plus_ratio),
+    )
+    return [{"params": weights, "lr": rate} for weights, rate in groups if weights]
+
+
+def build_optimizer(named: Mapping[str, nn.Parameter], train: Train) -> torch.optim.Optimizer:
+    """Return the optimizer of a recipe.
+
+    Args:
+        named: Trained weights, in bf16 or float32, by their names in the model.
+        train: Names the optimizer and its settings.
+
+    Raises:
+        RecipeError: Moments in 8 bits are asked for, and the weights are trained in bf16.
+    """
+    groups, rate, decay = _groups(named, train), train.learning_rate, train.weight_decay
+    is_8bit = train.optimizer == "adamw-8bit"
+    if any(weight.dtype is torch.bfloat16 for weight in named.values()):
+        if is_8bit:
+            raise RecipeError(
+                "bitsandbytes' AdamW8bit updates bf16 weights in place, which loses updates below"
+                " 1/512 of a weight",
+                fix="--set train.optimizer=adamw, which keeps 16 more bits of each weight",
+                settings={"train.optimizer": "adamw"},
+            )
+        return BFloat16AdamW(groups, rate, decay)
+    if is_8bit:
+        from bitsandbytes.optim import AdamW8bit
+
+        found: torch.optim.Optimizer = AdamW8bit(groups, rate, weight_decay=decay)
+        return found
+    return torch.optim.AdamW(groups, rate, weight_decay=decay, fused=True)

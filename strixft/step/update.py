@@ -16,13 +16,13 @@ from strixft.attention.backends import BACKENDS, AttentionBackend
 from strixft.attention.interface import use_backend
 from strixft.attention.masks import packed_rows
 from strixft.data.batches import Batch
-from strixft.model.adapter import base_of
+from strixft.model.adapter import AdapterDropout, base_of
 from strixft.model.architecture import linear_head, text_decoder
 from strixft.recipe.schema import Train
 from strixft.step.layers import compile_layers, set_recompute
 from strixft.step.loss import chunked_cross_entropy, token_cross_entropy
 from strixft.step.memory_tracker import part
-from strixft.step.optimizer import BFloat16AdamW
+from strixft.step.optimizer import build_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ def batch_loss(
     if (head := linear_head(base)) is None:
         return _own_head_losses(base, batch, options, "sum") / num_trained
     hidden = _trained_hidden(base, batch, options, head.scale)
-    weight: Tensor = base.get_output_embeddings().weight  # (V, C)
     with part("head"):
+        weight: Tensor = base.get_output_embeddings().weight.to(hidden.dtype)  # (V, C)
         total = chunked_cross_entropy(
             hidden, weight, batch["labels"], head.softcap, compiled=options.compiled
         )
@@ -79,7 +79,7 @@ def _token_losses(model: nn.Module, batch: Batch, options: StepOptions) -> Tenso
     if (head := linear_head(base)) is None:
         return _own_head_losses(base, batch, options, "none").detach()
     hidden = _trained_hidden(base, batch, options, head.scale).detach()
-    weight = base.get_output_embeddings().weight
+    weight = base.get_output_embeddings().weight.to(hidden.dtype)
     return token_cross_entropy(hidden, weight, batch["labels"], head.softcap)
 
 
@@ -110,9 +110,12 @@ def _leave_out_dropout(model: nn.Module) -> float:
     """Let training drop no values; return the largest share that the model would have dropped.
 
     Few attention kernels can drop any, so what is learned would depend on the one that is taken.
+    The adapter's own dropout, which the recipe asks for, stays.
     """
     most = 0.0
     for module in model.modules():
+        if isinstance(module, AdapterDropout):
+            continue
         shares = {name: value for name, value in vars(module).items() if isinstance(value, float)}
         for name, share in shares.items():
             if "drop" in name or (name == "p" and isinstance(module, nn.Dropout)):
@@ -147,7 +150,7 @@ class TrainingStep:
         self.dropout = _leave_out_dropout(model)
         """The largest share of values that the model would have dropped."""
         self._trainable = {n: w for n, w in model.named_parameters() if w.requires_grad}
-        self.optimizer = self._build_optimizer()
+        self.optimizer = build_optimizer(self._trainable, settings)
         is_scaled = base.dtype is torch.float16 and base.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(enabled=is_scaled)
         self.skipped = False
@@ -160,12 +163,6 @@ class TrainingStep:
     def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Return the weights that are trained, with the names that the model has for them."""
         return list(self._trainable.items())
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        rate, decay = self.settings.learning_rate, self.settings.weight_decay
-        if any(weight.dtype is torch.bfloat16 for weight in self.trainable()):
-            return BFloat16AdamW(self.trainable(), rate, decay)
-        return torch.optim.AdamW(self.trainable(), rate, weight_decay=decay, fused=True)
 
     def loss(self, batch: Batch, num_trained: int | Tensor) -> Tensor:
         """Return the loss of a batch, (); see `batch_loss`."""

@@ -273,10 +273,12 @@ class FirstUpdates:
             found: Tensor = decoder(input_ids=self._ids, use_cache=False)[0]
             return found.float()
 
+        model.eval()  # a mask of dropout would be drawn, and a resumed run draws at other updates
         with torch.compiler.set_stance("force_eager"):  # another length would compile anew
             with_adapter = hidden()
             with model.disable_adapter():
                 without = hidden()
+        model.train()
         apart = float((with_adapter - without).norm() / without.norm())
         if not apart > 0:  # NaN is not more
             raise StageError(

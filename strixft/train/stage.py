@@ -21,13 +21,13 @@ from strixft.data.batches import (
     PackedShape,
     collate,
     on_device,
-    rows_of_epochs,
+    rows_of_run,
     training_order,
 )
 from strixft.guard.advice import finite_again, less_memory, loss_spikes
 from strixft.guard.host import cap, training_host
 from strixft.guard.stage_watches import Watches
-from strixft.model.adapter import attach_adapter, base_of
+from strixft.model.adapter import attach_adapter, base_of, copy_weights
 from strixft.model.files import fingerprint_base
 from strixft.model.kernels import switch_off
 from strixft.model.load import fetch_base, load_base
@@ -37,6 +37,7 @@ from strixft.prepare.stage import Prepared, require_known_tokens
 from strixft.probe.checks import fastest_blas
 from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
+from strixft.run.first_weights import first_weights
 from strixft.run.folder import Result, Run, resume_command
 from strixft.run.log import LOG, Record, append, busy_seconds
 from strixft.run.open import READ_BY
@@ -127,6 +128,8 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         batches = _Batches(job, prepared, planned["choice"])
         first = [] if newest else proof_batches(batches(0))
         step, proof = _build_step(job, plan, first, folder / PROOF)
+        if newest is None and (before := first_weights(run.recipe)) is not None:
+            copy_weights(step.model, before.folder / ADAPTER)
         if step.dropout:
             share = f"{step.dropout:g}"
             _warn(watches, f"training leaves out the dropout of {share} that the model has")
@@ -205,7 +208,26 @@ def _inputs(run: Run, prepared: Prepared, plan: Plan) -> dict[str, Any]:
         "rows_sha256": prepared.inputs["rows_sha256"],
         "choice": plan.figures["choice"],
         "base": fingerprint_base(model_source(run.recipe.model)),
+        "init_from": _first_adapter(run),
     }
+
+
+def _first_adapter(run: Run) -> dict[str, str] | None:
+    """Return the files of the adapter that the training begins with, with their hashes.
+
+    Raises:
+        StageError: It was trained on another base.
+    """
+    before = first_weights(run.recipe)
+    if before is None:
+        return None
+    if before.inputs["base"] != fingerprint_base(model_source(run.recipe.model)):
+        raise StageError(
+            f"init_from: the files of {run.recipe.model} have changed since {before.folder.parent}"
+            " was trained",
+            fix="restore them, or leave init_from out",
+        )
+    return before.files
 
 
 class _Batches:
@@ -222,7 +244,7 @@ class _Batches:
             else prepared.token_rows(recipe.dataset).train
         )
         sizes = self._rows.sums("num_trained").tolist() if shape else self._rows["length"]
-        num_rows = rows_of_epochs(len(sizes), recipe.train.epochs)
+        num_rows = rows_of_run(len(sizes), recipe.train, self._size * self._steps)
         seed, padded = recipe.train.seed, not shape
         self._order = training_order(sizes, num_rows, seed, self._size, padded=padded)
 
