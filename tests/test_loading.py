@@ -34,6 +34,7 @@ from strixft.model.stream import Shard, checksums_of, streaming
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import RecipeError, StageError
+from strixft.support.progress import following
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 320,
@@ -654,9 +655,11 @@ def resident_pages(path: Path) -> int:
 def test_the_bar_counts_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("strixft.support.progress._in_notebook", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(2**20), "b": torch.ones(2**20)}, path)
-    with streaming([path], "cpu") as found:
+    seen: list[dict[str, Any]] = []
+    with following(seen.append), streaming([path], "cpu") as found:
         assert all(torch.equal(found[name][...], torch.ones(2**20)) for name in "ab")
     assert re.search(r"weights: 100%.* 8\.00M/8\.00M .*[KMG]iB/s", capsys.readouterr().err)
+    assert (seen[-1]["what"], seen[-1]["done"], seen[-1]["total"]) == ("weights", 2**23, 2**23)

@@ -119,7 +119,7 @@ def test_the_generator_of_training_is_left_alone() -> None:
 
 
 def test_what_is_too_large_or_fails_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(probe_run.measure_layers.__globals__["LARGEST"], "cpu", 1000)
+    monkeypatch.setitem(layers.LARGEST, "cpu", 1000)
     assert "too many to try" in measured("llama", "sdpa-packed")["untried"]
     row = asdict(BACKENDS["sdpa-packed"])
     assert measure_layers({"model_type": "nobody"}, [0], row, "cpu", "float32")["untried"]
@@ -131,7 +131,7 @@ def test_a_trial_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     packed, host, config = [BACKENDS["sdpa-packed"]], find_host("cpu"), a_config("lfm2")
     found = prove_layers(config, host, packed)
     monkeypatch.setattr(probe_run, "_memo", {})
-    monkeypatch.setitem(probe_run.KINDS, "layers", None)  # type: ignore[misc]
+    monkeypatch.setitem(probe_run.KINDS, "layers", None)
     assert prove_layers(config, host, packed) == found
     assert list(found.leaks) == ["sdpa-packed"]
 

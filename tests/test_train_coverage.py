@@ -55,7 +55,9 @@ def a_model(targets: str | list[str] = "all-linear", method: str = "lora") -> An
     )
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, attn_implementation="strixft")
-    return attach_adapter(base, METHODS[method], Lora(r=2, target_modules=targets))
+    return attach_adapter(
+        base, METHODS[method], Lora.model_validate({"r": 2, "target_modules": targets})
+    )
 
 
 def a_batch() -> Batch:
@@ -124,7 +126,7 @@ def past_its_adapter(model: nn.Module, name: str) -> None:
     """As a fused kernel does that is given the weights of a layer."""
     for path, layer in model.named_modules():
         if path.endswith(name) and isinstance(layer, LoraLayer):
-            layer.forward = layer.get_base_layer().forward  # type: ignore[attr-defined]
+            layer.forward = layer.get_base_layer().forward
 
 
 def test_an_adapter_that_is_read_past_stops_the_run() -> None:

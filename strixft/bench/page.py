@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 from strixft.bench.image import NOT_PUBLISHED
 from strixft.bench.published import REFERENCE, Figure, expect_decode, figures, first_guide
-from strixft.bench.roofline import FLOP_PER_TOKEN, WEIGHTS, compute_ceiling, file_bytes, weights_of
+from strixft.bench.roofline import FLOP_PER_TOKEN, WEIGHTS, compute_ceiling, file_bytes
 from strixft.bench.run import Stored, read_store
 from strixft.catalog.hosts import HOSTS
 from strixft.catalog.models import MODELS
+from strixft.model.architecture import multiplied_parameters
+from strixft.model.source import load_config
 from strixft.plan.result import plan_figures
 from strixft.recipe.load import load_recipe
 from strixft.support import html
@@ -293,9 +295,8 @@ def _prediction(name: str, host: str) -> list[str]:
         return [name, host, f"not planned: {reason[:SHOWN]}", *["–"] * (len(HEADER) - 3)]
     rate, share = found["tok_per_s"], None
     if recipe.model in MODELS and rate is not None:
-        model = MODELS[recipe.model]
         flop = FLOP_PER_TOKEN["full" if recipe.method == "full" else "adapter"]
-        parameters = weights_of(recipe.model, model.text_config, model.source).read_parameters
+        parameters = multiplied_parameters(load_config(recipe))
         ceiling = compute_ceiling(HOSTS[host], parameters, flop)
         share = ceiling and ceiling.share(rate)
     fits = "" if found["fits"] else ", does not fit"

@@ -73,7 +73,7 @@ def weights_of(name: str, config: Mapping[str, Any], source: str) -> Weights:
     )
 
 
-_SHIPPED = {
+SHIPPED = {
     "Gemma 2 27B": "google/gemma-2-27b-it",
     "Gemma 3 1B": "google/gemma-3-1b-it",
     "Gemma 3 4B": "google/gemma-3-4b-it",
@@ -120,7 +120,7 @@ WEIGHTS: Table[Weights] = Table(
     "model with known weights",
     *(
         weights_of(name, MODELS[row].text_config, MODELS[row].source)
-        for name, row in _SHIPPED.items()
+        for name, row in SHIPPED.items()
     ),
     _gpt_oss("gpt-oss-20b", 24, 32),
     _gpt_oss("gpt-oss-120b", 36, 128),

@@ -15,13 +15,14 @@ from pydantic import Field
 
 from strixft.bench.data import lengths_of_chats
 from strixft.bench.kernels import DEFAULT_MODEL, product_columns
-from strixft.bench.roofline import FLOP_PER_TOKEN, weights_of
+from strixft.bench.roofline import FLOP_PER_TOKEN
 from strixft.bench.run import Bench, BenchRow
 from strixft.bench.timing import columns, seconds_of
 from strixft.catalog.hosts import Budget, Host
 from strixft.catalog.models import MODELS
 from strixft.data.batches import Batch, PackedRows, collate, on_device, pack, training_order
 from strixft.guard.host import budget_for, cap, find_host
+from strixft.model.architecture import multiplied_parameters
 from strixft.model.load import random_model
 from strixft.plan.choose import DataShape, Planner
 from strixft.plan.dry_run import DryRun
@@ -185,7 +186,7 @@ class Trial:
         step = TrainingStep(model, recipe.train, options)
         timed = self._timed(step, run)
         trains_all = all(parameter.requires_grad for parameter in step.model.parameters())
-        read = weights_of(recipe.model, self.job.config.to_dict(), "").read_parameters
+        read = multiplied_parameters(self.job.config)
         flop = read * FLOP_PER_TOKEN["full" if trains_all else "adapter"]
         return {
             "model": recipe.model,

@@ -44,8 +44,7 @@ POSITIONS = 256
 
 MOST_DIFFERENCE = 5e-5
 """Largest difference of two logits in float32, as a share of the largest logit. Right merges of
-random models differ by up to 1.4e-5 (`make sweep`: gemma4_text, qwen3_5), those that lack a part of
-the adapter by more than 2e-4."""
+random models differ by up to 1.4e-5 (`make sweep`: gemma4_text, qwen3_5)."""
 
 MOST_KL = 1e-3
 """Largest mean KL(trained ‖ merged) where weights are rounded, in nats a token."""

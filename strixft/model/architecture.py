@@ -286,6 +286,21 @@ def build_shape(config: Any, dtype: torch.dtype) -> Any:
     return base
 
 
+def multiplied_parameters(config: Any) -> int:
+    """Return the weights that a token is multiplied with: decoder and head, no table of embeddings.
+
+    All experts of a mixture count.
+    """
+    with torch.device("meta"):
+        base = build_shape(config, torch.bfloat16)
+    tables = {id(m.weight) for m in base.modules() if isinstance(m, nn.Embedding)}
+    decoder, head = text_decoder(base), base.get_output_embeddings()
+    found = {id(p): p.numel() for p in decoder.parameters() if id(p) not in tables}
+    if head is not None:
+        found |= {id(p): p.numel() for p in head.parameters()}
+    return sum(found.values())
+
+
 def _ask(config: Any) -> Architecture:
     with torch.device("meta"):
         base = build_shape(config, torch.bfloat16).train()
