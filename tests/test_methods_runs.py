@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import WriteRecipe, chats
 from safetensors.torch import load_file
-from test_train import ALONE, LONG, assert_equal_bit_for_bit, end_and_finish, signal, trained
+from test_train import ALONE, LONG, assert_equal_bit_for_bit, end_and_finish, trained
 from transformers import AutoModelForCausalLM
 
 from strixft.export.stage import export_recipe

@@ -208,7 +208,7 @@ def _inputs(run: Run, prepared: Prepared, plan: Plan) -> dict[str, Any]:
         "rows_sha256": prepared.inputs["rows_sha256"],
         "choice": plan.figures["choice"],
         "base": fingerprint_base(model_source(run.recipe.model)),
-        "init_from": _first_adapter(run),
+        **({"init_from": first} if (first := _first_adapter(run)) else {}),
     }
 
 
