@@ -341,7 +341,7 @@ def test_what_stands_beside_the_weights_is_taken_along(
     for name in beside:
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(f'"{name}"')
-    for name in ("README.md", "model.gguf", "adapter_config.json", ".git/config.py"):
+    for name in ("README.md", "model.gguf", ".git/config.py"):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text("not ours")
     target = merged(base)
