@@ -241,10 +241,17 @@ class FirstUpdates:
         unreached = [name for name, most, _ in rows if most <= 0 and _is_expert(name)]
         is_adapter = hasattr(self._step.model, "peft_config")
         unused = [n for n, most, _ in rows if most < 0 and n not in unreached and not is_adapter]
-        still = [name for name, most, is_moved in rows if most > 0 and not is_moved]
+        # tiny gradients of A move it by less than a rounding: its B tells that the pair learns
+        learning = {_pair(name) for name, most, _ in rows if most > 0}
+        going = {_pair(name) for name, _, is_moved in rows if is_moved}
+        still = [name for name, most, _ in rows if most > 0 and _pair(name) not in going]
         self._refuse(still, "did not move", "--set train.learning_rate=…   larger", {})
         left = {*unreached, *unused}
-        silent = [name for name, most, _ in rows if most <= 0 and name not in left]
+        silent = [
+            name
+            for name, most, _ in rows
+            if most <= 0 and name not in left and _pair(name) not in learning
+        ]
         self._refuse(silent, "got no gradient", *_without(self._step, silent))
         figures: Json = {
             "updates": UPDATES,
@@ -296,6 +303,11 @@ def not_finite(step: TrainingStep) -> str:
         n for n, w in step.named_trainable() if w.grad is not None and not w.grad.isfinite().all()
     ]
     return f" in {len(bad)} of {len(step.trainable())} tensors: {_listed(bad)}" if bad else ""
+
+
+def _pair(name: str) -> str:
+    """Return what the tensors of one adapted module have in common in their names."""
+    return re.sub(r"lora_[A-Za-z_]+", "lora", name)
 
 
 def _largest(gradient: Tensor) -> Tensor:
