@@ -153,16 +153,16 @@ def test_the_page_shows_the_run_beside_its_plan(tmp_path: Path) -> None:
     for text in ("update 7 of 9", "1.250", "plan 100, -10%", "2 min 0 s", "ends at", "✓ plan"):
         assert text in seen.text, text
     assert seen.addresses == [""]
-    assert 'http-equiv="refresh"' in page
+    assert 'http-equiv="refresh" content="3"' in page
     assert "<polyline" in page
     assert 'stroke="currentColor"' in page
 
 
-def test_a_page_of_an_ended_run_stays(tmp_path: Path) -> None:
+def test_a_page_between_two_stages_still_looks_for_the_next(tmp_path: Path) -> None:
     view = a_view()
     ended = View(**{**vars_of(view), "status": {**view.status, "state": "done"}, "left_s": None})
     write_page(tmp_path, ended)
-    assert "refresh" not in (tmp_path / "live.html").read_text()
+    assert 'http-equiv="refresh" content="30"' in (tmp_path / "live.html").read_text()
 
 
 def vars_of(view: View) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def test_the_next_updates_batches_are_made_before_an_update(
     hook = register_optimizer_step_pre_hook(lambda *_: seen.append(made["collate"]))
     train_recipe(tiny_run)
     hook.remove()
-    proof = 2 * steps  # the first update's: its loss is proven, then what an adapter changes
+    proof = steps  # the first update's micro-batches, of which the first loss is proven
     assert seen == [proof + min(done + 2, updates) * steps for done in range(updates)]
 
 

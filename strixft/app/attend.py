@@ -6,6 +6,7 @@ papermill and from the command line it runs where it is called. The results are 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -77,40 +78,43 @@ def _attend(run: Run, result: type[R], here: Callable[[Run], R], *options: str) 
         view.wait()
     found = result.load(run.stage_folder(stage))
     if found is None:
-        raise ended_by(run) or StageError(
-            f"stage {stage} of {run.folder} did not begin",
-            fix=f"tail {typed(run.folder / OUTPUT)}   shows what its process printed",
-        )
+        raise ended_by(run) or _no_start(run)
     return found
 
 
 def start_on(run: Run, command: str, *options: str) -> None:
-    """Start a command on a run in a process of its own, and wait until it works there or ends.
+    """Start a command on a run in a process of its own, and wait until it works there.
 
     Raises:
-        StrixftError: It ended at once, with this error.
+        StageError: Another process works there already, or this one ended at once.
     """
+    if workers := run.workers():
+        raise StageError(
+            f"process {workers[0].pid} is at work on {run.folder}",
+            fix=f"strixft watch {typed(run.folder)}, or: strixft stop {typed(run.folder)}",
+        )
     recipe = str(run.folder / "recipe.yaml")
     words = [command, recipe, "--run-dir", str(run.folder), *options]
     process = start_detached(words, run.folder)
-    _wait_for_lock(run, process)
-
-
-def _wait_for_lock(run: Run, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a process works on a run, or has ended."""
     while not run.workers():
-        try:
-            process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            continue
-        return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if process.wait(0.2) != 0:
+                raise ended_by(run) or _no_start(run)
+            return  # all was done
+
+
+def _no_start(run: Run) -> StageError:
+    return StageError(
+        f"the process for {run.folder} ended at once",
+        fix=f"tail {typed(run.folder / OUTPUT)}   shows what it printed",
+    )
 
 
 def ended_by(run: Run) -> StrixftError | None:
-    """Return the error that ended the last process of a run; None if it is done."""
+    """Return the error that ended the last process of a run; None if it has none."""
     status = run.status()
     stage, state = status["stage"], status["state"]
-    if state == "done":
+    if state in ("done", "new"):
         return None
     if state == "stopped":
         return run.stopped(f"stage {stage} was asked to end")

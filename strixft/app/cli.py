@@ -326,30 +326,31 @@ def run_command(
     from strixft.app.watch import progress_shown
     from strixft.run.notify import told
 
-    with told(run), _stop_printed(run, as_json), progress_shown(run) as console:
-        from strixft.app.notebooks import run_stages
-        from strixft.app.report import write_report
-        from strixft.export.result import Exported
+    with told(run):
+        with _stop_printed(run, as_json), progress_shown(run) as console:
+            from strixft.app.notebooks import run_stages
+            from strixft.app.report import write_report
+            from strixft.export.result import Exported
 
-        def notify(stage: str, done: bool) -> None:
-            console.print(f"{stage}: already finished" if done else stage)
+            def notify(stage: str, done: bool) -> None:
+                console.print(f"{stage}: already finished" if done else stage)
 
-        overrides = _overrides(settings)
-        run_stages(run, find_recipe(recipe), overrides, first=first, last=last, notify=notify)
-        report = write_report(run)
-    exported = Exported.load(run.stage_folder("export"))
-    if as_json:
-        results = {stage: Result.load(run.stage_folder(stage)) for stage in STAGES}
-        stages = {stage: result.figures for stage, result in results.items() if result}
-        _print_json({"run_dir": str(run.folder), "report": str(report), "stages": stages})
-    else:
-        _print_metrics(run)
-        _print_tables(exported.tables() if exported else [])
-        print(f"report: {report}")
-        if run.is_done("train"):
-            _print_next(run)
-    if exported:
-        exported.require_parity()
+            overrides = _overrides(settings)
+            run_stages(run, find_recipe(recipe), overrides, first=first, last=last, notify=notify)
+            report = write_report(run)
+        exported = Exported.load(run.stage_folder("export"))
+        if as_json:
+            results = {stage: Result.load(run.stage_folder(stage)) for stage in STAGES}
+            stages = {stage: result.figures for stage, result in results.items() if result}
+            _print_json({"run_dir": str(run.folder), "report": str(report), "stages": stages})
+        else:
+            _print_metrics(run)
+            _print_tables(exported.tables() if exported else [])
+            print(f"report: {report}")
+            if run.is_done("train"):
+                _print_next(run)
+        if exported:
+            exported.require_parity()
 
 
 def _detach(command: str, run: Run, as_json: bool, *options: str) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from strixft.catalog.methods import METHODS
 from strixft.recipe.schema import Recipe
-from strixft.run.folder import Result, read_recipe
+from strixft.run.folder import Result, read_recipe, resume_command
 from strixft.support.errors import RecipeError, StageError
+from strixft.support.text import typed
 
 AGREE = ("r", "alpha", "rs", "target_modules", "layers", "modules_to_save")
 """Settings of `lora` that the weights of an adapter depend on; dropout may differ."""
@@ -29,7 +30,8 @@ def first_weights(recipe: Recipe) -> Result | None:
         raise RecipeError(
             f"init_from: method {recipe.method} cannot train on what {before.method} made of"
             f" {before.model}: there is no adapter",
-            fix=f"model: {folder}/export/merged   after: strixft export {folder} --to merged",
+            fix=f"model: {folder}/export/merged   after: strixft export"
+            f" {typed(folder / 'recipe.yaml')} --run-dir {typed(folder)} --to merged",
         )
     wanted = {f"lora.{name}": getattr(before.lora, name) for name in AGREE}
     wanted |= {"model": before.model}
@@ -45,8 +47,6 @@ def first_weights(recipe: Recipe) -> Result | None:
             settings=differ,
         )
     if done is None:
-        raise StageError(
-            f"init_from: {folder} is not trained", fix=f"strixft run {folder}/recipe.yaml"
-        )
+        raise StageError(f"init_from: {folder} is not trained", fix=resume_command(folder))
     done.require_whole()
     return done

@@ -19,7 +19,9 @@ from strixft.support.units import format_gib, format_number, format_seconds
 
 PAGE = "live.html"
 
-REFRESH_S = 3
+REFRESH_S, REST_S = 3, 30
+"""Seconds until the page loads itself again, while a stage works and while none does: another one
+may follow, and a stopped run may be resumed."""
 
 STYLE = """
 .sx-live { font: 15px/1.45 system-ui, sans-serif; max-width: 46rem }
@@ -196,8 +198,9 @@ def to_html(view: View) -> str:
 
 
 def write_page(folder: Path, view: View) -> None:
-    """Write `live.html`, which loads itself again while the run goes on."""
-    again = f'<meta http-equiv="refresh" content="{REFRESH_S}">' if view.state == "running" else ""
+    """Write `live.html`, which loads itself again."""
+    after_s = REFRESH_S if view.state == "running" else REST_S
+    again = f'<meta http-equiv="refresh" content="{after_s}">'
     text = (
         f'{START}<meta name="viewport" content="width=device-width, initial-scale=1">{again}'
         f"<title>{_text(view.name)}: {_text(view.state)}</title><style>{PAGE_STYLE}</style></head>"

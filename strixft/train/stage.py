@@ -133,7 +133,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if step.dropout:
             share = f"{step.dropout:g}"
             _warn(watches, f"training leaves out the dropout of {share} that the model has")
-        told, watch = coverage.cover(step, batches(0)[0], folder / COVERAGE)
+        told, watch = coverage.cover(step, (first or batches(0))[0], folder / COVERAGE)
         for warning in coverage.warnings_of(told):
             _warn(watches, warning)
         loop = TrainingLoop(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import SHIPPED, TINY, VOCABULARY
+from tiny_models import SHIPPED, TINY, VOCABULARY, write_model
 from torch import Tensor, nn
 
 from strixft.catalog.hosts import Host
@@ -31,22 +31,6 @@ from strixft.train import coverage
 
 LENGTHS = ((19, 30, 4), (26, 11))
 """Tokens of the documents of two rows."""
-
-
-def write_model(folder: Path, sides: dict[str, Any]) -> None:
-    """A random model as the hub has it: of a wrapper the whole, tower and all."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    config = AutoConfig.for_model(**sides)
-    auto = AutoModelForImageTextToText if "text_config" in sides else AutoModelForCausalLM
-    torch.manual_seed(0)
-    model = auto.from_config(config, dtype=torch.float32)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.ndim >= 2 or key.endswith("correct_output_scale"):
-                parameter.normal_(0, 0.1, generator=draw)
-    model.save_pretrained(folder)
 
 
 def documents() -> list[list[Tensor]]:

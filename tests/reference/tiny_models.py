@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from strixft.catalog.models import MODELS
 
@@ -242,3 +245,19 @@ SHIPPED = {
     for name, row in MODELS.items()
     if "layer_types" not in row.text_config  # a list of all layers; the types are in `TINY`
 }
+
+
+def write_model(folder: Path, sides: dict[str, Any]) -> None:
+    """A random model as the hub has it: of a wrapper the whole, tower and all."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model(**sides)
+    auto = AutoModelForImageTextToText if "text_config" in sides else AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = auto.from_config(config, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim >= 2 or key.endswith("correct_output_scale"):
+                parameter.normal_(0, 0.1, generator=draw)
+    model.save_pretrained(folder)

@@ -24,6 +24,7 @@ from tiny_models import (
     VOCABULARY,
     WINDOW,
 )
+from tiny_models import write_model as write_model
 
 EMBEDDED_VOCABULARY = 49152
 

@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 import strixft
@@ -30,7 +30,7 @@ from strixft.run.folder import Run
 from strixft.run.open import open_run
 from strixft.support.errors import StrixftError
 from strixft.train.stage import ADAPTER, Trained
-from sweep.models import REFUSED
+from sweep.models import REFUSED, write_model
 
 EMBEDDED = "embedded:smollm2-135m"
 UPDATES = 5
@@ -74,18 +74,9 @@ def verdict(found: Outcome) -> str | None:
     return f"too far from transformers and PEFT: {found.far}" if found.far else None
 
 
-def write_model(folder: Path, sides: dict[str, Any]) -> None:
-    """A random model as the hub has it, a wrapper with its tower; a real tokenizer beside it."""
-    config = AutoConfig.for_model(**sides)
-    auto = AutoModelForImageTextToText if "text_config" in sides else AutoModelForCausalLM
-    torch.manual_seed(0)
-    model = auto.from_config(config, dtype=torch.float32)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 0.1, generator=draw)
-    model.save_pretrained(folder)
+def write_with_tokenizer(folder: Path, sides: dict[str, Any]) -> None:
+    """A random model as the hub has it, and a real tokenizer beside it."""
+    write_model(folder, sides)
     tokenizer = embedded_folder(EMBEDDED)
     for name in TOKENIZER:
         with suppress(FileNotFoundError):
@@ -124,7 +115,7 @@ def write_recipe(folder: Path, model: Path) -> Path:
 def sweep(name: str, sides: dict[str, Any], folder: Path, *, gguf: bool = False) -> Outcome:
     """Take a tiny model through all stages."""
     found, model = Outcome(name), folder / "model"
-    write_model(model, sides)
+    write_with_tokenizer(model, sides)
     run = open_run(write_recipe(folder, model), folder / "run")
     try:
         for stage in ("prepare", "plan", "train", "evaluate"):
