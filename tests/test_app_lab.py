@@ -62,8 +62,8 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
-    """A running JupyterLab: its port and its pid; its token is `secret`."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int, Path]]:
+    """A running JupyterLab: its port, its pid and its folder; its token is `secret`."""
     folder, port = tmp_path_factory.mktemp("workspace"), _free_port()
     start = put_notebooks(folder) / "start-here.ipynb"
     write_kernel(folder / "kernels")
@@ -77,14 +77,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
         _wait_for(port, process)
-        yield port, process.pid
+        yield port, process.pid, folder
     finally:
         process.terminate()
         process.wait(30)
 
 
-def test_it_listens_on_this_machine_only(server: tuple[int, int]) -> None:
-    port, pid = server
+def test_it_listens_on_this_machine_only(server: tuple[int, int, Path]) -> None:
+    port, pid, _ = server
     listening = [
         connection.laddr
         for connection in psutil.Process(pid).net_connections("inet")
@@ -94,24 +94,35 @@ def test_it_listens_on_this_machine_only(server: tuple[int, int]) -> None:
     assert port in {address.port for address in listening}
 
 
-def test_without_the_token_nobody_gets_in(server: tuple[int, int]) -> None:
+def test_without_the_token_nobody_gets_in(server: tuple[int, int, Path]) -> None:
     with pytest.raises(urllib.error.HTTPError) as error:
         _get(server[0], "/api/contents")
     assert error.value.code == 403
     error.value.close()
 
 
-def test_the_kernel_is_this_environment(server: tuple[int, int]) -> None:
+def test_the_kernel_is_this_environment(server: tuple[int, int, Path]) -> None:
     specs = _get(server[0], "/api/kernelspecs", "secret")
     spec = specs["kernelspecs"]["python3"]["spec"]
     assert spec["argv"][0] == sys.executable
     assert spec["env"]["TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"] == "1"
 
 
-def test_the_notebooks_are_there(server: tuple[int, int]) -> None:
+def test_the_notebooks_are_there(server: tuple[int, int, Path]) -> None:
     listed = _get(server[0], "/api/contents/notebooks", "secret")
     names = {row["name"] for row in listed["content"]}
     assert {path.name for path in NOTEBOOKS.glob("*.ipynb")} <= names
+
+
+def test_the_live_page_of_a_run_opens_in_any_browser(server: tuple[int, int, Path]) -> None:
+    port, _, folder = server
+    page = folder / "runs/mine/live.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<p>update 7</p>")
+    url = f"http://127.0.0.1:{port}/files/runs/mine/live.html?token=secret"
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        assert answer.read() == page.read_bytes()
+        assert answer.headers.get_content_type() == "text/html"
 
 
 def test_an_edited_notebook_is_left_alone_and_the_newer_one_lies_beside_it(tmp_path: Path) -> None:

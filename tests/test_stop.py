@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, WriteRecipe, chats
 
+from strixft.app.attend import start_on
+from strixft.app.watch import views
 from strixft.plan.result import plan_recipe
 from strixft.prepare.stage import prepare_recipe
 from strixft.run.folder import Run
@@ -108,3 +110,27 @@ def test_a_signal_to_a_run_through_notebooks_reaches_the_kernel(
     assert list(folder.glob("train/checkpoints/checkpoint-*/manifest.json"))
     assert (folder / "train/30-train.ipynb").is_file()
     assert find_run(folder).workers() == []
+
+
+def test_a_detached_training_goes_on_by_itself_and_a_second_one_is_refused(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    words = [*COMMAND, "train", str(write_recipe()), "--run-dir", str(folder), "--detach"]
+    started = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert f"watch: strixft watch {folder}" in started.stdout
+    run = find_run(folder)
+    with pytest.raises(StageError, match="is at work on") as caught:
+        start_on(run, "train")
+    assert caught.value.fix == f"strixft watch {folder}, or: strixft stop {folder}"
+    *_, last = views(run)
+    assert (last.stage, last.state) == ("train", "done")
+    assert (folder / "train/result.json").is_file()
+    assert "tok_per_s" in (folder / "output.txt").read_text()
+
+
+def test_a_detached_start_that_ends_at_once_is_told(tiny_run: Run) -> None:
+    with pytest.raises(StageError, match="ended at once") as caught:
+        start_on(tiny_run, "no-such-command")
+    assert caught.value.fix.startswith("tail ")
+    assert "no-such-command" in (tiny_run.folder / "output.txt").read_text()

@@ -183,9 +183,11 @@ def _run_stages(
     from strixft.recipe.load import flatten
     from strixft.run.folder import chosen_stages
 
-    run = _open(recipe, run_dir, settings)
-    with _stop_printed(run, as_json):
-        for stage in chosen_stages(None, last):
+    run, stages = _open(recipe, run_dir, settings), chosen_stages(None, last)
+    # held between two stages too: who watches would take the run for ended
+    held = contextlib.nullcontext() if all(map(run.is_done, stages)) else run.driven()
+    with _stop_printed(run, as_json), held:
+        for stage in stages:
             result: Result = pkgutil.resolve_name(STAGE_VERBS[stage])(run)
     if as_json:
         _print_json(result.to_dict())
