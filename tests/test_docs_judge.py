@@ -5,7 +5,7 @@ import re
 from conftest import REPOSITORY
 
 from strixft.prepare.augment import TASKS
-from strixft.recipe.schema import Augment, Judge
+from strixft.recipe.servers import Augment, Judge
 from strixft.servers.client import BUSY, FOLDER, TRIES
 
 PAGE = (REPOSITORY / "docs" / "judge.md").read_text(encoding="utf-8")

@@ -18,7 +18,8 @@ from strixft.evaluate.judge import Judged, judge_answers, messages_for, read_ver
 from strixft.evaluate.stage import evaluate_recipe
 from strixft.model.files import embedded_file
 from strixft.recipe.load import load_recipe
-from strixft.recipe.schema import Judge, Recipe
+from strixft.recipe.schema import Recipe
+from strixft.recipe.servers import Judge
 from strixft.run.folder import Run
 from strixft.run.open import open_run
 from strixft.servers.client import find_object

@@ -22,7 +22,7 @@ from strixft.formats.messages import Chat
 from strixft.model.files import embedded_file
 from strixft.prepare.augment import TASKS, SourceRow, prompt_for
 from strixft.prepare.stage import Prepared, prepare_recipe
-from strixft.recipe.schema import Augment
+from strixft.recipe.servers import Augment
 from strixft.run.open import open_run
 from strixft.servers.llama_cpp import served
 from strixft.support.errors import DataError, HostError, RecipeError

@@ -21,7 +21,8 @@ from strixft.recipe.load import (
     parse_overrides,
     read_settings,
 )
-from strixft.recipe.schema import LARGEST, Recipe, explain
+from strixft.recipe.schema import Recipe, explain
+from strixft.recipe.section import LARGEST
 from strixft.support.errors import RecipeError
 
 LEAST = "model: m\ndataset: {source: rows.jsonl}\n"

@@ -16,7 +16,7 @@ from http_server import Cut, Raw, serving
 from test_evaluate_judge import CHAT, MODELS, completion
 
 from strixft.recipe.load import load_recipe
-from strixft.recipe.schema import Server
+from strixft.recipe.servers import Server
 from strixft.run.open import open_run
 from strixft.servers.client import (
     Client,

@@ -16,7 +16,8 @@ from typing import Any
 
 from strixft.evaluate.metrics import paired_change
 from strixft.formats.messages import Message
-from strixft.recipe.schema import Judge, Recipe
+from strixft.recipe.schema import Recipe
+from strixft.recipe.servers import Judge
 from strixft.servers.client import Client, find_object, is_refusal, text_schema
 from strixft.support import html
 from strixft.support.errors import StrixftError

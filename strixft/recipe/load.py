@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from strixft.formats import sources
 from strixft.recipe.find import find_recipe, workspace
-from strixft.recipe.schema import Recipe, Source, as_section, explain, shown
+from strixft.recipe.schema import Recipe, Source, as_section, explain
+from strixft.recipe.section import shown
 from strixft.support.errors import RecipeError, StrixftError
 from strixft.support.tables import did_you_mean
 

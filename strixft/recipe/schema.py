@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args
 
@@ -15,7 +15,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -26,60 +25,9 @@ from strixft.catalog.hosts import known_host
 from strixft.catalog.methods import METHODS
 from strixft.formats.known_formats import FORMATS
 from strixft.formats.messages import RESERVED
-from strixft.support.errors import HostError
+from strixft.recipe.section import Section, at_least, known, refuse
+from strixft.recipe.servers import Augment, Judge
 from strixft.support.tables import did_you_mean
-
-LARGEST = 2**31 - 1
-"""Largest number that a recipe may hold."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        validate_default=True,
-        allow_inf_nan=False,
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_as_number(cls, value: object, info: ValidationInfo) -> object:
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and kind is not bool:  # to Python, true is the number 1
-            raise ValueError("should not be true or false")
-        return value
-
-    @field_validator("*")
-    @classmethod
-    def _in_bounds(cls, value: object) -> object:
-        if isinstance(value, int | float) and abs(value) > LARGEST:
-            raise ValueError(f"should be {LARGEST} or less, it is {shown(value)}")
-        if isinstance(value, str) and (not value.strip() or "\0" in value):
-            raise ValueError(f"should be text, it is {shown(value)}")
-        return value
-
-
-def _refuse(is_wrong: Callable[[Any], bool], problem: str) -> AfterValidator:
-    """Refuse values with a problem, in which `{}` is the value."""
-
-    def check(value: Any) -> Any:
-        if is_wrong(value):
-            raise ValueError(problem.format(value))
-        return value
-
-    return AfterValidator(check)
-
-
-def _at_least(least: int) -> AfterValidator:
-    return _refuse(
-        lambda value: isinstance(value, int) and value < least,
-        f"should be {least} or more, it is {{}}",
-    )
-
-
-def _known(table: Mapping[str, Any]) -> AfterValidator:
-    return AfterValidator(lambda names: [table[name].name for name in names])
 
 
 def _known_columns(columns: dict[str, str]) -> dict[str, str]:
@@ -109,7 +57,7 @@ Metric = Literal[
 ]
 
 
-class Source(_Section):
+class Source(Section):
     """One of several sources of rows."""
 
     source: str
@@ -124,63 +72,10 @@ class Source(_Section):
     """Names of its columns, if they differ from `dataset.columns`."""
 
 
-class Server(_Section):
-    """A model behind a server with the OpenAI protocol."""
-
-    server: str
-    """Address of a server: Lemonade, FastFlowLM, llama.cpp, Ollama, vLLM or similar."""
-    model: str | None = None
-    """The server's name for the model; not needed if it has one model, or one for the NPU."""
-    timeout_s: float = Field(default=120, gt=0, le=3600)
-    """Longest time for one answer in seconds, including the time to load the model."""
-    max_tokens: int = Field(default=1024, ge=16, le=2**16)
-    """Longest answer in tokens, including reasoning."""
-
-    @field_validator("server")
-    @classmethod
-    def _is_address(cls, address: str) -> str:
-        from strixft.support.http import base_url  # httpx: not for recipes without a server
-
-        try:
-            return base_url(address)
-        except HostError as error:
-            raise ValueError(f"{error.problem}; a key goes into STRIXFT_API_KEY") from None
-
-
-class Judge(Server):
-    """A model that decides which of two answers is better."""
-
-    rubric: str = (
-        "The better answer is right and does what the request asks. Of two right answers the better"
-        " one is complete, has the form that the reference has, and says nothing else."
-    )
-    """Instructions for the judge: the properties of a better answer."""
-    max_rows: int = Field(default=50, ge=1)
-    """Number of held-out rows to judge; each pair of answers is judged in both orders."""
-
-
-class Augment(Server):
-    """Rows that a server writes from training rows; held-out rows are never sent."""
-
-    enabled: bool = False
-    """Write these rows and train on them; `strixft prepare --augment` sets it."""
-    task: Literal["paraphrase", "answer", "write"] = "paraphrase"
-    """`paraphrase` rewords the request and keeps the answer; `answer` writes a new answer; `write`
-    makes a new request and answer similar to the row's."""
-    instruction: str | None = None
-    """Additional instruction for the server, such as a language or a tone."""
-    per_row: int = Field(default=1, ge=1, le=100)
-    """New rows to request for each training row."""
-    max_rows: int = Field(default=200, ge=1)
-    """Number of training rows to send; the seed chooses them."""
-    temperature: float = Field(default=0.7, ge=0, le=2)
-    """Sampling temperature; higher values make the new rows of one training row differ more."""
-
-
-class Dataset(_Section):
+class Dataset(Section):
     """The source of the rows, and the part of them to train on."""
 
-    source: Annotated[str | list[Source], _refuse(lambda one: one == [], "names nothing to read")]
+    source: Annotated[str | list[Source], refuse(lambda one: one == [], "names nothing to read")]
     """File, folder or glob pattern, relative to the recipe's file or, where it is typed, to the
     working folder; a data set on the hub; or a list of `{source, weight}`."""
     format: Format = "auto"
@@ -229,7 +124,7 @@ class Dataset(_Section):
         return [one.source for one in several] or [str(self.source)]
 
 
-class Lora(_Section):
+class Lora(Section):
     """The adapter; ignored by `method: full`."""
 
     r: int = Field(default=16, ge=1)
@@ -242,36 +137,36 @@ class Lora(_Section):
     """Share of an adapter's inputs that are dropped in training; each takes a mask of its own."""
     target_modules: Annotated[
         Literal["all-linear"] | list[str],
-        _refuse(lambda names: not names, "should name at least one layer"),
+        refuse(lambda names: not names, "should name at least one layer"),
     ] = "all-linear"
     """Modules that get an adapter; all linear layers learn best (arXiv:2305.14314)."""
     layers: Annotated[
         Literal["all"] | list[Annotated[int, Field(ge=0)]],
         BeforeValidator(_layer_numbers),
-        _refuse(lambda layers: not layers, "should name at least one layer"),
+        refuse(lambda layers: not layers, "should name at least one layer"),
     ] = "all"
     """Decoder layers that get an adapter, counted from 0: a list, or a range such as `16-31`."""
     modules_to_save: list[str] = Field(default=[])
     """Modules that are trained whole beside the adapter, such as `embed_tokens` and `lm_head`."""
 
 
-class Train(_Section):
+class Train(Section):
     """The updates of the weights."""
 
     epochs: float = Field(default=2, gt=0)
     """Passes over the training rows; a fraction stops within a pass."""
-    max_steps: Annotated[int | None, _at_least(1)] = None
+    max_steps: Annotated[int | None, at_least(1)] = None
     """Updates of the run, in place of those of `epochs`; the rows are used as often as it takes."""
     learning_rate: float = Field(default=1e-4, gt=0, lt=1)
     """Peak learning rate, reached after the warm-up."""
     lora_plus_ratio: float = Field(default=1.0, gt=0, le=1000)
     """Learning rate of an adapter's B, relative to that of its A (LoRA+, arXiv:2402.12354)."""
-    tokens_per_update: Annotated[int | Literal["auto"], _at_least(1)] = "auto"
+    tokens_per_update: Annotated[int | Literal["auto"], at_least(1)] = "auto"
     """Trained tokens in one update; `auto` aims at 200 updates in total."""
-    micro_batch: Annotated[int | Literal["auto"], _at_least(1)] = "auto"
+    micro_batch: Annotated[int | Literal["auto"], at_least(1)] = "auto"
     """Rows in one forward pass; of the plans within 0.5 % of the fastest, `auto` chooses the one
     with the least memory."""
-    recompute: Annotated[int | Literal["auto", "none", "elementwise", "all"], _at_least(0)] = "auto"
+    recompute: Annotated[int | Literal["auto", "none", "elementwise", "all"], at_least(0)] = "auto"
     """Number of layers whose activations are computed again in backward; `elementwise` recomputes
     norms and activation functions of all layers but no matrix product; `auto` follows the plan, and
     is elementwise if layers are compiled."""
@@ -297,7 +192,7 @@ class Train(_Section):
     """Seed of the adapter's initial weights and of the order of rows."""
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     """Comparison of base and tuned model on the held-out rows."""
 
     metrics: Literal["auto"] | list[Metric] = "auto"
@@ -308,7 +203,7 @@ class Evaluate(_Section):
     """Number of held-out rows to answer; the loss uses all of them."""
     prompts: Annotated[
         list[str] | str,
-        _refuse(
+        refuse(
             lambda prompts: isinstance(prompts, list) and not all(map(str.strip, prompts)),
             "holds an empty prompt",
         ),
@@ -336,22 +231,22 @@ class Evaluate(_Section):
         return pattern
 
 
-class Export(_Section):
+class Export(Section):
     """Forms of the result for servers."""
 
-    to: Annotated[list[str], _known(KINDS)] = Field(
+    to: Annotated[list[str], known(KINDS)] = Field(
         default=[],
         description=f"Kinds of export ({', '.join(KINDS)}); an empty list skips the stage.",
     )
     gguf: Annotated[
         list[str],
-        _refuse(lambda kinds: not kinds, "should name at least one quantisation"),
-        _known(QUANTISATIONS),
+        refuse(lambda kinds: not kinds, "should name at least one quantisation"),
+        known(QUANTISATIONS),
     ] = Field(default=["f16", "q8_0"])
     """Storage of the weights in GGUF files; each file is compared with the trained model."""
 
 
-class Memory(_Section):
+class Memory(Section):
     """The machine whose memory the run must fit."""
 
     host: Annotated[str, AfterValidator(known_host)] = "auto"
@@ -363,7 +258,7 @@ class Memory(_Section):
 _NOTIFIED = re.compile(r"desktop|(ntfy|webhook):(https?://|\$\w)\S+|command:.*\S.*")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run, complete."""
 
     model: str
@@ -386,7 +281,7 @@ class Recipe(_Section):
     memory: Memory = Memory()
     notify: Annotated[
         list[str],
-        _refuse(
+        refuse(
             lambda targets: not all(map(_NOTIFIED.fullmatch, targets)),
             "should hold desktop, ntfy:URL, webhook:URL or command:WORDS, it is {}",
         ),
@@ -419,16 +314,6 @@ class Recipe(_Section):
     def to_dict(self) -> dict[str, Any]:
         """Return the complete recipe as plain data."""
         return self.model_dump(mode="json")
-
-
-def shown(value: object) -> str:
-    """Return a value in few words; a list or a section may be huge behind YAML's anchors."""
-    if isinstance(value, Mapping):
-        return "a section"
-    if isinstance(value, list):
-        return "a list"
-    text = repr(value)
-    return "empty" if value is None else text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def as_section(annotation: Any) -> type[BaseModel] | None:

@@ -31,7 +31,7 @@ from tenacity import (
 )
 
 from strixft.formats.messages import Message
-from strixft.recipe.schema import Server
+from strixft.recipe.servers import Server
 from strixft.run.open import find_runs
 from strixft.support.errors import HostError, RecipeError, StrixftError
 from strixft.support.files import now, write_json
