@@ -11,10 +11,10 @@ from transformers import AutoConfig
 
 from strixft.attention.backends import known_backends
 from strixft.catalog.methods import METHODS
-from strixft.model.adapter import find_targets
 from strixft.model.architecture import Head, architecture_of, linear_head
 from strixft.model.load import build, load_base, native_dtype, random_model, shape_base
 from strixft.model.source import load_config, load_tokenizer, model_source
+from strixft.model.targets import find_targets
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Dataset, Recipe
 from strixft.support.errors import HostError, RecipeError

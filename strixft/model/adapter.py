@@ -1,17 +1,14 @@
-"""Adapters: the layers that get one, attaching and loading, float32 weights cast where used.
+"""Adapters: attaching and loading, float32 weights cast where used.
 
-An adapter sits on linear layers of the text decoder; routers of experts get none. Shapes: C
-channels in, D channels out.
+Shapes: C channels in, D channels out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,147 +18,13 @@ from torch import nn
 from strixft.catalog.methods import Method
 from strixft.model.architecture import outside_text, text_decoder, text_layers
 from strixft.model.config import first_lines
+from strixft.model.targets import ALL_LINEAR, adapted_layers, find_targets, is_linear, leaf
 from strixft.recipe.schema import Lora
 from strixft.support.errors import RecipeError, StageError
-from strixft.support.private_hf import renamed_by_peft
 from strixft.support.tables import did_you_mean
 
 ADAPTER_NAME = "default"
 """PEFT's name for the one adapter of a model."""
-
-_ALL_LINEAR = {"lora.target_modules": "all-linear"}
-
-_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-"""Model types whose kernels read the weights of `out_proj` past its adapter.
-
-Source: PEFT 0.21, tuners/tuners_utils.py, `_check_lora_target_modules_mamba`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """Layers that get an adapter, as PEFT takes them."""
-
-    names: list[str]
-    """Last parts of the layers' names."""
-    exclude: str | None
-    """Pattern of layers with such names that get no adapter."""
-    left_out: list[str]
-    """Sentences about layers that `all-linear` does not adapt."""
-
-
-def find_targets(base: Any, asked: str | list[str], idle: Collection[str] = ()) -> Targets:
-    """Find the layers that a recipe names.
-
-    Args:
-        base: The model.
-        asked: `all-linear`, or last parts of layers' names.
-        idle: Last parts of the names of layers that training does not call.
-
-    Raises:
-        RecipeError: A name does not belong to any linear layer.
-    """
-    decoder = {id(module) for module in text_decoder(base).modules()}
-    inside = [
-        path
-        for path, module in base.named_modules()
-        if id(module) in decoder and is_linear(module) and not is_router(path, base)
-    ]
-    if isinstance(asked, list):
-        _require_adaptable(base, asked, inside, idle)
-        return Targets(asked, _pattern(base, asked, inside), [])
-    taken = dict.fromkeys(idle, "training reads its weights past an adapter")
-    renamed = renamed_by_peft(getattr(base.config, "model_type", None))
-    taken |= dict.fromkeys(renamed, "PEFT takes the name for that of the experts")
-    if getattr(base.config, "model_type", None) in _MAMBA:
-        taken["out_proj"] = "kernels of Mamba layers read its weights past an adapter"
-    names = list(dict.fromkeys(map(_leaf, inside)))
-    kept = [name for name in names if name not in taken]
-    left_out = [f"{name}: {taken[name]}" for name in names if name in taken]
-    experts = (m.experts for m in text_decoder(base).modules() if hasattr(m, "experts"))
-    if any(not any(map(is_linear, one.modules())) for one in experts):  # one fused parameter
-        left_out.append("experts: those that a router chooses get no adapter")
-    return Targets(kept, _pattern(base, kept, inside), left_out)
-
-
-def _leaf(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def is_named(path: str, names: Collection[str]) -> bool:
-    """Return whether one of some names is the last part, or parts, of a path."""
-    return any(f".{path}".endswith(f".{name}") for name in names)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module multiplies by a matrix and does nothing else."""
-    if type(module).__module__.startswith("transformers.models."):  # routers, for example
-        return isinstance(module, nn.Linear) and _returns_product(module)
-    weight = getattr(module, "weight", None)
-    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
-
-
-def _returns_product(module: nn.Linear) -> bool:
-    """Return whether a layer of a model's own class returns a product, as Falcon's does.
-
-    Routers return what they chose, grouped layers take other shapes: tried on `meta`.
-    """
-    shapes = {n: torch.empty_like(w, device="meta") for n, w in module.named_parameters()}
-    x = torch.empty(2, module.in_features, device="meta")
-    try:
-        found = torch.func.functional_call(module, shapes, (x.to(module.weight.dtype),))
-    except Exception:  # whatever a class does with other shapes
-        return False
-    return isinstance(found, torch.Tensor) and found.shape == (2, module.out_features)
-
-
-def is_router(path: str, base: Any) -> bool:
-    """Return whether a layer decides which experts a token goes to."""
-    parent, _, leaf = path.rpartition(".")
-    is_gate = leaf == "gate" and hasattr(base.get_submodule(parent), "experts")
-    return is_gate or "router" in path.split(".")
-
-
-def _require_adaptable(
-    base: Any, asked: list[str], inside: list[str], idle: Collection[str]
-) -> None:
-    """Require that an adapter on each name will learn; PEFT is content if one name is known."""
-    head, known = base.get_output_embeddings(), list(dict.fromkeys(map(_leaf, inside)))
-    parameters = {_leaf(path) for path, _ in text_decoder(base).named_parameters()}
-    renamed = renamed_by_peft(getattr(base.config, "model_type", None))
-    heads = [path for path, m in base.named_modules() if m is head and is_named(path, asked)]
-    there = [name for name in asked if any(is_named(path, [name]) for path in inside)]
-    of_experts = [name for name in asked if renamed.get(name) in parameters]
-    unknown = [name for name in asked if name not in (*there, *of_experts)]
-    fix, settings = "leave it out, or lora.target_modules: all-linear", _ALL_LINEAR
-    if heads:
-        problem = "the head cannot have an adapter, its product is part of the loss"
-        fix = "leave lm_head out, or lora.target_modules: all-linear"
-    elif past := [name for name in asked if _leaf(name) in idle]:
-        problem = f"training reads the weights of {past[0]} past an adapter, which would not learn"
-    elif both := [name for name in there if name in of_experts]:
-        problem = (
-            f"{both[0]} names both a layer and experts of this model, and PEFT would adapt the"
-            " experts alone"
-        )
-    elif unknown:
-        names = ", ".join(map(repr, unknown))
-        problem = f"the model has no linear layer {names}; its layers are {', '.join(known)}"
-        fix, settings = did_you_mean(unknown[0], known), {}
-    else:
-        return
-    raise RecipeError(f"lora.target_modules: {problem}", fix=fix, settings=settings)
-
-
-def _pattern(base: Any, names: Collection[str], inside: Collection[str]) -> str | None:
-    """Return a pattern of the other modules with these names; None if there are none."""
-    kept = {path for path in inside if is_named(path, names)}
-    others = {
-        re.sub(r"\d+", "0", path)
-        for path, _ in base.named_modules()
-        if path not in kept and is_named(path, names)
-    }
-    parts = [re.sub(r"(?<![A-Za-z_])0(?![A-Za-z_])", r"\\d+", re.escape(one)) for one in others]
-    return "|".join(sorted(parts)) or None
 
 
 class _MasterLinear(nn.Linear):
@@ -271,7 +134,7 @@ def _require_savable(base: Any, names: Collection[str]) -> None:
         named = [(path, m) for path, m in base.named_modules() if path.endswith(name)]
         problem, fix = None, "lora.modules_to_save: [embed_tokens, lm_head]"
         if not named:
-            leaves = dict.fromkeys(_leaf(path) for path, m in base.named_modules() if path)
+            leaves = dict.fromkeys(leaf(path) for path, m in base.named_modules() if path)
             problem, fix = f"the model has no module {name!r}", did_you_mean(name, list(leaves))
         for path, module in named:
             weights = list(module.parameters())
@@ -289,23 +152,6 @@ def _without_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         yield
-
-
-def adapted_layers(lora: Lora, num_layers: int) -> list[int]:
-    """Return the decoder layers that get an adapter.
-
-    Raises:
-        RecipeError: The model does not have one of them.
-    """
-    if lora.layers == "all":
-        return list(range(num_layers))
-    if max(lora.layers) >= num_layers:
-        raise RecipeError(
-            f"lora.layers names layer {max(lora.layers)}, and the model's last one is"
-            f" {num_layers - 1}",
-            fix=f"lora.layers: numbers from 0 to {num_layers - 1}",
-        )
-    return sorted(set(lora.layers))
 
 
 def attach_adapter(
@@ -353,7 +199,7 @@ def attach_adapter(
         raise RecipeError(
             f"PEFT cannot attach this adapter: {first_lines(error)}",
             fix="lora.target_modules: all-linear",
-            settings=_ALL_LINEAR,
+            settings=ALL_LINEAR,
         ) from error
     _use_master_weights(adapted, scale_inside=True)
     _train_saved_modules(adapted)
@@ -368,7 +214,7 @@ def _layers_for_peft(model: nn.Module, lora: Lora, kept: Sequence[int] | None) -
     chosen = adapted_layers(lora, len(layers)) if kept is None else lora.layers
     numbers = [here for here, whole in enumerate(kept or range(len(layers))) if whole in chosen]
     name = next(path for path, module in model.named_modules() if module is layers)
-    return {"layers_to_transform": numbers, "layers_pattern": _leaf(name)}
+    return {"layers_to_transform": numbers, "layers_pattern": leaf(name)}
 
 
 def copy_weights(model: nn.Module, folder: Path) -> None:

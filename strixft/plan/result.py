@@ -15,11 +15,11 @@ import torch
 from strixft.catalog.hosts import THIS_MACHINE, Budget, Host, Sourced
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import budget_for, find_host
-from strixft.model.adapter import adapted_layers, find_targets
 from strixft.model.architecture import architecture_of
 from strixft.model.config import first_lines, warnings_of
 from strixft.model.load import shape_base
 from strixft.model.source import load_config
+from strixft.model.targets import adapted_layers, find_targets
 from strixft.plan import show
 from strixft.plan.advice import advise, cause, share_figures
 from strixft.plan.choose import Choice, DataShape, Planner, choose

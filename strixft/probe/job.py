@@ -12,9 +12,9 @@ import torch
 from strixft.attention.backends import CARRIES_ON, Heads, known_backends
 from strixft.catalog.hosts import Host
 from strixft.catalog.methods import METHODS, Method
-from strixft.model.adapter import adapted_layers
 from strixft.model.architecture import Architecture, architecture_of
 from strixft.model.load import native_dtype
+from strixft.model.targets import adapted_layers
 from strixft.probe.checks import (
     USABLE,
     LayersProof,

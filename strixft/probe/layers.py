@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from strixft.attention.backends import AttentionBackend
 from strixft.attention.masks import packed_rows
 from strixft.data.batches import Batch, collate, on_device
-from strixft.model.adapter import is_router
 from strixft.model.architecture import (
     build_shape,
     text_decoder,
@@ -33,6 +32,7 @@ from strixft.model.architecture import (
 from strixft.model.config import first_lines
 from strixft.model.kernels import switch_off
 from strixft.model.quantised import draw_weights
+from strixft.model.targets import is_router
 from strixft.support.child import Figures
 from strixft.support.private_hf import NAME_OF_CONFIG, calls_attention_by_name
 

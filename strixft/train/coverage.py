@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from strixft.data.batches import Batch
-from strixft.model.adapter import ADAPTER_NAME, base_of, decoder_layers, is_linear, is_named
+from strixft.model.adapter import ADAPTER_NAME, base_of, decoder_layers
 from strixft.model.architecture import outside_text, text_decoder
+from strixft.model.targets import is_linear, is_named
 from strixft.step.update import TrainingStep
 from strixft.support.errors import StageError
 from strixft.support.files import write_json
