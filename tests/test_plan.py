@@ -12,6 +12,7 @@ import torch
 from conftest import WriteRecipe
 from transformers import AutoConfig
 
+from reference.tiny_models import TINY
 from strixft.catalog.hosts import HOSTS, Budget
 from strixft.catalog.methods import METHODS
 from strixft.data.batches import Batch, PackedShape, shape_batch, training_order
@@ -272,7 +273,7 @@ def test_no_two_products_of_dimensions_grow_alike_between_two_samples(
     vocabulary: int, chunks: int, packed: bool, beyond: tuple[bool, ...], monkeypatch: Any
 ) -> None:
     windows = {(): (), (True, False): (1024, 4096)}.get(beyond, (512,))
-    asked = SimpleNamespace(windows=windows)
+    asked = SimpleNamespace(windows=windows, heads=SimpleNamespace(carries_state=False))
     monkeypatch.setattr("strixft.plan.scale.architecture_of", lambda _: asked)
     config = AutoConfig.for_model(**LLAMA | {"vocab_size": vocabulary})
     regime = Regime(False, beyond, chunks, packed)
@@ -305,6 +306,22 @@ def test_a_trace_answers_for_other_micro_batches(shape: dict[str, Any], method: 
         assert scaled.seconds_per_update == pytest.approx(fresh.seconds_per_update, rel=0.01)
         asked = traces.estimate(step).asked_bytes
         assert scaled.peak_bytes - scaled.unsplit_bytes == asked
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_trace_of_a_recurrence_answers_for_other_rows(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers loop over the chunks of a row: a trace is of the step's length, and none is needed."""
+    shape = TINY["qwen3_5"]["text_config"] | {"num_hidden_layers": 8}
+    config = AutoConfig.for_model(**shape | {"layer_types": shape["layer_types"][1:] * 4})
+    traces = Traces(Job.of(a_recipe(), config, HOST))
+    for layers in (0, 3):
+        step = Step(RowShape(rows, 150, rows * 90 + 1), layers, 2)
+        fresh = traces.fresh(step)
+        with monkeypatch.context() as patch:
+            patch.delattr(Traces, "fresh")
+            assert traces.dry_run(step) == fresh
 
 
 def test_a_trace_of_compiled_layers_answers_for_other_micro_batches() -> None:

@@ -49,8 +49,8 @@ SAMPLED_LENGTH = 1024
 """T of the smaller trace, where no window asks for another one. B × T is of a real micro-batch's
 size: the compiler keeps what is smaller, weights or activations."""
 
-TOKENS, CHUNK = 1, 2
-"""Indices of `Dims.terms`: B × T, and n."""
+TOKENS, CHUNK, TRAINED = 1, 2, 4
+"""Indices of `Dims.terms`: B × T, n, and K."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +98,27 @@ class Regime:
     """1, 2, or 3 for any more: those in the middle are alike."""
     packed: bool
     """Documents share rows."""
+    length: int | None = None
+    """T, where layers carry a state along the row: in torch they loop over its chunks."""
 
     @classmethod
     def of(cls, config: Any, shape: RowShape) -> Regime:
         """Return the regime of a micro-batch."""
         chunks = Dims.of(shape, config.get_text_config().vocab_size).chunks
-        beyond = tuple(shape.length >= window for window in architecture_of(config).windows)
-        packed = shape.packed is not None
-        return cls(shape.rows == 1 and not packed, beyond, min(chunks, 3), packed)
+        architecture, packed = architecture_of(config), shape.packed is not None
+        return cls(
+            one_row=shape.rows == 1 and not packed,
+            beyond=tuple(shape.length >= window for window in architecture.windows),
+            chunks=min(chunks, 3),
+            packed=packed,
+            length=shape.length if architecture.heads.carries_state else None,
+        )
 
     def samples(self, config: Any) -> tuple[RowShape, RowShape]:
         """Return two micro-batches of this regime, all of whose dimensions grow differently."""
         vocabulary = config.get_text_config().vocab_size
-        lengths = _two_lengths(architecture_of(config).windows, self.beyond)
+        windows = architecture_of(config).windows
+        lengths = (self.length,) * 2 if self.length else _two_lengths(windows, self.beyond)
         most = max(1, CHUNK_ELEMENTS // vocabulary)  # trained tokens of a chunk
         least = max((self.chunks - 1) * most, most // 2)
         # one token more than full chunks: then n, m and K do not grow by the same factor
@@ -157,11 +165,12 @@ class _Growth:
         ratio = np.where(small == large, 1.0, large / np.maximum(small, 1))
         is_like = np.isclose(ratio[:, None], after / before, rtol=1e-9, atol=0)  # (numbers, terms)
         is_product = is_like.any(1)
-        self.term = np.where(is_product, is_like.argmax(1), TOKENS)
-        # a sum, such as of documents and one, becomes a line over the tokens
-        line = (large - small) / (after[TOKENS] - before[TOKENS])
+        # a sum, such as of documents and one, becomes a line over the tokens, or the trained ones
+        over = TOKENS if after[TOKENS] > before[TOKENS] else TRAINED
+        self.term = np.where(is_product, is_like.argmax(1), over)
+        line = (large - small) / (after[over] - before[over])
         self._slope = np.where(is_product, small / before[self.term], line)
-        self._offset = np.where(is_product, 0, small - line * before[TOKENS])
+        self._offset = np.where(is_product, 0, small - line * before[over])
 
     def at(self, dims: Dims) -> Floats:
         """Return the numbers for other dimensions, (N,)."""
