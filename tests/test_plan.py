@@ -12,7 +12,6 @@ import torch
 from conftest import WriteRecipe
 from transformers import AutoConfig
 
-from reference.tiny_models import TINY
 from strixft.catalog.hosts import HOSTS, Budget
 from strixft.catalog.methods import METHODS
 from strixft.data.batches import Batch, PackedShape, shape_batch, training_order
@@ -313,8 +312,11 @@ def test_a_trace_of_a_recurrence_answers_for_other_rows(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers loop over the chunks of a row: a trace is of the step's length, and none is needed."""
-    shape = TINY["qwen3_5"]["text_config"] | {"num_hidden_layers": 8}
-    config = AutoConfig.for_model(**shape | {"layer_types": shape["layer_types"][1:] * 4})
+    kinds = ["linear_attention", "full_attention"] * 4
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    sides = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 16}
+    shape = LLAMA | {"model_type": "qwen3_5_text", "num_hidden_layers": 8, "layer_types": kinds}
+    config = AutoConfig.for_model(**shape | heads | sides)
     traces = Traces(Job.of(a_recipe(), config, HOST))
     for layers in (0, 3):
         step = Step(RowShape(rows, 150, rows * 90 + 1), layers, 2)

@@ -265,9 +265,10 @@ class Planner:
             return self.candidate(rows, layers).need_bytes <= limit.num_bytes
 
         few, *more = self.layers()
-        if can_fit(few) or not more or not can_fit(more[-1]):
-            return self.candidate(rows, few if can_fit(few) or not more else more[-1])
-        return self.candidate(rows, more[bisect_left(more, True, key=can_fit)])
+        if can_fit(few) or not more:
+            return self.candidate(rows, few)
+        found = bisect_left(more, True, key=can_fit)  # layers that are all recomputed are the last
+        return self.candidate(rows, more[min(found, len(more) - 1)])
 
     def most_recomputed(self, fewest: Candidate, seconds: float) -> Candidate | None:
         """Return the most layers recomputed, and not fewer, that take no longer; else None."""
@@ -300,6 +301,10 @@ class Planner:
     @shared_kernels()
     def choose(self, limit: Budget) -> Choice:
         """Return the plan, as this module's docstring says; the smallest one if none fits."""
+        with self.traces.helped():
+            return self._choose(limit)
+
+    def _choose(self, limit: Budget) -> Choice:
         frontier = [self.fewest_recomputed(rows, limit) for rows in self.rows()]
         frontier.sort(key=Candidate.order)
         waiting = [c for c in frontier if c.need_bytes <= limit.num_bytes]

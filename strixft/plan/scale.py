@@ -10,8 +10,9 @@ those of its last chunk, L tokens of the longest document.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -35,6 +36,7 @@ from strixft.plan.dry_run import (
     stands_for,
     trace_run,
 )
+from strixft.plan.helper import Helper
 from strixft.plan.trace import RowShape, Trace, one_step
 from strixft.probe.job import Job
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
@@ -243,20 +245,44 @@ class Traces:
         self._scaled: dict[Any, ScaledTrace | None] = {}
         self._schedules: dict[Any, Schedule] = {}
         self._numbers: dict[Any, tuple[Ints, Seconds | None]] = {}
+        self._helper: Helper | None = None
+
+    @contextlib.contextmanager
+    def helped(self) -> Iterator[None]:
+        """Let a second process make half of the traces that this block asks for."""
+        with Helper(self._trace) as self._helper:
+            try:
+                yield
+            finally:
+                self._helper = None
+
+    def _name(self, shape: RowShape, kinds: Sequence[Kind]) -> str:
+        return trace_cache.name_of(self._job, shape, kinds)
 
     def _trace(self, shape: RowShape, recomputed_layers: int, kinds: Sequence[Kind]) -> Trace:
         """Return the trace of a micro-batch, from disk where it was made before."""
         return trace_cache.trace(
-            trace_cache.name_of(self._job, shape, kinds),
+            self._name(shape, kinds),
             lambda: trace_run(self._job, shape, recomputed_layers, 2).trace,
         )
 
     def _scale(self, regime: Regime, layers: int, kinds: Sequence[Kind]) -> ScaledTrace | None:
         """Return what answers for a regime; None where its two traces are not alike."""
         samples = regime.samples(self._job.config)
-        small, large = (self._trace(shape, layers, kinds) for shape in samples)
+        small, large = self._two_traces(samples, layers, kinds)
         first, second = (Dims.of(shape, self._vocabulary) for shape in samples)
         return ScaledTrace(small, large, (first, second)) if small.is_like(large) else None
+
+    def _two_traces(
+        self, samples: tuple[RowShape, RowShape], layers: int, kinds: Sequence[Kind]
+    ) -> tuple[Trace, Trace]:
+        small, large = samples
+        by_helper: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._helper is not None and not trace_cache.is_kept(self._name(large, kinds)):
+            by_helper = self._helper.beside(large, layers, kinds)
+        with by_helper:
+            first = self._trace(small, layers, kinds)
+        return first, self._trace(large, layers, kinds)
 
     def _find(self, step: Step) -> tuple[Schedule, Ints, Seconds | None] | None:
         """Return a step's events, with the sizes and times of its micro-batch."""

@@ -79,6 +79,11 @@ def number(name: str, find: Callable[[], int]) -> int:
         return found
 
 
+def is_kept(name: str) -> bool:
+    """Return whether a trace is on disk."""
+    return _path(name).exists()
+
+
 def trace(name: str, find: Callable[[], Trace]) -> Trace:
     """Return a trace from disk; make and keep it if there is none, or the file is damaged."""
     try:
