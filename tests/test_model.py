@@ -170,7 +170,9 @@ def test_a_row_is_no_longer_than_a_table_of_positions(
         ("gemma2", Head(1.0, 30.0)),
         ("recurrent_gemma", Head(1.0, 30.0)),
         ("muse_glimmer", Head(0.5, 20.0)),
-        ("phi", None),  # a bias
+        ("phi", Head(1.0, None)),  # with a bias, and the next two
+        ("gptj", Head(1.0, None)),
+        ("codegen", Head(1.0, None)),
     ],
 )
 def test_a_head_is_found_by_trying(name: str, head: Head | None) -> None:

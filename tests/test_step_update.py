@@ -1,5 +1,6 @@
 """The training step: its loss, its gradients and what it keeps."""
 
+import copy
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from strixft.catalog.methods import METHODS
 from strixft.data.batches import PAD, Batch, PackedShape, collate
 from strixft.model.adapter import attach_adapter, base_of
-from strixft.model.architecture import architecture_of
+from strixft.model.architecture import architecture_of, linear_head
 from strixft.model.load import random_model
 from strixft.model.source import model_source
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
@@ -70,23 +71,58 @@ def padded_labels(batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("chunk", [1, 7, CHUNK_ELEMENTS])
+@pytest.mark.parametrize("has_bias", [False, True])
 def test_chunks_change_neither_loss_nor_gradients(
-    softcap: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+    softcap: float | None, chunk: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("strixft.step.loss.CHUNK_ELEMENTS", chunk * 50)
     torch.manual_seed(0)
     hidden = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(50, dtype=torch.float64, requires_grad=True) if has_bias else None
+    inputs = [one for one in (hidden, weight, bias) if one is not None]
     labels = torch.randint(0, 50, (23,))
-    logits = hidden @ weight.T
+    logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    wanted = torch.autograd.grad(expected / 3, (hidden, weight))
-    loss = chunked_cross_entropy(hidden, weight, labels, softcap)
-    found = torch.autograd.grad(loss / 3, (hidden, weight))
+    wanted = torch.autograd.grad(expected / 3, inputs)
+    loss = chunked_cross_entropy(hidden, weight, labels, softcap, bias=bias)
+    found = torch.autograd.grad(loss / 3, inputs)
     assert torch.allclose(loss.double(), expected, rtol=1e-6)
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["phi", "gptj", "codegen"])
+@pytest.mark.parametrize("saved", [None, [], ["lm_head"]])
+def test_a_head_with_a_bias_gives_the_loss_and_gradients_of_transformers(
+    model_type: str, saved: list[str] | None
+) -> None:
+    """In full training (None), with an adapter, and with one beside a head that is trained."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sides = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "rotary_dim": 8}
+    config = AutoConfig.for_model(model_type, **sides, vocab_size=64, intermediate_size=48)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    torch.nn.init.normal_(plain.lm_head.bias)
+    torch.nn.init.normal_(plain.lm_head.weight)
+    lora = Lora(r=4, alpha=8, modules_to_save=saved or [])
+    ours: Any = copy.deepcopy(plain)
+    ours = attach_adapter(ours, METHODS["full" if saved is None else "lora"], lora)
+    assert linear_head(base_of(ours)) is not None
+    batch = collate(ROWS)
+    ids = batch["input_ids"]
+    expected = plain(ids, attention_mask=ids != PAD, labels=padded_labels(batch)).loss
+    loss = TrainingStep(ours, TRAIN).loss(batch, len(batch["labels"]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    if saved == []:
+        return
+    expected.backward()
+    loss.backward()
+    head = base_of(ours).get_output_embeddings()
+    assert torch.allclose(head.bias.grad, plain.lm_head.bias.grad, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(head.weight.grad, plain.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_chunks_are_equal_and_bounded() -> None:

@@ -34,7 +34,9 @@ class _MasterLinear(nn.Linear):
     """Applied to the weights where they are used."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, C) to (…, D)
-        return nn.functional.linear(x, (self.weight * self.factor).to(x.dtype))
+        bias: torch.Tensor | None = self.bias  # that of a module which is trained whole
+        bias = bias if bias is None else bias.to(x.dtype)
+        return nn.functional.linear(x, (self.weight * self.factor).to(x.dtype), bias)
 
 
 class AdapterDropout(nn.Dropout):

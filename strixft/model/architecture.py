@@ -132,7 +132,7 @@ def with_layers(base: Any, kept: Sequence[int]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A head whose logits are softcap × tanh(scale × hidden · Wᵀ / softcap)."""
+    """A head whose logits are softcap × tanh(scale × (hidden · Wᵀ + bias) / softcap)."""
 
     scale: float
     softcap: float | None
@@ -168,13 +168,14 @@ class _Hidden:
 def _find_head(base: Any) -> Head | None:
     whole: Any = base.get_output_embeddings()
     own = getattr(whole, "original_module", whole)  # PEFT's copy of it is trained, maybe
-    if not isinstance(own, nn.Linear) or getattr(own, "bias", None) is not None:
+    if not isinstance(own, nn.Linear):
         return None
     draw = torch.Generator().manual_seed(0)
     small = nn.utils.skip_init(  # drawing its weights would move training's own generator
-        nn.Linear, own.in_features, 8, bias=False, device="cpu", dtype=torch.float32
+        nn.Linear, own.in_features, 8, own.bias is not None, device="cpu", dtype=torch.float32
     )
-    small.weight.normal_(generator=draw)
+    for weight in small.parameters():
+        weight.normal_(generator=draw)
     hidden = torch.randn(1, TOKENS, own.in_features, generator=draw) * 20 / own.in_features
     decoders = {id(m): m for m in (base.base_model, text_decoder(base)) if m is not base}
     ids, was_training = torch.zeros(1, TOKENS, dtype=torch.long), base.training
@@ -191,7 +192,7 @@ def _find_head(base: Any) -> Head | None:
             vars(decoder).pop("forward", None)
         base.training = was_training
         base.set_output_embeddings(whole)
-    plain = hidden @ small.weight.T  # (1, T, 8)
+    plain = nn.functional.linear(hidden, small.weight, small.bias)  # (1, T, 8)
     scale = float((plain * logits).sum() / plain.square().sum())
     if torch.allclose(logits, plain * scale, rtol=1e-4, atol=1e-5):
         return Head(1.0 if abs(scale - 1) < 1e-5 else scale, None)

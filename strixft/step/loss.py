@@ -92,16 +92,21 @@ def _(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Te
     return logits.new_empty((), dtype=torch.float32), torch.empty_like(logits)
 
 
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the raw logits of a chunk, (n, V)."""
+    return hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+
+
 def _gradient_of_chunk(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, compiled: bool
+    logits: Tensor, labels: Tensor, softcap: float | None, compiled: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum () of the losses, and the gradient of the logits (n, V) in hidden's dtype."""
-    logits = hidden @ weight.T  # (n, V)
+    """Return the sum () of the losses, and the gradient of the logits (n, V) in their dtype."""
+    dtype = logits.dtype
     if compiled:
         return cast("tuple[Tensor, Tensor]", logits_gradient(logits, labels, softcap))
     logits = logits.float()
     losses, gradient = _losses_and_gradient_(logits, labels, softcap)
-    return losses.sum(), gradient.to(hidden.dtype)
+    return losses.sum(), gradient.to(dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -110,34 +115,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         labels: Tensor,
         softcap: float | None,
         compiled: bool,
     ) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None  # (K, C)
         grad_weight = torch.zeros_like(weight) if need_weight else None  # (V, C)
+        grad_bias = (
+            torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        )  # (V,)
         rows = chunk_rows(len(labels), len(weight))
         for start in range(0, len(labels), rows):
             chunk = slice(start, start + rows)
             loss, gradient = _gradient_of_chunk(
-                hidden[chunk], weight, labels[chunk], softcap, compiled
+                _logits(hidden[chunk], weight, bias), labels[chunk], softcap, compiled
             )
             total += loss
             if grad_hidden is not None:
                 torch.mm(gradient, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
                 grad_weight.addmm_(gradient.T, hidden[chunk])
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0, dtype=torch.float32)
             del gradient  # or the next chunk's logits are made beside it
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        found = (g if g is None else g * grad.to(g.dtype) for g in (grad_hidden, grad_weight))
+        found = (g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return *found, None, None, None
 
 
@@ -147,6 +157,7 @@ def chunked_cross_entropy(
     labels: Tensor,
     softcap: float | None = None,
     *,
+    bias: Tensor | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Return the sum of the losses of tokens, (), in float32.
@@ -156,21 +167,30 @@ def chunked_cross_entropy(
         weight: The head's matrix, (V, C).
         labels: The tokens, (K,).
         softcap: Logits are softcap × tanh(logits / softcap), as Gemma 2 does.
+        bias: The head's bias, (V,).
         compiled: Turn logits into their gradient in one generated kernel.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, softcap, compiled
+        hidden, weight, bias, labels, softcap, compiled
     )
     return loss
 
 
 @torch.no_grad()
 def token_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    softcap: float | None = None,
+    *,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of each token, (K,), in float32; arguments as `chunked_cross_entropy`."""
     rows = chunk_rows(len(labels), len(weight)) or 1
     chunks = zip(hidden.split(rows), labels.split(rows), strict=True)
     return torch.cat(
-        [_losses_and_gradient_((h @ weight.T).float(), n, softcap)[0].view(-1) for h, n in chunks]
+        [
+            _losses_and_gradient_(_logits(h, weight, bias).float(), n, softcap)[0].view(-1)
+            for h, n in chunks
+        ]
     )

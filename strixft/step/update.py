@@ -17,7 +17,7 @@ from strixft.attention.interface import use_backend
 from strixft.attention.masks import packed_rows
 from strixft.data.batches import Batch
 from strixft.model.adapter import AdapterDropout, base_of
-from strixft.model.architecture import linear_head, text_decoder
+from strixft.model.architecture import Head, linear_head, text_decoder
 from strixft.recipe.schema import Train
 from strixft.step.layers import compile_layers, set_recompute
 from strixft.step.loss import chunked_cross_entropy, token_cross_entropy
@@ -60,9 +60,9 @@ def batch_loss(
         return _own_head_losses(base, batch, options, "sum") / num_trained
     hidden = _trained_hidden(base, batch, options, head.scale)
     with part("head"):
-        weight: Tensor = base.get_output_embeddings().weight.to(hidden.dtype)  # (V, C)
+        weight, bias = _matrix_and_bias(base, hidden.dtype, head)
         total = chunked_cross_entropy(
-            hidden, weight, batch["labels"], head.softcap, compiled=options.compiled
+            hidden, weight, batch["labels"], head.softcap, bias=bias, compiled=options.compiled
         )
     return total / num_trained
 
@@ -79,8 +79,17 @@ def _token_losses(model: nn.Module, batch: Batch, options: StepOptions) -> Tenso
     if (head := linear_head(base)) is None:
         return _own_head_losses(base, batch, options, "none").detach()
     hidden = _trained_hidden(base, batch, options, head.scale).detach()
-    weight = base.get_output_embeddings().weight.to(hidden.dtype)
-    return token_cross_entropy(hidden, weight, batch["labels"], head.softcap)
+    weight, bias = _matrix_and_bias(base, hidden.dtype, head)
+    return token_cross_entropy(hidden, weight, batch["labels"], head.softcap, bias=bias)
+
+
+def _matrix_and_bias(base: Any, dtype: torch.dtype, head: Head) -> tuple[Tensor, Tensor | None]:
+    """Return the head's matrix, (V, C), and its bias, (V,), times a factor of the head."""
+    own = base.get_output_embeddings()
+    bias = own.bias
+    if bias is not None:
+        bias = (bias if head.scale == 1 else bias * head.scale).to(dtype)
+    return own.weight.to(dtype), bias
 
 
 def _trained_hidden(base: Any, batch: Batch, options: StepOptions, scale: float) -> Tensor:
