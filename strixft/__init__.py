@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from strixft.app.attend import export_recipe as export_recipe
     from strixft.app.attend import prepare_recipe as prepare_recipe
     from strixft.app.attend import train_recipe as train_recipe
-    from strixft.app.chat import chat_box as chat_box
+    from strixft.app.chat_box import chat as chat
     from strixft.app.lab import list_recipes as list_recipes
     from strixft.app.lab import run_recipe as run_recipe
     from strixft.app.report import write_report as write_report
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "StrixftError": "support.errors",
-    "chat_box": "app.chat",
+    "chat": "app.chat_box",
     "check_host": "doctor.checks",
     "evaluate_recipe": "app.attend",
     "explore_plan": "plan.result",

@@ -1,9 +1,15 @@
 """Chat: answers come in pieces, and the conversation is remembered."""
 
+import contextlib
 import io
+import os
+import pty
+import re
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,24 +17,97 @@ import torch
 from conftest import WriteRecipe
 from test_cli import ENTRY
 from test_train import trained
+from transformers import GenerationConfig
 
-from strixft.app.chat import Chat, ChatBox, transcript
+from strixft.app.chat import Chat, Turn, own_temperature
+from strixft.app.chat_box import ChatBox, transcript
 from strixft.app.cli import main
-from strixft.evaluate.variants import load_variant
+from strixft.evaluate.variants import VARIANTS, load_variant
 from strixft.run.folder import Run
 from strixft.run.open import open_run
 from strixft.support.errors import FitError, StageError
 from strixft.support.text import visible
+from strixft.train.stage import ADAPTER
+
+
+def said(talk: Chat, text: str, variant: str = "tuned") -> str:
+    return "".join(piece for _, piece in talk.ask(text, (variant,)))
 
 
 def test_a_conversation_is_remembered(run: Run) -> None:
     talk = Chat(run)
-    first = "".join(talk.ask("Count to 3."))
-    "".join(talk.ask("And to 4?"))
-    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
-    assert talk.messages[1]["content"] == first
-    base = Chat(run, base=True)
-    assert "".join(base.ask("Count to 3.")) != first
+    first = said(talk, "Count to 3.")
+    said(talk, "And to 4?")
+    assert [(turn.text, list(turn.answers)) for turn in talk.turns] == [
+        ("Count to 3.", ["tuned"]),
+        ("And to 4?", ["tuned"]),
+    ]
+    assert talk.turns[0].answers["tuned"] == first
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answers_are_those_of_transformers(run: Run, variant: str) -> None:
+    """Base and tuned in turns from one model in memory, against each alone and its own template."""
+    talk = Chat(run)
+    list(talk.ask("Count to 3.", VARIANTS))
+    list(talk.ask("And to 4?", VARIANTS))
+    model: Any = load_variant(run.recipe, run.folder / "train" / ADAPTER, variant)
+    tokenizer = talk.tokenizer
+    messages = []
+    for turn in talk.turns:
+        messages.append({"role": "user", "content": turn.text})
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        tokens = model.generate(**prompt, do_sample=False, max_new_tokens=512)[0]
+        answer = tokenizer.decode(tokens[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert turn.answers[variant] == answer
+        messages.append({"role": "assistant", "content": answer})
+
+
+def test_a_variant_that_was_not_asked_sees_the_others_answer(run: Run) -> None:
+    talk = Chat(run)
+    said(talk, "Count to 3.")
+    said(talk, "And to 4?", "base")
+    alone = Chat(run)
+    alone.turns.append(Turn("Count to 3.", {"base": talk.turns[0].answers["tuned"]}))
+    assert said(alone, "And to 4?", "base") == talk.turns[1].answers["base"]
+
+
+def test_settings_of_sampling_reach_the_model(run: Run) -> None:
+    talk = Chat(run)
+    assert talk.temperature == 0
+    talk.max_tokens = 4
+    short = said(talk, "Count to 9.")
+    assert len(talk.tokenizer(short)["input_ids"]) <= 5
+    talk.reset()
+    talk.max_tokens, talk.temperature = 40, 2.0
+    torch.manual_seed(0)
+    answers = {said(talk, "Count to 9.") for _ in range(3)}
+    assert len(answers) == 3
+    talk.reset()
+    talk.temperature, talk.system = 0.0, "Answer in French."
+    prompts = talk._messages("tuned", "Hello")
+    assert prompts[0] == {"role": "system", "content": "Answer in French."}
+
+
+def test_the_temperature_is_the_models_own(run: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(run.recipe.model, tmp_path / "model")
+    GenerationConfig(do_sample=True, temperature=0.6).save_pretrained(folder)
+    sampled = run.recipe.model_copy(update={"model": str(folder)})
+    assert own_temperature(sampled) == 0.6
+    (folder / "generation_config.json").unlink()
+    assert own_temperature(sampled) == 0.0
+
+
+def test_an_answer_that_is_stopped_is_kept(run: Run) -> None:
+    talk = Chat(run)
+    answer = talk.ask("Count to 9.", VARIANTS)
+    assert next(answer)[0] == "base"
+    talk.stop()
+    rest = list(answer)
+    assert {variant for variant, _ in rest} <= {"base"}
+    assert list(talk.turns[0].answers) == ["base"]
 
 
 def test_bytes_that_are_no_text_do_not_end_a_conversation(run: Run) -> None:
@@ -37,7 +116,7 @@ def test_bytes_that_are_no_text_do_not_end_a_conversation(run: Run) -> None:
     done = subprocess.run(command, input=typed, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     talk = Chat(run)
-    answers = ["".join(talk.ask(text)) for text in ("Gr\ufffd\ufffde", "Count to 3.")]
+    answers = [said(talk, text) for text in ("Gr\ufffd\ufffde", "Count to 3.")]
     assert done.stdout.decode() == "".join(f"{visible(answer)}\n" for answer in answers)
 
 
@@ -65,8 +144,8 @@ class Full(torch.nn.Module):
 def full(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model that is loaded runs out of memory at its fourth token."""
 
-    def load(*words: Any) -> Any:
-        model: Any = load_variant(*words)
+    def load(*words: Any, **more: Any) -> Any:
+        model: Any = load_variant(*words, **more)
         model.get_base_model().model.norm = Full()
         return model
 
@@ -91,10 +170,10 @@ def test_memory_that_ends_in_an_answer_ends_the_chat(
 def test_nothing_is_remembered_of_an_answer_that_fails(run: Run) -> None:
     talk = Chat(run)
     with pytest.raises(FitError):
-        list(talk.ask("Count to 3."))
-    assert talk.messages == []
-    assert len("".join(talk.ask("Count to 3."))) > 0  # the fourth token is over
-    assert len(talk.messages) == 2
+        said(talk, "Count to 3.")
+    assert talk.turns == []
+    assert len(said(talk, "Count to 3.")) > 0  # the fourth token is over
+    assert len(talk.turns) == 1
 
 
 def test_an_answer_that_nobody_reads_on_ends(run: Run) -> None:
@@ -103,42 +182,87 @@ def test_an_answer_that_nobody_reads_on_ends(run: Run) -> None:
     next(answer)
     answer.close()  # type: ignore[attr-defined]  # it is a generator
     assert threading.active_count() == before
+    assert talk.turns == []
 
 
 def test_a_template_that_refuses_is_told(run: Run) -> None:
     talk = Chat(run)
     talk.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(StageError, match="cannot answer: TemplateError: roles must alternate"):
-        list(talk.ask("Count to 3."))
+        said(talk, "Count to 3.")
 
 
-def test_a_box_answers_as_the_chat_does(run: Run) -> None:
+# In a notebook.
+
+
+def test_a_box_shows_the_message_at_once_and_answers_as_the_chat_does(run: Run) -> None:
     box = ChatBox(run)
     shown: list[str] = []
     box.said.observe(lambda change: shown.append(change["new"]), names="value")
     box.text.value = "Count to 3."
     box.send.click()
+    assert "Count to 3." in shown[0]
+    box.wait()
     talk = Chat(run)
-    "".join(talk.ask("Count to 3."))
-    assert box.said.value == transcript(talk.messages)
-    assert len(shown) > 2  # it came in pieces
+    list(talk.ask("Count to 3.", VARIANTS))
+    assert transcript(talk.turns) in box.said.value
     assert not box.send.disabled
-    box.variant.value = True
-    assert box.said.value == ""
+    assert box.stop.disabled
+    box.variants.value = ("base",)
+    box.temperature.value = 0.5
+    assert transcript(talk.turns) in box.said.value  # settings leave the conversation
+    box.clear.click()
+    assert "Count to 3." not in box.said.value
 
 
 def test_nothing_that_is_said_is_read_as_html() -> None:
-    hostile = "<img src=x onerror=alert(1)>"
-    html = transcript(
-        [{"role": "user", "content": hostile}, {"role": "assistant", "content": hostile}]
-    )
-    assert "<img" not in html
-    assert html.count("&lt;img") == 2
+    hostile = "<img src=x onerror=alert(1)>\x1b[31m"
+    page = transcript([Turn(hostile, dict.fromkeys(VARIANTS, hostile))])
+    assert "<img" not in page
+    assert "\x1b" not in page
+    assert page.count("&lt;img") == 3
 
 
 def test_a_box_says_what_is_missing(tiny_run: Run) -> None:
     box = ChatBox(tiny_run)
     box.text.value = "Hello"
     box.send.click()
+    box.wait()
     assert "stage train" in box.said.value
     assert "has not run yet" in box.said.value
+    assert box.text.value == "Hello"
+
+
+# In a terminal.
+
+
+def test_a_terminal_has_a_greeting_a_prompt_and_commands(run: Run) -> None:
+    lines = ["/help", "/temprature 1", "/temperature 9", "/length 3", "/both", "Count to 3."]
+    shown = at_a_terminal(["chat", str(run.folder)], [*lines, "/reset", "/quit"])
+    assert "tuned answers. /help shows the commands" in shown
+    assert "/temperature 0.7  0 takes the most likely token" in shown
+    assert "did you mean '/temperature'?" in shown
+    assert "'9' is not a number from 0 to 2" in shown
+    assert "at most 3 tokens" in shown
+    assert re.search(r"> Count to 3\.\r\n.*base: .*\n.*tuned: ", shown, re.DOTALL)
+    assert "the conversation is forgotten" in shown
+    assert "Traceback" not in shown
+
+
+def at_a_terminal(words: list[str], lines: list[str]) -> str:
+    """What a command shows on a real terminal where these lines are typed, one for each prompt."""
+    main_end, terminal = pty.openpty()
+    command = [sys.executable, "-c", ENTRY, *words]
+    process = subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+    )
+    os.close(terminal)
+    shown, left = "", list(lines)
+    with contextlib.suppress(OSError):  # the terminal's other end is closed
+        while piece := os.read(main_end, 65536):
+            shown += piece.decode(errors="replace")
+            if left and shown.endswith("> "):
+                os.write(main_end, f"{left.pop(0)}\n".encode())
+    os.close(main_end)
+    assert process.wait(60) == 0, shown
+    return shown

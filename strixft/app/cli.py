@@ -10,6 +10,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -454,24 +455,20 @@ def watch(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> No
 def chat(
     run: RunArgument,
     base: Annotated[bool, typer.Option("--base", help="Talk to the base model.")] = False,
+    both: Annotated[bool, typer.Option("--both", help="Let base and tuned answer.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Talk to the trained model. End with Ctrl-D."""
+    """Talk to the trained model. /help shows the commands, Ctrl-D ends."""
     from strixft.run.open import find_run
 
     found = find_run(run)
     from strixft.app.chat import Chat
+    from strixft.app.chat_terminal import converse
 
-    talk = Chat(found, base=base)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # invalid bytes do not end a conversation
-    for line in sys.stdin:
-        if line.strip():
-            try:
-                for piece in talk.ask(line.strip()):
-                    print(visible(piece), end="", flush=True)
-            finally:
-                print()
+    variants = ("base", "tuned") if both else ("base",) if base else ("tuned",)
+    converse(Chat(found), found.name, variants, partial(print, end="", flush=True))
 
 
 @app.command()

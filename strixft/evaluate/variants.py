@@ -22,19 +22,27 @@ from strixft.recipe.schema import Recipe
 VARIANTS = ("base", "tuned")
 
 
-def load_variant(recipe: Recipe, adapter: Path, variant: str) -> nn.Module:
-    """Load base or tuned in evaluation mode."""
-    *_, (_, model) = load_variants(recipe, adapter, VARIANTS[: VARIANTS.index(variant) + 1])
+def load_variant(recipe: Recipe, adapter: Path, variant: str, *, merged: bool = True) -> nn.Module:
+    """Load base or tuned in evaluation mode; see `load_variants`."""
+    wanted = VARIANTS[: VARIANTS.index(variant) + 1]
+    *_, (_, model) = load_variants(recipe, adapter, wanted, merged=merged)
     return model
 
 
 def load_variants(
-    recipe: Recipe, folder: Path, variants: Sequence[str] = VARIANTS
+    recipe: Recipe, folder: Path, variants: Sequence[str] = VARIANTS, *, merged: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield base, then tuned, each with its name.
 
     If all weights were trained, the base is given up before the tuned model is loaded; the caller
     should give it up too.
+
+    Args:
+        recipe: The recipe that was trained.
+        folder: The trained adapter or weights.
+        variants: `base`, or both.
+        merged: Merge the adapter where that rounds too little to tell, which saves a third of the
+            work; the base is then only there before.
 
     Raises:
         HostError: No attention backend is correct on this machine.
@@ -58,7 +66,6 @@ def load_variants(
         model = load_base(recipe.model_copy(update={"model": str(folder)}), device, dtype)
     else:
         model = load_adapter(model, folder)
-        if dtype is torch.float32 and METHODS[recipe.method].base == "native":
-            # a third less work; float32 rounds too little to tell
+        if merged and dtype is torch.float32 and METHODS[recipe.method].base == "native":
             model.merge_adapter()  # type: ignore[operator]
     yield "tuned", ready(model)
