@@ -13,7 +13,8 @@ from strixft.app.notebooks import run_stages
 from strixft.prepare.stage import Prepared, prepare_recipe
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import STAGES, Run
-from strixft.run.open import READ_BY, begin_again, find_runs, list_runs, open_run
+from strixft.run.manage import list_runs
+from strixft.run.open import READ_BY, begin_again, find_runs, open_run
 from strixft.support.errors import DataError, FitError, RecipeError, StageError
 from strixft.train.stage import Trained
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, WriteRecipe, chats
 
-from strixft.app.attend import start_on
+from strixft.app.detached import start_on
 from strixft.app.watch import views
 from strixft.plan.result import plan_recipe
 from strixft.prepare.stage import prepare_recipe

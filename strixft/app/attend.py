@@ -6,15 +6,11 @@ papermill and from the command line it runs where it is called. The results are 
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
-from strixft.app.watch import SESSION, LiveView, in_live_notebook
+from strixft.app.detached import ended_by, in_live_notebook, no_start, start_on
+from strixft.app.watch import LiveView
 from strixft.evaluate import stage as evaluating
 from strixft.evaluate.stage import Evaluated
 from strixft.export import stage as exporting
@@ -23,34 +19,10 @@ from strixft.prepare import stage as preparing
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Result, Run
 from strixft.run.open import stop_run
-from strixft.support.errors import StageError, StrixftError
-from strixft.support.text import typed
 from strixft.train import stage as training
 from strixft.train.stage import Trained
 
-OUTPUT = "output.txt"
-"""File of the run folder for the output of a process of its own."""
-
 R = TypeVar("R", bound=Result)
-
-
-def start_detached(words: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
-    """Start a command of ours in a session of its own: closing a terminal does not reach it.
-
-    Args:
-        words: The command without `strixft`.
-        folder: The run folder, where its output goes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / OUTPUT).open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "strixft", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name != SESSION},
-        )
 
 
 def _attend(run: Run, result: type[R], here: Callable[[Run], R], *options: str) -> R:
@@ -70,7 +42,7 @@ def _attend(run: Run, result: type[R], here: Callable[[Run], R], *options: str) 
         return here(run)
     if not run.workers():
         start_on(run, stage, *options)
-    view = LiveView(run)
+    view = LiveView(run, command=(stage, *options))
     try:
         view.wait()
     except KeyboardInterrupt:
@@ -78,52 +50,8 @@ def _attend(run: Run, result: type[R], here: Callable[[Run], R], *options: str) 
         view.wait()
     found = result.load(run.stage_folder(stage))
     if found is None:
-        raise ended_by(run) or _no_start(run)
+        raise ended_by(run) or no_start(run)
     return found
-
-
-def start_on(run: Run, command: str, *options: str) -> None:
-    """Start a command on a run in a process of its own, and wait until it works there.
-
-    Raises:
-        StageError: Another process works there already, or this one ended at once.
-    """
-    if workers := run.workers():
-        raise StageError(
-            f"process {workers[0].pid} is at work on {run.folder}",
-            fix=f"strixft watch {typed(run.folder)}, or: strixft stop {typed(run.folder)}",
-        )
-    recipe = str(run.folder / "recipe.yaml")
-    words = [command, recipe, "--run-dir", str(run.folder), *options]
-    process = start_detached(words, run.folder)
-    while not run.workers():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if process.wait(0.2) != 0:
-                raise ended_by(run) or _no_start(run)
-            return  # all was done
-
-
-def _no_start(run: Run) -> StageError:
-    return StageError(
-        f"the process for {run.folder} ended at once",
-        fix=f"tail {typed(run.folder / OUTPUT)}   shows what it printed",
-    )
-
-
-def ended_by(run: Run) -> StrixftError | None:
-    """Return the error that ended the last process of a run; None if it has none."""
-    status = run.status()
-    stage, state = status["stage"], status["state"]
-    if state in ("done", "new"):
-        return None
-    if state == "stopped":
-        return run.stopped(f"stage {stage} was asked to end")
-    if (own := run.last_error(stage)) is not None:
-        return own
-    return StageError(
-        f"stage {stage} of {run.folder} failed: {status.get('problem', state)}",
-        fix=f"tail {typed(run.folder / OUTPUT)}   shows what it printed",
-    )
 
 
 def prepare_recipe(run: Run) -> Prepared:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from strixft.app.options import (
+    AsJson,
+    Debug,
+    Detach,
+    RecipeArgument,
+    RunArgument,
+    RunDir,
+    Set,
+    shows_traceback,
+)
+from strixft.app.printing import print_json, print_note, print_table, print_tables
+from strixft.app.run_commands import RUN_COMMANDS
 from strixft.support.errors import HostError, Stopped, StrixftError
-from strixft.support.text import typed, visible
+from strixft.support.text import typed
 
 if TYPE_CHECKING:
     from strixft.doctor.finding import Diagnosis
@@ -31,15 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-_shows_traceback = False
-"""Set by `--debug`."""
-
-
-def _set_debug(value: bool) -> None:
-    global _shows_traceback
-    _shows_traceback = value
 
 
 def _print_version(asked: bool) -> None:
@@ -62,33 +63,6 @@ def _options(
     """Fine-tune language models on machines with unified memory."""
 
 
-RecipeArgument = Annotated[str, typer.Argument(help="Recipe: a name or a path.")]
-RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="Run folder; runs/<recipe> if not given.")
-]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a setting: key=value, repeatable.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Debug = Annotated[
-    bool, typer.Option("--debug", callback=_set_debug, help="Show a traceback on errors.")
-]
-Detach = Annotated[
-    bool,
-    typer.Option("--detach", help="Run in a process of its own, which outlives this terminal."),
-]
-RunArgument = Annotated[str, typer.Argument(help="Run: a name under runs/ or a folder.")]
-
-
-def _print_json(data: Any) -> None:
-    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(json.dumps(data, indent=2, ensure_ascii=not is_unicode))
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _overrides(settings: list[str] | None) -> dict[str, Any]:
     from strixft.recipe.load import parse_override
 
@@ -104,26 +78,6 @@ def _open(
     return open_run(recipe, folder, _overrides(settings), first=first)
 
 
-def _print_table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(visible, row))
-    width = None if sys.stdout.isatty() else 10_000  # do not fold lines in a pipe
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
-    with console.capture() as text:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in text.get().splitlines()))
-
-
-def _print_tables(tables: Iterable[tuple[Iterable[Sequence[str]], Sequence[str]]]) -> None:
-    for rows, header in tables:
-        _print_table(rows, header)
-        print()
-
-
 @contextlib.contextmanager
 def _stop_printed(run: Run, as_json: bool) -> Iterator[None]:
     """Print a JSON document for a clean stop, too."""
@@ -131,7 +85,7 @@ def _stop_printed(run: Run, as_json: bool) -> Iterator[None]:
         yield
     except Stopped as stop:
         if as_json:
-            _print_json({"run_dir": str(run.folder), "state": "stopped", "why": stop.problem})
+            print_json({"run_dir": str(run.folder), "state": "stopped", "why": stop.problem})
         raise
 
 
@@ -151,21 +105,21 @@ def recipe(
     from strixft.recipe.schema import explain as explain_settings
 
     if schema:
-        _print_json(Recipe.model_json_schema())
+        print_json(Recipe.model_json_schema())
     elif explain:
         explained = [list(row) for row in explain_settings()]
         header = ["setting", "default", "what it does"]
-        _print_json(explained) if as_json else _print_table(explained, header)
+        print_json(explained) if as_json else print_table(explained, header)
     elif name is None:
         found = find_recipes()
         if as_json:
-            _print_json({key: str(path) for key, path in found.items()})
+            print_json({key: str(path) for key, path in found.items()})
             return
-        _print_table([[name, *describe(path)] for name, path in found.items()], HEADER)
-        _note(f"\n{shipped('recipes')}\nhow much memory and time each takes: docs/recipes.md")
+        print_table([[name, *describe(path)] for name, path in found.items()], HEADER)
+        print_note(f"\n{shipped('recipes')}\nhow much memory and time each takes: docs/recipes.md")
     else:
         loaded = load_recipe(name, _overrides(settings))
-        _print_json(loaded.to_dict()) if as_json else print(dump_recipe(loaded), end="")
+        print_json(loaded.to_dict()) if as_json else print(dump_recipe(loaded), end="")
 
 
 STAGE_VERBS = {
@@ -191,11 +145,11 @@ def _run_stages(
         for stage in stages:
             result: Result = pkgutil.resolve_name(STAGE_VERBS[stage])(run)
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         flat = flatten(result.figures)
         rows = [[key, str(value)] for key, value in flat.items() if not isinstance(value, list)]
-        _print_table(rows, [result.name, ""])
+        print_table(rows, [result.name, ""])
 
 
 @app.command()
@@ -245,7 +199,7 @@ def plan(
 
         prepared = Prepared.load(folder / "prepare")
     figures = plan_figures(loaded, host, prepared, boxes, measured=measure)
-    _print_json(figures) if as_json else _print_tables(tables(figures))
+    print_json(figures) if as_json else print_tables(tables(figures))
     require_fit(figures)
 
 
@@ -298,7 +252,7 @@ def export(
 
     with _stop_printed(run, as_json):
         exported = export_recipe(run, kinds)
-    _print_json(exported.to_dict()) if as_json else _print_tables(exported.tables())
+    print_json(exported.to_dict()) if as_json else print_tables(exported.tables())
     exported.require_parity()
 
 
@@ -345,10 +299,10 @@ def run_command(
         if as_json:
             results = {stage: Result.load(run.stage_folder(stage)) for stage in STAGES}
             stages = {stage: result.figures for stage, result in results.items() if result}
-            _print_json({"run_dir": str(run.folder), "report": str(report), "stages": stages})
+            print_json({"run_dir": str(run.folder), "report": str(report), "stages": stages})
         else:
             _print_metrics(run)
-            _print_tables(exported.tables() if exported else [])
+            print_tables(exported.tables() if exported else [])
             print(f"report: {report}")
             if run.is_done("train"):
                 _print_next(run)
@@ -356,13 +310,24 @@ def run_command(
             exported.require_parity()
 
 
+@app.command()
+def resume(
+    run: RunArgument, detach: Detach = False, as_json: AsJson = False, debug: Debug = False
+) -> None:
+    """Continue a run where it ended: `strixft run` with its own recipe and folder."""
+    from strixft.run.open import find_run
+
+    folder = find_run(run).folder
+    run_command(str(folder / "recipe.yaml"), folder, detach=detach, as_json=as_json)
+
+
 def _detach(command: str, run: Run, as_json: bool, *options: str) -> None:
     """Start a command on a run in a process of its own and say how to look after it."""
-    from strixft.app.attend import start_on
+    from strixft.app.detached import start_on
 
     start_on(run, command, *options)
     if as_json:
-        _print_json({"run_dir": str(run.folder), **run.status()})
+        print_json({"run_dir": str(run.folder), **run.status()})
         return
     name = typed(run.folder)
     print(f"{name} runs on its own\nwatch: strixft watch {name}\nstop:  strixft stop {name}")
@@ -386,102 +351,7 @@ def _print_metrics(run: Run) -> None:
             [name, format_number(values["base"]), format_number(values["tuned"])]
             for name, values in evaluated.figures["metrics"].items()
         ]
-        _print_table(rows, ["held-out rows", "base", "tuned"])
-
-
-@app.command()
-def runs(
-    names: Annotated[list[str] | None, typer.Argument(help="Two or more runs to compare.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write the comparison as HTML.")] = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """List the runs, or compare those that are named."""
-    from strixft.run.open import find_run, list_runs
-
-    if names:
-        _compare([find_run(name) for name in names], page, as_json)
-        return
-    found = list_runs()
-    if as_json:
-        _print_json(found)
-        return
-    header = ["run", "model", "stage", "state", "done", "loss, base → tuned", "updated"]
-    _print_table(map(_run_row, found), header)
-
-
-def _run_row(row: dict[str, Any]) -> list[str]:
-    from datetime import datetime
-
-    doing, loss, updated = row.get("doing") or {}, row.get("loss"), row.get("updated")
-    of = f"{doing.get('done', 0):,} of {doing['total']:,}" if doing.get("total") else "–"
-    cells = [row["run"], Path(row.get("model", "–")).name, row["stage"] or "–", row["state"]]
-    cells.append(of if row["state"] == "running" else "–")
-    cells.append(f"{loss['base']:.3f} → {loss['tuned']:.3f}" if loss else "–")
-    local = datetime.fromisoformat(updated).astimezone() if updated else None
-    return [*cells, f"{local:%Y-%m-%d %H:%M}" if local else "–"]
-
-
-def _compare(found: list[Run], page: Path | None, as_json: bool) -> None:
-    from strixft.app.compare import Comparison
-    from strixft.support import html
-
-    compared, names = Comparison(found), [run.name for run in found]
-    if page is not None:
-        text = html.page(" against ".join(names), "", compared._repr_html_())
-        _note(f"page: {html.write_page(page, text)}")
-    if as_json:
-        _print_json(compared.to_dict())
-        return
-    tables = {"setting": compared.differences(), "figure": compared.results()}
-    _print_tables((rows, [header, *names]) for header, rows in tables.items())
-
-
-@app.command()
-def watch(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Show a run until it ends. Ctrl-C leaves it running."""
-    from strixft.app import watch as watching
-    from strixft.run.open import find_run
-
-    found = find_run(run)
-    if as_json:
-        _print_json(found.observer().look().to_dict())
-        return
-    with contextlib.suppress(KeyboardInterrupt):
-        watching.show_in_terminal(found)
-
-
-@app.command()
-def chat(
-    run: RunArgument,
-    base: Annotated[bool, typer.Option("--base", help="Talk to the base model.")] = False,
-    both: Annotated[bool, typer.Option("--both", help="Let base and tuned answer.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Talk to the trained model. /help shows the commands, Ctrl-D ends."""
-    from strixft.run.open import find_run
-
-    found = find_run(run)
-    from strixft.app.chat import Chat
-    from strixft.app.chat_terminal import converse
-
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # invalid bytes do not end a conversation
-    variants = ("base", "tuned") if both else ("base",) if base else ("tuned",)
-    converse(Chat(found), found.name, variants, partial(print, end="", flush=True))
-
-
-@app.command()
-def stop(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Stop a run cleanly. Its last finished update is saved; the same command continues it."""
-    from strixft.run.open import find_run, stop_run
-
-    found = find_run(run)
-    status = stop_run(
-        found, lambda pid: _note(f"process {pid} is ending; training ends after its batch")
-    )
-    told = f"{found.name}: {status['state']}"
-    _print_json({"run": found.name, **status}) if as_json else print(told)
+        print_table(rows, ["held-out rows", "base", "tuned"])
 
 
 class _Benches(TyperGroup):
@@ -515,6 +385,8 @@ bench_app = typer.Typer(
 )
 
 app.add_typer(bench_app, name="bench")
+for run_command_ in RUN_COMMANDS:
+    app.command()(run_command_)
 
 
 def _run_bench(name: str, settings: dict[str, Any], *, as_json: bool, debug: bool) -> None:
@@ -524,11 +396,11 @@ def _run_bench(name: str, settings: dict[str, Any], *, as_json: bool, debug: boo
     del debug  # its own callback has seen it
     result = run_bench(name, **settings)
     if settings.get("host_row"):
-        _note(f"rates for planning: {hosts_file()}")
+        print_note(f"rates for planning: {hosts_file()}")
     if as_json:
-        _print_json(result.model_dump())
+        print_json(result.model_dump())
         return
-    _print_table(*result.table())
+    print_table(*result.table())
     for text in result.details():
         print(f"\n{text}")
 
@@ -549,25 +421,15 @@ def published(
     if page is not None:
         from strixft.bench.page import open_benchmarks
 
-        _note(f"page: {open_benchmarks().write(page)}")
+        print_note(f"page: {open_benchmarks().write(page)}")
     if as_json:
-        _print_json(chosen)
+        print_json(chosen)
         return
     keys = ["model", "quantisation", "host", "tok_per_s", "ceiling_tok_per_s", "share", "verdict"]
     keys.append("mark")
     for rows in (chosen["rows"], chosen["prefill"]):
-        _print_tables([([[format_figure(row[key]) for key in keys] for row in rows], keys)])
+        print_tables([([[format_figure(row[key]) for key in keys] for row in rows], keys)])
     print("arithmetic and sources: --json, or --page FILE")
-
-
-@app.command()
-def report(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Write one HTML page from a run folder."""
-    from strixft.app.report import write_report
-    from strixft.run.open import find_run
-
-    path = write_report(find_run(run))
-    _print_json({"report": str(path)}) if as_json else print(path)
 
 
 @app.command()
@@ -589,7 +451,7 @@ def doctor(
 
     diagnosis = check_host(recipe, torch=torch)
     if as_json:
-        _print_json(diagnosis.to_dict())
+        print_json(diagnosis.to_dict())
     elif script:
         print(fix_script(diagnosis), end="")
     else:
@@ -604,7 +466,7 @@ def _print_findings(diagnosis: Diagnosis) -> None:
             print("  fix: " + finding.fix.text.replace("\n", "\n       "))
         print(f"  source: {finding.source}\n")
     good = [[f.check, f.saw] for f in diagnosis.findings if f.status == "ok"]
-    _print_table(good, ["ok", ""])
+    print_table(good, ["ok", ""])
     print(diagnosis.counted())
 
 
@@ -615,9 +477,9 @@ def mkl(as_json: AsJson = False, debug: Debug = False) -> None:
 
     report = check_mkl()
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
-    _print_table(report.rows(), ["", ""])
+    print_table(report.rows(), ["", ""])
     print(f"\n{report.says}")
     if report.export:
         print(f"\n{report.export}\n\n{report.licence}")
@@ -656,10 +518,10 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if _shows_traceback:
+        if shows_traceback():
             traceback.print_exc()
         ours = error if isinstance(error, StrixftError) else _unexpected(error)
-        _note(f"{ours.problem}\nfix: {ours.fix}")
+        print_note(f"{ours.problem}\nfix: {ours.fix}")
         raise SystemExit(ours.exit_code) from None
 
 

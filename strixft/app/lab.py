@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import strixft
-from strixft.app.attend import start_on
+from strixft.app.detached import in_live_notebook, start_on
 from strixft.app.notebooks import run_stages
 from strixft.app.report import write_report
-from strixft.app.watch import LiveView, in_live_notebook
+from strixft.app.watch import LiveView
 from strixft.recipe.find import (
     HEADER,
     describe,

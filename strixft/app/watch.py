@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from strixft.app.detached import in_live_notebook, start_on
 from strixft.run.folder import Run
-from strixft.run.live import View
+from strixft.run.live import RESUMABLE, View
 from strixft.run.open import find_run, stop_run
 from strixft.run.show import lines, one_line, to_html
-from strixft.support.errors import StageError
-
-SESSION = "JPY_SESSION_NAME"
-"""Variable with the notebook's path, in the environment of a Jupyter server's kernels."""
+from strixft.support import html
+from strixft.support.errors import StageError, StrixftError
 
 EVERY_S = 1.0
 """Seconds between two looks."""
@@ -44,17 +42,6 @@ def views(run: Run) -> Iterator[View]:
         time.sleep(EVERY_S)
 
 
-def in_live_notebook() -> bool:
-    """Return whether a person sees this kernel's output as it comes.
-
-    A Jupyter server tells the kernels that it starts which notebook is theirs; papermill and
-    nbconvert, which start kernels by themselves, do not.
-    """
-    ipython = sys.modules.get("IPython")
-    has_kernel = ipython is not None and hasattr(ipython.get_ipython(), "kernel")
-    return has_kernel and SESSION in os.environ
-
-
 def watch(run: Run | str | Path) -> None:
     """Show a run until it ends; looking away leaves the run as it is.
 
@@ -73,50 +60,106 @@ def watch(run: Run | str | Path) -> None:
 
 
 class LiveView:
-    """A run in a notebook, replaced in place by a thread, with a button that stops it.
+    """A run in a notebook, replaced in place by a thread, with buttons that stop and resume it.
 
     While the run goes on it is a widget, which a reloaded page finds again; at the end it becomes
     plain HTML, which stays in the notebook's file. The cell is free meanwhile.
 
     Args:
-        run: A run at work.
+        run: A run at work, or one that was.
         ending: Returns HTML to show below it once it has ended.
+        command: Command that resumes the run, and its options.
+        after: Returns a widget to show below a run that is finished, or None.
     """
 
-    def __init__(self, run: Run, ending: Callable[[], str] = str) -> None:
+    def __init__(
+        self,
+        run: Run,
+        ending: Callable[[], str] = str,
+        *,
+        command: Sequence[str] = ("run",),
+        after: Callable[[], Any] = lambda: None,
+    ) -> None:
         import ipywidgets
         from IPython.display import display
 
-        self._run, self._ending = run, ending
+        self._run, self._ending, self._command, self._after = run, ending, command, after
         self._page = ipywidgets.HTML(to_html(run.observer().look()))
-        self._button = ipywidgets.Button(description="Stop", icon="stop")
-        self._button.tooltip = "Stops the run; its last update is saved"
-        self._button.add_class("sx-stop")
-        self._button.on_click(lambda _: threading.Thread(target=self._stop, daemon=True).start())
-        self._handle = display(ipywidgets.VBox([self._page, self._button]), display_id=True)
-        self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
-        self._thread.start()
+        self._pause = self._button("Pause", "pause", "Saves the last update; Resume continues")
+        self._stop = self._button("Stop", "stop", "Stops the run; its last update is saved")
+        self._resume = self._button("Resume", "play", "Continues with the same stage")
+        self._pause.on_click(lambda _: self._in_thread(self._end, "paused"))
+        self._stop.on_click(lambda _: self._in_thread(self._end, "stopped"))
+        self._resume.on_click(lambda _: self._in_thread(self._go_on))
+        self._handle = display(self._page, display_id=True)
+        self._below = ipywidgets.VBox([ipywidgets.HBox([self._pause, self._stop])])
+        display(self._below)
+        self._thread = self._in_thread(self._follow)
+
+    @staticmethod
+    def _button(name: str, icon: str, tooltip: str) -> Any:
+        import ipywidgets
+
+        button = ipywidgets.Button(description=name, icon=icon, tooltip=tooltip)
+        button.add_class(f"sx-{name.lower()}")
+        return button
+
+    @staticmethod
+    def _in_thread(work: Callable[..., None], *given: Any) -> threading.Thread:
+        thread = threading.Thread(target=work, args=given, name="live view", daemon=True)
+        thread.start()
+        return thread
 
     def wait(self) -> None:
         """Wait until the run has ended."""
         while self._thread.is_alive():
             self._thread.join(0.5)  # an interrupt is heard between two waits
 
-    def _stop(self) -> None:
-        self._button.disabled, self._button.description = True, "Stopping …"
+    def _end(self, state: str) -> None:
+        self._pause.disabled = self._stop.disabled = True
+        button = self._pause if state == "paused" else self._stop
+        name, button.description = button.description, "Saving …"
         with contextlib.suppress(StageError):  # it has just ended
-            stop_run(self._run)
+            stop_run(self._run, state=state)
+        button.description = name
+
+    def _go_on(self) -> None:
+        self._resume.disabled = True
+        try:
+            start_on(self._run, *self._command)
+        except StrixftError as error:
+            self._handle.update(_as_html(html.problem(error)))
+            return
+        finally:
+            self._resume.disabled = False
+        self._pause.disabled = self._stop.disabled = False
+        self._handle.update(self._page)
+        self._below.children = [self._button_row(self._pause, self._stop)]
+        self._thread = self._in_thread(self._follow)
+
+    @staticmethod
+    def _button_row(*buttons: Any) -> Any:
+        import ipywidgets
+
+        return ipywidgets.HBox(buttons)
 
     def _follow(self) -> None:
-        from IPython.display import HTML
-
         for view in views(self._run):
             text = to_html(view)
             if text != self._page.value:
                 self._page.value = text
-        self._button.layout.display = "none"
-        self._page.value = text + self._ending()
-        self._handle.update(HTML(self._page.value))
+        self._handle.update(_as_html(text + self._ending()))
+        if view.state in RESUMABLE:
+            self._below.children = [self._button_row(self._resume)]
+        else:
+            shown = self._after()
+            self._below.children = [] if shown is None else [shown]
+
+
+def _as_html(text: str) -> Any:
+    from IPython.display import HTML
+
+    return HTML(text)
 
 
 def show_in_terminal(run: Run) -> None:

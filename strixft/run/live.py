@@ -21,6 +21,10 @@ from strixft.run.log import LOG, LogReader, Record
 Status = Mapping[str, Any]
 
 
+RESUMABLE = ("failed", "stopped", "paused")
+"""States of a run that ended before its work was done."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class View:
     """A run at one moment."""
@@ -48,7 +52,7 @@ class View:
 
     @property
     def state(self) -> str:
-        """The run's state: `new`, `running`, `done`, `failed`, `stopped`."""
+        """The run's state: `new`, `running`, `done`, or one of `RESUMABLE`."""
         return str(self.status["state"])
 
     def to_dict(self) -> dict[str, Any]:

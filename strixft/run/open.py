@@ -16,6 +16,7 @@ from strixft.recipe.load import dump_recipe, flatten, load_recipe, parse_overrid
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import DRIVER, LOCK, OWNER_ENDS_S, STAGES, Result, Run, read_recipe
 from strixft.run.parameters import cells_run, refuse_unknown
+from strixft.run.show import write_page
 from strixft.support.errors import DataError, RecipeError, StageError, StrixftError
 from strixft.support.files import free_aside, write_text
 from strixft.support.locks import hold
@@ -244,9 +245,19 @@ def find_run(name_or_path: str | Path) -> Run:
     Raises:
         StageError: There is no such run.
     """
+    folder = find_folder(name_or_path)
+    return Run(folder, read_recipe(folder))
+
+
+def find_folder(name_or_path: str | Path) -> Path:
+    """Return the folder of a run, whose recipe may be damaged.
+
+    Raises:
+        StageError: There is no such run.
+    """
     for folder in (Path(name_or_path), workspace() / "runs" / name_or_path):
         if (folder / "recipe.yaml").is_file():
-            return Run(folder.resolve(), read_recipe(folder))
+            return folder.resolve()
     raise StageError(f"there is no run {str(name_or_path)!r}", fix="strixft runs   lists the runs")
 
 
@@ -264,25 +275,6 @@ def find_runs() -> list[Run]:
     return found
 
 
-def list_runs() -> list[dict[str, Any]]:
-    """Return each run of the workspace, damaged ones included: name, model, `status.json`, folder.
-
-    `loss` is that of the held-out rows, of base and tuned model, once it is known.
-    """
-    runs = {run.folder: _listed(run) for run in find_runs()}
-    damaged = {"stage": None, "state": "unreadable"}
-    rows = [(folder, runs.get(folder, damaged)) for folder in run_folders()]
-    return [{"run": folder.name, **status, "folder": str(folder)} for folder, status in rows]
-
-
-def _listed(run: Run) -> dict[str, Any]:
-    evaluated = None
-    with contextlib.suppress(StrixftError):  # a damaged result should not hide the run
-        evaluated = Result.load(run.stage_folder("evaluate"))
-    loss = evaluated.figures.get("metrics", {}).get("loss") if evaluated else None
-    return {"model": run.recipe.model, **run.status(), **({"loss": loss} if loss else {})}
-
-
 def set_aside(run: Run, stages: tuple[str, ...]) -> None:
     """Rename the folders of these stages to `<stage>.N`, so that they are repeated.
 
@@ -296,12 +288,15 @@ def set_aside(run: Run, stages: tuple[str, ...]) -> None:
                 folder.rename(free_aside(folder))
 
 
-def stop_run(run: Run, notify: Callable[[int], None] = lambda pid: None) -> dict[str, Any]:
+def stop_run(
+    run: Run, notify: Callable[[int], None] = lambda pid: None, *, state: str = "stopped"
+) -> dict[str, Any]:
     """Stop a run cleanly; a second request from elsewhere ends its process at once.
 
     Args:
         run: The run.
         notify: Called with the number of the process that was asked.
+        state: `stopped`, or `paused`: the same for who means to resume it soon.
 
     Returns:
         The run's status after its process has left it.
@@ -324,4 +319,7 @@ def stop_run(run: Run, notify: Callable[[int], None] = lambda pid: None) -> dict
     notify(first.pid)
     while set(workers) & set(run.workers()):  # a notebook's kernel lives on without the lock
         time.sleep(0.2)
+    if run.status()["state"] == "stopped" != state:
+        run.set_status(state=state)
+        write_page(run.folder, run.observer().look())
     return run.status()

@@ -11,7 +11,7 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
-from strixft.run.live import View
+from strixft.run.live import RESUMABLE, View
 from strixft.support.files import now, write_text
 from strixft.support.html import START
 from strixft.support.text import visible
@@ -122,7 +122,7 @@ def lines(view: View) -> list[str]:
     found = [f"{view.name}   {' · '.join(done)}", headline(view)]
     found += [f"  {n:<{width}}  {v}  {r}".rstrip() for n, (v, r) in figures(view).items()]
     found += [f"  warning: {text}" for text in view.status.get("warnings") or ()]
-    if view.status.get("problem") and view.state in ("failed", "stopped"):
+    if view.status.get("problem") and view.state in RESUMABLE:
         found += [view.status["problem"], *_fix(view)]
     return [visible(line) for line in found]
 
@@ -187,7 +187,7 @@ def to_html(view: View) -> str:
     losses = [(float(one["update"]), float(one["loss"])) for one in view.points]
     picture = curve(losses, "training loss by update") if view.is_training else ""
     problems = [f"⚠ {text}" for text in view.status.get("warnings") or ()]
-    if view.status.get("problem") and view.state in ("failed", "stopped"):
+    if view.status.get("problem") and view.state in RESUMABLE:
         problems.append("\n".join([view.status["problem"], *_fix(view)]))
     cards = "".join(f'<div class="sx-problem">{_text(text)}</div>' for text in problems)
     return (

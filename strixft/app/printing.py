@@ -1,0 +1,63 @@
+"""Results on standard output, as tables or one JSON document; all else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from strixft.support.text import visible
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON document."""
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(data, indent=2, ensure_ascii=not is_unicode))
+
+
+def print_note(text: str) -> None:
+    """Print a line for people on standard error."""
+    print(text, file=sys.stderr)
+
+
+def print_table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> None:
+    """Print a table in the terminal's width, in a pipe as wide as it is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(visible, row))
+    width = None if sys.stdout.isatty() else 10_000  # do not fold lines in a pipe
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as text:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in text.get().splitlines()))
+
+
+def print_tables(tables: Iterable[tuple[Iterable[Sequence[str]], Sequence[str]]]) -> None:
+    """Print tables with an empty line after each."""
+    for rows, header in tables:
+        print_table(rows, header)
+        print()
+
+
+def coloured(text: str, colour: str, stream: Any = None) -> str:
+    """Return a text in a colour where its stream is a terminal that shows colours.
+
+    Args:
+        text: One line or more.
+        colour: A name of `COLOURS`.
+        stream: Standard output if not given.
+    """
+    import os
+
+    stream = sys.stdout if stream is None else stream
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m"
+
+
+COLOURS = {"red": "31;1", "yellow": "33;1", "green": "32", "bold": "1"}
+"""Name → numbers of the terminal's escape sequence."""
