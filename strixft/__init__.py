@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from strixft.app.attend import prepare_recipe as prepare_recipe
     from strixft.app.attend import train_recipe as train_recipe
     from strixft.app.chat_box import chat as chat
+    from strixft.app.export_box import exports as exports
+    from strixft.app.finish import finish as finish
     from strixft.app.lab import list_recipes as list_recipes
     from strixft.app.lab import run_recipe as run_recipe
     from strixft.app.report import write_report as write_report
+    from strixft.app.run_box import runs as runs
     from strixft.app.watch import watch as watch
     from strixft.bench.page import open_benchmarks as open_benchmarks
     from strixft.bench.page import predict_training as predict_training
@@ -33,7 +36,9 @@ _HOME = {
     "evaluate_recipe": "app.attend",
     "explore_plan": "plan.result",
     "export_recipe": "app.attend",
+    "exports": "app.export_box",
     "find_runs": "run.open",
+    "finish": "app.finish",
     "list_recipes": "app.lab",
     "load_recipe": "recipe.load",
     "open_benchmarks": "bench.page",
@@ -43,6 +48,7 @@ _HOME = {
     "prepare_recipe": "app.attend",
     "run_bench": "bench.run",
     "run_recipe": "app.lab",
+    "runs": "app.run_box",
     "train_recipe": "app.attend",
     "watch": "app.watch",
     "write_report": "app.report",

@@ -254,6 +254,39 @@ def test_more_kinds_are_made_beside_what_was_there(tiny_run: Run) -> None:
     assert (tiny_run.folder / "export.1" / "result.json").is_file()
 
 
+def test_a_file_that_is_added_leaves_what_was_made(exported: tuple[Run, Exported]) -> None:
+    """Its neighbours keep their bytes on disk, and are not compared a second time."""
+    run, result = exported
+    folder = run.stage_folder("export")
+    before = {path.name: path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
+    again = export_recipe(run, ("q6_k",))
+    after = {path.name: path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
+    for name in ("model.safetensors", "run-f16.gguf", "run-q4_k_m.gguf"):
+        assert after[name] == before[name], name
+    assert again.figures["kinds"] == result.figures["kinds"]
+    assert again.figures["parity"] == result.figures["parity"] | {
+        "q6_k": again.figures["parity"]["q6_k"]
+    }
+    assert export_recipe(run, ("q4_k_m",)) == again
+    names = [row["name"] for row in again.rows]
+    assert names == [
+        *("merged", "f16", "q8_0", "q4_k_m", "q6_k"),
+        *("gguf-lora", "ollama", "lemonade", "vllm"),
+    ]
+    assert all(row["type"] for row in again.rows)
+    sizes = [Path(row["path"]).stat().st_size for row in again.rows[1:5]]
+    assert sizes == [row["bytes"] for row in again.rows[1:5]]
+
+
+def test_one_file_alone_can_be_asked_for(tiny_run: Run) -> None:
+    trained(tiny_run)
+    made = export_recipe(tiny_run, ("q8_0",))
+    assert made.quantisations == ("q8_0",)
+    assert [path.name for path in tiny_run.stage_folder("export").glob("*.gguf")] == [
+        "run-q8_0.gguf"
+    ]
+
+
 def test_the_end_of_an_answer_counts_as_a_token() -> None:
     """llama.cpp gives the end token back as the last one, whatever its number."""
     said = {"tokens": [7, 8, 2], "stop_type": "eos"}

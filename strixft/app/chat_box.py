@@ -101,7 +101,7 @@ class ChatBox:
         folded = widgets.Accordion([settings], titles=("Settings",), selected_index=None)
         self.send.on_click(lambda _: self._begin())
         self.text.on_msg(self._entered)
-        self.stop.on_click(lambda _: self._talk.stop() if self._talk else None)
+        self.stop.on_click(lambda _: self._end())
         self.clear.on_click(lambda _: self._forget())
         line = widgets.HBox([self.text, self.send, self.stop, self.clear])
         line.layout.flex_flow = "row wrap"
@@ -126,6 +126,10 @@ class ChatBox:
         self._show([*self._turns(), Turn(text, dict.fromkeys(asked, ""))], loading)
         self._thread = threading.Thread(target=self._answer, args=(text, asked), daemon=True)
         self._thread.start()
+
+    def _end(self) -> None:
+        if self._talk is not None:
+            self._talk.stop()
 
     def wait(self) -> None:
         """Wait until the last message is answered."""

@@ -25,7 +25,7 @@ from strixft.app.options import (
     Set,
     shows_traceback,
 )
-from strixft.app.printing import print_json, print_note, print_table, print_tables
+from strixft.app.printing import coloured, print_json, print_note, print_table, print_tables
 from strixft.app.run_commands import RUN_COMMANDS
 from strixft.support.errors import HostError, Stopped, StrixftError
 from strixft.support.text import typed
@@ -236,7 +236,11 @@ def export(
     recipe: RecipeArgument,
     to: Annotated[
         list[str] | None,
-        typer.Option("--to", help="merged, gguf, gguf-lora, ollama, lemonade or vllm; repeatable."),
+        typer.Option(
+            "--to",
+            help="merged, gguf, gguf-lora, ollama, lemonade, vllm, or one GGUF file: f16, bf16,"
+            " q8_0, q6_k, q5_k_m, q4_k_m; repeatable.",
+        ),
     ] = None,
     run_dir: RunDir = None,
     settings: Set = None,
@@ -244,14 +248,14 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Make the files that servers need, and compare them with the trained model."""
-    from strixft.catalog.exports import KINDS
+    from strixft.catalog.exports import asked_exports
 
-    kinds = tuple(KINDS[kind].name for kind in to or ())
+    asked_exports(to or ())
     run = _open(recipe, run_dir, settings)
     from strixft.export.stage import export_recipe
 
     with _stop_printed(run, as_json):
-        exported = export_recipe(run, kinds)
+        exported = export_recipe(run, tuple(to or ()))
     print_json(exported.to_dict()) if as_json else print_tables(exported.tables())
     exported.require_parity()
 
@@ -334,11 +338,13 @@ def _detach(command: str, run: Run, as_json: bool, *options: str) -> None:
 
 
 def _print_next(run: Run) -> None:
-    """Print what to type after a training."""
-    folder, recipe = typed(run.folder), typed(run.folder / "recipe.yaml")
-    print(f"next:   strixft chat {folder}")
-    if not run.is_done("export"):
-        print(f"        strixft export {recipe} --run-dir {folder} --to gguf")
+    """Print the verdict, and what to type after a training."""
+    from strixft.app.finish import next_commands, sentences
+
+    for text in sentences(run):
+        print(coloured(text, "bold"))
+    first, *rest = next_commands(run)
+    print("\n".join([f"next:   {first}", *(f"        {command}" for command in rest)]))
 
 
 def _print_metrics(run: Run) -> None:

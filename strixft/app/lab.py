@@ -19,6 +19,7 @@ from typing import Any
 
 import strixft
 from strixft.app.detached import in_live_notebook, start_on
+from strixft.app.finish import finish_box, finish_html
 from strixft.app.notebooks import run_stages
 from strixft.app.report import write_report
 from strixft.app.watch import LiveView
@@ -245,12 +246,14 @@ def run_recipe(
     if in_live_notebook() and not run.is_done(run.last_stage):
         if not run.workers():
             start_on(run, "run")
-        LiveView(run, lambda: _report_html(run))
+        LiveView(run, lambda: _ending(run), after=lambda: finish_box(run))
         return None
     run_stages(run, find_recipe(recipe), parse_overrides(overrides))
     return ReportPage(write_report(run))
 
 
-def _report_html(run: Run) -> str:
-    """Return the report of a run that has ended; nothing if a stage is missing."""
-    return ReportPage(write_report(run))._repr_html_() if run.is_done(run.last_stage) else ""
+def _ending(run: Run) -> str:
+    """Return verdict and report of a run that has ended; nothing if a stage is missing."""
+    if not run.is_done(run.last_stage):
+        return ""
+    return finish_html(run) + ReportPage(write_report(run))._repr_html_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from strixft.support.tables import Table
@@ -67,3 +68,20 @@ def with_needs(kinds: tuple[str, ...]) -> tuple[str, ...]:
     """
     wanted = {name for kind in kinds for name in (kind, *KINDS[kind].needs)}
     return tuple(name for name in KINDS if name in wanted)
+
+
+def asked_exports(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Split names of exports into kinds, and storage of a GGUF file.
+
+    Raises:
+        RecipeError: There is no such export.
+
+    >>> asked_exports(["merged", "q4_k_m"])
+    (('merged', 'gguf'), ('q4_k_m',))
+    """
+    kinds, quantisations = [], []
+    for name in names:
+        if name in QUANTISATIONS:
+            quantisations.append(name)
+        kinds.append("gguf" if name in QUANTISATIONS else KINDS[name].name)
+    return tuple(dict.fromkeys(kinds)), tuple(dict.fromkeys(quantisations))

@@ -53,6 +53,8 @@ class ExportJob:
     folder: Path
     base_folder: Path
     adapter: Path
+    quantisations: tuple[str, ...]
+    """Storage of the GGUF files."""
 
     @property
     def merged(self) -> Path:
@@ -66,8 +68,7 @@ class ExportJob:
     @property
     def smallest(self) -> Path:
         """GGUF file with the fewest bits."""
-        kinds = self.run.recipe.export.gguf
-        return self.gguf_path(min(kinds, key=lambda kind: QUANTISATIONS[kind].bits))
+        return self.gguf_path(min(self.quantisations, key=lambda kind: QUANTISATIONS[kind].bits))
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -122,12 +123,15 @@ def _merge(job: ExportJob) -> Made:
     seconds, size = time.monotonic() - began, folder_bytes(temporary)
     temporary.rename(job.merged)
     place = {"path": str(job.merged), "bytes": size, "seconds": round(seconds, 1)}
+    place["type"] = f"vllm serve {shlex.quote(str(job.merged))}"
     return {**place, "base": STORED[method.base], "check": check, "rounded": rounded}
 
 
 def _gguf(job: ExportJob) -> Made:
-    kinds, source = job.run.recipe.export.gguf, job.gguf_path("f16")
+    kinds, source = job.quantisations, job.gguf_path("f16")
     for kind in sorted(kinds, key=lambda kind: kind != "f16"):
+        if job.gguf_path(kind).is_file():  # of an earlier export
+            continue
         if kind in gguf.DIRECT:
             gguf.convert_model(job.merged, job.gguf_path(kind), kind, job.ends.token_ids)
             continue
@@ -138,20 +142,25 @@ def _gguf(job: ExportJob) -> Made:
         source.unlink(missing_ok=True)
     paths = [job.gguf_path(kind) for kind in kinds]
     size = sum(path.stat().st_size for path in paths)
-    return {"path": str(paths[0]), "files": [str(path) for path in paths], "bytes": size}
+    command = f"llama-server --jinja -m {shlex.quote(str(job.smallest))}"
+    files = [str(path) for path in paths]
+    return {"path": files[0], "files": files, "bytes": size, "type": command}
 
 
 def _gguf_lora(job: ExportJob) -> Made:
     path = job.gguf_path("lora-f16")
     gguf.convert_adapter(job.adapter, job.base_folder, path)
-    command = f"llama-server -m BASE.gguf --lora {path}"
+    command = f"llama-server --jinja -m BASE.gguf --lora {shlex.quote(str(path))}"
     return {"path": str(path), "bytes": path.stat().st_size, "type": command}
 
 
 def _ollama(job: ExportJob) -> Made:
     path = job.folder / "Modelfile"
     write_text(path, server_files.modelfile(job.smallest.name, job.tokenizer, job.ends))
-    return {"path": str(path), "type": f"ollama create {plain(job.run.name)} -f {path}"}
+    return {
+        "path": str(path),
+        "type": f"ollama create {plain(job.run.name)} -f {shlex.quote(str(path))}",
+    }
 
 
 def _lemonade(job: ExportJob) -> Made:
@@ -170,7 +179,8 @@ def _lemonade(job: ExportJob) -> Made:
 
 
 def _vllm(job: ExportJob) -> Made:
-    return {"type": f"vllm serve {job.merged} --served-model-name {plain(job.run.name)}"}
+    name = plain(job.run.name)
+    return {"type": f"vllm serve {shlex.quote(str(job.merged))} --served-model-name {name}"}
 
 
 MAKE: dict[str, Callable[[ExportJob], Made]] = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from strixft.export.check import LEAST_TOP1, MOST_DIFFERENCE, MOST_KL
 from strixft.run.folder import Result, resume_command
 from strixft.support import html
 from strixft.support.errors import StageError
+from strixft.support.text import typed
 from strixft.support.units import format_gib
 
 CellTable = tuple[list[list[str]], list[str]]
@@ -36,6 +38,28 @@ class Exported(Result):
     def differs(self) -> list[str]:
         """Names of GGUF files that do not answer like the trained model."""
         return [kind for kind, row in self.figures["parity"].items() if not row["passes"]]
+
+    @property
+    def quantisations(self) -> tuple[str, ...]:
+        """Storage of its GGUF files."""
+        gguf = self.figures["made"].get("gguf", {})
+        names = (Path(path).stem.rpartition("-")[2] for path in gguf.get("files", []))
+        return tuple(self.figures.get("quantisations") or names)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Exports, each GGUF file for itself: `name`, `path`, `bytes` and the command `type`."""
+        found = []
+        for kind, row in self.figures["made"].items():
+            one = {"path": "", "bytes": None, "type": "", **row, "name": kind}
+            if kind != "gguf":
+                found.append(one)
+                continue
+            for name, path in zip(self.quantisations, row["files"], strict=False):
+                size = Path(path).stat().st_size if Path(path).is_file() else None
+                command = f"llama-server --jinja -m {typed(path)}"
+                found.append({"name": name, "path": path, "bytes": size, "type": command})
+        return found
 
     def require_parity(self) -> None:
         """Refuse exports that differ from the trained model.
@@ -65,8 +89,7 @@ class Exported(Result):
     def tables(self) -> list[CellTable]:
         """Return tables of the files, of the merged model, and of the comparison."""
         made = [
-            [kind, row.get("path", ""), format_gib(row.get("bytes")), row.get("type", "")]
-            for kind, row in self.figures["made"].items()
+            [row["name"], row["path"], format_gib(row["bytes"]), row["type"]] for row in self.rows
         ]
         found = [
             (made, ["export", "path", "size", "command"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from strixft.catalog.exports import with_needs
 from strixft.catalog.methods import METHODS
@@ -18,12 +18,15 @@ SERVED = frozenset(("gguf", "gguf-lora"))
 """Kinds that are started with llama.cpp and compared with the trained model."""
 
 
-def require_kinds(recipe: Recipe, kinds: Collection[str]) -> None:
+def require_kinds(
+    recipe: Recipe, kinds: Collection[str], quantisations: Sequence[str] = ()
+) -> None:
     """Refuse exports that the method cannot have, or that need a program which is not there.
 
     Args:
         recipe: What is trained.
         kinds: Kinds of export.
+        quantisations: Storage of GGUF files; by default the recipe's.
 
     Raises:
         HostError: A program is missing.
@@ -34,7 +37,7 @@ def require_kinds(recipe: Recipe, kinds: Collection[str]) -> None:
     if "gguf-lora" in kinds and recipe.lora.modules_to_save:
         names = ", ".join(recipe.lora.modules_to_save)
         raise StageError(f"a GGUF adapter cannot hold {names}, trained whole", fix="--to gguf")
-    gguf.require_tools(kinds, recipe.export.gguf)
+    gguf.require_tools(kinds, quantisations or recipe.export.gguf)
     if SERVED.intersection(kinds):
         require_runtime()
 

@@ -138,7 +138,7 @@ def _quantizer() -> str:
     return str(program)
 
 
-def require_tools(kinds: Collection[str], quantisations: list[str]) -> None:
+def require_tools(kinds: Collection[str], quantisations: Collection[str]) -> None:
     """Require the programs that these kinds of export will need.
 
     Raises:
