@@ -58,6 +58,9 @@ _HOME = {
 _set_too_late = environment.prepare()
 """Variables that torch did not see, because it was imported before."""
 
+if environment.in_live_notebook():
+    importlib.import_module(f"{__name__}.app.cards").show_cards_here()
+
 __version__ = "0.1.0"
 __all__ = [*sorted(_HOME)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from strixft.app.detached import ended_by, in_live_notebook, no_start, start_on
+from strixft.app.detached import ended_by, no_start, start_on
 from strixft.app.watch import LiveView
 from strixft.evaluate import stage as evaluating
 from strixft.evaluate.stage import Evaluated
@@ -19,6 +19,7 @@ from strixft.prepare import stage as preparing
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Result, Run
 from strixft.run.open import stop_run
+from strixft.support.environment import in_live_notebook
 from strixft.train import stage as training
 from strixft.train.stage import Trained
 

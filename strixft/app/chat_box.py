@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from strixft.app.cards import card
 from strixft.app.chat import LONGEST_ANSWER, Chat, Turn, own_temperature
 from strixft.evaluate.variants import VARIANTS
 from strixft.run.folder import Run
@@ -21,6 +22,8 @@ SHOWN_EVERY_S = 0.15
 
 STYLE = """
 .sx-chat { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem }
+.sx-chat .sx-turns { max-height: 32rem; overflow-y: auto; display: flex;
+  flex-direction: column-reverse }  /* which stays at its end */
 .sx-chat .sx-asked { margin: 1rem 0 .5rem auto; max-width: 80%; width: fit-content;
   padding: .4rem .8rem; border-radius: .8rem; background: rgba(120, 130, 150, .2) }
 .sx-chat .sx-answers { display: grid; gap: .6rem;
@@ -30,8 +33,7 @@ STYLE = """
 .sx-chat .sx-tuned { border-color: #c2410c }
 .sx-chat .sx-who { font-size: .8rem; opacity: .75 }
 .sx-chat .sx-text { white-space: pre-wrap; overflow-wrap: anywhere }
-.sx-chat .sx-hint { opacity: .7 }
-.sx-chat .sx-problem { border-left: 4px solid #c2410c; padding: .2rem .8rem; margin: .8rem 0 }
+.sx-chat .sx-hint { opacity: .85 }
 """
 
 WAITING = "…"
@@ -53,7 +55,7 @@ def transcript(turns: Sequence[Turn]) -> str:
 def _turn(turn: Turn) -> str:
     answers = "".join(
         f'<div class="sx-answer sx-{variant}"><div class="sx-who">{variant}</div>'
-        f'<div class="sx-text">{_shown(turn.answers[variant]) or WAITING}</div></div>'
+        f'<div class="sx-text">{_shown(turn.answers[variant].strip()) or WAITING}</div></div>'
         for variant in VARIANTS
         if variant in turn.answers
     )
@@ -157,8 +159,7 @@ class ChatBox:
             self._show(talk.turns)
         except StrixftError as error:
             self.text.value = text
-            problem = f"{_shown(error.problem)}<br>{_shown(error.fix)}"
-            self._show(self._turns(), f'<div class="sx-problem">{problem}</div>')
+            self._show(self._turns(), card(error))
         finally:
             self._busy(False)
 
@@ -171,7 +172,8 @@ class ChatBox:
         hint = "Base and tuned answer the same message; the model is loaded with the first one."
         empty = "" if turns or more else hint
         self.said.value = (
-            f'<div class="sx-chat"><style>{STYLE}</style>{transcript(turns)}'
+            f'<div class="sx-chat"><style>{STYLE}</style><div class="sx-turns"><div>'
+            f"{transcript(turns)}</div></div>"
             f'<div class="sx-hint">{more or empty}</div></div>'
         )
 

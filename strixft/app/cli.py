@@ -74,6 +74,8 @@ def _open(
 ) -> Run:
     from strixft.run.open import open_run
 
+    if run_dir is None and Path(recipe, "recipe.yaml").is_file():  # a run folder
+        recipe, run_dir = str(Path(recipe, "recipe.yaml")), Path(recipe)
     folder = run_dir.absolute() if run_dir else None  # relative to the working folder
     return open_run(recipe, folder, _overrides(settings), first=first)
 

@@ -10,25 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from strixft.run.folder import Run
+from strixft.support.environment import SESSION
 from strixft.support.errors import StageError, StrixftError
 from strixft.support.text import typed
 
-SESSION = "JPY_SESSION_NAME"
-"""Variable with the notebook's path, in the environment of a Jupyter server's kernels."""
-
 OUTPUT = "output.txt"
 """File of the run folder for the output of a process of its own."""
-
-
-def in_live_notebook() -> bool:
-    """Return whether a person sees this kernel's output as it comes.
-
-    A Jupyter server tells the kernels that it starts which notebook is theirs; papermill and
-    nbconvert, which start kernels by themselves, do not.
-    """
-    ipython = sys.modules.get("IPython")
-    has_kernel = ipython is not None and hasattr(ipython.get_ipython(), "kernel")
-    return has_kernel and SESSION in os.environ
 
 
 def start_detached(words: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from strixft.app.cards import card
 from strixft.app.detached import start_on
 from strixft.app.links import widget_link
 from strixft.app.watch import views
@@ -25,7 +26,7 @@ from strixft.support import html
 from strixft.support.errors import StrixftError
 from strixft.support.files import folder_bytes
 from strixft.support.text import typed, visible
-from strixft.support.units import format_gib
+from strixft.support.units import format_size
 from strixft.train.stage import ADAPTER
 
 NAMES = tuple(name for kind in KINDS for name in (QUANTISATIONS if kind == "gguf" else (kind,)))
@@ -58,16 +59,17 @@ def offers(run: Run) -> Iterator[Offer]:
     for name in NAMES:
         if name == "gguf-lora" and METHODS[run.recipe.method].adapter != "lora":
             continue
-        kind = "gguf" if name in QUANTISATIONS else name
-        why = f"{KINDS[kind].why}, {QUANTISATIONS[name].bits:g} bits a weight" * (kind == "gguf")
+        kind, why = name, KINDS[name].why if name in KINDS else ""
+        if name in QUANTISATIONS:
+            kind, why = "gguf", f"GGUF, about {QUANTISATIONS[name].bits:g} bits a weight"
         row = made.get(name)
         if row is not None:
             path = Path(row["path"]) if row["path"] else None
-            yield Offer(name, why or KINDS[kind].why, row["bytes"], path, row["type"])
+            yield Offer(name, why, row["bytes"], path, row["type"])
             continue
         bits = QUANTISATIONS[name].bits if kind == "gguf" else 16 if kind == "merged" else None
         about = whole * bits / 16 if whole and bits else None
-        yield Offer(name, why or KINDS[kind].why, about)
+        yield Offer(name, why, about)
 
 
 class ExportBox:
@@ -100,7 +102,7 @@ class ExportBox:
 
     def _row(self, offer: Offer) -> Any:
         is_made = bool(offer.command)
-        size = format_gib(offer.size_bytes) if offer.size_bytes is not None else ""
+        size = format_size(offer.size_bytes) if offer.size_bytes is not None else ""
         about = "" if is_made or not size else "about "
         text = (
             f"<div style='line-height: 1.4; overflow-wrap: anywhere'><b>{offer.name}</b>"
@@ -153,7 +155,7 @@ class ExportBox:
             if view.state == "done":
                 self.live.value = ""
         except StrixftError as error:
-            self.live.value = html.problem(error)
+            self.live.value = card(error)
         finally:
             self.stop.layout.display = "none"
             self.show()
@@ -162,7 +164,7 @@ class ExportBox:
         try:
             stop_run(self._run)
         except StrixftError as error:
-            self.live.value = html.problem(error)
+            self.live.value = card(error)
 
 
 def exports(run: Run | str | Path) -> Any:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from strixft.app.chat_box import ChatBox
-from strixft.app.detached import in_live_notebook
 from strixft.app.export_box import ExportBox
 from strixft.app.links import file_link
 from strixft.app.report import write_report
@@ -17,6 +16,7 @@ from strixft.run.folder import Run
 from strixft.run.open import find_run
 from strixft.run.show import PAGE
 from strixft.support import html
+from strixft.support.environment import in_live_notebook
 from strixft.support.text import typed
 
 STYLE = """
@@ -36,9 +36,11 @@ def sentences(run: Run) -> list[str]:
 
 
 def next_commands(run: Run) -> list[str]:
-    """Return what to type after a training."""
-    folder, recipe = typed(run.folder), typed(run.folder / "recipe.yaml")
-    export = f"strixft export {recipe} --run-dir {folder} --to"
+    """Return what to type after a training, as short as the working folder allows."""
+    here = Path.cwd()
+    near = run.folder.is_relative_to(here) and run.folder != here
+    folder = typed(run.folder.relative_to(here) if near else run.folder)
+    export = f"strixft export {folder} --to"
     return [f"strixft chat {folder} --both", f"{export} q4_k_m", f"{export} ollama"]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import strixft
-from strixft.app.detached import in_live_notebook, start_on
+from strixft.app.detached import start_on
 from strixft.app.finish import finish_box, finish_html
 from strixft.app.notebooks import run_stages
 from strixft.app.report import write_report
@@ -35,7 +35,7 @@ from strixft.recipe.load import parse_overrides
 from strixft.run.folder import Run
 from strixft.run.open import open_run
 from strixft.support import html
-from strixft.support.environment import BEFORE_TORCH
+from strixft.support.environment import BEFORE_TORCH, in_live_notebook
 from strixft.support.errors import HostError
 from strixft.support.files import cache_folder, digest, write_json
 from strixft.support.progress import say
@@ -228,6 +228,7 @@ def run_recipe(
     recipe: str | Path,
     run_dir: str | Path | None = None,
     overrides: Mapping[str, Any] | str | None = None,
+    first: str | None = None,
 ) -> ReportPage | None:
     """Run the unfinished stages and write the report.
 
@@ -238,17 +239,18 @@ def run_recipe(
         recipe: Name or path of the recipe.
         run_dir: Run folder; `runs/<recipe>` by default.
         overrides: Values by dotted key, or their JSON text.
+        first: Stage to repeat, together with the later ones; their results are set aside.
 
     Raises:
         StrixftError: A stage failed; the fix ends with the command that resumes.
     """
-    run = open_run(recipe, run_dir, overrides)
-    if in_live_notebook() and not run.is_done(run.last_stage):
+    run = open_run(recipe, run_dir, overrides, first=first)
+    if in_live_notebook() and (first or not run.is_done(run.last_stage)):
         if not run.workers():
-            start_on(run, "run")
+            start_on(run, "run", *(["--from", first] if first else []))
         LiveView(run, lambda: _ending(run), after=lambda: finish_box(run))
         return None
-    run_stages(run, find_recipe(recipe), parse_overrides(overrides))
+    run_stages(run, find_recipe(recipe), parse_overrides(overrides), first=first)
     return ReportPage(write_report(run))
 
 

@@ -22,7 +22,7 @@ def shows_traceback() -> bool:
     return bool(_debugging)
 
 
-RecipeArgument = Annotated[str, typer.Argument(help="Recipe: a name or a path.")]
+RecipeArgument = Annotated[str, typer.Argument(help="Recipe: a name or a path; or a run folder.")]
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Run folder; runs/<recipe> if not given.")
 ]

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from strixft.app.cards import card
 from strixft.app.compare import Comparison
 from strixft.app.detached import start_on
 from strixft.app.links import widget_link
@@ -28,7 +29,7 @@ from strixft.run.show import PAGE
 from strixft.support import html
 from strixft.support.errors import StageError, StrixftError
 from strixft.support.text import visible
-from strixft.support.units import format_gib
+from strixft.support.units import format_size
 
 EVERY_S = 2.0
 """Seconds between two looks while a run is at work."""
@@ -79,7 +80,10 @@ class RunBox:
         self.told = widgets.HTML()
         self.text = widgets.Text(placeholder="new name, or a note")
         self.text.layout.width = "16rem"
-        self.bin = widgets.Dropdown(options=[], description="bin")
+        self.bin = widgets.Dropdown(
+            options=[], description="bin", style={"description_width": "2rem"}
+        )
+        self.bin.layout.width = "14rem"
         work: dict[str, tuple[str, Callable[[], str]]] = {
             "Resume": ("Continues the chosen run in a process of its own", self._resume),
             "Stop": ("Stops the chosen run; its last update is saved", self._stop),
@@ -92,9 +96,9 @@ class RunBox:
         }
         self.buttons = {name: self._button(name, *of) for name, of in work.items()}
         first = [self.buttons[n] for n in ("Resume", "Stop", "Compare", "Delete", "Refresh")]
-        second = [self.text, self.buttons["Rename"], self.buttons["Note"]]
-        third = [self.bin, self.buttons["Restore"]]
-        lines = [widgets.HBox(line) for line in (first, [*second, *third])]
+        named = widgets.HBox([self.text, self.buttons["Rename"], self.buttons["Note"]])
+        back = widgets.HBox([self.bin, self.buttons["Restore"]])
+        lines = [widgets.HBox(first), widgets.HBox([named, back])]
         for line in lines:
             line.layout.flex_flow = "row wrap"
         head = "".join(f"<span>{name}</span>" for name in RUN_HEADER)
@@ -120,7 +124,7 @@ class RunBox:
         try:
             self.told.value = work()
         except StrixftError as error:
-            self.told.value = html.problem(error)
+            self.told.value = card(error)
         finally:
             button.disabled = False
             self.look()
@@ -205,7 +209,7 @@ class RunBox:
         told = []
         for name in chosen:
             size, place = rows[name]["bytes"], delete_run(Path(rows[name]["folder"]))
-            told.append(f"{name}: {size:,} bytes ({format_gib(size)}) in {place}")
+            told.append(f"{name}: {size:,} bytes ({format_size(size)}) in {place}")
         return "".join(map(html.note, [*told, "Restore brings a run back from the bin."]))
 
     def _restore(self) -> str:

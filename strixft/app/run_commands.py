@@ -149,13 +149,13 @@ def delete(run: RunArgument, as_json: AsJson = False, debug: Debug = False) -> N
     """Move a run that no process works on into the bin; `strixft restore` brings it back."""
     from strixft.run.manage import delete_run, run_bytes
     from strixft.run.open import find_folder
-    from strixft.support.units import format_gib
+    from strixft.support.units import format_size
 
     folder = find_folder(run)
     size = run_bytes(folder)
     target = delete_run(folder)
     told = (
-        f"{folder.name} ({size:,} bytes, {format_gib(size)}) is in the bin\n"
+        f"{folder.name} ({size:,} bytes, {format_size(size)}) is in the bin\n"
         f"back: strixft restore {typed(target.name)}\n"
         f"free its space for good: rm -r {typed(target)}"
     )

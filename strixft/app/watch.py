@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from strixft.app.detached import in_live_notebook, start_on
+from strixft.app.cards import card
+from strixft.app.detached import start_on
 from strixft.run.folder import Run
 from strixft.run.live import RESUMABLE, View
 from strixft.run.open import find_run, stop_run
 from strixft.run.show import lines, one_line, to_html
-from strixft.support import html
+from strixft.support.environment import in_live_notebook
 from strixft.support.errors import StageError, StrixftError
 
 EVERY_S = 1.0
@@ -128,7 +129,7 @@ class LiveView:
         try:
             start_on(self._run, *self._command)
         except StrixftError as error:
-            self._handle.update(_as_html(html.problem(error)))
+            self._handle.update(_as_html(card(error)))
             return
         finally:
             self._resume.disabled = False

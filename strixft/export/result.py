@@ -12,7 +12,7 @@ from strixft.run.folder import Result, resume_command
 from strixft.support import html
 from strixft.support.errors import StageError
 from strixft.support.text import typed
-from strixft.support.units import format_gib
+from strixft.support.units import format_size
 
 CellTable = tuple[list[list[str]], list[str]]
 """Rows and header."""
@@ -89,7 +89,7 @@ class Exported(Result):
     def tables(self) -> list[CellTable]:
         """Return tables of the files, of the merged model, and of the comparison."""
         made = [
-            [row["name"], row["path"], format_gib(row["bytes"]), row["type"]] for row in self.rows
+            [row["name"], row["path"], format_size(row["bytes"]), row["type"]] for row in self.rows
         ]
         found = [
             (made, ["export", "path", "size", "command"]),

@@ -18,7 +18,7 @@ from strixft.support.files import free_aside, write_text
 from strixft.support.locks import hold
 from strixft.support.tables import did_you_mean
 from strixft.support.text import typed
-from strixft.support.units import format_gib
+from strixft.support.units import format_size
 
 BIN = ".bin"
 """Folder beside runs that holds those that were deleted."""
@@ -91,7 +91,7 @@ def run_row(row: Mapping[str, Any]) -> list[str]:
         str(row["state"]),
         of,
         f"{loss['base']:.3f} → {loss['tuned']:.3f}" if loss else "–",
-        format_gib(row["bytes"]),
+        format_size(row["bytes"]),
         _local(row.get("updated")),
     ]
 

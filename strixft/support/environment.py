@@ -40,3 +40,18 @@ def prepare() -> list[str]:
 def seen_by_torch() -> dict[str, str | None]:
     """Return the variables as torch saw them at its import; None for those set too late."""
     return {name: None if name in _too_late else os.environ.get(name) for name in BEFORE_TORCH}
+
+
+SESSION = "JPY_SESSION_NAME"
+"""Variable with the notebook's path, in the environment of a Jupyter server's kernels."""
+
+
+def in_live_notebook() -> bool:
+    """Return whether a person sees this kernel's output as it comes.
+
+    A Jupyter server tells the kernels that it starts which notebook is theirs; papermill and
+    nbconvert, which start kernels by themselves, do not.
+    """
+    ipython = sys.modules.get("IPython")
+    has_kernel = ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+    return has_kernel and SESSION in os.environ

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strixft.support.errors import HostError, StrixftError
+from strixft.support.errors import HostError
 from strixft.support.files import write_text
 from strixft.support.text import typed, visible
 
@@ -81,15 +81,6 @@ def note(text: str) -> str:
 def warning(text: str) -> str:
     """Build a paragraph that stands out."""
     return f'<p class="sx-warning">⚠ {_shown(text)}</p>'
-
-
-def problem(error: StrixftError) -> str:
-    """Build a card of an error: its problem, then its fix."""
-    return (
-        '<div style="border-left: 4px solid #c2410c; padding: .3rem .9rem; margin: .6rem 0;'
-        ' white-space: pre-wrap; overflow-wrap: anywhere; font: 15px/1.5 system-ui, sans-serif">'
-        f"<b>{_shown(error.problem)}</b>\n{_shown(error.fix)}</div>"
-    )
 
 
 def picture(figure: Figure, alt: str) -> str:

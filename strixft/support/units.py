@@ -16,6 +16,17 @@ def format_gib(num_bytes: int | float | None) -> str:
     return "–" if num_bytes is None else f"{num_bytes / GIB:.2f} GiB"
 
 
+def format_size(num_bytes: int | float | None) -> str:
+    """Format a size on disk as GiB, a small one as MiB; unknown is a dash.
+
+    >>> format_size(3 * GIB // 2), format_size(3 * MIB // 2), format_size(0)
+    ('1.50 GiB', '1.5 MiB', '0.0 MiB')
+    """
+    if num_bytes is None or num_bytes >= GIB:
+        return format_gib(num_bytes)
+    return f"{num_bytes / MIB:.1f} MiB"
+
+
 def format_seconds(seconds: float | None) -> str:
     """Format a duration in its two largest units; unknown is a dash.
 
