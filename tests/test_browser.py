@@ -204,7 +204,7 @@ def test_a_run_outlives_page_kernel_and_lab_and_is_paused_resumed_and_stopped(
     worker = run.workers()[-1]
     page.get_by_role("menuitem", name="Kernel", exact=True).click()
     page.get_by_text("Restart Kernel…", exact=True).click()
-    page.get_by_role("button", name="Restart", exact=True).click()
+    page.locator("button.jp-mod-accept").click()
     lab.kill()
     page.goto("about:blank")
     assert worker in run.workers()

@@ -322,9 +322,19 @@ def test_json_of_a_run_is_all_that_is_printed(enter: Type, write_recipe: WriteRe
 # Tables for people.
 
 
-def test_every_setting_is_explained_in_a_table(enter: Type) -> None:
-    lines = enter("recipe", "--explain").out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [key for key, *_ in explain()]
+def test_every_setting_is_explained_and_fits_a_pager(enter: Type) -> None:
+    out = enter("recipe", "--explain").out
+    lines = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert [line.split(" = ")[0] for line in lines] == [key for key, *_ in explain()]
+    texts = [line for line in out.splitlines() if line.startswith(" ")]
+    assert max(map(len, texts)) <= 100
+
+
+def test_no_help_is_cut(enter: Type) -> None:
+    for words in (["--help"], ["bench", "--help"]):
+        out = enter(*words).out
+        assert "…" not in out
+        assert "..." not in out.replace("COMMAND [ARGS]...", "")
 
 
 def test_a_recipe_is_shown_as_yaml_that_can_be_used(enter: Type, tmp_path: Path) -> None:

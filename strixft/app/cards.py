@@ -23,7 +23,7 @@ STYLE = """
 .sx-card summary { cursor: pointer; opacity: .75 }
 """
 
-_WORD = r"(?:'[^']*'|[^\s;,']+)+"
+_WORD = r"(?:'[^']*'|[^\s;,']|,(?=\S))+"
 _COMMAND = re.compile(rf"strixft (\w+)((?: {_WORD})*)")
 """A command in a fix; what it does follows after three spaces, or a comma."""
 
@@ -39,7 +39,7 @@ def _options(words: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str,
     rest = iter(words)
     for word in rest:
         if word == "--set":
-            key, value = parse_override(next(rest))
+            key, value = parse_override(next(rest, ""))
             settings[key] = value
         elif word.startswith("--"):
             options[word] = next(rest, "")
@@ -50,6 +50,8 @@ def _options(words: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str,
 
 def _call(found: re.Match[str]) -> str:
     name, words = found[1], shlex.split(found[2])
+    if name == "recipe" and not words:
+        return "sx.list_recipes()"
     if name in SHOWN:
         return f"sx.{SHOWN[name]}({', '.join(map(repr, words))})"
     if name == "stop":

@@ -25,7 +25,15 @@ from strixft.app.options import (
     Set,
     shows_traceback,
 )
-from strixft.app.printing import coloured, print_json, print_note, print_table, print_tables
+from strixft.app.printing import (
+    coloured,
+    print_entries,
+    print_json,
+    print_note,
+    print_table,
+    print_tables,
+    working,
+)
 from strixft.app.run_commands import RUN_COMMANDS
 from strixft.support.errors import HostError, Stopped, StrixftError
 from strixft.support.text import typed
@@ -34,8 +42,18 @@ if TYPE_CHECKING:
     from strixft.doctor.finding import Diagnosis
     from strixft.run.folder import Result, Run
 
+
+class _Commands(TyperGroup):
+    """Commands whose help is not cut."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.help or "") for name, one in self.commands.items()])
+
+
 app = typer.Typer(
     name="strixft",
+    cls=_Commands,
     help="Fine-tune language models on machines with unified memory.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -110,8 +128,7 @@ def recipe(
         print_json(Recipe.model_json_schema())
     elif explain:
         explained = [list(row) for row in explain_settings()]
-        header = ["setting", "default", "what it does"]
-        print_json(explained) if as_json else print_table(explained, header)
+        print_json(explained) if as_json else print_entries(explained)
     elif name is None:
         found = find_recipes()
         if as_json:
@@ -200,7 +217,8 @@ def plan(
         from strixft.prepare.stage import Prepared
 
         prepared = Prepared.load(folder / "prepare")
-    figures = plan_figures(loaded, host, prepared, boxes, measured=measure)
+    with working("planning"):
+        figures = plan_figures(loaded, host, prepared, boxes, measured=measure)
     print_json(figures) if as_json else print_tables(tables(figures))
     require_fit(figures)
 
@@ -380,7 +398,7 @@ class _Benches(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         from strixft.bench.run import BENCHES
 
-        own = [(name, command.get_short_help_str()) for name, command in self.commands.items()]
+        own = [(name, command.help or "") for name, command in self.commands.items()]
         with formatter.section("Commands"):
             formatter.write_dl([(bench.name, bench.help) for bench in BENCHES.values()] + own)
 
@@ -467,9 +485,13 @@ def doctor(
     raise typer.Exit(diagnosis.exit_code)
 
 
+STATUS_COLOURS = {"fail": "red", "warn": "yellow"}
+
+
 def _print_findings(diagnosis: Diagnosis) -> None:
     for finding in diagnosis.to_fix:
-        print(f"{finding.status.upper()} {finding.check}: {finding.saw}\n  why: {finding.why}")
+        status = coloured(finding.status.upper(), STATUS_COLOURS.get(finding.status, "bold"))
+        print(f"{status} {finding.check}: {finding.saw}\n  why: {finding.why}")
         if finding.fix:
             print("  fix: " + finding.fix.text.replace("\n", "\n       "))
         print(f"  source: {finding.source}\n")
@@ -529,7 +551,8 @@ def main() -> None:
         if shows_traceback():
             traceback.print_exc()
         ours = error if isinstance(error, StrixftError) else _unexpected(error)
-        print_note(f"{ours.problem}\nfix: {ours.fix}")
+        colour = "red" if ours.exit_code else "yellow"
+        print_note(f"{coloured(ours.problem, colour, sys.stderr)}\nfix: {ours.fix}")
         raise SystemExit(ours.exit_code) from None
 
 

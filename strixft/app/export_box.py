@@ -12,7 +12,7 @@ from typing import Any
 from strixft.app.cards import card
 from strixft.app.detached import start_on
 from strixft.app.links import widget_link
-from strixft.app.watch import views
+from strixft.app.watch import LivePanel
 from strixft.catalog.exports import KINDS, QUANTISATIONS
 from strixft.catalog.methods import METHODS
 from strixft.export.result import Exported
@@ -20,8 +20,7 @@ from strixft.export.stage import base_bytes
 from strixft.model.files import model_folder
 from strixft.model.source import model_source
 from strixft.run.folder import Run
-from strixft.run.open import find_run, stop_run
-from strixft.run.show import to_html
+from strixft.run.open import find_run
 from strixft.support import html
 from strixft.support.errors import StrixftError
 from strixft.support.files import folder_bytes
@@ -86,12 +85,10 @@ class ExportBox:
         self._widgets = widgets
         self._thread: threading.Thread | None = None
         self.rows = widgets.VBox()
-        self.live = widgets.HTML()
-        self.stop = widgets.Button(description="Stop", icon="stop")
-        self.stop.on_click(lambda _: threading.Thread(target=self._stop, daemon=True).start())
-        self.stop.layout.display = "none"
+        self.told = widgets.HTML()
+        self.live = widgets.VBox()
         self.buttons: dict[str, Any] = {}
-        self.box = widgets.VBox([self.rows, self.live, self.stop])
+        self.box = widgets.VBox([self.rows, self.told, self.live])
         self.box.layout.max_width = "62rem"
         self.show()
 
@@ -137,7 +134,7 @@ class ExportBox:
         """Start an export, and follow it in a thread."""
         for button in self.buttons.values():
             button.disabled = True
-        self.live.value = html.note(f"Starting {name} …")
+        self.told.value = html.note(f"Starting {name} …")
         self._thread = threading.Thread(target=self._make, args=(name,), daemon=True)
         self._thread.start()
 
@@ -147,24 +144,22 @@ class ExportBox:
             self._thread.join()
 
     def _make(self, name: str) -> None:
+        command = ("export", "--to", name)
         try:
-            start_on(self._run, "export", "--to", name)
-            self.stop.layout.display = ""
-            for view in views(self._run):
-                self.live.value = to_html(view)
-            if view.state == "done":
-                self.live.value = ""
+            start_on(self._run, *command)
+            self.told.value = ""
+            panel = LivePanel(self._run, self._ended, command=command)
+            self.live.children = [panel.box]
+            panel.start()
+            panel.wait()
         except StrixftError as error:
-            self.live.value = card(error)
-        finally:
-            self.stop.layout.display = "none"
+            self.told.value = card(error)
             self.show()
 
-    def _stop(self) -> None:
-        try:
-            stop_run(self._run)
-        except StrixftError as error:
-            self.live.value = card(error)
+    def _ended(self) -> None:
+        if self._run.status()["state"] == "done":
+            self.live.children = []
+        self.show()
 
 
 def exports(run: Run | str | Path) -> Any:

@@ -54,6 +54,14 @@ KERNEL_ENDS_S = 120
 DISABLED = ("@jupyterlab/apputils-extension:announcements",)
 """Parts of JupyterLab that are off: this one asks on the first page whether to fetch news."""
 
+SETTINGS = {
+    # else a notebook that is opened again says "Error displaying widget: model not found"
+    "@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": True},
+    # what was typed should survive a reload; its 120 s are too long for that
+    "@jupyterlab/docmanager-extension:plugin": {"autosaveInterval": 10},
+}
+"""Settings of JupyterLab by plugin, which a user's own take the place of."""
+
 KERNEL = "python3"
 """Kernel name in the notebooks. The first kernel found under it runs them."""
 
@@ -81,6 +89,7 @@ def write_kernel(folder: Path) -> Path:
     page = folder / "labconfig" / "page_config.json"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(json.dumps({"disabledExtensions": dict.fromkeys(DISABLED, True)}) + "\n")
+    page.with_name("default_setting_overrides.json").write_text(json.dumps(SETTINGS) + "\n")
     return path
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from strixft.support.text import visible
@@ -43,6 +47,29 @@ def print_tables(tables: Iterable[tuple[Iterable[Sequence[str]], Sequence[str]]]
         print()
 
 
+def print_entries(rows: Iterable[Sequence[str]]) -> None:
+    """Print a name and a value in one line each, and below them a text that is folded."""
+    width = min(100, shutil.get_terminal_size().columns)
+    for name, value, text in rows:
+        print(f"{name} = {visible(value)}")
+        print(textwrap.fill(visible(text), width, initial_indent="    ", subsequent_indent="    "))
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show on a terminal that something is done, and for how long, while a block runs."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
+    with Progress(
+        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        bar.add_task(what)
+        yield
+
+
 def coloured(text: str, colour: str, stream: Any = None) -> str:
     """Return a text in a colour where its stream is a terminal that shows colours.
 
@@ -51,8 +78,6 @@ def coloured(text: str, colour: str, stream: Any = None) -> str:
         colour: A name of `COLOURS`.
         stream: Standard output if not given.
     """
-    import os
-
     stream = sys.stdout if stream is None else stream
     if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from strixft.app.cards import card
+from strixft.app.cards import card, cell_fix
 from strixft.app.detached import start_on
 from strixft.run.folder import Run
 from strixft.run.live import RESUMABLE, View
@@ -60,8 +60,95 @@ def watch(run: Run | str | Path) -> None:
         show_in_terminal(found)
 
 
-class LiveView:
-    """A run in a notebook, replaced in place by a thread, with buttons that stop and resume it.
+class LivePanel:
+    """A run as widgets that a thread renews, with buttons that pause, stop and resume it.
+
+    Args:
+        run: A run at work, or one that was.
+        ended: Called from the thread each time it has ended.
+        command: Command that resumes the run, and its options.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        ended: Callable[[], None] = lambda: None,
+        *,
+        command: Sequence[str] = ("run",),
+    ) -> None:
+        import ipywidgets
+
+        self._run, self._ended, self._command = run, ended, command
+        self.page = ipywidgets.HTML(to_html(run.observer().look(), cell_fix))
+        self._pause = self._button("Pause", "pause", "Saves the last update; Resume continues")
+        self._stop = self._button("Stop", "stop", "Stops the run; its last update is saved")
+        self._resume = self._button("Resume", "play", "Continues with the same stage")
+        self._pause.on_click(lambda _: self._in_thread(self._end, "paused"))
+        self._stop.on_click(lambda _: self._in_thread(self._end, "stopped"))
+        self._resume.on_click(lambda _: self._in_thread(self._go_on))
+        self.controls = ipywidgets.HBox([self._pause, self._stop])
+        self.box = ipywidgets.VBox([self.page, self.controls])
+        self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
+
+    @staticmethod
+    def _button(name: str, icon: str, tooltip: str) -> Any:
+        import ipywidgets
+
+        button = ipywidgets.Button(description=name, icon=icon, tooltip=tooltip)
+        button.add_class(f"sx-{name.lower()}")
+        return button
+
+    @staticmethod
+    def _in_thread(work: Callable[..., None], *given: Any) -> None:
+        threading.Thread(target=work, args=given, name="live view button", daemon=True).start()
+
+    def start(self) -> None:
+        """Begin to renew it."""
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the run has ended."""
+        while self._thread.is_alive():
+            self._thread.join(0.5)  # an interrupt is heard between two waits
+
+    def _end(self, state: str) -> None:
+        self._pause.disabled = self._stop.disabled = True
+        button = self._pause if state == "paused" else self._stop
+        name, button.description = button.description, "Saving …"
+        with contextlib.suppress(StageError):  # it has just ended
+            stop_run(self._run, state=state)
+        button.description = name
+
+    def _go_on(self) -> None:
+        self._resume.disabled = True
+        try:
+            start_on(self._run, *self._command)
+        except StrixftError as error:
+            self.page.value = card(error)
+            self._ended()
+            return
+        finally:
+            self._resume.disabled = False
+        self._pause.disabled = self._stop.disabled = False
+        self.controls.children = [self._pause, self._stop]
+        self._resumed()
+        self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
+        self._thread.start()
+
+    def _resumed(self) -> None:
+        """Called when the run has been resumed."""
+
+    def _follow(self) -> None:
+        for view in views(self._run):
+            text = to_html(view, cell_fix)
+            if text != self.page.value:
+                self.page.value = text
+        self.controls.children = [self._resume] if view.state in RESUMABLE else []
+        self._ended()
+
+
+class LiveView(LivePanel):
+    """A run in a cell, replaced in place.
 
     While the run goes on it is a widget, which a reloaded page finds again; at the end it becomes
     plain HTML, which stays in the notebook's file. The cell is free meanwhile.
@@ -84,77 +171,20 @@ class LiveView:
         import ipywidgets
         from IPython.display import display
 
-        self._run, self._ending, self._command, self._after = run, ending, command, after
-        self._page = ipywidgets.HTML(to_html(run.observer().look()))
-        self._pause = self._button("Pause", "pause", "Saves the last update; Resume continues")
-        self._stop = self._button("Stop", "stop", "Stops the run; its last update is saved")
-        self._resume = self._button("Resume", "play", "Continues with the same stage")
-        self._pause.on_click(lambda _: self._in_thread(self._end, "paused"))
-        self._stop.on_click(lambda _: self._in_thread(self._end, "stopped"))
-        self._resume.on_click(lambda _: self._in_thread(self._go_on))
-        self._handle = display(self._page, display_id=True)
-        self._below = ipywidgets.VBox([ipywidgets.HBox([self._pause, self._stop])])
+        super().__init__(run, self._finish, command=command)
+        self._ending, self._after = ending, after
+        self._handle = display(self.page, display_id=True)
+        self._below = ipywidgets.VBox([self.controls])
         display(self._below)
-        self._thread = self._in_thread(self._follow)
+        self.start()
 
-    @staticmethod
-    def _button(name: str, icon: str, tooltip: str) -> Any:
-        import ipywidgets
+    def _finish(self) -> None:
+        self._handle.update(_as_html(self.page.value + self._ending()))
+        shown = None if self.controls.children else self._after()
+        self._below.children = [self.controls] if shown is None else [shown]
 
-        button = ipywidgets.Button(description=name, icon=icon, tooltip=tooltip)
-        button.add_class(f"sx-{name.lower()}")
-        return button
-
-    @staticmethod
-    def _in_thread(work: Callable[..., None], *given: Any) -> threading.Thread:
-        thread = threading.Thread(target=work, args=given, name="live view", daemon=True)
-        thread.start()
-        return thread
-
-    def wait(self) -> None:
-        """Wait until the run has ended."""
-        while self._thread.is_alive():
-            self._thread.join(0.5)  # an interrupt is heard between two waits
-
-    def _end(self, state: str) -> None:
-        self._pause.disabled = self._stop.disabled = True
-        button = self._pause if state == "paused" else self._stop
-        name, button.description = button.description, "Saving …"
-        with contextlib.suppress(StageError):  # it has just ended
-            stop_run(self._run, state=state)
-        button.description = name
-
-    def _go_on(self) -> None:
-        self._resume.disabled = True
-        try:
-            start_on(self._run, *self._command)
-        except StrixftError as error:
-            self._handle.update(_as_html(card(error)))
-            return
-        finally:
-            self._resume.disabled = False
-        self._pause.disabled = self._stop.disabled = False
-        self._handle.update(self._page)
-        self._below.children = [self._button_row(self._pause, self._stop)]
-        self._thread = self._in_thread(self._follow)
-
-    @staticmethod
-    def _button_row(*buttons: Any) -> Any:
-        import ipywidgets
-
-        return ipywidgets.HBox(buttons)
-
-    def _follow(self) -> None:
-        for view in views(self._run):
-            text = to_html(view)
-            if text != self._page.value:
-                self._page.value = text
-        self._handle.update(_as_html(text + self._ending()))
-        if view.state in RESUMABLE:
-            self._below.children = [self._button_row(self._resume)]
-        else:
-            shown = self._after()
-            self._below.children = [] if shown is None else [shown]
+    def _resumed(self) -> None:
+        self._handle.update(self.page)
 
 
 def _as_html(text: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from strixft.recipe.find import workspace
 from strixft.run.folder import DRIVER, LOCK, Result, Run
+from strixft.run.live import RESUMABLE
 from strixft.run.open import find_runs, free_name, run_folders
 from strixft.support.errors import HostError, StageError, StrixftError
 from strixft.support.files import free_aside, write_text
@@ -82,7 +83,8 @@ RUN_HEADER = ["run", "model", "stage", "state", "done", "loss, base → tuned", 
 def run_row(row: Mapping[str, Any]) -> list[str]:
     """Return a row of `list_runs` as cells for people, under `RUN_HEADER`; times are local."""
     doing, loss = row.get("doing"), row.get("loss")
-    doing = doing if isinstance(doing, dict) and row["state"] == "running" else {}
+    is_open = row["state"] in ("running", *RESUMABLE)
+    doing = doing if isinstance(doing, dict) and is_open else {}
     of = f"{doing.get('done') or 0:,} of {doing['total']:,}" if doing.get("total") else "–"
     return [
         row["run"],

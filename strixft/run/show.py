@@ -6,7 +6,7 @@ Pictures take the colour of the text around them, so that they fit a dark page t
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -168,8 +168,13 @@ def curve(points: Sequence[tuple[float, float]], label: str) -> str:
     )
 
 
-def to_html(view: View) -> str:
-    """Return a view as a piece of HTML; all text is escaped."""
+def to_html(view: View, as_typed: Callable[[str], str] = str) -> str:
+    """Return a view as a piece of HTML; all text is escaped.
+
+    Args:
+        view: The view.
+        as_typed: Returns a fix as it is typed where the view is shown.
+    """
     stages = "".join(
         f"<li{' class=now' if stage == view.stage else ''}>{'✓' if is_done else '○'} {stage}</li>"
         for stage, is_done in view.stages.items()
@@ -188,7 +193,7 @@ def to_html(view: View) -> str:
     picture = curve(losses, "training loss by update") if view.is_training else ""
     problems = [f"⚠ {text}" for text in view.status.get("warnings") or ()]
     if view.status.get("problem") and view.state in RESUMABLE:
-        problems.append("\n".join([view.status["problem"], *_fix(view)]))
+        problems.append("\n".join([view.status["problem"], *map(as_typed, _fix(view))]))
     cards = "".join(f'<div class="sx-problem">{_text(text)}</div>' for text in problems)
     return (
         f'<div class="sx-live"><style>{STYLE}</style><h1>{_text(view.name)}</h1><ol>{stages}</ol>'
