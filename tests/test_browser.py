@@ -25,7 +25,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="apt-get install chromium")
 
-PATIENCE_MS = 90_000
+PATIENCE_MS = 180_000
 
 
 class Lab:

@@ -122,12 +122,12 @@ class RunBox:
     def _do(self, button: Any, work: Callable[[], str]) -> None:
         button.disabled = True
         try:
-            self.told.value = work()
+            told = work()
         except StrixftError as error:
-            self.told.value = card(error)
-        finally:
-            button.disabled = False
-            self.look()
+            told = card(error)
+        button.disabled = False
+        self.look()
+        self.told.value = told
 
     def _keep_looking(self) -> None:
         """Look again and again while a run is at work."""
