@@ -31,6 +31,7 @@ from strixft.app.lab import (
     write_kernel,
 )
 from strixft.run.open import find_runs, open_run
+from strixft.support.errors import HostError
 from strixft.support.files import digest
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -144,6 +145,13 @@ def test_a_copy_that_nobody_edited_is_replaced_by_a_newer_one(tmp_path: Path) ->
     put_notebooks(tmp_path)
     for copy in copies.glob("*.ipynb"):
         assert copy.read_bytes() == (NOTEBOOKS / copy.name).read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_says_what_to_type(tmp_path: Path) -> None:
+    (tmp_path / "notebooks").touch()
+    with pytest.raises(HostError, match=rf"cannot be copied to {tmp_path}/notebooks: ") as caught:
+        put_notebooks(tmp_path)
+    assert caught.value.fix.startswith("mkdir -p ~/strixft")
 
 
 def test_a_clone_stays_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,47 @@ def test_the_time_left_is_known_and_near(seconds: float, tmp_path: Path) -> None
     assert max(max(one[30:60]) for one in off) < 0.25
 
 
+def test_a_clock_that_jumps_changes_no_time_left(tmp_path: Path) -> None:
+    """NTP sets the clock an hour ahead, and back."""
+    path = tmp_path / "log.jsonl"
+    for update, jump_s in enumerate([0, 0, 0, 3600, 3600, -3600], 1):
+        first = {"first": True} if update == 1 else {}
+        append(path, a_record(update, clock_s=3.0 * update, **first) | {"time": jump_s})
+    reader = LogReader(path)
+    reader.read()
+    assert reader.seconds_left(16) == pytest.approx(30.0)
+
+
+def test_a_start_in_the_future_is_no_negative_time(tiny_run: Run) -> None:
+    tiny_run.set_status(stage="train", state="running", started="2999-01-01T00:00:00+00:00")
+    assert tiny_run.observer().look().elapsed_s == 0.0
+
+
+OTHER_VERSIONS: list[dict[str, Any]] = [
+    {"stage": "train", "state": "running", "started": "today", "doing": [1, 2]},
+    {"stage": "train", "state": "done", "started": None, "updated": 7, "warnings": None},
+    {"stage": "later-stage", "state": "failed", "problem": "x", "doing": {"what": None}},
+    {"state": "queued"},
+]
+
+
+@pytest.mark.parametrize("status", OTHER_VERSIONS)
+def test_a_run_of_another_version_is_shown(tiny_run: Run, status: dict[str, Any]) -> None:
+    log = tiny_run.folder / "train/log.jsonl"
+    log.parent.mkdir()
+    append(log, {"update": 1})
+    append(log, a_record(2))
+    append(log, {**a_record(3), "update": "x"})
+    (tiny_run.folder / "plan").mkdir()
+    (tiny_run.folder / "plan/result.json").write_text('{"figures": {"tok_per_s": null}}')
+    (tiny_run.folder / "status.json").write_text(json.dumps(status))
+    view = tiny_run.observer().look()
+    assert [one["update"] for one in view.points] == [2]
+    assert tiny_run.name in to_html(view)
+    assert lines(view)
+    assert one_line(view)
+
+
 # What is shown.
 
 

@@ -134,3 +134,39 @@ def test_a_detached_start_that_ends_at_once_is_told(tiny_run: Run) -> None:
         start_on(tiny_run, "no-such-command")
     assert caught.value.fix.startswith("tail ")
     assert "no-such-command" in (tiny_run.folder / "output.txt").read_text()
+
+
+LIVES_ON = """
+import sys, time
+from strixft.run.open import find_run
+from strixft.support.errors import Stopped
+from strixft.train.stage import train_recipe
+
+try:
+    train_recipe(find_run(sys.argv[1]))
+except Stopped:
+    print("still here", flush=True)
+    sys.stdin.read()
+"""
+"""A notebook's kernel: it trains, is stopped, and lives on."""
+
+
+def test_a_stop_does_not_wait_for_a_process_that_lives_on(
+    recipe: Path, tmp_path: Path, processes: list[Process]
+) -> None:
+    run = open_run(recipe, tmp_path / "run")
+    prepare_recipe(run)
+    plan_recipe(run)
+    command = [sys.executable, "-c", LIVES_ON, str(run.folder)]
+    kernel = subprocess.Popen(
+        command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    processes.append(kernel)
+    wait_until_it_trains(kernel, run.folder)
+    status = stop_run(run, state="paused")
+    assert status["state"] == "paused"
+    assert "train: paused" in (run.folder / "live.html").read_text()
+    assert kernel.stdout
+    assert kernel.stdout.readline() == "still here\n"
+    assert kernel.poll() is None
+    assert run.workers() == []

@@ -99,10 +99,24 @@ def put_notebooks(folder: Path) -> Path:
     In a clone they are copied into `runs/`, so that opening them leaves the clone as it is. A copy
     that nobody edited is replaced by a newer one; beside an edited one the newer gets its version's
     name.
+
+    Raises:
+        HostError: The folder cannot be written.
     """
     ours, copies = shipped("notebooks"), folder / "notebooks"
     if copies.resolve() == ours.resolve():
         copies = folder / "runs" / "notebooks"
+    try:
+        _copy(ours, copies)
+    except OSError as error:
+        raise HostError(
+            f"the notebooks cannot be copied to {copies}: {error.strerror}",
+            fix="mkdir -p ~/strixft && cd ~/strixft && strixft lab   or another folder of yours",
+        ) from error
+    return copies
+
+
+def _copy(ours: Path, copies: Path) -> None:
     copies.mkdir(parents=True, exist_ok=True)
     known_file = copies / KNOWN
     known = json.loads(known_file.read_text()) if known_file.is_file() else {}
@@ -114,7 +128,6 @@ def put_notebooks(folder: Path) -> Path:
             shutil.copy(notebook, copy)
         known[notebook.name] = newest
     write_json(known_file, known)
-    return copies
 
 
 def lab_environment(kernels: Path) -> dict[str, str]:

@@ -76,7 +76,20 @@ class View:
     @property
     def progress(self) -> Mapping[str, Any]:
         """The count that moved last: `what`, `done`, `total`, `unit`."""
-        return self.status.get("doing") or {}
+        return _as_mapping(self.status.get("doing"))
+
+
+def _as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return what a run of another version may have written otherwise."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _moment(text: Any) -> float:
+    """Return a time of `status.json` in seconds, or now if it is not one."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (TypeError, ValueError):
+        return time.time()
 
 
 def _figures(path: Path) -> dict[str, Any]:
@@ -123,16 +136,14 @@ class Observer:
     def _elapsed_s(self, status: Status, is_training: bool) -> float | None:
         if "started" not in status:
             return None
-        began = datetime.fromisoformat(status["started"]).timestamp()
-        ended = time.time()
-        if status["state"] != "running":
-            ended = datetime.fromisoformat(status["updated"]).timestamp()
+        began = _moment(status["started"])
+        ended = time.time() if status["state"] == "running" else _moment(status.get("updated"))
         session = self._log.session if is_training else None
         before = session["busy_s"] - session["seconds"] if session else 0.0
         return max(0.0, ended - began) + before
 
     def _left_s(self, status: Status, is_training: bool) -> float | None:
-        progress = status.get("doing") or {}
+        progress = _as_mapping(status.get("doing"))
         done, total = progress.get("done"), progress.get("total")
         if status["state"] != "running" or not total:
             return None

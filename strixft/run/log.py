@@ -78,7 +78,7 @@ class LogReader:
     def _take(self, line: bytes) -> None:
         try:
             record = json.loads(line)
-            update = record["update"]
+            update, *_ = (record[key] + 0 for key in ("update", "seconds", "busy_s", "time"))
         except (ValueError, KeyError, TypeError):  # half a line of a process that was killed
             return
         while self.points and self.points[-1]["update"] >= update:
@@ -104,5 +104,6 @@ class LogReader:
         seconds = sum(record["seconds"] for record in self.recent) / len(self.recent)
         begun = self.session or self.recent[0]
         count = last["update"] - begun["update"]
-        between = last["time"] - begun["time"] - (last["busy_s"] - begun["busy_s"])
+        clock = "clock_s" if "clock_s" in last and "clock_s" in begun else "time"
+        between = last[clock] - begun[clock] - (last["busy_s"] - begun["busy_s"])
         return float((updates - last["update"]) * (seconds + max(0.0, between) / max(1, count)))

@@ -67,9 +67,11 @@ def figures(view: View) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     last, planned, host = view.last, view.planned, view.status.get("host") or {}
     if view.is_training:
-        found["loss"] = format_number(last["loss"]), f"first {view.points[0]['loss']:.3f}"
-        found["learning rate"] = f"{last['learning_rate']:.2e}", ""
-        found["gradient norm"] = format_number(last["grad_norm"]), ""
+        first = format_number(view.points[0].get("loss"))
+        found["loss"] = format_number(last.get("loss")), f"first {first}"
+        rate = last.get("learning_rate")
+        found["learning rate"] = "–" if rate is None else f"{rate:.2e}", ""
+        found["gradient norm"] = format_number(last.get("grad_norm")), ""
         rate, plan = last.get("tok_per_s"), planned.get("tok_per_s")
         off = f"plan {plan:,.0f}, {_off(rate, plan)}" if rate and plan else ""
         found["tokens/s"] = format_number(rate, 0), off
@@ -189,7 +191,7 @@ def to_html(view: View, as_typed: Callable[[str], str] = str) -> str:
         f" <small>{_text(remark)}</small></div></div>"
         for name, (value, remark) in figures(view).items()
     )
-    losses = [(float(one["update"]), float(one["loss"])) for one in view.points]
+    losses = [(float(one["update"]), float(one["loss"])) for one in view.points if "loss" in one]
     picture = curve(losses, "training loss by update") if view.is_training else ""
     problems = [f"⚠ {text}" for text in view.status.get("warnings") or ()]
     if view.status.get("problem") and view.state in RESUMABLE:

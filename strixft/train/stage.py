@@ -340,7 +340,8 @@ class _Bar:
                 total=self._updates, initial=initial, unit="update", desc="train"
             )
         rate = self.tok_per_s(progress)
-        record |= {"time": round(time.time(), 3), "busy_s": round(self.busy_s, 3)}
+        record |= {"time": round(time.time(), 3), "clock_s": round(time.monotonic(), 3)}
+        record["busy_s"] = round(self.busy_s, 3)
         record |= {"tokens": progress.tokens, "tok_per_s": rate, **memory_now()}
         with contextlib.suppress(OSError):  # the checkpoint reports a full disk
             append(self._log, record | ({"first": True} if is_first else {}))
