@@ -17,6 +17,7 @@ from conftest import WriteRecipe, chat, chats, mark_as_trained
 from strixft.app.cli import main
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Recipe, explain
+from strixft.run.manage import run_bytes
 from strixft.run.open import open_run
 
 ENTRY = "from strixft.app.cli import main; main()"
@@ -302,7 +303,8 @@ def test_json_of_a_stage_is_all_that_is_printed(enter: Type, write_recipe: Write
 def test_json_of_the_runs(enter: Type, write_recipe: WriteRecipe) -> None:
     run = open_run(write_recipe())
     row = {"run": "tiny", "stage": None, "state": "new", "folder": str(run.folder)}
-    assert json.loads(enter("runs", "--json").out) == [row | {"model": run.recipe.model}]
+    row |= {"model": run.recipe.model, "note": "", "bytes": run_bytes(run.folder)}
+    assert json.loads(enter("runs", "--json").out) == [row]
 
 
 def test_json_of_a_report(enter: Type, write_recipe: WriteRecipe) -> None:
@@ -354,8 +356,8 @@ def test_a_line_of_a_table_is_not_folded_in_a_pipe(enter: Type, write_recipe: Wr
 
 
 def test_a_list_of_no_runs_is_a_header_alone(enter: Type) -> None:
-    header = ["run", "model", "stage", "state", "done", "loss,", "base", "→", "tuned", "updated"]
-    assert enter("runs").out.split() == header
+    header = ["run", "model", "stage", "state", "done", "loss,", "base", "→", "tuned"]
+    assert enter("runs").out.split() == [*header, "size", "updated"]
 
 
 # Tracebacks.
