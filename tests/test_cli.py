@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import WriteRecipe, chat, chats, mark_as_trained
@@ -302,8 +302,8 @@ def test_json_of_a_stage_is_all_that_is_printed(enter: Type, write_recipe: Write
 
 def test_json_of_the_runs(enter: Type, write_recipe: WriteRecipe) -> None:
     run = open_run(write_recipe())
-    row = {"run": "tiny", "stage": None, "state": "new", "folder": str(run.folder)}
-    row |= {"model": run.recipe.model, "note": "", "bytes": run_bytes(run.folder)}
+    row: dict[str, Any] = {"run": "tiny", "stage": None, "state": "new", "note": ""}
+    row |= {"model": run.recipe.model, "folder": str(run.folder), "bytes": run_bytes(run.folder)}
     assert json.loads(enter("runs", "--json").out) == [row]
 
 

@@ -25,16 +25,32 @@ def print_note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def print_table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> None:
-    """Print a table in the terminal's width, in a pipe as wide as it is."""
+NARROW = 80
+"""Columns of a terminal below which tables leave out what they can."""
+
+
+def print_table(
+    rows: Iterable[Sequence[str]], header: Sequence[str], least: Sequence[str] = ()
+) -> None:
+    """Print a table in the terminal's width, in a pipe as wide as it is.
+
+    Args:
+        rows: Cells.
+        header: Names of the columns.
+        least: Those that a narrow terminal shows; all if not given.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(visible, row))
     width = None if sys.stdout.isatty() else 10_000  # do not fold lines in a pipe
     console = Console(width=width, highlight=False, markup=False, emoji=False)
+    is_narrow = bool(least) and console.width < NARROW
+    kept = [index for index, name in enumerate(header) if not is_narrow or name in least]
+    table = Table(box=None, pad_edge=False)
+    for index in kept:
+        table.add_column(header[index], overflow="fold")
+    for row in rows:
+        table.add_row(*(visible(row[index]) for index in kept))
     with console.capture() as text:
         console.print(table)
     print("\n".join(line.rstrip() for line in text.get().splitlines()))

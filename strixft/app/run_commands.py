@@ -36,7 +36,7 @@ def runs(
     if as_json:
         print_json(found)
         return
-    print_table(map(run_row, found), RUN_HEADER)
+    print_table(map(run_row, found), RUN_HEADER, least=("run", "state", "done", "updated"))
 
 
 def _compare(found: list[Run], page: Path | None, as_json: bool) -> None:

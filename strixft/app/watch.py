@@ -225,7 +225,7 @@ def _show_in_place(run: Run, console: Any) -> None:
         for view in views(run):
             progress = view.progress
             bar = ProgressBar(total=progress.get("total"), completed=progress.get("done") or 0)
-            live.update(Group(bar, Text("\n".join(lines(view)))))
+            live.update(Group(Text("\n".join(lines(view))), bar))  # a bar ends without a line
 
 
 @contextlib.contextmanager
