@@ -179,7 +179,10 @@ def test_rows_are_not_packed_where_layers_carry_a_state() -> None:
     host = HOSTS["strix-halo-128"]
     assert Job.of(recipe, SMALL, host).options.backend.packed
     conv = AutoConfig.for_model("lfm2", **SMALL_SIDES, layer_types=["conv", "full_attention"])
-    assert not Job.of(recipe, conv, host).options.backend.packed
+    assert Job.of(recipe, conv, host).options.backend.packed  # it is told of documents
+    sides = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+    mamba = AutoConfig.for_model("falcon_h1", **SMALL_SIDES, **sides)
+    assert not Job.of(recipe, mamba, host).options.backend.packed
 
 
 @pytest.mark.parametrize("layers", ["none", "layers"])
@@ -272,7 +275,7 @@ def test_no_two_products_of_dimensions_grow_alike_between_two_samples(
     vocabulary: int, chunks: int, packed: bool, beyond: tuple[bool, ...], monkeypatch: Any
 ) -> None:
     windows = {(): (), (True, False): (1024, 4096)}.get(beyond, (512,))
-    asked = SimpleNamespace(windows=windows, heads=SimpleNamespace(carries_state=False))
+    asked = SimpleNamespace(windows=windows, recurs=False)
     monkeypatch.setattr("strixft.plan.scale.architecture_of", lambda _: asked)
     config = AutoConfig.for_model(**LLAMA | {"vocab_size": vocabulary})
     regime = Regime(False, beyond, chunks, packed)

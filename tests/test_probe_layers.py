@@ -47,19 +47,38 @@ LFM2 = {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "conv", "full
 DELTA = {
     "head_dim": 8,
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+MAMBA = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
 }
 OWN: dict[str, dict[str, Any]] = {
     "llama": {},
     "gemma3_text": {"head_dim": 8, "sliding_window": 6},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "lfm2": LFM2,
+    "lfm2_moe": {**LFM2, **EXPERTS},
     "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": {**DELTA, **EXPERTS},
+    "qwen3_next": {**DELTA, **EXPERTS},
+    "olmo_hybrid": DELTA,
+    "falcon_h1": MAMBA,
 }
-STATE = ("lfm2", "qwen3_5_text")
+STATE = ("falcon_h1",)
 
 
 def a_config(model_type: str) -> Any:
@@ -83,7 +102,7 @@ def test_documents_that_share_rows_are_as_each_alone_but_where_layers_carry_stat
     assert ("problem" in figures) == (model_type in STATE), figures
     if model_type in STATE:
         assert "from those of each document alone" in figures["problem"]
-        assert figures["error"] > 3 * figures["allowed_error"]
+        assert figures["error"] > (3 if dtype == "float32" else 1) * figures["allowed_error"]
     else:
         assert figures["error"] < 0.6 * figures["allowed_error"]
     alone = measured(model_type, "eager-rows", dtype)
@@ -128,7 +147,7 @@ def test_what_is_too_large_or_fails_is_not_judged(monkeypatch: pytest.MonkeyPatc
 def test_a_trial_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(probe_run, "_memo", {})
-    packed, host, config = [BACKENDS["sdpa-packed"]], find_host("cpu"), a_config("lfm2")
+    packed, host, config = [BACKENDS["sdpa-packed"]], find_host("cpu"), a_config("falcon_h1")
     found = prove_layers(config, host, packed)
     monkeypatch.setattr(probe_run, "_memo", {})
     monkeypatch.setitem(probe_run.KINDS, "layers", None)
@@ -150,7 +169,7 @@ def write_model(folder: Path, model_type: str) -> Path:
 def test_a_plan_says_why_rows_are_not_packed(
     host: str, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    recipe = load_recipe(write_recipe(model=str(write_model(tmp_path / "lfm2", "lfm2"))))
+    recipe = load_recipe(write_recipe(model=str(write_model(tmp_path / "falcon", "falcon_h1"))))
     figures = plan_figures(recipe, host)
     assert figures["choice"]["packed"] is None
     assert figures["packing"] == {
@@ -187,7 +206,7 @@ def test_kernels_with_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
     package, code = ModuleType("a_package"), ModuleType("a_model")
-    names = ("causal_conv1d_fn", "mamba_split_conv1d_scan_combined")
+    names = ("causal_conv1d_update", "mamba_split_conv1d_scan_combined")
     for name in names:
         setattr(package, name, lambda x, *, seq_idx=None: f"kernel {seq_idx}")
     monkeypatch.setitem(sys.modules, "a_package", package)
@@ -202,7 +221,7 @@ def test_kernels_with_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = type("Mixer", (nn.Module,), {"__module__": "a_model"})()
     for _ in range(2):  # the second time they have their switches
         assert guard_kernels(model) == ("a_package",)
-    convolve: Any = code.causal_conv1d_fn
+    convolve: Any = code.causal_conv1d_update
     here, meta = torch.ones(1), torch.ones(1, device="meta")
     assert convolve(here, seq_idx=3) == "kernel 3"
     assert convolve(meta, seq_idx=3) == "plain"
@@ -283,5 +302,4 @@ def test_a_kernel_that_is_there_and_wrong_is_switched_off(
     assert kernels == ["causal_conv1d", "fla"]
     assert list(off) == (["fla"] if wrong else [])
     assert all("off by" in problem for problem in off.values())
-    assert not packing["packed"]
-    assert packing["reason"].startswith("tried on cpu: ")
+    assert packing["packed"]

@@ -73,6 +73,12 @@ class _PackedBatch:
         is_needed = self.backend.mask == "lengths"
         return {"max_length_q": self.batch["longest"]} if is_needed else {}
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The number of each token's document, (B, T), as transformers names it."""
+        documents = documents_of(self.batch["cu_seq_lens"], *self.batch["input_ids"].shape)
+        return {"seq_idx": documents.int()}
+
     def mask(self, options: dict[str, Any]) -> Any:
         """Return the mask of layers with a window; all with the same one share it."""
         window: int | None = options.get("local_size")
@@ -118,8 +124,15 @@ def make_mask(**options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def packed_rows(backend: AttentionBackend, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def packed_rows(
+    backend: AttentionBackend, batch: dict[str, Any], *, numbered: bool = False
+) -> Iterator[dict[str, Any]]:
     """Let a model keep the documents of a `strixft.data.Batch` apart in this block.
+
+    Args:
+        backend: Its attention.
+        batch: The batch.
+        numbered: Layers other than attention take the number of each token's document.
 
     Yields:
         Arguments of the decoder besides the tokens of the batch.
@@ -131,7 +144,8 @@ def packed_rows(backend: AttentionBackend, batch: dict[str, Any]) -> Iterator[di
     before, _packed = _packed, _PackedBatch(backend, batch)
     try:
         with recorder.documents_unsought():
-            yield {"position_ids": batch["position_ids"], **_packed.longest}
+            numbers = _packed.numbers if numbered else {}
+            yield {"position_ids": batch["position_ids"], **_packed.longest, **numbers}
     finally:
         _packed = before
 

@@ -25,7 +25,7 @@ from strixft.attention.backends import Heads
 from strixft.attention.interface import call_ours
 from strixft.attention.recorder import AttentionCall, watching
 from strixft.model.config import first_lines
-from strixft.model.kernels import guard_kernels
+from strixft.model.kernels import STATES, guard_kernels, keeps_documents_apart, takes_documents
 from strixft.support.errors import RecipeError
 from strixft.support.private_hf import calls_attention_by_name
 from strixft.support.private_torch import TorchDispatchMode
@@ -240,6 +240,8 @@ class Architecture:
     """Last parts of the names of layers that training does not call: an adapter would not learn."""
     kernels: tuple[str, ...] = ()
     """Packages whose kernels its layers take here, for recurrence or convolution."""
+    recurs: bool = False
+    """Some layers carry a state along the row, whether or not documents share it."""
 
 
 _asked: dict[str, Architecture] = {}
@@ -323,6 +325,7 @@ def _ask(config: Any) -> Architecture:
         positions=_longest_row(base),
         idle=frozenset(linear - {leaf for leaf, module in named if module in ran.modules}),
         kernels=guard_kernels(base),
+        recurs=_recurs(base, ran.calls),
     )
 
 
@@ -464,15 +467,22 @@ def _can_be_sampled(
     return asked == [[call.asked for call in of_layer[layer]] for layer in sampled]
 
 
-def _carries_state(base: Any, calls: Sequence[AttentionCall]) -> bool:
+def _recurs(base: Any, calls: Sequence[AttentionCall]) -> bool:
     """Return whether a layer takes anything from earlier tokens other than by attention."""
     if not calls or not takes_positions(text_decoder(base)):
         return True
     kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
     named = any("attention" not in kind or "linear" in kind for kind in kinds)
-    layers, state = text_layers(base), (".A_log", ".dt_bias", ".time_decay")
-    has_state = any(f".{name}".endswith(state) for name, _ in layers.named_parameters())
+    layers = text_layers(base)
+    has_state = any(f".{name}".endswith(STATES) for name, _ in layers.named_parameters())
     return named or has_state or any(isinstance(m, nn.Conv1d) for m in layers.modules())
+
+
+def _carries_state(base: Any, calls: Sequence[AttentionCall]) -> bool:
+    """Return whether layers would carry on from one document of a row to the next."""
+    layers = text_layers(base)
+    is_told = bool(calls) and takes_documents(layers[0]) and keeps_documents_apart(layers)
+    return _recurs(base, calls) and not is_told
 
 
 def _heads_of(base: Any, calls: Sequence[AttentionCall]) -> Heads:

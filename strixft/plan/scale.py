@@ -101,7 +101,7 @@ class Regime:
     packed: bool
     """Documents share rows."""
     length: int | None = None
-    """T, where layers carry a state along the row: in torch they loop over its chunks."""
+    """T, where layers carry a state along the row: they go through it chunk by chunk."""
 
     @classmethod
     def of(cls, config: Any, shape: RowShape) -> Regime:
@@ -113,7 +113,7 @@ class Regime:
             beyond=tuple(shape.length >= window for window in architecture.windows),
             chunks=min(chunks, 3),
             packed=packed,
-            length=shape.length if architecture.heads.carries_state else None,
+            length=shape.length if architecture.recurs else None,
         )
 
     def samples(self, config: Any) -> tuple[RowShape, RowShape]:

@@ -23,6 +23,7 @@ from strixft.attention.core import planned_for
 from strixft.catalog.hosts import Host
 from strixft.data.batches import PackedShape, shape_batch
 from strixft.model.adapter import decoder_layers
+from strixft.model.delta_rule import INSIDE
 from strixft.model.load import build
 from strixft.plan.cost import (
     SHARED,
@@ -34,6 +35,7 @@ from strixft.plan.cost import (
     weight_of_4bit,
 )
 from strixft.plan.inductor import KERNEL, made, num_compiled, planned_kernels
+from strixft.plan.inside import look_inside
 from strixft.probe.job import Job
 from strixft.step.memory_tracker import MemoryTracker, is_counted
 from strixft.step.update import TrainingStep, token_losses
@@ -168,6 +170,8 @@ class _Recorder(MemoryTracker):
         if func is KERNEL:
             self.trace.work.append((self.place, made[args[0]].cost))
             return func(*args)
+        if func in INSIDE:
+            return self._run_program(func, args, kwargs)
         if is_4bit_product(func) and self._on_gpu:
             return self._run_4bit_product(func, args, kwargs)
         if func is aten.add.Tensor and self._adds_embedding_gradient(args):
@@ -191,6 +195,15 @@ class _Recorder(MemoryTracker):
         self.watch(weight, "workspace")
         self.trace.work.append((self.place, unpack_cost(args[1], weight)))
         return self._counted(func, args, kwargs)
+
+    def _run_program(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Count what an operator of our own allocates inside, unseen by a tracker."""
+        inside = look_inside(func, args)
+        work = torch.empty(inside.peak_bytes, dtype=torch.uint8, device="meta")
+        self.watch(work, "workspace")
+        result, _ = self._op_cache.run(func, args, kwargs, super().run)
+        self.trace.work.append((self.place, inside.cost))
+        return result
 
     def watch_model(self, model: nn.Module) -> None:
         for index, layer in enumerate(decoder_layers(model)):

@@ -30,7 +30,7 @@ from strixft.model.architecture import (
     with_layers,
 )
 from strixft.model.config import first_lines
-from strixft.model.kernels import switch_off
+from strixft.model.kernels import switch_off, takes_documents
 from strixft.model.quantised import draw_weights
 from strixft.model.targets import is_router
 from strixft.support.child import Figures
@@ -75,7 +75,8 @@ class _Call:
         """Return hidden states of the documents' tokens, in order, (T, C)."""
         inputs: Any = contextlib.nullcontext({})
         if self.backend is not None:
-            inputs = packed_rows(self.backend, self.batch)
+            numbered = takes_documents(decoder)
+            inputs = packed_rows(self.backend, self.batch, numbered=numbered)
         with inputs as options:
             found = decoder(input_ids=self.ids, use_cache=False, **options)[0]
         chosen: Tensor = found.flatten(0, 1)[self.places]

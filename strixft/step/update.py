@@ -18,6 +18,7 @@ from strixft.attention.masks import packed_rows
 from strixft.data.batches import Batch
 from strixft.model.adapter import AdapterDropout, base_of
 from strixft.model.architecture import Head, linear_head, text_decoder
+from strixft.model.kernels import takes_documents
 from strixft.recipe.schema import Train
 from strixft.step.layers import compile_layers, set_recompute
 from strixft.step.loss import chunked_cross_entropy, token_cross_entropy
@@ -94,8 +95,9 @@ def _matrix_and_bias(base: Any, dtype: torch.dtype, head: Head) -> tuple[Tensor,
 
 def _trained_hidden(base: Any, batch: Batch, options: StepOptions, scale: float) -> Tensor:
     """Return the hidden states that predict trained tokens, (K, C), times a factor of the head."""
-    with packed_rows(options.backend, batch) as inputs:
-        hidden = text_decoder(base)(input_ids=batch["input_ids"], use_cache=False, **inputs)[0]
+    decoder = text_decoder(base)
+    with packed_rows(options.backend, batch, numbered=takes_documents(decoder)) as inputs:
+        hidden = decoder(input_ids=batch["input_ids"], use_cache=False, **inputs)[0]
     with part("head"):
         chosen: Tensor = hidden.flatten(0, 1).index_select(0, batch["positions"])
         return chosen if scale == 1 else chosen * scale
@@ -103,7 +105,8 @@ def _trained_hidden(base: Any, batch: Batch, options: StepOptions, scale: float)
 
 def _own_head_losses(base: Any, batch: Batch, options: StepOptions, reduction: str) -> Tensor:
     """Return losses by the model's own head, (K,), or their sum, ()."""
-    with packed_rows(options.backend, batch) as inputs:
+    numbered = takes_documents(text_decoder(base))
+    with packed_rows(options.backend, batch, numbered=numbered) as inputs:
         logits = base(input_ids=batch["input_ids"], use_cache=False, **inputs).logits  # (B, T, V)
     with part("head"):
         chosen = logits.flatten(0, 1).index_select(0, batch["positions"])  # (K, V)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 NAME_OF_CONFIG = "_name_or_path"
@@ -76,11 +77,20 @@ def factors_of_experts() -> type:
     return found
 
 
-def kernel_beside(function: Any) -> tuple[str, str, Callable[..., Any]] | None:
-    """Return package and name of the kernel that a function of a model calls, and torch's own path.
+@dataclass(frozen=True, slots=True)
+class HubFunction:
+    """A function of a model that may be a package's kernel."""
 
-    None for any other function, and where the package is not installed.
-    """
+    package: str
+    name: str
+    plain: Callable[..., Any]
+    """Torch's own path."""
+    is_kernel: bool
+    """The package is installed, and its kernel is called."""
+
+
+def hub_function(function: Any) -> HubFunction | None:
+    """Return the kernel that a function of a model may stand for; None for any other function."""
     # transformers 5.17 to 5.23 chooses when a model's module is imported, and keeps the choice in a
     # closure (`integrations/hub_kernels.py`, `use_kernel_func_from_hub_with_fallback`).
     # End: when a kernel can be switched off by a public name.
@@ -90,9 +100,8 @@ def kernel_beside(function: Any) -> tuple[str, str, Callable[..., Any]] | None:
     ):
         return None
     kept = inspect.getclosurevars(function).nonlocals
-    if not kept["is_new_implementation"]:
-        return None
-    return kept["package"], kept["func_name"], kept["torch_function"]
+    names = (kept["package"], kept["func_name"], kept["torch_function"])
+    return HubFunction(*names, kept["is_new_implementation"])
 
 
 def fingerprint_of(rows: Any) -> str:

@@ -6,9 +6,11 @@ Nothing else in strixft uses a private name of torch (`tests/test_private_names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Modes that see every operator: torch's documentation of `__torch_dispatch__` gives this path.
@@ -68,3 +70,15 @@ def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 CHECK_OF_FUSED_ADAM = "_device_dtype_check_for_fused"
 # Name in `torch.optim.adam`: torch does not list `meta`, where a plan runs, for the fused one.
 # End: when it does.
+
+
+@contextlib.contextmanager
+def gradients_inside() -> Iterator[None]:
+    """Record gradients inside an operator of our own, where torch has turned recording off."""
+    # An operator's Python is called below autograd, and `torch.enable_grad` does not reach there.
+    # End: when it does.
+    excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    kept = torch._C._dispatch_tls_local_exclude_set() - excluded
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, kept), torch.enable_grad():
+        yield
