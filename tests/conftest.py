@@ -28,8 +28,10 @@ EMBEDDED = "embedded:smollm2-135m"
 
 SLOW = [
     "test_app_chat",
+    "test_app_finish",
     "test_app_lab",
     "test_app_notebooks",
+    "test_app_terminal",
     "test_browser",
     "test_bench_run",
     "test_cli",

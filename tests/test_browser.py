@@ -210,6 +210,7 @@ def test_a_run_outlives_page_kernel_and_lab_and_is_paused_resumed_and_stopped(
     assert worker in run.workers()
     lab.start()
     _open(page, lab.address.replace("start-here", "cells"))
+    assert page.get_by_text("Error displaying widget").count() == 0
     _run_all(page)
     _wait_for_update(page, saved + 2)
     assert worker in run.workers()

@@ -98,7 +98,7 @@ class ChatBox:
         self.system = widgets.Textarea(
             placeholder="empty: none", description="system text", rows=2, **wide
         )
-        self.system.layout.width = "min(100%, 40rem)"
+        self.system.layout.width = "min(calc(100% - 1rem), 40rem)"
         settings = widgets.VBox([self.temperature, self.max_tokens, self.system])
         folded = widgets.Accordion([settings], titles=("Settings",), selected_index=None)
         self.send.on_click(lambda _: self._begin())
