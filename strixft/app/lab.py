@@ -59,6 +59,8 @@ SETTINGS = {
     "@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": True},
     # what was typed should survive a reload; its 120 s are too long for that
     "@jupyterlab/docmanager-extension:plugin": {"autosaveInterval": 10},
+    # rendering only what is in sight leaves a blank page where an output gets shorter
+    "@jupyterlab/notebook-extension:tracker": {"windowingMode": "defer"},
 }
 """Settings of JupyterLab by plugin, which a user's own take the place of."""
 
