@@ -20,6 +20,7 @@ from strixft.evaluate.stage import evaluate_recipe
 from strixft.evaluate.verdict import forgotten, verdict
 from strixft.run.folder import Run
 from strixft.run.open import open_run
+from strixft.support.progress import following
 
 
 def figures(base: float, tuned: float, *, clear: bool) -> dict[str, Any]:
@@ -57,8 +58,20 @@ def run(write_module_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFacto
     """A trained and evaluated run."""
     opened = open_run(write_module_recipe(), tmp_path_factory.mktemp("runs") / "my run")
     trained(opened)
-    evaluate_recipe(opened)
+    with following(PROGRESS.append):
+        evaluate_recipe(opened)
     return opened
+
+
+PROGRESS: list[dict[str, Any]] = []
+"""What the evaluation of the run told on its way."""
+
+
+@pytest.mark.usefixtures("run")
+def test_an_evaluation_tells_how_far_it_is() -> None:
+    for what in ("loss", "answers"):
+        told = [(one["done"], one["total"]) for one in PROGRESS if one["what"] == what]
+        assert any(done == total > 0 for done, total in told), what
 
 
 def test_the_last_screen_has_the_verdict_and_three_commands(

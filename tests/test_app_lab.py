@@ -164,6 +164,18 @@ def test_a_clone_stays_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert find_runs() == []
 
 
+def test_the_lab_asks_for_no_news_and_keeps_what_is_typed(server: tuple[int, int, Path]) -> None:
+    port = server[0]
+    listed = _get(port, "/lab/api/settings", "secret")["settings"]
+    set_to = {one["id"]: one["schema"].get("properties", {}) for one in listed}
+    saves = set_to["@jupyterlab/docmanager-extension:plugin"]["autosaveInterval"]
+    assert saves["default"] == 10
+    state = set_to["@jupyter-widgets/jupyterlab-manager:plugin"]["saveState"]
+    assert state["default"] is True
+    page = server[2] / "kernels/labconfig/page_config.json"
+    assert json.loads(page.read_text())["disabledExtensions"] == dict.fromkeys(lab.DISABLED, True)
+
+
 def test_a_token_is_made_and_a_given_one_is_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -54,3 +54,8 @@ def test_the_worst_findings_are_coloured(tmp_path: Path) -> None:
     found = [line for line in shown.splitlines() if re.search(r"(WARN|FAIL)", line)]
     assert found
     assert all(line.startswith(("\x1b[33;1mWARN\x1b[0m", "\x1b[31;1mFAIL")) for line in found)
+
+
+def test_a_plan_shows_that_it_works(write_recipe: WriteRecipe) -> None:
+    shown = at_a_terminal(["plan", str(write_recipe())])
+    assert re.search(r"planning.*\d:\d\d", shown)
