@@ -21,15 +21,9 @@ import pytest
 from conftest import REPOSITORY, WriteRecipe
 
 import strixft
-from strixft.app import lab
-from strixft.app.lab import (
-    ReportPage,
-    lab_command,
-    lab_environment,
-    list_recipes,
-    put_notebooks,
-    write_kernel,
-)
+from strixft.app import jupyter
+from strixft.app.jupyter import lab_command, lab_environment, put_notebooks, write_kernel
+from strixft.app.lab import ReportPage, list_recipes
 from strixft.run.open import find_runs, open_run
 from strixft.support.errors import HostError
 from strixft.support.files import digest
@@ -138,10 +132,10 @@ def test_an_edited_notebook_is_left_alone_and_the_newer_one_lies_beside_it(tmp_p
 
 def test_a_copy_that_nobody_edited_is_replaced_by_a_newer_one(tmp_path: Path) -> None:
     copies = put_notebooks(tmp_path)
-    known = json.loads((copies / lab.KNOWN).read_text())
+    known = json.loads((copies / jupyter.KNOWN).read_text())
     (copies / "start-here.ipynb").write_text("older")
     known["start-here.ipynb"] = digest(copies / "start-here.ipynb")
-    (copies / lab.KNOWN).write_text(json.dumps(known))
+    (copies / jupyter.KNOWN).write_text(json.dumps(known))
     put_notebooks(tmp_path)
     for copy in copies.glob("*.ipynb"):
         assert copy.read_bytes() == (NOTEBOOKS / copy.name).read_bytes()
@@ -157,7 +151,7 @@ def test_a_folder_that_cannot_be_written_says_what_to_type(tmp_path: Path) -> No
 def test_a_clone_stays_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks/start-here.ipynb").write_text("{}")
-    monkeypatch.setattr(lab, "shipped", lambda kind: tmp_path / kind)
+    monkeypatch.setattr(jupyter, "shipped", lambda kind: tmp_path / kind)
     copies = put_notebooks(tmp_path)
     assert copies == tmp_path / "runs/notebooks"
     assert [path.name for path in copies.glob("*.ipynb")] == ["start-here.ipynb"]
@@ -173,7 +167,9 @@ def test_the_lab_asks_for_no_news_and_keeps_what_is_typed(server: tuple[int, int
     state = set_to["@jupyter-widgets/jupyterlab-manager:plugin"]["saveState"]
     assert state["default"] is True
     page = server[2] / "kernels/labconfig/page_config.json"
-    assert json.loads(page.read_text())["disabledExtensions"] == dict.fromkeys(lab.DISABLED, True)
+    assert json.loads(page.read_text())["disabledExtensions"] == dict.fromkeys(
+        jupyter.DISABLED, True
+    )
 
 
 def test_a_token_is_made_and_a_given_one_is_kept(
@@ -190,7 +186,7 @@ def test_a_token_is_made_and_a_given_one_is_kept(
 
 
 def test_a_kernel_that_trains_has_time_to_save() -> None:
-    command = lab.lab_command(Path("/w"), Path("/w/n.ipynb"), port=1, browser=False)
+    command = jupyter.lab_command(Path("/w"), Path("/w/n.ipynb"), port=1, browser=False)
     assert "--KernelManager.shutdown_wait_time=120" in command
 
 
@@ -199,7 +195,7 @@ def test_start_lab_becomes_jupyterlab(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "recipes").mkdir()
     monkeypatch.setattr(os, "execve", lambda *words: started.extend(words))
     monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
-    lab.start_lab(port=8899, browser=False)
+    jupyter.start_lab(port=8899, browser=False)
     program, command, environment = started
     assert program == sys.executable
     assert command[1:3] == ["-m", "jupyterlab"]
@@ -259,3 +255,9 @@ def test_the_doctor_page_shows_the_findings(tmp_path: Path) -> None:
     html = _outputs(out)
     assert "training-step" in html
     assert "<strong>ok</strong>" in html
+
+
+def test_the_lab_starts_without_torch() -> None:
+    code = "import sys, strixft.app.jupyter; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"

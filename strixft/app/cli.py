@@ -524,7 +524,7 @@ def lab(
     debug: Debug = False,
 ) -> None:
     """Open JupyterLab on 127.0.0.1 with the notebooks."""
-    from strixft.app.lab import start_lab
+    from strixft.app.jupyter import start_lab
 
     start_lab(port=port, browser=browser)
 
