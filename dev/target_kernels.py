@@ -2,7 +2,8 @@
 
     pip install triton flash-linear-attention
     python dev/target_kernels.py own            # 4-bit weights, chunked loss
-    python dev/target_kernels.py layers [RECIPE …]
+    python dev/target_kernels.py layers llama-3.1-8b-lora    # a row a kernel
+    python dev/target_kernels.py recipes [RECIPE …]          # a row a recipe; all if none is named
     python dev/target_kernels.py fla
 
 Nothing is run: what a kernel does, and how fast, only the machine can tell. Tables are written as
@@ -396,8 +397,54 @@ def table(rows: Sequence[Built]) -> str:
     return "\n".join(lines)
 
 
+RECIPE_COLUMNS = (
+    "| layers of | graphs | kernels | compiled | LDS bytes | VGPRs | spilled | scratch bytes | |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+)
+
+
+def recipe_row(name: str, seen: dict[str, list[Built]]) -> str:
+    """Compile the kernels of all of a recipe's graphs, each text once; return a row in Markdown.
+
+    Args:
+        name: The recipe.
+        seen: Kernels by their text, of this recipe and of earlier ones.
+    """
+    texts: dict[str, str] = {}
+    graphs = list(layer_graphs(name))
+    rows: list[Built] = []
+    with as_target(), tempfile.TemporaryDirectory() as folder:
+        for label, graph, inputs in graphs:
+            try:
+                texts |= {t: n for n, t in kernels_in(triton_text(graph, inputs)).items()}
+            except RuntimeError as error:
+                rows.append(Built(label, "", problem=str(error)))
+        for number, (text, kernel) in enumerate(texts.items()):
+            plain = text.replace(kernel, "kernel")
+            if plain not in seen:
+                seen[plain] = list(build_text(f"k{number}", text, Path(folder)))
+            rows += seen[plain]
+    figures = ("lds_bytes", "vgprs", "spilled", "scratch_bytes")
+    numbers = [f"{max((getattr(row, figure) for row in rows), default=0):,}" for figure in figures]
+    cells = (
+        f"`{name}`",
+        str(len(graphs)),
+        str(len(texts)),
+        str(len(rows)),
+        *numbers,
+        _verdict(rows),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
 def main(what: str, *names: str) -> None:
     """Print the table of one group of kernels."""
+    if what == "recipes":
+        print(*RECIPE_COLUMNS, sep="\n")
+        seen: dict[str, list[Built]] = {}
+        for name in names or sorted(path.stem for path in Path("recipes").glob("*.yaml")):
+            print(recipe_row(name, seen), flush=True)
+        return
     if what == "fla":
         print(table(fla_kernels()))
         return
