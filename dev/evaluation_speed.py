@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from strixft.data.general import general_rows
 from strixft.evaluate.generate import generate
-from strixft.evaluate.losses import general_rows, row_losses
+from strixft.evaluate.losses import row_losses
 from strixft.evaluate.stage import ANSWER_ROOM
 from strixft.evaluate.variants import load_variants
 from strixft.model.source import load_tokenizer

@@ -98,8 +98,8 @@ CASES = [
 
 def predict(case: Case) -> dict[str, Any]:
     """The plan's figures, and how long they took."""
+    from strixft.data.batches import RowShape
     from strixft.plan.dry_run import dry_run
-    from strixft.plan.trace import RowShape
     from strixft.probe.job import Job
 
     began = time.monotonic()

@@ -280,10 +280,10 @@ def _unpacking(rows: int, columns: int) -> tuple[fx.GraphModule, list[Any]]:
 def layer_graphs(recipe_name: str) -> Iterator[tuple[str, fx.GraphModule, list[Any]]]:
     """Yield the graphs of a recipe's layers, packed rows of its full length."""
     from strixft.catalog.hosts import HOSTS
-    from strixft.data.batches import PackedShape
+    from strixft.data.batches import PackedShape, RowShape
     from strixft.model.architecture import sample_layers
     from strixft.model.source import load_config
-    from strixft.plan.trace import RowShape, trace_step
+    from strixft.plan.trace import trace_step
     from strixft.probe.job import Job
     from strixft.recipe.load import load_recipe
 

@@ -18,11 +18,9 @@ from strixft.app.report import render_report
 from strixft.attention.core import EAGER_NAME
 from strixft.data.batches import collate
 from strixft.data.end_tokens import Ends
+from strixft.data.general import LONGEST, general_rows, general_texts
 from strixft.evaluate.generate import generate
 from strixft.evaluate.losses import (
-    LONGEST,
-    general_rows,
-    general_texts,
     groups_of,
     row_losses,
 )

@@ -95,5 +95,5 @@ def test_everything_that_lies_beside_the_code_is_in_the_wheel(wheel: Path) -> No
         for path in (REPOSITORY / "strixft").rglob("*.*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     ]
-    assert "strixft/evaluate/general.jsonl" in beside
+    assert "strixft/data/general.jsonl" in beside
     assert set(beside) <= packed

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from strixft.catalog.hosts import HOSTS, Budget
 from strixft.catalog.methods import METHODS
-from strixft.data.batches import Batch, PackedShape, shape_batch, training_order
+from strixft.data.batches import Batch, PackedShape, RowShape, shape_batch, training_order
 from strixft.guard.host import find_host
 from strixft.model.load import build
 from strixft.model.source import load_config
@@ -31,7 +31,7 @@ from strixft.plan.dry_run import (
 )
 from strixft.plan.result import plan_figures, plan_recipe
 from strixft.plan.scale import Dims, Regime, Traces
-from strixft.plan.trace import RowShape, trace_step
+from strixft.plan.trace import trace_step
 from strixft.prepare.stage import prepare_recipe
 from strixft.probe.job import Job
 from strixft.recipe.load import load_recipe

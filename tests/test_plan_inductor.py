@@ -13,11 +13,11 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig
 
 from strixft.catalog.hosts import HOSTS
-from strixft.data.batches import PackedShape
+from strixft.data.batches import PackedShape, RowShape
 from strixft.plan import inductor
 from strixft.plan.cost import count_flop
 from strixft.plan.inductor import Units
-from strixft.plan.trace import RowShape, trace_step
+from strixft.plan.trace import trace_step
 from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Recipe, Train
 

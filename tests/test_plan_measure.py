@@ -9,13 +9,13 @@ from transformers import AutoConfig
 
 from strixft.catalog.device_rates import cpu_name, write_rates
 from strixft.catalog.hosts import HOSTS, Budget, Sourced
+from strixft.data.batches import RowShape
 from strixft.guard.host import find_host
 from strixft.model.source import load_config
 from strixft.plan.choose import DataShape, Planner
 from strixft.plan.dry_run import DryRun, dry_run
 from strixft.plan.measure import LAYERS, Correction, Line, load_correction, measure, save_correction
 from strixft.plan.result import plan_figures
-from strixft.plan.trace import RowShape
 from strixft.probe.job import Job
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Dataset, Recipe, Train

@@ -10,14 +10,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from strixft.catalog.hosts import HOSTS
-from strixft.data.batches import shape_batch
+from strixft.data.batches import RowShape, shape_batch
 from strixft.guard.host import find_host
 from strixft.model.load import build, load_base
 from strixft.model.source import load_config
 from strixft.plan.dry_run import dry_run
 from strixft.plan.phase_peaks import MERGED_BYTES, PROCESS, PhasePeaks, Tensors, kv_cache_bytes
 from strixft.plan.result import plan_figures
-from strixft.plan.trace import RowShape, forward_bytes
+from strixft.plan.trace import forward_bytes
 from strixft.probe.job import Job
 from strixft.recipe.load import load_recipe
 from strixft.step.memory_tracker import MemoryTracker

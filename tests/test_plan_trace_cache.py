@@ -7,11 +7,11 @@ import pytest
 from transformers import AutoConfig
 
 from strixft.catalog.hosts import HOSTS
+from strixft.data.batches import RowShape
 from strixft.plan import phase_peaks, scale, trace_cache
 from strixft.plan.dry_run import Step
 from strixft.plan.phase_peaks import PhasePeaks
 from strixft.plan.scale import Regime, Traces
-from strixft.plan.trace import RowShape
 from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
 

@@ -354,6 +354,24 @@ def test_a_row_too_long_is_dropped_and_counted_apart(stage: Stage) -> None:
     assert "tokens, max_length is 256" in stage.problems()[0]["text"]
 
 
+@pytest.mark.parametrize(("short", "told"), [(12, True), (100, False)])
+def test_losing_more_than_a_twentieth_names_the_length_that_would_keep_them(
+    stage: Stage, short: int, told: bool
+) -> None:
+    few = [chat(f"Say {n}.", "yes") for n in range(short)]
+    rows = [*few, *(chat(f"Say x {n} times.", "x " * n) for n in (300, 310, 320))]
+    notes = [text for text in stage.run(rows)["notes"] if "max_length" in text]
+    assert notes == (
+        [
+            f"3 of {short + 3} rows are longer than max_length 256 and left out; 98% are kept by"
+            " --set dataset.max_length=384"
+        ]
+        * told
+    )
+    kept = stage.run(rows, max_length=384)
+    assert kept["rows_too_long"] == 0
+
+
 def test_a_row_too_long_can_be_an_error(stage: Stage) -> None:
     with pytest.raises(DataError, match="row 5: has 4") as caught:
         stage.run([*chats(4), chat("Hi", "x " * 400)], too_long="error")

@@ -11,8 +11,10 @@ import yaml
 from conftest import REPOSITORY
 
 from strixft.catalog.models import CONFIGS, MODELS
+from strixft.formats.sources import find_sources
 from strixft.recipe.load import flatten, load_recipe
 from strixft.recipe.schema import explain
+from strixft.support.errors import DataError
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 DEFAULTS = {key: default for key, default, _ in explain()}
@@ -32,6 +34,17 @@ def test_data_that_ship_are_there(path: Path) -> None:
     recipe = load_recipe(path)
     assert Path(str(recipe.dataset.source)).is_file() or path.stem != "demo"
     assert set(flatten(yaml.safe_load(path.read_text()))) <= set(DEFAULTS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_without_data_says_how_to_give_them(path: Path) -> None:
+    sources = load_recipe(path).dataset.sources()
+    if path.stem == "demo":
+        assert find_sources(sources)
+        return
+    with pytest.raises(DataError, match="the recipe comes without data") as caught:
+        find_sources(sources)
+    assert caught.value.fix.startswith("--set dataset.source=my-chats.jsonl ")
 
 
 def test_the_demo_data_are_what_their_script_writes() -> None:

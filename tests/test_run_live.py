@@ -21,7 +21,7 @@ from strixft.run.folder import Run
 from strixft.run.live import View
 from strixft.run.log import MOST_POINTS, LogReader, append
 from strixft.run.open import open_run
-from strixft.run.show import curve, lines, one_line, to_html, write_page
+from strixft.run.show import curves, lines, loss_points, one_line, to_html, write_page
 from strixft.support.progress import progress_bar
 from strixft.train.stage import train_recipe
 
@@ -228,8 +228,39 @@ def test_one_line_says_it_all() -> None:
 
 
 def test_a_curve_needs_two_points_and_stands_a_flat_line() -> None:
-    assert curve([(1, 2.0)], "x") == ""
-    assert "nan" not in curve([(1, 2.0), (2, 2.0)], "x")
+    assert curves({}) == ""
+    assert loss_points(a_view(evaluations=[{"update": 0, "held_out_loss": 2.0}])).keys() == {
+        "training loss"
+    }
+    assert "nan" not in curves({"training loss": [(1, 2.0), (2, 2.0)]})
+
+
+EVALUATIONS = [
+    {"update": 0, "held_out_loss": 3.0, "general_loss": 2.0},
+    {"update": 4, "held_out_loss": 1.0, "general_loss": None},
+    {"update": 6, "held_out_loss": 1.5, "general_loss": 2.25},
+]
+
+
+def test_held_out_losses_stand_in_the_same_picture() -> None:
+    view = a_view(evaluations=EVALUATIONS)
+    page = to_html(view)
+    assert page.count("<polyline") == 3
+    assert page.count("<svg") == 1
+    for text in ("held-out loss", "lowest 1.000 at update 4", "general texts", "first 2.000"):
+        assert text in page, text
+    assert ", held-out loss 1.500, tokens/s 90" in one_line(view)
+    assert view.to_dict()["last_held_out"] == EVALUATIONS[-1]
+
+
+def test_held_out_losses_of_updates_that_were_lost_are_replaced(tmp_path: Path) -> None:
+    path, reader = tmp_path / "log.jsonl", LogReader(tmp_path / "log.jsonl")
+    for record in ({"update": 0}, {"update": 2}, {"update": 4}):
+        append(path, {**record, "held_out_loss": 1.0, "general_loss": 1.0, "time": 1.0})
+    append(path, a_record(3, loss=1.0))
+    reader.read()
+    assert [one["update"] for one in reader.evaluations] == [0, 2]
+    assert [one["update"] for one in reader.points] == [3]
 
 
 # A real run.

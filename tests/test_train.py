@@ -129,7 +129,7 @@ def test_the_next_updates_batches_are_made_before_an_update(
     plan = plan_recipe(tiny_run).figures
     steps, updates = plan["choice"]["gradient_accumulation_steps"], plan["updates"]
     made = {"collate": 0}
-    monkeypatch.setattr("strixft.train.stage.collate", counted(made, "collate", collate))
+    monkeypatch.setattr("strixft.train.batches.collate", counted(made, "collate", collate))
     seen = []
     hook = register_optimizer_step_pre_hook(lambda *_: seen.append(made["collate"]))
     train_recipe(tiny_run)

@@ -129,7 +129,7 @@ def test_a_wrong_label_is_caught(
         batch["labels"] = batch["input_ids"].flatten()[batch["positions"]]
         return batch
 
-    monkeypatch.setattr("strixft.train.stage.collate", shifted)
+    monkeypatch.setattr("strixft.train.batches.collate", shifted)
     refused(run)
 
 

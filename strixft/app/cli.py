@@ -156,6 +156,7 @@ def _run_stages(
     """Run the stages up to `last` in this process and print its figures."""
     from strixft.recipe.load import flatten
     from strixft.run.folder import chosen_stages
+    from strixft.support.progress import say
 
     run, stages = _open(recipe, run_dir, settings), chosen_stages(None, last)
     # held between two stages too: who watches would take the run for ended
@@ -163,6 +164,8 @@ def _run_stages(
     with _stop_printed(run, as_json), held:
         for stage in stages:
             result: Result = pkgutil.resolve_name(STAGE_VERBS[stage])(run)
+            for note in result.figures.get("notes", ()):
+                say(f"Warning: {note}")
     if as_json:
         print_json(result.to_dict())
     else:
@@ -203,17 +206,15 @@ def plan(
     """Check whether the run fits before anything is loaded. Writes nothing."""
     from strixft.recipe.find import find_recipe
     from strixft.recipe.load import load_recipe
-    from strixft.run.folder import read_recipe
-    from strixft.run.open import run_folder
+    from strixft.run.open import is_prepared_for, run_folder
 
     loaded = load_recipe(recipe, _overrides(settings))
     from strixft.plan.result import plan_figures, require_fit
     from strixft.plan.show import tables
 
     folder = run_dir.absolute() if run_dir else run_folder(find_recipe(recipe), None)
-    same = (folder / "recipe.yaml").is_file() and read_recipe(folder) == loaded
     prepared = None
-    if same:
+    if is_prepared_for(folder, loaded):
         from strixft.prepare.stage import Prepared
 
         prepared = Prepared.load(folder / "prepare")

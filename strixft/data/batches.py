@@ -50,17 +50,38 @@ class PackedShape:
     rows: int = 0
     """B; a micro-batch of fewer rows is filled up with padding. 0 leaves it as it is."""
 
+    def padding(self, tokens: int) -> list[int]:
+        """Return the lengths of the documents that so many tokens of padding count as."""
+        whole, rest = divmod(tokens, self.longest)
+        return [self.longest] * whole + ([rest] if rest else [])
+
     def empty_row(self) -> list[int]:
         """Return the lengths of the documents that a row of padding counts as."""
-        whole, rest = divmod(self.length, self.longest)
-        return [self.longest] * whole + ([rest] if rest else [])
+        return self.padding(self.length)
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """A micro-batch at its largest."""
+
+    rows: int
+    """B."""
+    length: int
+    """T."""
+    trained: int
+    """K."""
+    packed: PackedShape | None = None
+    """Set where rows are packed."""
 
 
 def _packed(
     rows: Sequence[Mapping[str, Any]], shape: PackedShape | None, width: int, missing: int
 ) -> Batch:
     empty = shape.empty_row() if shape is not None else []
-    padded = ([*row["lengths"], width - int(np.sum(row["lengths"]))] for row in rows)
+    padded = []
+    for row in rows:
+        room = width - int(np.sum(row["lengths"]))
+        padded.append([*row["lengths"], *(shape.padding(room) if shape is not None else [room])])
     pieces = np.array([n for row in (*padded, *[empty] * missing) for n in row if n], np.int64)
     ends = np.cumsum(pieces)
     positions = np.arange(ends[-1]) - np.repeat(ends - pieces, pieces)

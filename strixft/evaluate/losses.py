@@ -1,16 +1,11 @@
-"""Loss of each row, and short general texts whose loss tells what was forgotten.
-
-`general.jsonl` was written for this package and has its licence: facts, prose, talk, instructions,
-mathematics, code, data, letters, and four other languages. No recipe trains on it.
+"""Loss of each row.
 
 Shapes: B rows, T tokens of the longest, K trained tokens of the batch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import torch
@@ -19,9 +14,6 @@ from torch import Tensor, nn
 from strixft.data.batches import collate, on_device
 from strixft.step.update import token_losses
 from strixft.support.progress import progress_bar
-
-LONGEST = 32
-"""Tokens read of a general text: enough to tell what was forgotten, and little work."""
 
 
 def row_losses(
@@ -70,19 +62,3 @@ def groups_of(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
-
-
-def general_texts() -> list[dict[str, str]]:
-    """Return the general texts: `kind`, `text`."""
-    file = resources.files(__package__).joinpath("general.jsonl")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def general_rows(tokenizer: Any) -> list[dict[str, Any]]:
-    """Return the general texts as token rows; all tokens but the first count in the loss."""
-    rows = []
-    for text in general_texts():
-        ids = tokenizer(text["text"])["input_ids"][:LONGEST]
-        # no token stands before the first one to predict it from
-        rows.append({**text, "input_ids": ids, "trained": [False] + [True] * (len(ids) - 1)})
-    return rows

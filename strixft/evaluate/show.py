@@ -22,6 +22,8 @@ def page(figures: Mapping[str, Any]) -> str:
     ]
     markup = "".join(map(html.warning, figures.get("warnings", [])))
     markup += html.table(measures, ["measure", *COMPARED])
+    if weights := figures.get("weights"):
+        markup += html.note(f"The tuned model has the {weights} weights.")
     if because:
         markup += html.note(f"Measures that suit the held-out answers: {'; '.join(because)}.")
     if general := figures.get("general"):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from strixft.data.end_tokens import Ends
+from strixft.data.general import general_rows
 from strixft.evaluate import show
 from strixft.evaluate.generate import generate, prompt_tokens
 from strixft.evaluate.harness import (
@@ -26,7 +27,7 @@ from strixft.evaluate.harness import (
     run_tasks,
 )
 from strixft.evaluate.judge import Judged, judge_answers
-from strixft.evaluate.losses import general_rows, row_losses
+from strixft.evaluate.losses import row_losses
 from strixft.evaluate.metrics import choose_metrics, paired_change, require_libraries, scores
 from strixft.evaluate.variants import VARIANTS, load_variants
 from strixft.guard.host import cap, device_type
@@ -174,6 +175,7 @@ def _evaluate(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         "metrics": means,
         "changes": changes,
         "metrics_because": because,
+        "weights": trained.weights,
         "rows_loss": len(rows),
         "rows_answered": len(answered),
         "speed": _both(measured, "speed"),

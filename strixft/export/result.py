@@ -102,7 +102,9 @@ class Exported(Result):
         warnings = "".join(html.warning(f"{kind} differs") for kind in self.differs)
         tables = "".join(html.table(rows, header) for rows, header in self.tables())
         compared = "" if self.figures["parity"] else html.note("Not compared.")
-        return f"{warnings}{tables}{compared}"
+        weights = self.figures.get("weights")  # a run of an older version does not say
+        which = html.note(f"Exported: the {weights} weights of the training.") if weights else ""
+        return f"{warnings}{tables}{compared}{which}"
 
 
 def parity_table(parity: Mapping[str, Any]) -> CellTable:

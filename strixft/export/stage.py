@@ -174,4 +174,5 @@ def _export(
     write_text(card / "README.md", text)
     figures = {"made": made, "parity": parity, "kinds": list(kinds), "memory": seen}
     figures["quantisations"] = list(files)
+    figures["weights"] = trained.weights
     return {"base": base}, figures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -186,13 +187,24 @@ def _matching(pattern: str) -> list[SourceFile]:
     return [_file(path) for path in found]
 
 
+PLACEHOLDER = "train.jsonl"
+"""The file that recipes name which ship without data."""
+
+
 def _missing(path: Path) -> DataError:
+    own = "--set dataset.source=my-chats.jsonl"
     if not path.parent.is_dir():
-        fix = "correct dataset.source, or your own: --set dataset.source=my-chats.jsonl"
+        fix = f"correct dataset.source, or your own: {own}"
     else:
-        names = sorted(shown_path(Path(p.name)) for p in path.parent.iterdir())[:200]
-        near = did_you_mean(path.name, names) if names else "the folder is empty"
-        fix = f"{near}, or your own: --set dataset.source=my-chats.jsonl"
+        names = sorted(shown_path(Path(p.name)) for p in path.parent.iterdir() if _is_data(p))
+        if path.name == PLACEHOLDER and not names and any(path.parent.glob("*.yaml")):
+            return DataError(
+                "the recipe comes without data: give it your own",
+                fix=f"{own}   a file, a folder or a data set on the hub; docs/data.md has the"
+                " formats",
+            )
+        near = f"{did_you_mean(path.name, names[:200])}, or your own: " if names else ""
+        fix = f"{near}{own}"
     return DataError(f"there is no data file {shown_path(path)}", fix=fix)
 
 
@@ -231,6 +243,15 @@ def ignored_files(source: str) -> list[str]:
     return [shown_path(path) for path in paths if path.is_file() and not _is_data(path)]
 
 
+def find_sources(sources: Iterable[str]) -> list[SourceFile]:
+    """Return the files of several sources; data sets of the hub are left out.
+
+    Raises:
+        DataError: There is none, or one is not a file to read.
+    """
+    return [one for source in sources if not is_hub(source) for one in find_files(source)]
+
+
 def fingerprint(sources: list[str]) -> tuple[str, list[dict[str, Any]]]:
     """Return one hash over all files of sources, and each file with its size and hash.
 
@@ -241,7 +262,7 @@ def fingerprint(sources: list[str]) -> tuple[str, list[dict[str, Any]]]:
         DataError: A file is missing or cannot be read.
     """
     files: list[dict[str, Any]] = []
-    for file in (one for source in sources if not is_hub(source) for one in find_files(source)):
+    for file in find_sources(sources):
         try:
             size = file.path.stat().st_size
             files.append({"path": file.name, "bytes": size, "sha256": digest(file.path)})

@@ -22,6 +22,7 @@ from strixft.catalog.hosts import Budget
 from strixft.data.batches import (
     PackedRows,
     PackedShape,
+    RowShape,
     largest_batch,
     rows_of_run,
     training_order,
@@ -30,7 +31,6 @@ from strixft.plan.dry_run import DryRun, Step
 from strixft.plan.inductor import shared_kernels
 from strixft.plan.measure import load_correction
 from strixft.plan.scale import Traces
-from strixft.plan.trace import RowShape
 from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
 

@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from strixft.catalog.hosts import Host
+from strixft.data.batches import RowShape
 from strixft.model.architecture import sample_layers
 from strixft.model.load import build
 from strixft.plan.allocator import Replay, replay
 from strixft.plan.cost import Costs, Floats, Rates, Seconds
-from strixft.plan.trace import Place, RowShape, Segment, Trace, trace_step
+from strixft.plan.trace import Place, Segment, Trace, trace_step
 from strixft.probe.job import Job
 from strixft.step.memory_tracker import BLOCK, PARTS, MemoryTracker
 from strixft.step.update import TrainingStep
@@ -194,9 +195,26 @@ class Schedule:
         more_bytes, more_tensors = self._trained_growth(sizes)
         device = np.where(is_update, more_bytes, steps * counts) * seconds.device
         launch = np.where(is_update, more_tensors, steps * counts) * seconds.launch
+        return self._longer(device, launch, steps * seconds.python_s)
+
+    def forward_seconds(self, seconds: Seconds | None) -> float | None:
+        """Return the predicted time of a micro-batch's forward pass, with all that its head does.
+
+        Args:
+            seconds: Of each piece of work, (W,); None where the host's rates are not known.
+        """
+        if seconds is None:
+            return None
+        counts, _ = self._counts
+        places, numbers = self.trace.work_places
+        of_forward = [place.phase in ("before", "forward", "head") for place in places]
+        counts = counts * np.array(of_forward, dtype=np.float64)[numbers]
+        return self._longer(counts * seconds.device, counts * seconds.launch, seconds.python_s)
+
+    def _longer(self, device: Floats, launch: Floats, python_s: float) -> float:
+        """Return the time of pieces of work, (W,), that the device and the processor share."""
         places = (np.bincount(self.trace.work_places[1], each) for each in (device, launch))
-        processor = float(launch.sum()) + steps * seconds.python_s
-        return max(float(np.maximum(*places).sum()), processor)
+        return max(float(np.maximum(*places).sum()), float(launch.sum()) + python_s)
 
     @cached_property
     def _counts(self) -> tuple[Floats, npt.NDArray[np.bool_]]:
@@ -233,6 +251,8 @@ class DryRun:
     """Micro-batches of an update."""
     seconds_per_update: float | None
     """Predicted time of the device; None where the host's rates are not known."""
+    forward_seconds: float | None
+    """That of a forward pass of one micro-batch."""
 
     @property
     def peak_bytes(self) -> int:
@@ -338,6 +358,7 @@ def run_schedule(
         reserved_bytes=held.reserved_bytes + workspace,
         steps=step.steps,
         seconds_per_update=schedule.seconds_per_update(sizes, seconds, step.steps),
+        forward_seconds=schedule.forward_seconds(seconds),
     )
 
 

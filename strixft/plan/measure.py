@@ -21,12 +21,11 @@ import torch
 
 from strixft.catalog.device_rates import device_name
 from strixft.catalog.hosts import Budget
-from strixft.data.batches import Batch, shape_batch
+from strixft.data.batches import Batch, RowShape, shape_batch
 from strixft.guard.host import cap
 from strixft.model.load import random_model
 from strixft.plan import trace_cache
 from strixft.plan.dry_run import DryRun, dry_run
-from strixft.plan.trace import RowShape
 from strixft.probe.job import Job
 from strixft.step.memory_tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
@@ -94,11 +93,15 @@ class Correction:
     def of_run(self, run: DryRun) -> DryRun:
         """Return a dry run, corrected; what the peak is higher stands under `workspace`."""
         more = self.bytes_more(run.peak_bytes)
+        seconds, forward = self.time(run.seconds_per_update, run.steps), run.forward_seconds
+        if forward is not None and run.seconds_per_update and seconds is not None:
+            forward *= seconds / run.seconds_per_update
         return replace(
             run,
             parts={**run.parts, "workspace": run.parts["workspace"] + more},
             reserved_bytes=run.reserved_bytes + more,
-            seconds_per_update=self.time(run.seconds_per_update, run.steps),
+            seconds_per_update=seconds,
+            forward_seconds=forward,
         )
 
     def assumptions(self) -> list[dict[str, Any]]:

@@ -13,13 +13,14 @@ import torch
 
 from strixft.catalog.hosts import Sourced
 from strixft.catalog.methods import METHODS
+from strixft.data.batches import RowShape
 from strixft.model.architecture import architecture_of, sample_layers, text_layers
 from strixft.model.load import shape_base
 from strixft.model.stream import PIECE_BYTES
 from strixft.model.weights import FILE_BYTES
 from strixft.plan import trace_cache
 from strixft.plan.dry_run import DryRun
-from strixft.plan.trace import RowShape, forward_bytes
+from strixft.plan.trace import forward_bytes
 from strixft.probe.job import Job
 from strixft.step.loss import rows_of_whole_chunks
 from strixft.support.units import GIB, MIB

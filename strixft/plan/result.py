@@ -14,6 +14,7 @@ import torch
 
 from strixft.catalog.hosts import THIS_MACHINE, Budget, Host, Sourced
 from strixft.catalog.methods import METHODS
+from strixft.catalog.trackers import require_trackers
 from strixft.guard.host import budget_for, find_host
 from strixft.model.architecture import architecture_of
 from strixft.model.config import first_lines, warnings_of
@@ -24,6 +25,7 @@ from strixft.plan import show
 from strixft.plan.advice import advise, cause, share_figures
 from strixft.plan.choose import Choice, DataShape, Planner, choose
 from strixft.plan.dry_run import require_all_weights
+from strixft.plan.held_out import held_out_figures
 from strixft.plan.measure import Correction, load_correction, measure, save_correction
 from strixft.plan.phase_peaks import PROCESS, Phase, PhasePeaks, phases
 from strixft.probe.job import Job
@@ -125,6 +127,7 @@ def _plan(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     prepared = run.require(Prepared)
     require_known_tokens(run.recipe, prepared)
+    require_trackers(run.recipe.train.report_to, offline=run.recipe.offline)
     config = _digest(load_config(run.recipe))
     inputs = {"rows_sha256": prepared.inputs["rows_sha256"], "config": config}
     figures = plan_figures(run.recipe, prepared=prepared)
@@ -160,6 +163,7 @@ def plan_figures(
         chosen = choose(job, limit, data)
     known, run = load_correction(job), chosen.run
     updates = data.updates(recipe, run.shape.rows)
+    held_out = held_out_figures(recipe, run, updates, prepared)
     of_phases = PhasePeaks(job, run)
     evaluated_rows = of_phases.evaluated_rows(limit.num_bytes)
     peaks = phases(of_phases, evaluated_rows)
@@ -179,7 +183,8 @@ def plan_figures(
         "choice": {**_choice(job, chosen), "evaluated_rows": evaluated_rows},
         "tokens_per_update": data.tokens_per_update(recipe),
         "updates": updates,
-        **_times(recipe, chosen, data),
+        **_times(recipe, chosen, data, held_out),
+        "held_out": held_out,
         "frontier": [asdict(candidate) for candidate in chosen.frontier],
         "assumptions": [*_assumptions(job, limit), *known.assumptions()],
         "advice": [asdict(row) for row in advice],
@@ -258,17 +263,21 @@ def _choice(job: Job, chosen: Choice) -> dict[str, Any]:
         "compiled": options.compiled,
         "elementwise": options.elementwise,
         "packed": asdict(run.shape.packed) if run.shape.packed else None,
+        "trained_tokens": run.shape.trained,
     }
 
 
-def _times(recipe: Recipe, chosen: Choice, data: DataShape) -> dict[str, float | None]:
+def _times(
+    recipe: Recipe, chosen: Choice, data: DataShape, held_out: dict[str, Any] | None
+) -> dict[str, float | None]:
     run, per_update = chosen.run, chosen.run.seconds_per_update
     rows = run.shape.rows * run.steps
     updates = data.num_rows(recipe, run.shape.rows) / rows if data.lengths else None
+    between = (held_out or {}).get("seconds") or 0.0
     return {
         "tok_per_s": rows * data.mean_length() / per_update if per_update else None,
         "seconds_per_update": per_update,
-        "seconds_total": per_update * updates if per_update and updates else None,
+        "seconds_total": per_update * updates + between if per_update and updates else None,
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from strixft.data.batches import PackedShape
+from strixft.data.batches import PackedShape, RowShape
 from strixft.model.architecture import architecture_of, sample_layers
 from strixft.plan import trace_cache
 from strixft.plan.cost import SEEN, Costs, Floats, Rates, Seconds
@@ -37,7 +37,7 @@ from strixft.plan.dry_run import (
     trace_run,
 )
 from strixft.plan.helper import Helper
-from strixft.plan.trace import RowShape, Trace, one_step
+from strixft.plan.trace import Trace, one_step
 from strixft.probe.job import Job
 from strixft.step.loss import CHUNK_ELEMENTS, chunk_rows
 

@@ -40,9 +40,23 @@ def summary(figures: Figures) -> dict[str, str]:
         "layers recomputed": f"{choice['recomputed_layers']} of {choice['num_layers']}",
         "updates": format_number(figures["updates"]),
         "time per update, predicted": format_seconds(figures["seconds_per_update"]),
+        **_held_out(figures.get("held_out")),
         "time in all, predicted": format_seconds(figures["seconds_total"]),
         "tokens per second, predicted": format_number(figures["tok_per_s"], 1),
     }
+
+
+def _held_out(found: Figures | None) -> dict[str, str]:
+    """Return when held-out losses are taken; plans of older versions do not say."""
+    if found is None:
+        return {}
+    if not found["every"]:
+        return {"held-out loss": f"not while training: {found['reason']}"}
+    rows = f"{found['rows']:,} of {found['of']:,} rows"
+    texts = found["general_texts"]
+    general = f" and {texts} general texts" if texts else ""
+    share = f"{found['fraction']:.1%} of the time"
+    return {"held-out loss": f"every {found['every']:,} updates, {rows}{general}, {share}"}
 
 
 def _yes(fits: bool, no: str = "NO") -> str:

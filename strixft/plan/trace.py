@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from strixft.attention.core import planned_for
 from strixft.catalog.hosts import Host
-from strixft.data.batches import PackedShape, shape_batch
+from strixft.data.batches import RowShape, shape_batch
 from strixft.model.adapter import decoder_layers
 from strixft.model.delta_rule import INSIDE
 from strixft.model.load import build
@@ -43,20 +43,6 @@ from strixft.support.private_hf import factors_of_experts
 from strixft.support.private_torch import CHECK_OF_FUSED_ADAM, call_of, set_call, storage_key
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True, slots=True)
-class RowShape:
-    """A micro-batch at its largest."""
-
-    rows: int
-    """B."""
-    length: int
-    """T."""
-    trained: int
-    """K: trained tokens."""
-    packed: PackedShape | None = None
-    """Set where rows are packed."""
 
 
 @dataclass(frozen=True, slots=True)

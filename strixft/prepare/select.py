@@ -24,6 +24,22 @@ BINS = 40
 """Bins of the histogram of lengths."""
 
 
+KEEPING, ROUND = 0.98, 128
+"""Share of rows that a length should keep, and the tokens that it is a multiple of."""
+
+
+def keeping_length(lengths: npt.NDArray[Any]) -> int:
+    """Return the `max_length` that keeps 98 % of rows of these lengths.
+
+    >>> keeping_length(np.array([10] * 97 + [300, 700, 900]))
+    384
+    """
+    if not len(lengths):
+        return ROUND
+    length = np.quantile(lengths, KEEPING, method="inverted_cdf")
+    return int(-(-length // ROUND) * ROUND)
+
+
 class Selection:
     """The rows on disk that are used, and how."""
 
@@ -111,6 +127,7 @@ class Selection:
             "tokens": tokens,
             "trained_tokens": int(trained.sum(dtype=np.int64)),
             "longest_tokens": int(lengths.max(initial=0)),
+            "keeping_length": keeping_length(np.concatenate([self.columns["length"], long])),
             "most_trained_tokens": int(trained.max(initial=0)),
             "lengths": {
                 "edges": [round(float(edge), 1) for edge in edges],

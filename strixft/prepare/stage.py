@@ -19,12 +19,12 @@ from strixft.data.load import HubSet, Input, open_inputs
 from strixft.data.row_report import RowReport, example, spread
 from strixft.data.template import ChatTemplate
 from strixft.data.word_cache import Words, WordsDifferError
-from strixft.formats.sources import fingerprint, ignored_files
+from strixft.formats.sources import find_sources, fingerprint, ignored_files
 from strixft.model.source import load_config, load_tokenizer
 from strixft.prepare import show
 from strixft.prepare.augment import FILE, AugmentedRows, augment_rows
 from strixft.prepare.build import BatchMaker, build_rows
-from strixft.prepare.select import Selection
+from strixft.prepare.select import KEEPING, Selection
 from strixft.recipe.schema import Dataset, Recipe
 from strixft.run.folder import Result, Run
 from strixft.support.errors import DataError, RecipeError
@@ -42,6 +42,9 @@ TRAINED_AS = {"pairs": "chosen", "thumbs": "thumbs-up"}
 ENOUGH_THINKING = 0.75
 """Fraction of rows with reasoning that lets a model go on reasoning, Unsloth's advice for Qwen 3.
 Source: https://unsloth.ai/docs/models/qwen3-how-to-run-and-fine-tune"""
+
+MOST_TOO_LONG = 0.05
+"""Fraction of rows that may be left out for their length before a warning."""
 
 LOSS_ON = {"text": "all", "pairs": "completion", "thumbs": "completion"}
 """Kind of data → `loss_on` that it always has; of a pair both answers are trained."""
@@ -121,10 +124,12 @@ def prepare_recipe(run: Run) -> Prepared:
     Raises:
         DataError: The files, or more rows than allowed, are not what the format says.
     """
-    return run.once(
-        Prepared,
-        lambda folder: prepare_data(run.recipe, folder, load_tokenizer(run.recipe)),
-    )
+    return run.once(Prepared, lambda folder: _prepare(run.recipe, folder))
+
+
+def _prepare(recipe: Recipe, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    find_sources(recipe.dataset.sources())  # before the tokenizer, which may be a download
+    return prepare_data(recipe, folder, load_tokenizer(recipe))
 
 
 def prepare_data(
@@ -224,11 +229,18 @@ def _notes(figures: dict[str, Any], report: RowReport, encoder: Encoder) -> list
     """Tell the facts to know before training."""
     kind, checked, counts = figures["kind"], figures["mask_checked"], report.counts
     template = None if kind == "text" else encoder.masker().template
+    long = counts["rows_too_long"]
     notes: list[tuple[object, str]] = [
         (
             checked["equal"] < checked["rows"],
             f"In {checked['rows'] - checked['equal']} of {checked['rows']} rows that were checked,"
             " the trained tokens do not decode to the text that should be trained.",
+        ),
+        (
+            long > MOST_TOO_LONG * counts["rows_read"],
+            f"{long:,} of {counts['rows_read']:,} rows are longer than max_length"
+            f" {report.dataset.max_length} and left out; {KEEPING:.0%} are kept by"
+            f" --set dataset.max_length={figures['keeping_length']}",
         ),
         (
             template is not None and not template.end_token,

@@ -40,6 +40,8 @@ class View:
     """The last update, as the log has it."""
     points: list[Record] = field(default_factory=list)
     """Updates for a curve."""
+    evaluations: list[Record] = field(default_factory=list)
+    """Held-out losses between updates."""
     elapsed_s: float | None = None
     """Time of the stage, of a training that was resumed in all its processes."""
     left_s: float | None = None
@@ -64,6 +66,7 @@ class View:
             "stages": dict(self.stages),
             "planned": kept,
             "last_update": self.last,
+            "last_held_out": self.evaluations[-1] if self.evaluations else {},
             "elapsed_s": self.elapsed_s,
             "left_s": self.left_s,
         }
@@ -129,6 +132,7 @@ class Observer:
             planned=self._planned,
             last=log.points[-1] if log.points else {},
             points=log.points,
+            evaluations=log.evaluations,
             elapsed_s=self._elapsed_s(status, is_training),
             left_s=self._left_s(status, is_training),
         )

@@ -1,4 +1,4 @@
-"""`train/log.jsonl`: one line an update, only ever appended to; read while it grows.
+"""`train/log.jsonl`: one line an update or held-out loss, only appended to; read while it grows.
 
 A resumed training may repeat updates that were not saved: a later line of an update, and all that
 follows it, takes the place of the earlier ones.
@@ -23,6 +23,9 @@ RECENT = 50
 
 Record = dict[str, Any]
 
+TIMED, EVALUATED = ("update", "seconds", "busy_s", "time"), ("update", "time")
+"""Numbers that a line of an update has, and one of a held-out loss."""
+
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Append a record as one line, whatever a killed process left at the end of the file."""
@@ -39,6 +42,15 @@ def busy_seconds(path: Path, update: int) -> float:
     reader = LogReader(path)
     reader.read()
     return max((one["busy_s"] for one in reader.points if one["update"] <= update), default=0.0)
+
+
+def _put(records: list[Record], record: Record) -> None:
+    """Put a record in the place of all that it follows; many are thinned."""
+    while records and records[-1]["update"] >= record["update"]:
+        records.pop()
+    records.append(record)
+    if len(records) > MOST_POINTS:
+        del records[1:-1:2]
 
 
 class LogReader:
@@ -58,6 +70,8 @@ class LogReader:
         """Records for a curve, in order; the last one is the newest."""
         self.recent: deque[Record] = deque(maxlen=RECENT)
         """The last updates of the process that trains."""
+        self.evaluations: list[Record] = []
+        """Held-out losses, in order; that of update 0 was taken before the first."""
         self.session: Record | None = None
         """First record of that process."""
 
@@ -78,14 +92,17 @@ class LogReader:
     def _take(self, line: bytes) -> None:
         try:
             record = json.loads(line)
-            update, *_ = (record[key] + 0 for key in ("update", "seconds", "busy_s", "time"))
+            is_evaluation = "held_out_loss" in record
+            keys = EVALUATED if is_evaluation else TIMED
+            update, *_ = (record[key] + 0 for key in keys)
         except (ValueError, KeyError, TypeError):  # half a line of a process that was killed
             return
-        while self.points and self.points[-1]["update"] >= update:
-            self.points.pop()
-        self.points.append(record)
-        if len(self.points) > MOST_POINTS:
-            del self.points[1:-1:2]
+        if is_evaluation:
+            _put(self.evaluations, record)
+            return
+        _put(self.points, record)
+        while self.evaluations and self.evaluations[-1]["update"] >= update:
+            self.evaluations.pop()
         if record.get("first"):
             self.session = record
             self.recent.clear()

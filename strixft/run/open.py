@@ -23,7 +23,7 @@ from strixft.support.locks import hold
 from strixft.support.progress import say
 from strixft.support.text import typed
 
-READ_BY = {
+READ_BY: dict[str, str | None] = {
     "model": "prepare",
     "dataset": "prepare",
     "thinking": "prepare",
@@ -32,12 +32,13 @@ READ_BY = {
     "lora": "plan",
     "init_from": "plan",
     "train": "plan",
+    "train.report_to": None,
     "memory": "plan",
     "evaluate": "evaluate",
     "export": "export",
 }
-"""Section of a recipe → the first stage whose result depends on it; none depends on `offline` and
-`notify`."""
+"""Section of a recipe, or a key of one → the first stage whose result depends on it; none depends
+on `offline` and `notify`."""
 
 
 def run_folder(recipe: Path, run_dir: str | Path | None) -> Path:
@@ -69,8 +70,15 @@ def _changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
 
 def first_reader(keys: Iterable[str]) -> str | None:
     """Return the first stage whose result depends on one of these settings, or None."""
-    readers = {READ_BY.get(key.partition(".")[0]) for key in keys}
+    readers = {READ_BY.get(key, READ_BY.get(key.partition(".")[0])) for key in keys}
     return next((stage for stage in STAGES if stage in readers), None)
+
+
+def is_prepared_for(folder: Path, recipe: Recipe) -> bool:
+    """Return whether the prepared rows of a run folder, if it has any, are those of a recipe."""
+    if not (folder / "recipe.yaml").is_file():
+        return False
+    return first_reader(_changes(read_recipe(folder), recipe)) != "prepare"
 
 
 def begin_again(keys: Iterable[str]) -> str:

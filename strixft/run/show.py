@@ -6,7 +6,7 @@ Pictures take the colour of the text around them, so that they fit a dark page t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -69,6 +69,7 @@ def figures(view: View) -> dict[str, tuple[str, str]]:
     if view.is_training:
         first = format_number(view.points[0].get("loss"))
         found["loss"] = format_number(last.get("loss")), f"first {first}"
+        found |= _held_out(view)
         rate = last.get("learning_rate")
         found["learning rate"] = "–" if rate is None else f"{rate:.2e}", ""
         found["gradient norm"] = format_number(last.get("grad_norm")), ""
@@ -94,6 +95,21 @@ def figures(view: View) -> dict[str, tuple[str, str]]:
     return found
 
 
+def _held_out(view: View) -> dict[str, tuple[str, str]]:
+    """Return the newest losses on held-out rows and general texts, beside the lowest and first."""
+    found: dict[str, tuple[str, str]] = {}
+    known = [one for one in view.evaluations if one.get("held_out_loss") is not None]
+    if known:
+        lowest = min(known, key=lambda one: one["held_out_loss"])
+        remark = f"lowest {lowest['held_out_loss']:.3f} at update {lowest['update']:,}"
+        found["held-out loss"] = format_number(known[-1]["held_out_loss"]), remark
+    general = [one for one in view.evaluations if one.get("general_loss") is not None]
+    if general:
+        remark = f"first {general[0]['general_loss']:.3f}"
+        found["loss on general texts"] = format_number(general[-1]["general_loss"]), remark
+    return found
+
+
 def headline(view: View) -> str:
     """Return the stage, its state and its count in a few words."""
     words = f"{view.stage or 'run'}: {view.state}"
@@ -110,7 +126,7 @@ def headline(view: View) -> str:
 def one_line(view: View) -> str:
     """Return a view as one line."""
     shown = figures(view)
-    kept = ("loss", "tokens/s", "memory", "elapsed", "time left")
+    kept = ("loss", "held-out loss", "tokens/s", "memory", "elapsed", "time left")
     parts = [f"{name} {shown[name][0]}" for name in kept if name in shown and shown[name][0] != "–"]
     if view.left_s is not None:
         parts.append(f"ends at {clock(view.left_s)}")
@@ -133,40 +149,81 @@ def _fix(view: View) -> list[str]:
     return [f"fix: {view.status['fix']}"] if view.status.get("fix") else []
 
 
-def curve(points: Sequence[tuple[float, float]], label: str) -> str:
-    """Return a curve as SVG in the colour of the text.
+LINES = {
+    "training loss": 'stroke="#c2410c" stroke-width="2"',
+    "held-out loss": 'stroke="currentColor" stroke-width="2"',
+    "general texts": 'stroke="currentColor" stroke-width="1.5" stroke-dasharray="5 4" opacity=".7"',
+}
+"""Strokes of the curves."""
+
+Points = Sequence[tuple[float, float]]
+"""x and y, in order of x."""
+
+
+def loss_points(view: View) -> dict[str, Points]:
+    """Return the losses of a training by update."""
+    sources = {
+        "training loss": ("loss", view.points),
+        "held-out loss": ("held_out_loss", view.evaluations),
+        "general texts": ("general_loss", view.evaluations),
+    }
+    found = {
+        name: [
+            (float(one["update"]), float(one[key])) for one in records if one.get(key) is not None
+        ]
+        for name, (key, records) in sources.items()
+    }
+    return {name: points for name, points in found.items() if len(points) > 1}
+
+
+def curves(lines: Mapping[str, Points]) -> str:
+    """Return curves as SVG in the colour of the text, with a legend if there are several.
 
     Args:
-        points: x and y, in order of x.
-        label: Read out to those who do not see it.
+        lines: Points by name, of `LINES`; at least two points each.
     """
-    if len(points) < 2:
+    points = [point for line in lines.values() for point in line]
+    if not points:
         return ""
     width, height, left, bottom = 640, 180, 46, 22
-    first, last = points[0][0], points[-1][0]
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
     tall = (high - low) or 1.0
 
-    def place(x: float, y: float) -> str:
-        across = left + (x - first) / ((last - first) or 1) * (width - left - 8)
-        return f"{across:.1f},{8 + (high - y) / tall * (height - bottom - 16):.1f}"
+    def down(y: float) -> float:
+        return 8 + (high - y) / tall * (height - bottom - 16)
 
-    line = " ".join(place(x, y) for x, y in points)
+    def drawn(name: str) -> str:
+        places = " ".join(
+            f"{left + (x - first) / ((last - first) or 1) * (width - left - 8):.1f},{down(y):.1f}"
+            for x, y in lines[name]
+        )
+        return f'<polyline points="{places}" fill="none" {LINES[name]}/>'
+
     marks = "".join(
-        f'<text x="{left - 6}" y="{8 + (high - y) / tall * (height - bottom - 16) + 4:.0f}"'
-        f' text-anchor="end">{y:.2f}</text>'
+        f'<text x="{left - 6}" y="{down(y) + 4:.0f}" text-anchor="end">{y:.2f}</text>'
         for y in (high, low)
     )
     ends = (
         f'<text x="{left}" y="{height - 4}">{first:,.0f}</text>'
         f'<text x="{width - 8}" y="{height - 4}" text-anchor="end">{last:,.0f}</text>'
     )
+    legend = _legend(lines) if len(lines) > 1 else ""
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(label)}"'
+        f'<svg viewBox="0 0 {width} {height}" role="img"'
+        f' aria-label="{_text(", ".join(lines))} by update"'
         f' font-size="12" fill="currentColor" font-family="system-ui, sans-serif">{marks}{ends}'
         f'<path d="M{left} 4V{height - bottom}H{width - 4}" fill="none" stroke="currentColor"'
-        f' opacity=".4"/><polyline points="{line}" fill="none" stroke="#c2410c"'
-        ' stroke-width="2"/></svg>'
+        f' opacity=".4"/>{"".join(map(drawn, lines))}{legend}</svg>'
+    )
+
+
+def _legend(names: Iterable[str]) -> str:
+    """Return the names of curves with their strokes, from the right edge of the picture."""
+    return "".join(
+        f'<path d="M{250 + 130 * index} 12h18" fill="none" {LINES[name]}/>'
+        f'<text x="{272 + 130 * index}" y="16">{name}</text>'
+        for index, name in enumerate(names)
     )
 
 
@@ -191,8 +248,7 @@ def to_html(view: View, as_typed: Callable[[str], str] = str) -> str:
         f" <small>{_text(remark)}</small></div></div>"
         for name, (value, remark) in figures(view).items()
     )
-    losses = [(float(one["update"]), float(one["loss"])) for one in view.points if "loss" in one]
-    picture = curve(losses, "training loss by update") if view.is_training else ""
+    picture = curves(loss_points(view)) if view.is_training else ""
     problems = [f"⚠ {text}" for text in view.status.get("warnings") or ()]
     if view.status.get("problem") and view.state in RESUMABLE:
         problems.append("\n".join([view.status["problem"], *map(as_typed, _fix(view))]))

@@ -56,16 +56,26 @@ def batch_loss(
         num_trained: Trained tokens of all batches of the update.
         options: How it is computed.
     """
+    return _sum_of_losses(model, batch, options) / num_trained
+
+
+def _sum_of_losses(
+    model: nn.Module, batch: Batch, options: StepOptions, *, detached: bool = False
+) -> Tensor:
+    """Return the sum of the losses of a batch, (); detached, its head makes no gradients."""
     base = base_of(model)
     if (head := linear_head(base)) is None:
-        return _own_head_losses(base, batch, options, "sum") / num_trained
+        total = _own_head_losses(base, batch, options, "sum")
+        return total.detach() if detached else total
     hidden = _trained_hidden(base, batch, options, head.scale)
     with part("head"):
         weight, bias = _matrix_and_bias(base, hidden.dtype, head)
-        total = chunked_cross_entropy(
+        if detached:  # what layers kept for backward is freed before there are logits
+            hidden, weight = hidden.detach(), weight.detach()
+            bias = None if bias is None else bias.detach()
+        return chunked_cross_entropy(
             hidden, weight, batch["labels"], head.softcap, bias=bias, compiled=options.compiled
         )
-    return total / num_trained
 
 
 @torch.no_grad()
@@ -161,6 +171,7 @@ class TrainingStep:
         model.train()
         self.dropout = _leave_out_dropout(model)
         """The largest share of values that the model would have dropped."""
+        self._adapter_dropouts = [m for m in model.modules() if isinstance(m, AdapterDropout)]
         self._trainable = {n: w for n, w in model.named_parameters() if w.requires_grad}
         self.optimizer = build_optimizer(self._trainable, settings)
         is_scaled = base.dtype is torch.float16 and base.device.type == "cuda"
@@ -179,6 +190,20 @@ class TrainingStep:
     def loss(self, batch: Batch, num_trained: int | Tensor) -> Tensor:
         """Return the loss of a batch, (); see `batch_loss`."""
         return self._loss(self.model, batch, num_trained, self.options)
+
+    def held_out_loss(self, batch: Batch) -> Tensor:
+        """Return the sum of the losses of a batch, (), in float32, by the forward pass of training.
+
+        So compiled layers are not compiled again, unless the adapter has dropout, which is off
+        here. A batch no larger than those of training needs no more memory than they do.
+        """
+        for module in self._adapter_dropouts:
+            module.eval()
+        try:
+            return _sum_of_losses(self.model, batch, self.options, detached=True)
+        finally:
+            for module in self._adapter_dropouts:
+                module.train()
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Return the loss of each trained token of a batch, (K,), in float32.

@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -212,6 +212,23 @@ def require_room(folder: Path, needed_bytes: int) -> None:
     """
     if free_bytes(folder) < needed_bytes:
         raise disk_full(folder, needed_bytes)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write to; it is flushed, and takes the place of an older one."""
+    temporary, old = folder.with_name(f".{folder.name}"), folder.with_name(f".{folder.name}.old")
+    for left in (temporary, old):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir()
+    yield temporary
+    for path in (*temporary.rglob("*"), temporary):
+        sync(path)
+    if folder.is_dir():
+        folder.rename(old)
+    temporary.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -17,6 +17,9 @@ Figures = Mapping[str, Any]
 GAP_FLAGGED = 0.03
 """Share by which the measured peak may differ from the plan before the report says so."""
 
+EVALUATED = {"held_out_loss": ("held out", "o-"), "general_loss": ("general texts", "o:")}
+"""Losses between updates, with their names and marks in a picture."""
+
 SUMMED = ("activations", "head", "workspace")
 REST = ", ".join(SUMMED)
 """Parts that a GPU's own count cannot tell apart."""
@@ -88,14 +91,35 @@ def compare_html(figures: Figures) -> str:
     return html.table(rows, ["", "planned", "real", "difference"]) + flagged
 
 
-def _loss_curve(losses: list[float], spikes: list[int]) -> str:
+def _loss_curve(losses: list[float], spikes: list[int], evaluations: list[Figures]) -> str:
     figure, axes = html.new_figure()
-    axes.plot(range(1, len(losses) + 1), losses, color=html.TUNED, linewidth=1.5)
+    axes.plot(range(1, len(losses) + 1), losses, color=html.TUNED, linewidth=1.5, label="training")
+    for key, (name, style) in EVALUATED.items():
+        points = [(one["update"], one[key]) for one in evaluations if one[key] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=html.BASE, markersize=3, label=name)
+            axes.legend(frameon=False, fontsize=9)
     axes.plot(spikes, [losses[at - 1] for at in spikes], "v", color=html.INK, markersize=5)
     axes.set_xlabel("update")
     axes.set_ylabel("loss per trained token")
     axes.set_ylim(bottom=0)
-    return html.picture(figure, "training loss by update")
+    return html.picture(figure, "losses by update")
+
+
+def _held_out(told: Figures) -> dict[str, str]:
+    """Return what held-out losses say of the training; without them, nothing."""
+    first, *_, last = told["evaluations"]
+    low, kept = told["best"], told["kept"]
+    shown = {
+        f"loss, {name}": f"{format_number(first[key], 4)} before,"
+        f" {format_number(last[key], 4)} at the end"
+        for key, (name, _) in EVALUATED.items()
+        if first[key] is not None
+    }
+    if low:
+        lowest = f"{format_number(low['held_out_loss'], 4)}, after update {low['update']}"
+        shown["lowest held-out loss"] = lowest
+    return {**shown, "weights evaluated and exported": f"the {kept} ones"}
 
 
 def coverage_html(told: Figures) -> str:
@@ -131,6 +155,10 @@ def trained_html(figures: Figures) -> str:
         "time": format_seconds(figures["train_seconds"]),
         "process, resident": format_gib(figures["resident_bytes"]),
     }
+    told_held_out = figures.get("held_out") or {}  # a run of an older version has none
+    evaluations = told_held_out.get("evaluations") or []
+    if len(evaluations) > 1:
+        shown |= _held_out(told_held_out)
     if proof := figures["proof"]:
         own, apart = format_number(proof["own_loss"], 5), f"{proof['difference']:.2g}"
         shown["first loss"] = (
@@ -140,5 +168,5 @@ def trained_html(figures: Figures) -> str:
         )
     told = "".join(map(html.warning, warnings))
     covered = coverage_html(figures["trained"]) if figures.get("trained") else ""
-    curve = _loss_curve(figures["losses"], spikes)
+    curve = _loss_curve(figures["losses"], spikes, evaluations)
     return told + html.mapping(shown) + compare_html(figures) + covered + curve

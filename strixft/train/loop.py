@@ -28,6 +28,7 @@ from strixft.run.log import Record
 from strixft.step.update import TrainingStep
 from strixft.train.checkpoints import Checkpoint, Checkpoints
 from strixft.train.coverage import FirstUpdates, not_finite
+from strixft.train.held_out import Evaluation, HeldOut
 
 MOST_SKIPPED = 20
 """Consecutive updates that float16's scaler may skip before training stops."""
@@ -57,6 +58,8 @@ class Progress:
     """Real tokens, without padding."""
     losses: list[float] = field(default_factory=list)
     """Mean loss of a trained token, one an update."""
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """Held-out losses, in order."""
 
 
 def _random_states() -> dict[str, Any]:
@@ -115,6 +118,8 @@ class TrainingLoop:
         on_update: Called after each update with the progress and the update's own figures:
             `update`, `seconds`, `loss`, `learning_rate`, and `grad_norm`, before clipping.
         first: Watches the first updates of this process.
+        held_out: Takes losses between updates, and tells when to end early.
+        on_held_out: Called after each evaluation with all that were made, the new one last.
     """
 
     def __init__(
@@ -129,11 +134,14 @@ class TrainingLoop:
         is_asked: Callable[[], bool],
         on_update: Callable[[Progress, Record], None],
         first: FirstUpdates | None = None,
+        held_out: HeldOut | None = None,
+        on_held_out: Callable[[Sequence[Evaluation]], None] = lambda done: None,
     ) -> None:
         self.step, self.updates, self.checkpoints = step, updates, checkpoints
         self.progress, self.first_update = Progress(), 1
         self._batches, self._hang = batches, hang
         self._is_asked, self._on_update, self._first = is_asked, on_update, first
+        self._held_out, self._on_held_out = held_out, on_held_out
         self._schedule = LambdaLR(step.optimizer, rate_factor(step.settings, updates))
         self._processes = PartialState()
         self._ahead: list[Batch] = []
@@ -142,6 +150,19 @@ class TrainingLoop:
         self._skipped = 0
         self._reserve_bytes, self._released = reserve_bytes, -2
         self._began, self._norm = 0.0, 0.0  # of the update
+
+    @property
+    def stopped_early(self) -> str | None:
+        """The reason to end before the last update, if there is one."""
+        held_out = self._held_out
+        if held_out is None or self.progress.update >= self.updates:
+            return None
+        return held_out.stop_reason(self.progress.evaluations)
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether the training is complete."""
+        return self.progress.update >= self.updates or self.stopped_early is not None
 
     def run(self, checkpoint: Checkpoint | None = None) -> None:
         """Train from a checkpoint, or from the start.
@@ -153,7 +174,8 @@ class TrainingLoop:
             self._resume(checkpoint)
         saved = time.monotonic()  # setting the clock cannot delay a checkpoint
         try:
-            while self.progress.update < self.updates and not self._is_asked():
+            self._evaluate()
+            while not self.is_over and not self._is_asked():
                 self._began = time.monotonic()
                 batches = self._ahead or self._batches(self.progress.update)
                 self._ahead = []
@@ -164,6 +186,7 @@ class TrainingLoop:
                     before_step=self._before_step,
                 )
                 self._finish_update(batches, loss)
+                self._evaluate()
                 if time.monotonic() - saved > self.step.settings.save_every_minutes * 60:
                     self.save()
                     saved = time.monotonic()
@@ -171,8 +194,21 @@ class TrainingLoop:
             _restore(self._random)
         finally:
             self._hang.pause()
-        if self.progress.update < self.updates:
+        if not self.is_over:
             self.save()
+
+    def _evaluate(self) -> None:
+        """Take the held-out losses where they are due; no generator moves."""
+        update, done, held_out = self.progress.update, self.progress.evaluations, self._held_out
+        if held_out is None or not held_out.is_due(update, self.updates, done):
+            return
+        before = _random_states()
+        try:
+            done.append(held_out.evaluate(self.step, update, self._after_batch))
+        finally:
+            _restore(before)
+        self._hang.pause()
+        self._on_held_out(done)
 
     def _over_processes(self, count: int) -> int:
         """Return the sum of a count over all processes."""

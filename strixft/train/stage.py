@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,16 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import set_seed
-from torch import nn
 
-from strixft.data.batches import (
-    Batch,
-    PackedShape,
-    collate,
-    on_device,
-    rows_of_run,
-    training_order,
-)
+from strixft.catalog.trackers import require_trackers
+from strixft.data.batches import Batch
 from strixft.guard.advice import finite_again, less_memory, loss_spikes
 from strixft.guard.host import cap, training_host
 from strixft.guard.stage_watches import Watches
@@ -39,25 +31,31 @@ from strixft.probe.job import Job
 from strixft.recipe.schema import Recipe
 from strixft.run.first_weights import first_weights
 from strixft.run.folder import Result, Run, resume_command
-from strixft.run.log import LOG, Record, append, busy_seconds
 from strixft.run.open import READ_BY
-from strixft.step.memory_tracker import memory_now, peak_memory, release_memory
+from strixft.step.memory_tracker import peak_memory, release_memory
 from strixft.step.update import TrainingStep
 from strixft.support.environment import seen_by_torch
 from strixft.support.errors import FitError, StageError, is_out_of_memory
 from strixft.support.files import require_room, write_json
-from strixft.support.progress import progress_bar, say
+from strixft.support.progress import say
 from strixft.support.units import format_gib
 from strixft.train import coverage
+from strixft.train.batches import TrainingBatches
 from strixft.train.checkpoints import KEPT, Checkpoints
 from strixft.train.compare import GAP_FLAGGED, device_parts, trained_html
-from strixft.train.loop import NotFiniteError, Progress, TrainingLoop
+from strixft.train.held_out import Evaluation, HeldOut, best, keep_best, keep_result
+from strixft.train.loop import NotFiniteError, TrainingLoop
+from strixft.train.progress import ProgressLog
 from strixft.train.proof import expected, proof_batches, prove
+from strixft.train.trackers import Trackers
 
 ADAPTER = "adapter"
 """Folder of the trained weights: a PEFT adapter, or a whole model for `method: full`."""
 
 CHECKPOINTS, PROOF, COVERAGE = "checkpoints", "proof.json", "coverage.json"
+
+NO_UPDATE = ("held_out_every", "early_stop", "keep", "report_to")
+"""Settings of `train` that no update depends on."""
 
 CHECKPOINT_FORMAT = 2
 """Changes with the files of a checkpoint: one of another format is refused."""
@@ -88,6 +86,13 @@ class Trained(Result):
             )
         return found
 
+    @property
+    def weights(self) -> str:
+        """The weights that were kept, in words."""
+        told = self.figures.get("held_out") or {"kept": "last"}  # a run of an older version
+        of = f", after update {told['best']['update']}" if told["kept"] == "best" else ""
+        return f"{told['kept']}{of}"
+
     def _repr_html_(self) -> str:
         return trained_html(self.figures)
 
@@ -108,12 +113,13 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     plan.require_fit()
     job, planned = _planned_job(run, plan), plan.figures
     capped = cap(planned["host"]["budget_bytes"], planned["reserved_bytes"])
-    watches, bar = Watches(run), _Bar(run, planned["updates"])
+    watches = Watches(run)
     if capped.warning:
         watches.warn(capped.warning)
     missed = [name for name, value in seen_by_torch().items() if value is None]
     if missed and torch.version.hip is not None:
         watches.warn(f"{', '.join(missed)} was set after torch was imported: import strixft first")
+    require_trackers(run.recipe.train.report_to, offline=run.recipe.offline)
     require_known_tokens(run.recipe, prepared)
     fetch_base(run.recipe)  # the hashes of its files are inputs
     plan.require_same_config(run.recipe)  # the model's own comes with its weights
@@ -125,7 +131,9 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             _warn(watches, f"a checkpoint is damaged and was set aside: {torn}")
         if checkpoints.set_aside and newest is None:
             say("Warning: no whole checkpoint is left; training begins again with update 1")
-        batches = _Batches(job, prepared, planned["choice"])
+        trackers = Trackers(run, newest.update if newest else -1, partial(_warn, watches))
+        bar = ProgressLog(run, planned["updates"], trackers)
+        batches = TrainingBatches(job, prepared, planned["choice"])
         first = [] if newest else proof_batches(batches(0))
         step, proof = _build_step(job, plan, first, folder / PROOF)
         if newest is None and (before := first_weights(run.recipe)) is not None:
@@ -146,18 +154,25 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             is_asked=watches.is_asked,
             on_update=bar,
             first=watch,
+            held_out=HeldOut.planned(run.recipe, prepared, planned, job.host.device),
+            on_held_out=partial(_take_evaluation, bar, step.model, folder),
         )
-        _require_room(step, checkpoints)
+        _require_room(step, checkpoints, planned)
         ends = _ends_saved(run, job, plan, loop, batches)
         with contextlib.closing(bar), peak_memory(step.model) as memory, ends:
             loop.run(newest)
-        if loop.progress.update < loop.updates:
+        if not loop.is_over:
             raise watches.stop_error(loop.progress.update, loop.updates)
         rate = bar.tok_per_s(loop.progress)
         memory["peak_parts"] = memory["peak_parts"] or device_parts(
             step.model, step.optimizer, memory["peak_bytes"]
         )
-        _save(step.model, folder)
+        if loop.stopped_early:
+            ended = f"ended early, after update {loop.progress.update} of {loop.updates}"
+            _warn(watches, f"{ended}: {loop.stopped_early}")
+        kept = keep_result(run.recipe.train.keep, step.model, folder, ADAPTER)
+        if kept is None and run.recipe.train.keep == "best":
+            _warn(watches, "no held-out loss was finite: the last weights are kept")
     compared = ("peak_bytes", "reserved_bytes", "parts", "tok_per_s")
     figures = {
         "first_update": loop.first_update,
@@ -175,6 +190,12 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "proof": proof,
         "trained": _read(folder / COVERAGE) or told,
         "checkpoints_set_aside": checkpoints.torn,
+        "held_out": {
+            "evaluations": loop.progress.evaluations,
+            "best": kept or best(loop.progress.evaluations),
+            "kept": "best" if kept else "last",
+            "stopped_early": loop.stopped_early,
+        },
     }
     return {name: inputs[name] for name in ("rows_sha256", "choice", "base")}, figures
 
@@ -198,13 +219,15 @@ def _warn(watches: Watches, text: str) -> None:
 
 def _inputs(run: Run, prepared: Prepared, plan: Plan) -> dict[str, Any]:
     """Return all that the trained weights depend on; checkpoints of other inputs are refused."""
+    recipe = {
+        section: settings
+        for section, settings in run.recipe.to_dict().items()
+        if READ_BY.get(section) in ("prepare", "plan")  # no weight depends on the rest
+    }
+    recipe["train"] = {k: v for k, v in recipe["train"].items() if k not in NO_UPDATE}
     return {
         "checkpoint_format": CHECKPOINT_FORMAT,
-        "recipe": {
-            section: settings
-            for section, settings in run.recipe.to_dict().items()
-            if READ_BY.get(section) in ("prepare", "plan")  # no weight depends on the rest
-        },
+        "recipe": recipe,
         "rows_sha256": prepared.inputs["rows_sha256"],
         "choice": plan.figures["choice"],
         "base": fingerprint_base(model_source(run.recipe.model)),
@@ -228,45 +251,6 @@ def _first_adapter(run: Run) -> dict[str, str] | None:
             fix="restore them, or leave init_from out",
         )
     return before.files
-
-
-class _Batches:
-    """Micro-batches of each update, in the order of training."""
-
-    def __init__(self, job: Job, prepared: Prepared, choice: dict[str, Any]) -> None:
-        recipe, shape = job.recipe, choice["packed"]
-        self._prepared, self._device = prepared, job.host.device
-        self._size, self._steps = choice["micro_batch_rows"], choice["gradient_accumulation_steps"]
-        self._shape = PackedShape(**shape) if shape else None
-        self._rows: Any = (
-            prepared.packed_rows(recipe.dataset)
-            if shape
-            else prepared.token_rows(recipe.dataset).train
-        )
-        sizes = self._rows.sums("num_trained").tolist() if shape else self._rows["length"]
-        num_rows = rows_of_run(len(sizes), recipe.train, self._size * self._steps)
-        seed, padded = recipe.train.seed, not shape
-        self._order = training_order(sizes, num_rows, seed, self._size, padded=padded)
-
-    def _numbers(self, update: int) -> list[list[int]]:
-        """Return the rows of each micro-batch of an update; the last update may have fewer."""
-        per_update = self._steps * self._size
-        chosen = self._order[update * per_update : (update + 1) * per_update]
-        return [chosen[start : start + self._size] for start in range(0, len(chosen), self._size)]
-
-    def __call__(self, update: int) -> list[Batch]:
-        """Return the micro-batches of an update, counted from 0, on the device."""
-        found = []
-        for numbers in self._numbers(update):
-            rows = self._rows.take(numbers) if self._shape else [self._rows[n] for n in numbers]
-            found.append(on_device(collate(rows, self._shape), self._device))
-        return found
-
-    def names(self, update: int, micro_batches: Iterable[int]) -> list[str]:
-        """Return the rows of some micro-batches of an update, by file and number."""
-        numbers = self._numbers(update)
-        chosen = [row for step in micro_batches for row in numbers[step]]
-        return self._prepared.names_of(self._rows, chosen)
 
 
 def _build_step(
@@ -303,62 +287,25 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _require_room(step: TrainingStep, checkpoints: Checkpoints) -> None:
-    """Require room for the checkpoints that stay, the one being written and the result."""
+def _require_room(step: TrainingStep, checkpoints: Checkpoints, planned: Mapping[str, Any]) -> None:
+    """Require room for the checkpoints that stay, the one being written, best and result."""
     weights = sum(weight.nbytes for weight in step.trainable())
     moments = 2 * sum(weight.numel() * 4 for weight in step.trainable())
     left = max(0, KEPT + 1 - checkpoints.count())
-    require_room(checkpoints.folder, left * (weights + moments) + weights)
+    results = 3 if (planned.get("held_out") or {}).get("every") else 1  # one best is replaced
+    require_room(checkpoints.folder, left * (weights + moments) + results * weights)
 
 
-class _Bar:
-    """Progress bar, log and speed of a training."""
-
-    def __init__(self, run: Run, updates: int) -> None:
-        self._updates = updates
-        self._log = run.stage_folder("train") / LOG
-        self.busy_s = self.earlier_s = 0.0
-        """Time of the finished updates, in earlier processes too; and in those alone."""
-        self._warm: tuple[float, int] | None = None
-        self._bar: Any = None
-
-    def close(self) -> None:
-        """Close the bar, if there was an update."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, progress: Progress, record: Record) -> None:
-        """Log and show an update; the clock starts after the first, which compiles and warms up."""
-        is_first = self._warm is None
-        if self._warm is None:
-            initial = progress.update - 1
-            self.busy_s = self.earlier_s = busy_seconds(self._log, initial)
-        self.busy_s += record["seconds"]
-        if self._warm is None:
-            self._warm = self.busy_s, progress.tokens
-            self._bar = progress_bar(
-                total=self._updates, initial=initial, unit="update", desc="train"
-            )
-        rate = self.tok_per_s(progress)
-        record |= {"time": round(time.time(), 3), "clock_s": round(time.monotonic(), 3)}
-        record["busy_s"] = round(self.busy_s, 3)
-        record |= {"tokens": progress.tokens, "tok_per_s": rate, **memory_now()}
-        with contextlib.suppress(OSError):  # the checkpoint reports a full disk
-            append(self._log, record | ({"first": True} if is_first else {}))
-        self._bar.note(loss=round(record["loss"], 3), tok_per_s=rate)
-        self._bar.update(progress.update - self._bar.n)
-
-    def tok_per_s(self, progress: Progress) -> float | None:
-        """Return real tokens per second since the first update of this process, if any."""
-        began, tokens = self._warm or (0.0, progress.tokens)
-        if progress.tokens == tokens:
-            return None
-        return round((progress.tokens - tokens) / (self.busy_s - began), 1)
+def _take_evaluation(
+    bar: ProgressLog, model: Any, folder: Path, done: Sequence[Evaluation]
+) -> None:
+    bar.note_evaluation(done[-1])
+    keep_best(model, folder, done)
 
 
 @contextlib.contextmanager
 def _ends_saved(
-    run: Run, job: Job, plan: Plan, loop: TrainingLoop, batches: _Batches
+    run: Run, job: Job, plan: Plan, loop: TrainingLoop, batches: TrainingBatches
 ) -> Iterator[None]:
     """Save the last finished update after an error, and say what ended the training."""
     try:
@@ -403,12 +350,3 @@ def out_of_memory(recipe: Recipe, plan: Plan, what: str, peak_bytes: int | None)
         f"{what}; the plan's peak is {planned}, the peak seen {seen}",
         fix=less_memory(recipe, plan.figures),
     )
-
-
-def _save(model: nn.Module, folder: Path) -> None:
-    """Write the trained weights to a temporary folder, then rename it."""
-    temporary = folder / f".{ADAPTER}"
-    for old in (temporary, folder / ADAPTER):
-        shutil.rmtree(old, ignore_errors=True)
-    model.save_pretrained(temporary)  # type: ignore[operator]
-    temporary.rename(folder / ADAPTER)

@@ -15,14 +15,13 @@ from tiny_models import SHIPPED, TINY, VOCABULARY, write_model
 from torch import Tensor, nn
 
 from strixft.catalog.hosts import Host
-from strixft.data.batches import Batch, collate
+from strixft.data.batches import Batch, RowShape, collate
 from strixft.guard.host import find_host
 from strixft.model.adapter import base_of
 from strixft.model.architecture import auto_class, text_decoder
 from strixft.model.load import build
 from strixft.model.source import load_config
 from strixft.plan.dry_run import dry_run
-from strixft.plan.trace import RowShape
 from strixft.probe.job import Job
 from strixft.recipe.schema import Dataset, Lora, Recipe, Train
 from strixft.step.memory_tracker import MemoryTracker
