@@ -28,7 +28,7 @@ been measured on this host; work that is not large matrix products will be slowe
 Qwen 3.5 and 3.6 are trained in bf16: Unsloth advises against 4-bit for the whole 3.5 line, whose
 weights lose more by it than usual
 ([unsloth.ai/docs](https://unsloth.ai/docs/models/qwen3.5/fine-tune)). Their linear attention
-is planned with transformers' own path;
+is planned as torch computes it;
 flash-linear-attention, where it is installed and right, is faster. Vision-language checkpoints
 (Qwen 3.5, Gemma 3 and 4, Ministral 3, Muse Glimmer) are trained as text. A recipe that says
 `reconstructed` was planned from a `config.json` that was put together:
