@@ -43,6 +43,8 @@ GROUPS = [
     Group("Qwen/Qwen3-14B", "qlora", 16384, 3),
     Group("google/gemma-3-12b-it", "lora", 16384, 3),
     Group("mistralai/Mistral-Small-24B-Instruct-2501", "lora", 8192, 3),
+    Group("Qwen/Qwen3.5-9B", "lora", 16384, 4),
+    Group("google/gemma-4-31B-it", "qlora", 16384, 4),
 ]
 
 
