@@ -8,7 +8,7 @@ from typing import Any
 
 from strixft.app.chat_box import ChatBox
 from strixft.app.export_box import ExportBox
-from strixft.app.links import file_link
+from strixft.app.links import file_link, widget_link
 from strixft.app.report import write_report
 from strixft.evaluate.stage import Evaluated
 from strixft.evaluate.verdict import forgotten, verdict
@@ -44,15 +44,21 @@ def next_commands(run: Run) -> list[str]:
     return [f"strixft chat {folder} --both", f"{export} q4_k_m", f"{export} ollama"]
 
 
-def finish_html(run: Run) -> str:
-    """Return the verdict and links to the report and the live page as HTML."""
+def finish_html(run: Run, *, in_widget: bool = False) -> str:
+    """Return the verdict and links to the report and the live page as HTML.
+
+    Args:
+        run: The run.
+        in_widget: It is shown by a widget, not by an output of a cell.
+    """
+    link = widget_link if in_widget else file_link
     said = sentences(run)
     if not said:
         return html.note(f"{run.name} is not evaluated yet.")
     first, *rest = map(escape, said)
-    report = file_link(write_report(run), "report")
+    report = link(write_report(run), "report")
     page = run.folder / PAGE
-    links = f"{report} · {file_link(page, 'how it went')}" if page.is_file() else report
+    links = f"{report} · {link(page, 'how it went')}" if page.is_file() else report
     more = "".join(f"<p>{text}</p>" for text in rest)
     return (
         f'<div class="sx-finish"><style>{STYLE}</style><p class="sx-verdict">{first}</p>{more}'

@@ -89,6 +89,7 @@ class LivePanel:
         self.controls = ipywidgets.HBox([self._pause, self._stop])
         self.box = ipywidgets.VBox([self.page, self.controls])
         self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
+        self._settled = threading.Lock()  # held until a run that is stopped has its last state
 
     @staticmethod
     def _button(name: str, icon: str, tooltip: str) -> Any:
@@ -115,7 +116,7 @@ class LivePanel:
         self._pause.disabled = self._stop.disabled = True
         button = self._pause if state == "paused" else self._stop
         name, button.description = button.description, "Saving …"
-        with contextlib.suppress(StageError):  # it has just ended
+        with self._settled, contextlib.suppress(StageError):  # it has just ended
             stop_run(self._run, state=state)
         button.description = name
 
@@ -143,6 +144,9 @@ class LivePanel:
             text = to_html(view, cell_fix)
             if text != self.page.value:
                 self.page.value = text
+        with self._settled:
+            view = self._run.observer().look()
+        self.page.value = to_html(view, cell_fix)
         self.controls.children = [self._resume] if view.state in RESUMABLE else []
         self._ended()
 
