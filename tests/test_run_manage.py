@@ -14,6 +14,7 @@ from conftest import WriteRecipe
 from test_runs import HOLD, Start, kill, reads_line, start
 
 from strixft.app.cli import main
+from strixft.app.run_box import RunBox
 from strixft.run.folder import Run
 from strixft.run.manage import (
     delete_run,
@@ -174,3 +175,43 @@ def test_a_folder_that_vanishes_meanwhile_is_no_obstacle(run: Run) -> None:
     note_run(run, "x")
     shutil.rmtree(run.folder)
     assert list_runs() == []
+
+
+def test_the_list_in_a_notebook_deletes_and_brings_back(run: Run, start: Start) -> None:
+    box = RunBox()
+    assert "0 runs are chosen" in press(box, "Rename")
+    assert "no run is chosen" in press(box, "Delete")
+    tick(box, "mine")
+    box.text.value = "<b>good</b>"
+    assert "note written" in press(box, "Note")
+    assert "&lt;b&gt;good" in box.rows.children[0].children[1].value
+    process = start(HOLD, run.folder)
+    assert reads_line(process) == "held"
+    assert f"process {process.pid} is at work" in press(box, "Delete")
+    kill(process)
+    assert f"{run_bytes(run.folder):,} bytes" in press(box, "Delete")
+    assert box.bin.value == "mine"
+    assert "mine is back" in press(box, "Restore")
+    assert box.bin.value is None
+    assert "the bin is empty" in press(box, "Restore")
+    tick(box, "mine")
+    assert "comparing takes two runs" in press(box, "Compare")
+    box.text.value = "yours"
+    assert "mine is now yours" in press(box, "Rename")
+    assert find_run("yours").folder.is_dir()
+
+
+def tick(box: RunBox, name: str) -> None:
+    for line in box.rows.children:
+        line.children[0].value = f">{name}<" in line.children[1].value
+
+
+def press(box: RunBox, name: str) -> str:
+    """Clicks a button, and returns what is told then."""
+    box.told.value = ""
+    box.buttons[name].click()
+    deadline = time.monotonic() + 60
+    while not box.told.value:
+        assert time.monotonic() < deadline, name
+        time.sleep(0.02)
+    return str(box.told.value)

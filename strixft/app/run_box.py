@@ -146,7 +146,10 @@ class RunBox:
             shown, text = self._boxes[row["run"]][1], row_html(row)
             if shown.value != text:
                 shown.value = text
-        self.bin.options = [path.name for path in binned()]
+        there = tuple(path.name for path in binned())
+        if there != self.bin.options:
+            self.bin.options = there
+            self.bin.index = 0 if there else None
         if not found:
             self.rows.children = [self._widgets.HTML(html.note("There are no runs yet."))]
         return found
