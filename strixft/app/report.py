@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from strixft.evaluate.stage import Evaluated
+from strixft.evaluate.verdict import forgotten, verdict
 from strixft.export.result import Exported
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared
@@ -39,7 +40,9 @@ def render_report(run: Run) -> str:
             [name, format_number(values["base"]), format_number(values["tuned"])]
             for name, values in evaluated.figures["metrics"].items()
         ]
-        body = html.table(rows, ["measure", "base", "tuned"])
+        said = (verdict(evaluated.figures), forgotten(evaluated.figures))
+        body = "".join(map(html.note, filter(None, said)))
+        body += html.table(rows, ["measure", "base", "tuned"])
     body += html.warning(flag) if flag else ""
     for title, kind in (SECTIONS | {"Base against tuned": Evaluated}).items():
         result = loaded[kind]
