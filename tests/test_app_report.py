@@ -28,7 +28,8 @@ def test_the_report_shows_every_stage_and_stands_alone(tiny_run: Run) -> None:
     for text in (
         "exact_match",
         "memory at the peak by part",
-        "training loss by update",
+        "losses by update",
+        "held-out rows: loss",
         "tokens_per_update",
     ):
         assert text in html
