@@ -98,15 +98,19 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _gradient_of_chunk(
-    logits: Tensor, labels: Tensor, softcap: float | None, compiled: bool
+    hidden: Tensor,
+    head: tuple[Tensor, Tensor | None],
+    labels: Tensor,
+    softcap: float | None,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum () of the losses, and the gradient of the logits (n, V) in their dtype."""
-    dtype = logits.dtype
+    """Return the sum () of the losses, and the gradient of the logits (n, V) in hidden's dtype."""
+    logits = _logits(hidden, *head)
     if compiled:
         return cast("tuple[Tensor, Tensor]", logits_gradient(logits, labels, softcap))
     logits = logits.float()
     losses, gradient = _losses_and_gradient_(logits, labels, softcap)
-    return losses.sum(), gradient.to(dtype)
+    return losses.sum(), gradient.to(hidden.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -131,7 +135,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), rows):
             chunk = slice(start, start + rows)
             loss, gradient = _gradient_of_chunk(
-                _logits(hidden[chunk], weight, bias), labels[chunk], softcap, compiled
+                hidden[chunk], (weight, bias), labels[chunk], softcap, compiled
             )
             total += loss
             if grad_hidden is not None:
