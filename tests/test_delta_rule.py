@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
 from strixft.model import delta_rule
 from strixft.model.delta_rule import INSIDE, RESET, gated_delta_rule, short_convolution
 from strixft.plan.inside import look_inside
+from strixft.step.layers import _policy
 from strixft.step.memory_tracker import MemoryTracker
 
 PLAIN: Any = qwen.torch_chunk_gated_delta_rule
@@ -126,6 +129,23 @@ def test_a_compiled_layer_calls_one_operator() -> None:
     (module,) = graphs
     called = [str(node.target) for node in module.graph.nodes if "gated" in str(node.target)]
     assert len(called) == 1
+
+
+def test_layers_that_compute_elementwise_operations_again_keep_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It runs once forward, and once inside its backward pass."""
+    calls: list[int] = []
+
+    def counted(*tensors: Tensor, unit: bool) -> Tensor:
+        calls.append(1)
+        return delta_rule.chunked(*tensors, unit=unit)
+
+    monkeypatch.setattr(delta_rule, "kernel", [counted])
+    again = partial(create_selective_checkpoint_contexts, _policy)
+    layer = partial(checkpoint, lambda *all_: rule(*(2 * one for one in all_)).sin())
+    layer(*an_input(70), use_reentrant=False, context_fn=again).sum().backward()
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("function", INSIDE)

@@ -30,9 +30,13 @@ BACKEND: Any = inductor
 """Compiles the layers; a plan has another backend, which decides alike what is kept."""
 
 
+PRODUCT_LIBRARIES = ("bitsandbytes", "strixft")
+"""Libraries whose operators hold products."""
+
+
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep the results of products."""
-    is_product = operator.overloadpacket in flop_registry or operator.namespace == "bitsandbytes"
+    is_product = operator.overloadpacket in flop_registry or operator.namespace in PRODUCT_LIBRARIES
     return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
 
 
