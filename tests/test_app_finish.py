@@ -107,3 +107,15 @@ def test_every_export_is_offered_with_its_size(run: Run) -> None:
 def test_a_run_that_is_not_evaluated_has_no_verdict(tiny_run: Run) -> None:
     assert sentences(tiny_run) == []
     assert "is not evaluated yet" in finish_html(tiny_run)
+
+
+def test_links_are_those_of_a_widget_or_of_an_output(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A widget's address is the browser's; an output's is JupyterLab's, from its folder."""
+    served = {"base_url": "/base/", "root_dir": str(run.folder.parent)}
+    monkeypatch.setattr("jupyter_server.serverapp.list_running_servers", lambda: [served])
+    assert 'href="/base/files/my%20run/report.html"' in finish_html(run)
+    assert 'href="/my%20run/report.html"' in finish_html(run, in_widget=False)
+    monkeypatch.setattr("jupyter_server.serverapp.list_running_servers", list)
+    assert "href" not in finish_html(run)

@@ -44,7 +44,7 @@ def next_commands(run: Run) -> list[str]:
     return [f"strixft chat {folder} --both", f"{export} q4_k_m", f"{export} ollama"]
 
 
-def finish_html(run: Run, *, in_widget: bool = False) -> str:
+def finish_html(run: Run, *, in_widget: bool = True) -> str:
     """Return the verdict and links to the report and the live page as HTML.
 
     Args:
@@ -88,7 +88,7 @@ def finish(run: Run | str | Path) -> None:
     from IPython.display import HTML, display
 
     found = run if isinstance(run, Run) else find_run(run)
-    display(HTML(finish_html(found)))
+    display(HTML(finish_html(found, in_widget=False)))
     box = finish_box(found) if in_live_notebook() else None
     if box is not None:
         display(box)

@@ -84,4 +84,4 @@ def _ending(run: Run) -> str:
     """Return verdict and report of a run that has ended; nothing if a stage is missing."""
     if not run.is_done(run.last_stage):
         return ""
-    return finish_html(run) + ReportPage(write_report(run))._repr_html_()
+    return finish_html(run, in_widget=False) + ReportPage(write_report(run))._repr_html_()
