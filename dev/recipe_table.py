@@ -1,16 +1,25 @@
-"""Writes `docs/recipes.md`: what each recipe that ships needs on a host, predicted.
+"""Writes `docs/recipes.md` and `strixft/catalog/recipe_figures.csv`: what each recipe needs.
 
 python dev/recipe_table.py strix-halo-128 > docs/recipes.md
 """
 
 from __future__ import annotations
 
+import csv
 import sys
+from dataclasses import fields
 from typing import Any
 
-from strixft.plan.result import plan_figures
+import torch
+
+from strixft.catalog.methods import METHODS
+from strixft.catalog.recipe_figures import FILE, RecipeFigures
+from strixft.model.load import shape_base
+from strixft.plan.choose import DataShape, Planner
+from strixft.plan.result import checked_job, plan_figures
 from strixft.recipe.find import find_recipes
 from strixft.recipe.load import load_recipe
+from strixft.recipe.schema import Recipe
 from strixft.support.units import format_gib, format_number
 
 HEADER = """# The recipes
@@ -54,15 +63,39 @@ def row(name: str, figures: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def short(recipe: Recipe, host: str, figures: dict[str, Any]) -> RecipeFigures:
+    """Return the figures that lists show."""
+    job = checked_job(recipe, host)
+    data = DataShape.of(recipe, None, packed=job.options.backend.packed)
+    planner = Planner(job, data)
+    least = planner.dry_run(1, planner.num_layers)
+    whole = shape_base(job.config, METHODS["full"], torch.bfloat16)
+    return RecipeFigures(
+        need_bytes=figures["reserved_bytes"] + figures["outside_bytes"],
+        least_bytes=planner.need_bytes(least),
+        tok_per_s=round(figures["tok_per_s"], 1),
+        weights_bytes=sum(2 * weight.numel() for weight in whole.parameters()),
+    )
+
+
 def main(host: str) -> None:
-    """Print the page."""
-    lines, figures = [], {}
+    """Print the page, and write the figures that lists show."""
+    lines, found, figures = [], {}, {}
     for name in sorted(find_recipes()):
         if name != "demo":
-            figures = plan_figures(load_recipe(name), host)
+            recipe = load_recipe(name)
+            figures = plan_figures(recipe, host)
             lines.append(row(name, figures))
+            found[name] = short(recipe, host, figures)
     budget = format_gib(figures["host"]["budget_bytes"])
     print("\n".join([HEADER.format(host=host, budget=budget), *lines]))
+    names = [field.name for field in fields(RecipeFigures)]
+    with FILE.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["recipe", *names])
+        writer.writerows(
+            [name, *(getattr(one, key) for key in names)] for name, one in found.items()
+        )
 
 
 if __name__ == "__main__":

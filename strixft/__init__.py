@@ -13,16 +13,17 @@ if TYPE_CHECKING:
     from strixft.app.chat_box import chat as chat
     from strixft.app.export_box import exports as exports
     from strixft.app.finish import finish as finish
+    from strixft.app.form import start as start
     from strixft.app.lab import list_recipes as list_recipes
     from strixft.app.lab import run_recipe as run_recipe
     from strixft.app.report import write_report as write_report
     from strixft.app.run_box import runs as runs
+    from strixft.app.settings import explore_plan as explore_plan
     from strixft.app.watch import watch as watch
     from strixft.bench.page import open_benchmarks as open_benchmarks
     from strixft.bench.page import predict_training as predict_training
     from strixft.bench.run import run_bench as run_bench
     from strixft.doctor.checks import check_host as check_host
-    from strixft.plan.result import explore_plan as explore_plan
     from strixft.plan.result import plan_recipe as plan_recipe
     from strixft.recipe.load import load_recipe as load_recipe
     from strixft.run.open import find_runs as find_runs
@@ -34,7 +35,7 @@ _HOME = {
     "chat": "app.chat_box",
     "check_host": "doctor.checks",
     "evaluate_recipe": "app.attend",
-    "explore_plan": "plan.result",
+    "explore_plan": "app.settings",
     "export_recipe": "app.attend",
     "exports": "app.export_box",
     "find_runs": "run.open",
@@ -49,6 +50,7 @@ _HOME = {
     "run_bench": "bench.run",
     "run_recipe": "app.lab",
     "runs": "app.run_box",
+    "start": "app.form",
     "train_recipe": "app.attend",
     "watch": "app.watch",
     "write_report": "app.report",

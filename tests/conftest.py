@@ -29,6 +29,7 @@ EMBEDDED = "embedded:smollm2-135m"
 SLOW = [
     "test_app_chat",
     "test_app_finish",
+    "test_app_form",
     "test_app_lab",
     "test_app_notebooks",
     "test_app_terminal",
@@ -55,6 +56,7 @@ SLOW = [
     "test_models",
     "test_opening",
     "test_plan",
+    "test_plan_explore",
     "test_prepare_augment",
     "test_probe",
     "test_step_matrix_products",

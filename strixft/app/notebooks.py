@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import signal
 import tempfile
 import threading
@@ -24,12 +23,11 @@ from strixft.evaluate.stage import check_evaluation, require_held_out
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared
 from strixft.recipe.find import shipped
-from strixft.recipe.load import parse_override
+from strixft.recipe.load import typed_override
 from strixft.run.folder import STAGES, Run, chosen_stages
 from strixft.run.open import first_reader, set_aside, stages_from
 from strixft.support.errors import (
     FitError,
-    RecipeError,
     StageError,
     Stopped,
     StrixftError,
@@ -149,24 +147,10 @@ def _error_of_stage(run: Run, stage: str, error: DeadKernelError | StrixftError)
     return out_of_memory(run.recipe, plan, what, None)
 
 
-def _setting(key: str, value: Any) -> str:
-    """Return an override as it is typed, without JSON's quotes where plain text means the same."""
-    text = json.dumps(value, ensure_ascii=False)
-    plain = text.replace('"', "")
-    same = "\\" not in text and _means(f"{key}={plain}", value)
-    return f"--set {shlex.quote(f'{key}={plain if same else text}')}"
-
-
-def _means(text: str, value: Any) -> bool:
-    with contextlib.suppress(RecipeError):
-        return bool(parse_override(text)[1] == value)
-    return False
-
-
 def _resume_command(run: Run, parameters: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Return the command that continues a run, with the settings of a fix."""
     kept = {key: value for key, value in parameters["overrides"].items() if key not in settings}
-    options = [_setting(*row) for row in (kept | dict(settings)).items()]
+    options = [typed_override(*row) for row in (kept | dict(settings)).items()]
     reader = first_reader(settings)
     done = reader is not None and any(map(run.is_done, stages_from(reader)))
     command = f"strixft run {typed(parameters['recipe'])} --run-dir {typed(run.folder)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -127,6 +128,32 @@ def _paths_in(folder: Path) -> list[Path]:
 def _is_data(path: Path) -> bool:
     about = path.name in ABOUT and (path.parent / ABOUT[0]).is_file()
     return not (_kind_of(path) is None or path.suffix == ".md" or path.is_dir() or about)
+
+
+def data_files(folder: Path, most: int = 300) -> list[Path]:
+    """Return data files below a folder that a person may mean, the newest first.
+
+    Hidden folders, runs, packages and virtual environments are left out.
+
+    Args:
+        folder: The folder.
+        most: Number of files at most.
+    """
+    found: list[Path] = []
+    for here, names, files in os.walk(folder):
+        names[:] = [name for name in names if _may_hold_data(Path(here, name))]
+        paths = (Path(here, name) for name in files if not name.startswith((".", "requirements")))
+        found += [path for path in paths if _is_data(path)]
+        if len(found) > 20 * most:
+            break
+    return sorted(filter(Path.is_file, found), key=lambda p: -p.stat().st_mtime)[:most]
+
+
+def _may_hold_data(folder: Path) -> bool:
+    left_out = {"runs", "node_modules", "site-packages", "build", "dist", "strixft"}
+    name = folder.name
+    hidden = name.startswith((".", "__")) or name in left_out
+    return not hidden and not (folder / "pyvenv.cfg").exists()
 
 
 def _file(path: Path, folder: Path | None = None) -> SourceFile:

@@ -23,7 +23,7 @@ from strixft.model.source import load_config
 from strixft.model.targets import adapted_layers, find_targets
 from strixft.plan import show
 from strixft.plan.advice import advise, cause, share_figures
-from strixft.plan.choose import Choice, DataShape, Planner, choose
+from strixft.plan.choose import Choice, DataShape, choose
 from strixft.plan.dry_run import require_all_weights
 from strixft.plan.held_out import held_out_figures
 from strixft.plan.measure import Correction, load_correction, measure, save_correction
@@ -152,7 +152,7 @@ def plan_figures(
         boxes: Machines that share the run.
         measured: Run small models on this device first, and correct the plan by them.
     """
-    job = _checked_job(recipe, host_name or recipe.memory.host, measured=measured)
+    job = checked_job(recipe, host_name or recipe.memory.host, measured=measured)
     limit = budget_for(recipe.memory, job.host)
     data = DataShape.of(recipe, prepared, packed=job.options.backend.packed)
     with _named(job):
@@ -195,7 +195,7 @@ def plan_figures(
     }
 
 
-def _checked_job(recipe: Recipe, name: str, *, measured: bool) -> Job:
+def checked_job(recipe: Recipe, name: str, *, measured: bool = False) -> Job:
     """Return the job of a recipe on a host, unless they cannot go together."""
     if measured and name not in THIS_MACHINE:
         raise RecipeError(
@@ -341,17 +341,3 @@ def _warnings(
     for name, phase in peaks.items():
         if name != "train" and phase["device_bytes"] > limit.num_bytes:
             yield f"{name} may need {format_gib(phase['device_bytes'])}, more than the budget"
-
-
-def explore_plan(run: Run) -> show.Explorer:
-    """Return sliders for a prepared run on its host.
-
-    Args:
-        run: The prepared run; its data decide how long rows can be.
-    """
-    from strixft.prepare.stage import Prepared
-
-    recipe = run.recipe
-    job = Job.of(recipe, load_config(recipe), find_host(recipe.memory.host))
-    data = DataShape.of(recipe, run.require(Prepared), packed=job.options.backend.packed)
-    return show.Explorer(Planner(job, data), budget_for(recipe.memory, job.host))

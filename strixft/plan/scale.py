@@ -284,12 +284,19 @@ class Traces:
             first = self._trace(small, layers, kinds)
         return first, self._trace(large, layers, kinds)
 
+    def _key(self, step: Step) -> tuple[Regime, tuple[Kind, ...]]:
+        kinds = layer_kinds(self._job, step.recomputed_layers)
+        sampled = tuple(kinds[layer] for layer in sample_layers(kinds))
+        return Regime.of(self._job.config, step.shape), sampled
+
+    def is_traced(self, step: Step) -> bool:
+        """Return whether the like of a step was traced, so that an answer takes milliseconds."""
+        return self._key(step) in self._scaled
+
     def _find(self, step: Step) -> tuple[Schedule, Ints, Seconds | None] | None:
         """Return a step's events, with the sizes and times of its micro-batch."""
         kinds = layer_kinds(self._job, step.recomputed_layers)
-        sampled = sample_layers(kinds)
-        regime = Regime.of(self._job.config, step.shape)
-        key = regime, tuple(kinds[layer] for layer in sampled)
+        key = regime, sampled = self._key(step)
         if key not in self._scaled:
             self._scaled[key] = self._scale(regime, step.recomputed_layers, key[1])
         scaled = self._scaled[key]

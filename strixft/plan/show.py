@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from strixft.catalog.hosts import Budget
 from strixft.plan.advice import cause
-from strixft.plan.choose import Candidate, DataShape, Planner
 from strixft.support import html
 from strixft.support.units import GIB, format_gib, format_number, format_seconds
 
@@ -15,6 +12,37 @@ Figures = dict[str, Any]
 
 Rows = tuple[list[list[str]], list[str]]
 """The rows of a table, and its header."""
+
+
+def sentence(
+    *,
+    need_bytes: int,
+    budget_bytes: int,
+    tok_per_s: float | None,
+    seconds_per_update: float | None,
+    seconds_total: float | None,
+    about: bool = False,
+) -> str:
+    """Return memory, speed and time of a plan as one sentence.
+
+    >>> sentence(need_bytes=98 * GIB, budget_bytes=109 * GIB, tok_per_s=100.2,
+    ...          seconds_per_update=658, seconds_total=None)
+    'Fits: 98 of 109 GiB, 100 tokens/s, 10 min 58 s a step'
+    """
+    digits = 0 if budget_bytes >= 20 * GIB else 1
+    memory = f"{need_bytes / GIB:.{digits}f} of {budget_bytes / GIB:.{digits}f} GiB"
+    words = [f"about {memory}" if about else memory]
+    words += [f"{format_number(tok_per_s, 0)} tokens/s"] if tok_per_s else []
+    words += [f"{format_seconds(seconds_per_update)} a step"] if seconds_per_update else []
+    words += [f"{format_seconds(seconds_total)} in all"] if seconds_total else []
+    return f"{'Fits' if need_bytes <= budget_bytes else 'Does not fit'}: {', '.join(words)}"
+
+
+def headline(figures: Figures) -> str:
+    """Return a plan as one sentence."""
+    needs = {"need_bytes": figures["reserved_bytes"] + figures["outside_bytes"]}
+    times = {name: figures[name] for name in ("tok_per_s", "seconds_per_update", "seconds_total")}
+    return sentence(**needs, budget_bytes=figures["host"]["budget_bytes"], **times)
 
 
 def _fits(figures: Figures) -> str:
@@ -84,7 +112,7 @@ def _boxes(figures: Figures) -> Rows:
 def _frontier(figures: Figures) -> Rows:
     rows = [
         [
-            str(point["rows"]),
+            f"{point['rows']}{' ★' if _is_chosen(point, figures) else ''}",
             str(point["recomputed_layers"]),
             str(point["steps"]),
             format_gib(point["need_bytes"]),
@@ -133,18 +161,24 @@ def plan_html(figures: Figures) -> str:
         [row["what"], row["value"] if row["value"] is not None else "–", row["source"]]
         for row in figures["assumptions"]
     ]
+    details = (
+        frontier(figures),
+        html.table(*_frontier(figures)),
+        html.table(of_phases, ["phase", "device", "host"]),
+        html.table(assumed, ["assumed", "value", "source"]),
+    )
     return "".join(
         (
-            html.mapping(summary(figures)),
+            "" if boxes[0] else f"<p><strong>{headline(figures)}</strong></p>",
             *map(html.warning, figures["warnings"]),
             breakdown(figures),
             advice(figures),
             html.table(*boxes) if boxes[0] else "",
             html.table(*changes) if changes[0] else "",
-            frontier(figures),
-            html.table(*_frontier(figures)),
-            html.table(of_phases, ["phase", "device", "host"]),
-            html.table(assumed, ["assumed", "value", "source"]),
+            html.mapping(summary(figures)),
+            "<details><summary>Other plans, phases, and what is assumed</summary>",
+            *details,
+            "</details>",
         )
     )
 
@@ -277,121 +311,3 @@ def advice(figures: Figures) -> str:
     axes.margins(x=0.35)
     axes.set_xlabel("GiB needed with this change; blue: it fits")
     return html.picture(figure, "changes that would help, against the budget")
-
-
-# Sliders
-
-SHORTEST = 128
-"""Tokens of a row where the slider begins."""
-
-WIDGET = {"continuous_update": False}
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Memory and speed of a step."""
-
-    peak_bytes: int
-    need_bytes: int
-    """Reserved, and outside the allocator."""
-    tok_per_s: float | None
-    fits: bool
-
-    def _repr_html_(self) -> str:
-        return html.mapping(
-            {
-                "fits": "yes" if self.fits else "NO",
-                "peak, allocated": format_gib(self.peak_bytes),
-                "needed": format_gib(self.need_bytes),
-                "tokens per second, predicted": format_number(self.tok_per_s, 1),
-            }
-        )
-
-
-class Explorer:
-    """Answers for any micro-batch of a recipe; shows itself as sliders, and as a picture.
-
-    Args:
-        planner: Of the recipe, on its host.
-        limit: What the run may use.
-    """
-
-    def __init__(self, planner: Planner, limit: Budget) -> None:
-        self._planner, self._limit = planner, limit
-
-    def answer(self, rows: int, length: int, recomputed_layers: int) -> Answer:
-        """Return what a step needs: of the data at their full length, of filled rows at another."""
-        planner, data = self._planner, self._data(length)
-        run = planner.dry_run_of(planner.step_of(data, rows, recomputed_layers))
-        need, seconds = planner.need_bytes(run), run.seconds_per_update
-        rate = rows * run.steps * data.mean_length() / seconds if seconds else None
-        return Answer(run.peak_bytes, need, rate, need <= self._limit.num_bytes)
-
-    def at_least(self, rows: int, length: int, recomputed_layers: int) -> Candidate:
-        """Return what a step asks for, quickly: without what the allocator holds beyond."""
-        data = self._data(length)
-        step = self._planner.step_of(data, rows, recomputed_layers)
-        return self._planner.candidate_of(step, data)
-
-    def _at_once(self, **chosen: int) -> str:
-        found = self.at_least(**chosen)
-        return html.mapping(
-            {
-                "fits": "…" if found.need_bytes <= self._limit.num_bytes else "NO",
-                "needed": f"at least {format_gib(found.need_bytes)}",
-                "tokens per second, predicted": format_number(found.tok_per_s, 1),
-            }
-        )
-
-    def _data(self, length: int) -> DataShape:
-        data = self._planner.data
-        if length == data.max_length:
-            return data
-        return DataShape(length, longest=min(data.longest, length))
-
-    def picture(self) -> str:
-        """Return a picture of memory against rows; none, half and all layers are recomputed."""
-        figure, axes = html.new_figure()
-        rows, most = sorted(self._planner.rows()), self._planner.num_layers
-        for layers in sorted({0, most // 2, most}):
-            need = [self._planner.candidate(count, layers).need_bytes / GIB for count in rows]
-            axes.plot(rows, need, marker="o", label=f"{layers} of {most} layers recomputed")
-        axes.axhline(self._limit.num_bytes / GIB, color=html.INK, linestyle="--", label="budget")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(rows, list(map(str, rows)))
-        axes.set_xlabel("rows of a micro-batch")
-        axes.set_ylabel("GiB asked for")
-        axes.legend(fontsize=7.5, frameon=False)
-        return html.picture(figure, "memory against rows and recomputed layers")
-
-    def sliders(self) -> Any:
-        """Return three sliders and the answer below them, for a notebook with a kernel."""
-        import ipywidgets as widgets
-
-        rows, length = sorted(self._planner.rows()), self._planner.data.max_length
-        controls = {
-            "rows": widgets.SelectionSlider(options=rows, description="rows", **WIDGET),
-            "length": widgets.IntSlider(
-                length, min(SHORTEST, length), length, description="tokens", **WIDGET
-            ),
-            "recomputed_layers": widgets.IntSlider(
-                0, 0, self._planner.num_layers, description="recomputed", **WIDGET
-            ),
-        }
-        shown = widgets.HTML()
-
-        def show(_: Any = None) -> None:
-            chosen = {name: control.value for name, control in controls.items()}
-            shown.value = self._at_once(**chosen)
-            shown.value = self.answer(**chosen)._repr_html_()
-
-        for control in controls.values():
-            control.observe(show, "value")
-        show()
-        return widgets.VBox([*controls.values(), shown])
-
-    def _ipython_display_(self) -> None:
-        """Show the sliders, and the picture: it stays in a page without a kernel."""
-        from IPython.display import HTML, display
-
-        display(HTML(self.picture()), self.sliders())

@@ -5,6 +5,7 @@ Unknown keys are refused, and all faults are reported together.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -22,6 +23,7 @@ from strixft.recipe.schema import Recipe, Source, as_section, explain
 from strixft.recipe.section import shown
 from strixft.support.errors import RecipeError, StrixftError
 from strixft.support.tables import did_you_mean
+from strixft.support.text import typed
 
 NEAR = 0.8
 """Least similarity of two names of settings to be taken for one, 0 to 1."""
@@ -103,6 +105,24 @@ def parse_override(text: str) -> tuple[str, Any]:
         )
     name = f"--set {shown(text)}"
     return key.strip(), _parse_yaml(value, name=name, fix="put the value in quotes")
+
+
+def typed_override(key: str, value: Any) -> str:
+    """Return an override as it is typed, without JSON's quotes where plain text means the same.
+
+    >>> typed_override("notify", ["desktop"]), typed_override("train.epochs", 2)
+    ("--set 'notify=[desktop]'", '--set train.epochs=2')
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    plain = text.replace('"', "")
+    same = "\\" not in text and _means(f"{key}={plain}", value)
+    return f"--set {typed(f'{key}={plain if same else text}')}"
+
+
+def _means(text: str, value: Any) -> bool:
+    with contextlib.suppress(RecipeError):
+        return bool(parse_override(text)[1] == value)
+    return False
 
 
 def parse_overrides(overrides: object) -> dict[str, Any]:
