@@ -16,7 +16,7 @@ from strixft.app import choices as choosing
 from strixft.app.choices import Choices, keep_upload, offers
 from strixft.app.form import Form, start
 from strixft.app.form_parts import ON_HUB, PICK, UPLOAD
-from strixft.app.latest import Latest
+from strixft.app.background import Latest
 from strixft.catalog.recipe_figures import recipe_figures
 from strixft.formats.sources import data_files
 from strixft.recipe.find import find_recipes

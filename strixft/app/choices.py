@@ -94,7 +94,7 @@ def is_on_disk(model: str) -> bool:
 
 @dataclass
 class Choices:
-    """What was chosen so far."""
+    """The choices so far."""
 
     recipe: str
     """Name or path of the recipe to begin with."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 
-from strixft.app.latest import Latest
+from strixft.app.background import Latest
 from strixft.app.watch import in_live_notebook
 from strixft.catalog.methods import METHODS
 from strixft.run.folder import Run

@@ -18,7 +18,7 @@ PLANNED_HOST = "strix-halo-128"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeFigures:
-    """What a recipe needs on `PLANNED_HOST`, with rows of `max_length`; predicted."""
+    """The need of a recipe on `PLANNED_HOST`, with rows of `max_length`; predicted."""
 
     need_bytes: int
     """By the plan that would be chosen: reserved, and outside the allocator."""

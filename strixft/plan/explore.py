@@ -97,7 +97,7 @@ class Answer:
 
     @property
     def need_bytes(self) -> int:
-        """What the budget is held against."""
+        """Memory that the budget is held against."""
         return sum(self.parts.values()) + self.beyond_bytes
 
     @property
