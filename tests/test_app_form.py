@@ -13,10 +13,10 @@ import yaml
 from conftest import WriteRecipe, chats, recipe_writer, write_lines
 
 from strixft.app import choices as choosing
+from strixft.app.background import Latest
 from strixft.app.choices import Choices, keep_upload, offers
 from strixft.app.form import Form, start
 from strixft.app.form_parts import ON_HUB, PICK, UPLOAD
-from strixft.app.background import Latest
 from strixft.catalog.recipe_figures import recipe_figures
 from strixft.formats.sources import data_files
 from strixft.recipe.find import find_recipes

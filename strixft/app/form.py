@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 
+from strixft.app.background import Latest
 from strixft.app.choices import Choices, disk_line, drop_drafts
 from strixft.app.detached import ended_by, start_on
 from strixft.app.form_parts import DataSection, ModelSection, heading, note, row, section
-from strixft.app.background import Latest
 from strixft.app.settings import SettingsPanel, card, style
 from strixft.app.watch import LivePanel, in_live_notebook
 from strixft.recipe.load import parse_overrides
