@@ -226,7 +226,7 @@ def test_a_file_that_holds_no_data_is_a_card(form: Form, workspace: Path) -> Non
     picture = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4
     form.data.upload.value = ({**_file("<b>cat.jsonl"), "content": memoryview(picture)},)
     wait_for(lambda: form.data.problem.value)
-    assert 'class="sx-card"' in form.data.problem.value
+    assert 'class="sx-card' in form.data.problem.value
     assert "<b>cat" not in form.data.problem.value
     assert form.start.disabled
 

@@ -19,11 +19,12 @@ from strixft.app.background import Latest
 from strixft.app.choices import Choices, disk_line, drop_drafts
 from strixft.app.detached import ended_by, start_on
 from strixft.app.form_parts import DataSection, ModelSection, heading, note, row, section
-from strixft.app.settings import SettingsPanel, card, style
-from strixft.app.watch import LivePanel, in_live_notebook
+from strixft.app.settings import SettingsPanel, shown_error, style
+from strixft.app.watch import LivePanel
 from strixft.recipe.load import parse_overrides
 from strixft.run.folder import Run
 from strixft.run.open import find_run, find_runs, open_run, run_folder, stop_run
+from strixft.support.environment import in_live_notebook
 from strixft.support.errors import StrixftError
 from strixft.support.files import now
 from strixft.support.text import visible
@@ -43,11 +44,17 @@ TITLE = (
 
 
 def finished(run: Run) -> list[Any]:
-    """Return widgets that are shown below a run that has ended."""
+    """Return widgets that are shown below a run that is done: verdict, report, chat, exports."""
+    from strixft.app.finish import finish_box, finish_html
     from strixft.app.lab import ReportPage
     from strixft.app.report import write_report
 
-    return [ipywidgets.HTML(ReportPage(write_report(run))._repr_html_())]
+    report = ReportPage(write_report(run))._repr_html_()
+    shown = (
+        f'{finish_html(run)}<details class="sx-fold"><summary>Report</summary>{report}</details>'
+    )
+    box = finish_box(run)
+    return [ipywidgets.HTML(shown), *([box] if box is not None else [])]
 
 
 class Form:
@@ -73,7 +80,6 @@ class Form:
         self.name.style.description_width = "3rem"
         self.start = ipywidgets.Button(description="Start", icon="play").add_class("sx-start")
         self.save = ipywidgets.Button(description="Save recipe.yaml", icon="save")
-        self.resume = ipywidgets.Button(description="Resume", icon="play").add_class("sx-start")
         self.command, self.said = ipywidgets.HTML(), ipywidgets.HTML()
         self.yaml = ipywidgets.HTML()
         self.summary = ipywidgets.HTML()
@@ -103,7 +109,6 @@ class Form:
         self.new.on_click(lambda _: self.show(None))
         self.start.on_click(lambda _: self._guarded(self._start))
         self.save.on_click(lambda _: self._guarded(self._save))
-        self.resume.on_click(lambda _: self._guarded(self._resume))
         self.name.observe(lambda _: self._show_recipe(), "value")
         self.runs.observe(self._pick_run, "value")
 
@@ -112,7 +117,7 @@ class Form:
         try:
             act()
         except (StrixftError, OSError) as error:
-            self.said.value = card(error)
+            self.said.value = shown_error(error)
 
     # the run that is shown
 
@@ -148,16 +153,11 @@ class Form:
         panel.start()
 
     def _ended(self, run: Run) -> None:
-        """Show what can be done with a run that no process works on; called from a thread."""
-        shown = self.begun.children[0]
+        """Show what came of a run; called from a thread, each time that its work has ended."""
         if self.run.folder != run.folder:
             return  # another one is shown meanwhile
         if run.is_done(run.last_stage):
-            more = finished(run)
-        else:
-            self.resume.description = "Resume" if run.status()["stage"] else "Start"
-            more = [self.resume]
-        shown.children = [*shown.children, *more]
+            self.begun.children = [self.begun.children[0], *finished(run)]
         self._list_later(run)
 
     def _list_later(self, run: Run) -> None:
@@ -166,11 +166,6 @@ class Form:
         known = [value for _, value in self.runs.options]
         self.runs.value = run.name if run.name in known else NEW
         self.runs.observe(self._pick_run, "value")
-
-    def _resume(self) -> None:
-        if not self.run.workers():
-            start_on(self.run, "run")
-        self.show(self.run)
 
     # a new run
 
@@ -299,9 +294,7 @@ class Form:
     def _save(self) -> None:
         self._apply_sliders()
         path = self.choices.save(self.name.value)
-        self.said.value = (
-            f'<div class="sx-card sx-ok"><b>Saved: {escape(visible(str(path)))}</b></div>'
-        )
+        self.said.value = f'<div class="sx-said"><b>Saved: {escape(visible(str(path)))}</b></div>'
 
     def _apply_sliders(self) -> None:
         self.choices.overrides |= self.settings.changes()
@@ -319,7 +312,7 @@ class Form:
         try:
             start_on(run, "run")
         except StrixftError as error:
-            self.said.value = card(error)
+            self.said.value = shown_error(error)
             return
         self.show(run)
 

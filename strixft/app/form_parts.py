@@ -12,7 +12,7 @@ from typing import Any
 import ipywidgets
 
 from strixft.app.choices import ANY_MODEL, DATA, Offer, is_on_disk, keep_upload, offers
-from strixft.app.settings import card
+from strixft.app.settings import shown_error
 from strixft.formats.sources import FILE_KINDS, HUB, data_files
 from strixft.recipe.find import workspace
 from strixft.support.errors import DataError, StrixftError
@@ -128,7 +128,7 @@ class ModelSection:
 
     def describe(self, model: str, text: str, *, is_enough: bool) -> None:
         """Show where the model comes from, and the disk that it needs."""
-        warning = "" if is_enough else card(DataError(text, fix="make room, or set HF_HOME"))
+        warning = "" if is_enough else shown_error(DataError(text, fix="make room, or set HF_HOME"))
         self.about.value = warning or note(f"{model}: {text}")
         is_gettable = not is_on_disk(model) and not os.path.isdir(model)
         self.login.layout.display = "" if is_gettable else "none"
@@ -152,10 +152,10 @@ class ModelSection:
         self.log_in.disabled = True
         try:
             login(token=token, add_to_git_credential=False)
-            self.login_text.value = '<div class="sx-card sx-ok"><b>Logged in.</b></div>'
+            self.login_text.value = '<div class="sx-said"><b>Logged in.</b></div>'
         except Exception as error:  # of the HTTP client, which differs between versions
             problem = DataError(f"the hub did not take the token: {error}", fix="make a new one")
-            self.login_text.value = card(problem)
+            self.login_text.value = shown_error(problem)
         finally:
             self.log_in.disabled = False
 
@@ -206,7 +206,7 @@ class DataSection:
 
     def show_problem(self, error: Exception | None) -> None:
         """Show an error of the data as a card, or none."""
-        self.problem.value = card(error) if error else ""
+        self.problem.value = shown_error(error) if error else ""
 
     def working(self, text: str) -> None:
         """Show that the data are being read."""
@@ -220,7 +220,7 @@ class DataSection:
             line: Plain text.
         """
         self.report.value = (
-            f'<div class="sx-card sx-ok"><b>{escape(visible(line))}</b></div>'
+            f'<div class="sx-said"><b>{escape(visible(line))}</b></div>'
             '<details class="sx-fold"><summary>Counts, rows to look at, and five rows as the model'
             f' reads them</summary><div class="sx-report">{markup}</div></details>'
         )

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 
 from strixft.app.background import Latest
-from strixft.app.watch import in_live_notebook
+from strixft.app.cards import card
 from strixft.catalog.methods import METHODS
 from strixft.run.folder import Run
 from strixft.run.open import open_run
+from strixft.support.environment import in_live_notebook
 from strixft.support.errors import StrixftError
-from strixft.support.text import visible
 
 if TYPE_CHECKING:  # they import torch: seconds, while the form is there already
     from strixft.plan.explore import Answer, Explorer, Settings
@@ -31,15 +31,11 @@ SETTLED_S = 0.15
 STYLE = Path(__file__).with_name("form.css").read_text(encoding="utf-8")
 
 
-def card(error: Exception) -> str:
-    """Return an error as HTML: the problem and the fix; all text is escaped."""
-    problem, fix = f"{type(error).__name__}: {error}"[:1000], "please report this"
+def shown_error(error: Exception) -> str:
+    """Return an error as a card; one that is not ours says that it should be reported."""
     if isinstance(error, StrixftError):
-        problem, fix = error.problem, error.fix
-    return (
-        f'<div class="sx-card" role="alert"><b>{escape(visible(problem))}</b>'
-        f"<div>{escape(visible(fix))}</div></div>"
-    )
+        return card(error)
+    return card(StrixftError(f"{type(error).__name__}: {error}"[:1000], fix="please report this"))
 
 
 def _with(values: Sequence[int], value: int) -> list[int]:
@@ -124,7 +120,7 @@ class SettingsPanel:
     def show_error(self, error: Exception) -> None:
         """Show an error in the place of an answer."""
         self.bar.value = self.picture.value = ""
-        self._say(card(error), is_html=True)
+        self._say(shown_error(error), is_html=True)
 
     def asked(self) -> Settings:
         """Return the settings of the sliders."""
@@ -236,7 +232,7 @@ class SettingsPanel:
         try:
             self._use(self.changes())
         except StrixftError as error:
-            self._say(card(error), is_html=True)
+            self._say(shown_error(error), is_html=True)
 
 
 class PlanSliders:
