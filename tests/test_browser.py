@@ -15,7 +15,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from conftest import chats, recipe_writer
+from conftest import chats, recipe_writer, write_lines
 from test_train import trained
 
 from strixft.evaluate.stage import evaluate_recipe
@@ -219,6 +219,47 @@ def test_a_run_outlives_page_kernel_and_lab_and_is_paused_resumed_and_stopped(
     assert page.get_by_text("train: stopped").count() > 0
     assert run.workers() == []
     assert list(run.folder.glob("train/checkpoints/checkpoint-*/manifest.json"))
+
+
+def test_the_form_takes_a_file_plans_starts_and_finds_its_run_again(
+    page: Any, lab: Lab, tmp_path: Path
+) -> None:
+    data = write_lines(tmp_path / "my <b>own.jsonl", chats(60))
+    _run_all(page)
+    new = page.locator(".sx-form button:visible", has_text="New run")
+    page.locator(".sx-form .sx-section:visible").first.wait_for()
+    if new.count():  # a run of another test is shown
+        new.click()
+    page.locator(".sx-tabs button:visible", has_text="Upload a file").click()
+    with page.expect_file_chooser() as chooser:
+        page.locator("button.jupyter-button:visible", has_text="Choose a file").click()
+    chooser.value.set_files(data)
+    page.locator(".sx-command:visible", has_text="own.jsonl").first.wait_for()
+    page.locator(".sx-said:visible", has_text="rows to train").wait_for()
+    says = page.locator(".sx-says:visible")
+    says.filter(has_text="Fits: ").wait_for()
+    ready = page.locator("button.sx-start:not([disabled])", has_text="Start")
+    ready.wait_for()
+    before = says.inner_text()
+    page.locator(".noUi-handle:visible").first.focus()
+    page.keyboard.press("ArrowRight")
+    says.filter(has_not_text=before).wait_for()
+    assert "about" in says.inner_text() or says.inner_text() != before
+    page.locator(".sx-command:visible", has_text="demo").first.wait_for()
+    _take_picture(page, "form")
+    page.set_viewport_size({"width": 700, "height": 900})
+    wide = page.locator(".sx-form:visible").evaluate("form => form.scrollWidth - form.clientWidth")
+    assert wide <= 1, "nothing is cut in a window of 700 pixels"
+    page.set_viewport_size({"width": 1280, "height": 900})
+    ready.click()
+    first = _wait_for_update(page, 2)
+    page.reload()
+    page.locator(".jp-Notebook:visible .jp-Cell").first.wait_for()
+    _run_all(page)
+    _wait_for_update(page, first + 1)
+    assert "own.jsonl" in page.locator(".sx-facts:visible").inner_text()
+    page.locator("button.sx-stop").last.click()
+    page.get_by_text("train: stopped").last.wait_for()
 
 
 def test_a_finished_run_is_judged_talked_to_and_exported(page: Any, lab: Lab) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -230,8 +231,9 @@ class DataSection:
         shown: dict[str, tuple[list[Any], str]] = {
             UPLOAD: (
                 [self.upload],
-                f"The file is copied to {folder / DATA}. Larger than 1 GB: drag it into the file"
-                f" browser on the left, into the folder {DATA}, and choose “{PICK}”.",
+                f"The file is copied to {folder / DATA}. A browser cannot read files of 2 GB or"
+                " more (the button then does nothing): drag those into the file browser on the"
+                f" left, into the folder {DATA}, and choose “{PICK}”.",
             ),
             PICK: ([self.files, self.again], f"Data files below {folder}, the newest first."),
             ON_HUB: ([self.hub, self.take], "Its split “train” is used."),
@@ -242,6 +244,8 @@ class DataSection:
         self.place.layout.display = "" if children else "none"
         self.hint.value = note(text)
         self.problem.value = ""
+        with contextlib.suppress(OSError):  # told when something is to be written there
+            (folder / DATA).mkdir(exist_ok=True)
         if kind == PICK:
             self._list()
         if kind == OWN:

@@ -44,6 +44,10 @@ SETTINGS = {
 }
 """Settings of JupyterLab by plugin, which a user's own take the place of."""
 
+LONGEST_MESSAGE = 2**31 - 1
+"""Bytes of a message to a kernel. An upload is one; Jupyter's own 10 MB would close the connection
+without a word, and no browser reads a file of 2 GiB."""
+
 KERNEL = "python3"
 """Kernel name in the notebooks. The first kernel found under it runs them."""
 
@@ -72,6 +76,9 @@ def write_kernel(folder: Path) -> Path:
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(json.dumps({"disabledExtensions": dict.fromkeys(DISABLED, True)}) + "\n")
     page.with_name("default_setting_overrides.json").write_text(json.dumps(SETTINGS) + "\n")
+    server = {"tornado_settings": {"websocket_max_message_size": LONGEST_MESSAGE}}
+    config = folder / "jupyter_server_config.json"
+    config.write_text(json.dumps({"ServerApp": server}) + "\n")
     return path
 
 
