@@ -325,11 +325,7 @@ def bitsandbytes(view: HostView) -> Finding:
     )
 
 
-NOTEBOOK_LONGEST_MESSAGE = 2**31 - 1
-"""Bytes of a message to a kernel. An upload is one; Jupyter's own 10 MB would close the connection
-without a word, and no browser reads a file of 2 GiB."""
-
-KERNEL = "python3"
+NOTEBOOK_KERNEL = "python3"
 """The kernel that the notebooks ask for."""
 
 
