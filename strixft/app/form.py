@@ -81,8 +81,7 @@ class Form:
         self.start = ipywidgets.Button(description="Start", icon="play").add_class("sx-start")
         self.save = ipywidgets.Button(description="Save recipe.yaml", icon="save")
         self.command, self.said = ipywidgets.HTML(), ipywidgets.HTML()
-        self.yaml = ipywidgets.HTML()
-        self.summary = ipywidgets.HTML()
+        self.yaml, self.summary = ipywidgets.HTML(), ipywidgets.HTML()
         self.begun = ipywidgets.VBox([])
         self.choosing = ipywidgets.VBox(
             [
@@ -99,8 +98,7 @@ class Form:
             ]
         )
         self._connect()
-        self._list_runs()
-        parts = [style(), row(ipywidgets.HTML(TITLE)), row(self.runs, self.new)]
+        parts = [style(), ipywidgets.HTML(TITLE), row(self.runs, self.new)]
         self.box = ipywidgets.VBox([*parts, self.choosing, self.begun]).add_class("sx-form")
         self.show(run)
         threading.Thread(target=self._find_budget, name="budget", daemon=True).start()
@@ -121,10 +119,14 @@ class Form:
 
     # the run that is shown
 
-    def _list_runs(self) -> None:
+    def _list_runs(self, shown: Run | None) -> None:
         found = sorted(find_runs(), key=lambda run: run.status().get("updated", ""), reverse=True)
         rows = [(visible(f"{run.name}: {_state(run)}"), run.name) for run in found]
+        self.runs.unobserve(self._pick_run, "value")
         self.runs.options = [("a new run", NEW), *rows]
+        known = [name for _, name in rows]
+        self.runs.value = shown.name if shown and shown.name in known else NEW
+        self.runs.observe(self._pick_run, "value")
         self.runs.layout.display = self.new.layout.display = "" if rows else "none"
 
     def _pick_run(self, change: Any) -> None:
@@ -132,11 +134,7 @@ class Form:
 
     def show(self, run: Run | None) -> None:
         """Show a run that was begun, or the form for a new one."""
-        self.runs.unobserve(self._pick_run, "value")
-        self._list_runs()
-        known = [value for _, value in self.runs.options]
-        self.runs.value = run.name if run and run.name in known else NEW
-        self.runs.observe(self._pick_run, "value")
+        self._list_runs(run)
         self.said.value = ""
         self.choosing.layout.display = "none" if run else ""
         self.begun.layout.display = "" if run else "none"
@@ -157,15 +155,13 @@ class Form:
         if self.run.folder != run.folder:
             return  # another one is shown meanwhile
         if run.is_done(run.last_stage):
-            self.begun.children = [self.begun.children[0], *finished(run)]
-        self._list_later(run)
-
-    def _list_later(self, run: Run) -> None:
-        self.runs.unobserve(self._pick_run, "value")
-        self._list_runs()
-        known = [value for _, value in self.runs.options]
-        self.runs.value = run.name if run.name in known else NEW
-        self.runs.observe(self._pick_run, "value")
+            self.said.value = '<p class="sx-working">Writing the report …</p>'
+            try:
+                self.begun.children = [self.begun.children[0], *finished(run)]
+                self.said.value = ""
+            except Exception as error:  # a thread's error is seen by nobody
+                self.said.value = shown_error(error)
+        self._list_runs(run)
 
     # a new run
 
