@@ -481,8 +481,8 @@ def _recurs(base: Any, calls: Sequence[AttentionCall]) -> bool:
 def _carries_state(base: Any, calls: Sequence[AttentionCall]) -> bool:
     """Return whether layers would carry on from one document of a row to the next."""
     layers = text_layers(base)
-    is_told = bool(calls) and takes_documents(layers[0]) and keeps_documents_apart(layers)
-    return _recurs(base, calls) and not is_told
+    is_told = takes_documents(text_decoder(base)) and keeps_documents_apart(layers)
+    return _recurs(base, calls) and not (calls and is_told)
 
 
 def _heads_of(base: Any, calls: Sequence[AttentionCall]) -> Heads:

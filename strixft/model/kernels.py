@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Collection
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -60,9 +61,15 @@ def _replaced_in(module: str) -> list[HubFunction]:
     return [known for known in functions if known is not None]
 
 
+_takes: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
 def takes_documents(decoder: nn.Module) -> bool:
     """Return whether a decoder's layers take the numbers of documents, as `seq_idx`."""
-    return bool(_replaced_in(type(decoder).__module__))
+    if decoder not in _takes:
+        has_convolution = any(isinstance(part, nn.Conv1d) for part in decoder.modules())
+        _takes[decoder] = has_convolution and bool(_replaced_in(type(decoder).__module__))
+    return _takes[decoder]
 
 
 def keeps_documents_apart(layers: nn.Module) -> bool:
