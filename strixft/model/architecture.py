@@ -307,8 +307,8 @@ def multiplied_parameters(config: Any) -> int:
 def _ask(config: Any) -> Architecture:
     with torch.device("meta"):
         base = build_shape(config, torch.bfloat16).train()
-    ran = _run(base)
-    _require_followed(config, ran.calls)
+    ran = _run(base, _decoder_or_refusal(base))
+    _require_followed(base, ran.calls)
     layers = text_layers(base)
     of_layer = _by_layer(layers, ran.calls)
     kinds = _kinds(layers, of_layer)
@@ -327,6 +327,14 @@ def _ask(config: Any) -> Architecture:
         kernels=guard_kernels(base),
         recurs=_recurs(base, ran.calls),
     )
+
+
+def _decoder_or_refusal(base: Any) -> Any:
+    try:
+        return text_decoder(base)
+    except RecipeError:
+        _require_followed(base, _run(base, base).calls)  # an encoder, whose layers lie deeper
+        raise
 
 
 def _longest_row(base: Any) -> int | None:
@@ -356,10 +364,9 @@ class _Ran(TorchDispatchMode):
 
 
 @torch.no_grad()
-def _run(base: Any) -> _Ran:
-    """Run a row through a model."""
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")  # (B, T)
-    decoder, ran = text_decoder(base), _Ran()
+def _run(base: Any, decoder: Any) -> _Ran:
+    """Run a row through the decoder of a model."""
+    ids, ran = torch.zeros(1, TOKENS, dtype=torch.long, device="meta"), _Ran()  # (B, T)
     places = {"position_ids": ids} if takes_positions(decoder) else {}
     hook = register_module_forward_pre_hook(lambda module, _: ran.modules.add(module))
     try:
@@ -379,10 +386,10 @@ def _run(base: Any) -> _Ran:
     return ran
 
 
-def _require_followed(config: Any, calls: Sequence[AttentionCall]) -> None:
+def _require_followed(base: Any, calls: Sequence[AttentionCall]) -> None:
     """Refuse a model that cannot be trained to continue text, or whose attention is unknown."""
-    kind, masks = config.model_type, {call.mask.kind for call in calls}
-    if getattr(config, "is_encoder_decoder", False):
+    kind, masks = base.config.model_type, {call.mask.kind for call in calls}
+    if getattr(base.config, "is_encoder_decoder", False):
         problem = (
             f"a {kind} is an encoder with a decoder; strixft trains models that continue one text"
         )
@@ -399,6 +406,12 @@ def _require_followed(config: Any, calls: Sequence[AttentionCall]) -> None:
     elif any(call.sinks for call in calls):
         problem = f"the attention of {kind} has learned sinks, which strixft cannot compute yet"
         fix = "a model without sinks, such as those of: strixft recipe"
+    elif any(name.endswith(".indexer") for name, _ in base.named_modules()):
+        problem = (
+            f"an indexer in each layer of a {kind} chooses which tokens are seen, which strixft"
+            " cannot follow yet"
+        )
+        fix = "a model without one, such as those of: strixft recipe"
     elif "unknown" in masks:
         problem = f"a {kind} makes its own attention masks, which strixft cannot follow yet"
         fix = "report it with the model's name"
@@ -460,7 +473,7 @@ def _can_be_sampled(
         small = build_shape(config, torch.bfloat16).train()
     small = with_layers(small, sampled)
     try:
-        calls = _by_layer(text_layers(small), _run(small).calls)
+        calls = _by_layer(text_layers(small), _run(small, text_decoder(small)).calls)
     except RecipeError:
         return False
     asked = [[call.asked for call in calls[i]] for i in range(len(sampled))]

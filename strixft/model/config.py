@@ -27,8 +27,8 @@ MOST = {
 }
 """Largest sensible value of each size; the least is 1."""
 
-OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
-"""Sizes that may be null: transformers derives them, or does without."""
+OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "intermediate_size")
+"""Sizes that may be null: transformers derives them (GPT-Neo's MLP), or does without."""
 
 NEEDED_INSIDE = ("hidden_size", "num_hidden_layers")
 NEEDED = (*NEEDED_INSIDE, "vocab_size", "num_attention_heads", "intermediate_size")

@@ -188,9 +188,8 @@ def _convert(script: str, words: Iterable[str], target: Path, ends: Sequence[int
     command += [str(_converters() / script), *words, "--outfile", str(temporary)]
     errors = _run(command, temporary, target, env=environment)
     if errors is not None:
-        told = "\n  ".join(errors.splitlines()[-12:])
         raise StageError(
-            f"llama.cpp's converter refuses this model:\n  {told}",
+            f"llama.cpp's converter refuses this model: {errors.splitlines()[-1].strip()}",
             fix=f"{NEWER_CONVERTER}; or --to merged",
         )
 

@@ -26,6 +26,9 @@ ANY_TEMPLATE = "chatml"
 
 _REFUSED = "chat template parsing error"
 
+_UNFIT = "error loading model: "
+"""Before llama.cpp's reason why a file is not a model that it knows."""
+
 LEFT_FREE = 1
 """Cores that llama.cpp leaves alone: its threads wait for each other without sleeping."""
 
@@ -98,6 +101,11 @@ def _address(child: subprocess.Popen[str], log: IO[str], model: Path) -> str:
         why = next((line for line in lines if line.startswith("Error: ")), _REFUSED)
         raise TemplateError(
             why.removeprefix("Error: "), fix="llama-server --chat-template-file FILE"
+        )
+    why = next((line.partition(_UNFIT)[2] for line in lines if _UNFIT in line), None)
+    if why is not None:
+        raise StageError(
+            f"llama.cpp cannot load {model.name}: {why}", fix=f"{NEWER}; or --to merged"
         )
     when = f" within {START_S:.0f} s" if late else ""
     raise StageError(f"llama.cpp does not start with {model}{when}:{_last(lines)}", fix=NEWER)

@@ -76,7 +76,13 @@ GEMMA4 = {
     "vocab_size_per_layer_input": VOCABULARY,
     "final_logit_softcapping": 30.0,
 }
-QWEN35 = {"head_dim": 8, "layer_types": [LINEAR, LINEAR, FULL], **DELTA}
+QWEN35 = {
+    "mtp_num_hidden_layers": 1,
+    "full_attention_interval": 3,
+    "head_dim": 8,
+    "layer_types": [LINEAR, LINEAR, FULL],
+    **DELTA,
+}
 
 
 def _text(model_type: str, **own: Any) -> dict[str, Any]:
@@ -174,7 +180,7 @@ TINY: dict[str, dict[str, Any]] = {
     "olmo3": _text("olmo3", **SLIDING),
     "smollm3": _text("smollm3", no_rope_layers=[1, 0, 1]),
     "exaone4": _text("exaone4", **SLIDING),
-    "cohere2": _text("cohere2", logit_scale=0.25, **SLIDING),
+    "cohere2": _text("cohere2", logit_scale=0.25, rotary_pct=1.0, **SLIDING),
     "ernie4_5_moe": _text(
         "ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=16,
         moe_num_shared_experts=1, moe_layer_start_index=1,

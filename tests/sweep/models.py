@@ -26,7 +26,19 @@ from tiny_models import (
 )
 from tiny_models import write_model as write_model
 
-EMBEDDED_VOCABULARY = 49152
+NUMBERS = {"embedded": 49152, "sentencepiece": 420}
+"""Tokens of the two tokenizers."""
+
+SENTENCEPIECE = {
+    "bitnet", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma4", "gemma4_text",
+    "gemma4_text, keys shared by layers", "gemma4_unified", "minicpm3", "nemotron", "phi3",
+}  # fmt: skip
+"""Types whose converter to GGUF wants a tokenizer of SentencePiece."""
+
+GLM = {"glm", "glm4", "glm4_moe", "glm4_moe_lite"}
+"""Types whose converter wants these special tokens."""
+
+GLM_TOKENS = ("[gMASK]", "<|user|>", "<|observation|>")
 
 
 def _text(model_type: str, **own: Any) -> dict[str, Any]:
@@ -34,6 +46,7 @@ def _text(model_type: str, **own: Any) -> dict[str, Any]:
 
 
 MORE: dict[str, dict[str, Any]] = {
+    "qwen3_moe": _text("qwen3_moe", head_dim=8, **ROUTED),  # no dense layers, as on the hub
     "starcoder2": _text("starcoder2", sliding_window=WINDOW),
     "phi": _text("phi"),
     "cohere": _text("cohere", logit_scale=0.25),
@@ -177,18 +190,25 @@ MORE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _with_vocabulary(sides: Mapping[str, Any]) -> dict[str, Any]:
+def _with_vocabulary(sides: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in sides.items():
         if isinstance(value, dict):
-            found[name] = _with_vocabulary(value)
+            found[name] = _with_vocabulary(value, tokens)
         else:
             is_size = name.startswith("vocab_size") and value == VOCABULARY
-            found[name] = EMBEDDED_VOCABULARY if is_size else value
+            found[name] = tokens if is_size else value
     return found
 
 
-SWEPT = {name: _with_vocabulary(sides) for name, sides in (TINY | MORE).items()}
+def _tokens_of(name: str) -> int:
+    return NUMBERS["sentencepiece" if name in SENTENCEPIECE else "embedded"]
+
+
+SWEPT = {name: _with_vocabulary(sides, _tokens_of(name)) for name, sides in (TINY | MORE).items()}
+
+PREDICTING = {"qwen3_next", "qwen3_5", "qwen3_5_moe"}
+"""Types whose checkpoints hold a head for more tokens, which transformers does not load."""
 
 REFUSED: dict[str, str] = {
     "gpt_oss": "learned sinks, which strixft cannot compute yet",
