@@ -307,8 +307,8 @@ def multiplied_parameters(config: Any) -> int:
 def _ask(config: Any) -> Architecture:
     with torch.device("meta"):
         base = build_shape(config, torch.bfloat16).train()
-    ran = _run(base, _decoder_or_refusal(base))
-    _require_followed(base, ran.calls)
+    ran = _run(base, _decoder_or_refusal(config, base))
+    _require_followed(config, base, ran.calls)
     layers = text_layers(base)
     of_layer = _by_layer(layers, ran.calls)
     kinds = _kinds(layers, of_layer)
@@ -329,11 +329,13 @@ def _ask(config: Any) -> Architecture:
     )
 
 
-def _decoder_or_refusal(base: Any) -> Any:
+def _decoder_or_refusal(config: Any, base: Any) -> Any:
     try:
         return text_decoder(base)
     except RecipeError:
-        _require_followed(base, _run(base, base).calls)  # an encoder, whose layers lie deeper
+        _require_followed(
+            config, base, _run(base, base).calls
+        )  # an encoder, whose layers lie deeper
         raise
 
 
@@ -386,10 +388,10 @@ def _run(base: Any, decoder: Any) -> _Ran:
     return ran
 
 
-def _require_followed(base: Any, calls: Sequence[AttentionCall]) -> None:
+def _require_followed(config: Any, base: Any, calls: Sequence[AttentionCall]) -> None:
     """Refuse a model that cannot be trained to continue text, or whose attention is unknown."""
-    kind, masks = base.config.model_type, {call.mask.kind for call in calls}
-    if getattr(base.config, "is_encoder_decoder", False):
+    kind, masks = config.model_type, {call.mask.kind for call in calls}
+    if getattr(config, "is_encoder_decoder", False):
         problem = (
             f"a {kind} is an encoder with a decoder; strixft trains models that continue one text"
         )

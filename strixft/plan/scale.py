@@ -119,8 +119,11 @@ class Regime:
     def samples(self, config: Any) -> tuple[RowShape, RowShape]:
         """Return two micro-batches of this regime, all of whose dimensions grow differently."""
         vocabulary = config.get_text_config().vocab_size
-        windows = architecture_of(config).windows
-        lengths = (self.length,) * 2 if self.length else _two_lengths(windows, self.beyond)
+        known, beyond = architecture_of(config), self.beyond
+        windows, longest = known.windows, known.positions
+        if longest is not None and longest < SAMPLED_LENGTH + TILE:
+            windows, beyond = (*windows, longest + 1), (*beyond, False)
+        lengths = (self.length,) * 2 if self.length else _two_lengths(windows, beyond)
         most = max(1, CHUNK_ELEMENTS // vocabulary)  # trained tokens of a chunk
         least = max((self.chunks - 1) * most, most // 2)
         # one token more than full chunks: then n, m and K do not grow by the same factor

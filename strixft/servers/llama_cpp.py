@@ -102,11 +102,10 @@ def _address(child: subprocess.Popen[str], log: IO[str], model: Path) -> str:
         raise TemplateError(
             why.removeprefix("Error: "), fix="llama-server --chat-template-file FILE"
         )
-    why = next((line.partition(_UNFIT)[2] for line in lines if _UNFIT in line), None)
-    if why is not None:
-        raise StageError(
-            f"llama.cpp cannot load {model.name}: {why}", fix=f"{NEWER}; or --to merged"
-        )
+    for line in lines:
+        if _UNFIT in line:
+            reason = line.partition(_UNFIT)[2]
+            raise StageError(f"llama.cpp cannot load {model.name}: {reason}", fix=NEWER)
     when = f" within {START_S:.0f} s" if late else ""
     raise StageError(f"llama.cpp does not start with {model}{when}:{_last(lines)}", fix=NEWER)
 

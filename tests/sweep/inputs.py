@@ -24,8 +24,8 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
 UNUSED = ("<repo_name>", "<file_sep>", "<gh_stars>")
 """Special tokens of SmolLM2 that no row has."""
 WORDS = (
-    "one two three four five six seven eight nine ten Say What is sentences about rain iron a bridge"
-    " the moon bread violin electricity river salt gravity clock wood library heart glass volcano"
+    "one two three four five six seven eight nine ten Say What is sentences about rain iron a"
+    " bridge the moon bread violin electricity river salt gravity clock wood library heart glass"
 )
 
 

@@ -49,6 +49,34 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3_moe": _text("qwen3_moe", head_dim=8, **ROUTED),  # no dense layers, as on the hub
     "starcoder2": _text("starcoder2", sliding_window=WINDOW),
     "phi": _text("phi"),
+    "olmo": _text("olmo"),
+    "persimmon": _text("persimmon", num_key_value_heads=4),
+    "hunyuan_v1_moe": _text("hunyuan_v1_moe", head_dim=8, num_experts=4, moe_topk=2),
+    "gpt_neo": {
+        "model_type": "gpt_neo", "vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2,
+        "num_heads": 4, "intermediate_size": None, "window_size": WINDOW, "resid_dropout": 0.0,
+        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 256,
+        "bos_token_id": 1, "eos_token_id": 2, "embed_dropout": 0.0, "attention_dropout": 0.0,
+    },
+    "openai-gpt": {
+        "model_type": "openai-gpt", "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3,
+        "n_head": 4, "n_positions": 256, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    },
+    "falcon_mamba": {
+        "model_type": "falcon_mamba", "vocab_size": VOCABULARY, "hidden_size": 32,
+        "num_hidden_layers": 3, "state_size": 8, "pad_token_id": 2, "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "deepseek_v32": _text(
+        "deepseek_v32", first_k_dense_replace=1, index_n_heads=2, index_head_dim=8, index_topk=8,
+        **(GROUPED | MLA),
+    ),
+    "bert": _text("bert"),
+    "bart": {
+        "model_type": "bart", "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2,
+        "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 256,
+    },
     "cohere": _text("cohere", logit_scale=0.25),
     "falcon": _text("falcon", new_decoder_architecture=True, num_kv_heads=2, alibi=False),
     "internlm3": _text("internlm3", head_dim=8),
@@ -213,5 +241,8 @@ PREDICTING = {"qwen3_next", "qwen3_5", "qwen3_5_moe"}
 REFUSED: dict[str, str] = {
     "gpt_oss": "learned sinks, which strixft cannot compute yet",
     "mimo_v2_flash": "learned sinks, which strixft cannot compute yet",
+    "deepseek_v32": "an indexer in each layer of a deepseek_v32 chooses which tokens are seen",
+    "bert": "in this bert a token sees those that come after it",
+    "bart": "a bart is an encoder with a decoder",
 }
 """Types that are refused, and what the sentence says; each is true of the type."""

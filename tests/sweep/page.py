@@ -9,7 +9,7 @@ from typing import Any
 
 from sweep.inputs import UPDATES
 from sweep.models import SWEPT
-from sweep.run import TOLERANCES
+from sweep.run import TOLERANCES, Outcome, verdict
 
 INTRODUCTION = """# Model types
 
@@ -48,16 +48,21 @@ Qwen 2 to 3.5 only by its real vocabulary, which is not at hand.
 """  # noqa: E501
 
 
+def _told(found: Mapping[str, Any]) -> str:
+    if wrong := verdict(Outcome.of(found)):
+        return f"**not as it should be**: {wrong}"
+    return f"refused: {found['refused']}" if found["refused"] else "right"
+
+
 def _row(name: str, found: Mapping[str, Any]) -> str:
-    outcome = f"refused: {found['refused']}" if found["refused"] else "right"
     rows = "–" if found["refused"] else "shared" if found["packed"] else "one document each"
     gguf = (found["gguf"] or "–").replace("|", "\\|")
-    return f"| {name} | {rows} | {outcome} | {gguf} |\n"
+    return f"| {name} | {rows} | {_told(found)} | {gguf} |\n"
 
 
 def write_page(path: Path, done: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the page of outcomes, by type."""
-    right = [found for found in done.values() if not found["refused"]]
+    right = [found for found in done.values() if found["gaps"].keys() == TOLERANCES.keys()]
     numbers = {name.replace(" ", "_"): bound for name, bound in TOLERANCES.items()}
     most = {
         f"most_{name.replace(' ', '_')}": max(found["gaps"][name] for found in right)
@@ -67,7 +72,8 @@ def write_page(path: Path, done: Mapping[str, Mapping[str, Any]]) -> None:
         **{name: version(name) for name in ("transformers", "peft", "torch")},
         **numbers, **most,
         most_float32=max(found["float32_gap"] for found in right),
-        updates=UPDATES, right=len(right), refused=len(done) - len(right),
+        updates=UPDATES, right=sum(_told(found) == "right" for found in done.values()),
+        refused=sum(_told(found).startswith("refused") for found in done.values()),
         gguf=sum(found["gguf"].startswith("top-1") for found in right),
     )  # fmt: skip
     path.write_text(text + "".join(_row(name, done[name]) for name in SWEPT))

@@ -118,13 +118,3 @@ def _export(run: Run, *, gguf: bool) -> tuple[Exported, str]:
         except StrixftError as error:
             told = error.problem
     return strixft.export_recipe(run, ("merged",)), told
-
-
-def warm_up() -> None:
-    """Import what every type needs, before processes are forked."""
-    import strixft.evaluate.stage
-    import strixft.export.stage
-    import strixft.plan.result
-    import strixft.prepare.stage
-    import strixft.train.stage
-    import transformers.models.auto.modeling_auto  # noqa: F401
