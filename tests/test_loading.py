@@ -415,7 +415,9 @@ def test_a_layer_more_than_the_files_hold_is_refused(
     assert str(folder / "config.json") in caught.value.fix
 
 
-def test_a_vision_tower_may_lack_its_weights(tmp_path: Path, write_recipe: WriteRecipe) -> None:
+def test_a_vision_tower_is_not_loaded_and_may_lack_its_weights(
+    tmp_path: Path, write_recipe: WriteRecipe
+) -> None:
     tower = {"num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
     tower |= {"hidden_size": 32, "intermediate_size": 48}
     config = AutoConfig.for_model(
@@ -426,6 +428,8 @@ def test_a_vision_tower_may_lack_its_weights(tmp_path: Path, write_recipe: Write
     AutoModelForImageTextToText.from_config(config).save_pretrained(
         tmp_path / "seeing", max_shard_size=50_000
     )
+    whole = load_base(recipe_of(tmp_path / "seeing", "lora", write_recipe), "cpu", torch.float32)
+    assert {name.split(".")[1] for name, _ in whole.named_parameters()} == {"language_model"}
     folder = without(tmp_path / "seeing", "vision_tower.")
     assert len(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]) < 20
     recipe = recipe_of(folder, "lora", write_recipe)

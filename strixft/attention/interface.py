@@ -20,17 +20,26 @@ for name, function in FUNCTIONS.items():
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, make_mask)
 
+_TOWERS = ("vision", "audio")
+"""Beginnings of the names of configurations that a wrapper has for its towers."""
+
+
+def _set_attention(base: Any, name: str) -> None:
+    """Set the attention of the text model; a tower may not be there."""
+    inner = {key: name for key in base.config.sub_configs if not key.startswith(_TOWERS)}
+    base.set_attn_implementation({"": name, **inner})
+
 
 def call_ours(base: Any) -> None:
     """Let a transformers model call our attention, if it computes none by its own code."""
     if calls_attention_by_name(base):
-        base.set_attn_implementation(NAME)
+        _set_attention(base, NAME)
 
 
 def use_backend(base: Any, backend: AttentionBackend) -> None:
     """Let a transformers model compute attention by a backend, if not by its own code."""
     if not calls_attention_by_name(base):
         return
-    base.set_attn_implementation(backend.implementation)
+    _set_attention(base, backend.implementation)
     if base.device.type == "cuda":
         use_kernels(backend.kernels)

@@ -18,7 +18,7 @@ from strixft.catalog.methods import METHODS
 from strixft.data.end_tokens import Ends
 from strixft.export import server_files
 from strixft.export.check import ROWS, check_merged
-from strixft.export.merge import copy_beside, merge
+from strixft.export.merge import copy_beside, merge, pass_through
 from strixft.model.source import load_tokenizer
 from strixft.prepare.stage import Prepared
 from strixft.run.folder import Run
@@ -94,6 +94,7 @@ def _write_merged(job: ExportJob, folder: Path, *, float32: bool = False) -> Mad
     if METHODS[recipe.method].adapter == "none":
         copy_beside(job.base_folder, folder)
         shutil.copytree(job.adapter, folder, dirs_exist_ok=True)
+        pass_through(recipe, job.base_folder, folder)
     else:
         merge(recipe, job.base_folder, job.adapter, folder, float32=float32)
     server_files.write_generation_config(folder, job.ends)

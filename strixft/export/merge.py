@@ -37,6 +37,7 @@ from strixft.model.mergeable import (
     Group,
     adapted_parameters,
     groups_for,
+    groups_of,
     own_names,
     quantised_parameters,
     replaced_parameters,
@@ -57,7 +58,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class _Base:
     """The weights of the base, by their names in its files."""
 
-    def __init__(self, shards: Sequence[Shard], config: Any, *, float32: bool) -> None:
+    def __init__(self, shards: Sequence[Shard], config: Any, *, float32: bool = False) -> None:
         self._shards = {name: shard for shard in shards for name in shard.entries}
         self.entries: dict[str, Entry] = {n: s.entries[n] for n, s in self._shards.items()}
         self._float32, self._unpacked = float32, torch.bfloat16
@@ -317,10 +318,33 @@ def merge(
                 files[name].write(name, base.unchanged(name))
     copy_beside(base_folder, target, float32=float32)
     if len(shards) > 1:
-        size = sum(file.path.stat().st_size for file in set(files.values()))
-        places = {name: file.path.name for name, file in files.items()}
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        write_text(target / INDEX, json.dumps(index, indent=2) + "\n")
+        _write_index(target, [target / shard.path.name for shard in shards])
+
+
+def pass_through(recipe: Recipe, base_folder: Path, target: Path) -> None:
+    """Add the tensors that training did not load, such as a tower, to a model that it wrote."""
+    config = load_config(recipe)
+    shape = shape_base(config, METHODS["full"], torch.float32)
+    with contextlib.ExitStack() as stack:
+        base = _Base([stack.enter_context(Shard(p)) for p in shard_paths(base_folder)], config)
+        loaded = {name for group in groups_of(shape, base.entries) for name in group.names}
+        rest = {name: base.written(name) for name in base.entries if name not in loaded}
+        if not rest:
+            return
+        file = _File(target / "model-not-trained.safetensors", rest)
+        for name in rest:
+            file.write(name, base.unchanged(name))
+        file.close()
+    _write_index(target, [*shard_paths(target), file.path])
+
+
+def _write_index(folder: Path, paths: Sequence[Path]) -> None:
+    places = {}
+    for path in paths:
+        with Shard(path) as shard:
+            places |= dict.fromkeys(shard.entries, path.name)
+    index = {"metadata": {"total_size": sum(p.stat().st_size for p in paths)}, "weight_map": places}
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def copy_beside(base_folder: Path, target: Path, *, float32: bool = False) -> None:

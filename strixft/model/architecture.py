@@ -107,6 +107,36 @@ def outside_text(base: Any) -> list[str]:
     return found
 
 
+def _tower(base: Any) -> list[str]:
+    """Return what a wrapper of a text model has besides it."""
+    is_wrapper = base.config.get_text_config() is not base.config
+    return outside_text(base) if is_wrapper else []
+
+
+def drop_tower(base: Any) -> None:
+    """Take out of a wrapper what no text goes through: it is neither loaded nor run."""
+    for name in _tower(base):
+        base.set_submodule(name, nn.Identity())
+
+
+def text_only(shape: Any) -> Any:
+    """Return the class of a model on `meta`, but for what `drop_tower` takes out of it."""
+    whole, tower = type(shape), _tower(shape)
+    if not tower:
+        return whole
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        whole.__init__(self, config, *args, **kwargs)
+        drop_tower(self)
+
+    ignored = [
+        *(whole._keys_to_ignore_on_load_unexpected or ()),
+        *(f"^{re.escape(n)}\\." for n in tower),
+    ]
+    own = {"__init__": init, "_keys_to_ignore_on_load_unexpected": ignored}
+    return type(whole.__name__, (whole,), {**own, "__module__": whole.__module__})
+
+
 def with_layers(base: Any, kept: Sequence[int]) -> Any:
     """Return a copy of a model with only some of its layers; lists of its configuration follow.
 
@@ -284,6 +314,7 @@ def build_shape(config: Any, dtype: torch.dtype) -> Any:
             f"no {config.model_type} can be built from its config.json: {first_lines(error)}",
             fix="correct config.json, or download the model again",
         ) from error
+    drop_tower(base)
     call_ours(base)
     guard_kernels(base)
     return base

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from strixft.attention.interface import call_ours
-from strixft.model.architecture import auto_class, outside_text
+from strixft.model.architecture import auto_class, drop_tower, outside_text, text_only
 from strixft.model.config import place_of
 from strixft.model.files import sampled_hash, shard_paths
 from strixft.model.stream import DTYPES, Checksums, Shard, checksums_of, streaming
@@ -271,7 +271,7 @@ class Loading:
         with torch.device("meta"):  # the class that transformers chooses, its part of the config
             shape = auto_class(config).from_config(copy.deepcopy(config))
         with streaming(paths, self.device, checksums) as tensors, without_bars():
-            return self._load(type(shape), None, config=shape.config, state_dict=tensors)
+            return self._load(text_only(shape), None, config=shape.config, state_dict=tensors)
 
     def _by_transformers(self) -> Any:
         model, info = self._load(
@@ -299,6 +299,7 @@ class Loading:
             ignore_mismatched_sizes=True,  # they are in `info`
             **more,
         )
+        drop_tower(model)
         call_ours(model)
         if is_quantised:
             _cast_rest(model, self.dtype)

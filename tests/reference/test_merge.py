@@ -6,6 +6,7 @@ Nothing of ours makes the reference: transformers builds and saves the base, PEF
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +26,8 @@ from transformers import (
 )
 
 from strixft.export.check import compare, faults
-from strixft.export.merge import merge
+from strixft.export.merge import merge, pass_through
+from strixft.model.load import load_base
 from strixft.model.quantised import NF4
 from strixft.recipe.load import load_recipe
 from strixft.recipe.schema import Recipe
@@ -251,6 +253,11 @@ def old_wrapper(folder: Path) -> None:
     assert any(name.startswith("language_model.model.") for name in weights)
 
 
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of all files, by name."""
+    return {name: w for path in folder.glob("*.safetensors") for name, w in load_file(path).items()}
+
+
 def half_tied(folder: Path) -> None:
     """A tied head that is stored a second time."""
     weights = load_file(folder / "model.safetensors")
@@ -312,6 +319,28 @@ def test_a_base_that_is_packed_in_its_files(
     wanted = logits(PeftModel.from_pretrained(whole.float(), tmp_path / "adapter").eval())
     figures = compare([wanted], [plain(target)], [logits(whole.float())])
     assert not faults(figures, exact=False), figures
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+def test_what_no_text_goes_through_stays_as_it_is(
+    kind: str, merged: Callable[..., Path], tmp_path: Path, write_recipe: WriteRecipe
+) -> None:
+    """The tower of a wrapper, and a head that transformers does not load."""
+    base = write_base(tmp_path / "base", kind)
+    file = base / "model.safetensors"
+    before = load_file(file) | {"mtp.fc.weight": torch.randn(4, 4)}
+    save_file(before, file, {"format": "pt"})
+    outside = {name for name in before if re.search("vision|visual|projector|mtp", name)}
+    assert len(outside) > 5
+    adapt(base, tmp_path / "adapter", ATTENTION)
+    recipe = load_recipe(write_recipe(model=str(base)))
+    trained = tmp_path / "trained"
+    load_base(recipe, "cpu", torch.float32).save_pretrained(trained)
+    pass_through(recipe, base, trained)
+    for folder in (merged(base, "qlora"), trained):
+        after = tensors_in(folder)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in outside)
 
 
 def test_experts_of_a_4_bit_run_keep_what_training_left_alone(
