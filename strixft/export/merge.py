@@ -339,7 +339,7 @@ def pass_through(recipe: Recipe, base_folder: Path, target: Path) -> None:
 
 
 def _write_index(folder: Path, paths: Sequence[Path]) -> None:
-    places = {}
+    places: dict[str, str] = {}
     for path in paths:
         with Shard(path) as shard:
             places |= dict.fromkeys(shard.entries, path.name)

@@ -120,9 +120,9 @@ class Regime:
         """Return two micro-batches of this regime, all of whose dimensions grow differently."""
         vocabulary = config.get_text_config().vocab_size
         known, beyond = architecture_of(config), self.beyond
-        windows, longest = known.windows, known.positions
-        if longest is not None and longest < SAMPLED_LENGTH + TILE:
-            windows, beyond = (*windows, longest + 1), (*beyond, False)
+        windows, table = known.windows, known.positions
+        if table is not None and table < SAMPLED_LENGTH + TILE:  # no row is longer
+            windows, beyond = (*windows, table + 1), (*beyond, False)
         lengths = (self.length,) * 2 if self.length else _two_lengths(windows, beyond)
         most = max(1, CHUNK_ELEMENTS // vocabulary)  # trained tokens of a chunk
         least = max((self.chunks - 1) * most, most // 2)
