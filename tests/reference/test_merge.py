@@ -167,6 +167,8 @@ def adapt(base: Path, adapter: Path, targets: Any = "all-linear", **more: Any) -
     """Save an adapter that changes much; returns PEFT's logits."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(1)
+    if any("vision_tower" in name for name, _ in model.named_modules()):  # training leaves it out
+        more["exclude_modules"] = ".*(vision_tower|projector).*"
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False,
         task_type="CAUSAL_LM", **more,
