@@ -27,7 +27,7 @@ from strixft.attention.recorder import AttentionCall, watching
 from strixft.model.config import first_lines
 from strixft.model.kernels import STATES, guard_kernels, keeps_documents_apart, takes_documents
 from strixft.support.errors import RecipeError
-from strixft.support.private_hf import calls_attention_by_name
+from strixft.support.private_hf import calls_attention_by_name, left_in_files
 from strixft.support.private_torch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -129,12 +129,8 @@ def text_only(shape: Any) -> Any:
         whole.__init__(self, config, *args, **kwargs)
         drop_tower(self)
 
-    ignored = [
-        *(whole._keys_to_ignore_on_load_unexpected or ()),
-        *(f"^{re.escape(n)}\\." for n in tower),
-    ]
-    own = {"__init__": init, "_keys_to_ignore_on_load_unexpected": ignored}
-    return type(whole.__name__, (whole,), {**own, "__module__": whole.__module__})
+    own = {"__init__": init, "__module__": whole.__module__, **left_in_files(whole, tower)}
+    return type(whole.__name__, (whole,), own)
 
 
 def with_layers(base: Any, kept: Sequence[int]) -> Any:
@@ -364,9 +360,8 @@ def _decoder_or_refusal(config: Any, base: Any) -> Any:
     try:
         return text_decoder(base)
     except RecipeError:
-        _require_followed(
-            config, base, _run(base, base).calls
-        )  # an encoder, whose layers lie deeper
+        calls = _run(base, base).calls
+        _require_followed(config, base, calls)  # an encoder, whose layers lie deeper
         raise
 
 

@@ -188,8 +188,9 @@ def _convert(script: str, words: Iterable[str], target: Path, ends: Sequence[int
     command += [str(_converters() / script), *words, "--outfile", str(temporary)]
     errors = _run(command, temporary, target, env=environment)
     if errors is not None:
+        told = (errors.splitlines() or ["it ended without a word"])[-1].strip()
         raise StageError(
-            f"llama.cpp's converter refuses this model: {errors.splitlines()[-1].strip()}",
+            f"llama.cpp's converter refuses this model: {told}",
             fix=f"{NEWER_CONVERTER}; or --to merged",
         )
 

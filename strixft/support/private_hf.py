@@ -7,7 +7,8 @@ upgrade this is the file to read.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,15 @@ def kept_in_float32(model: Any) -> tuple[str, ...]:
     # public list of those that may not be cast.
     # End: when `from_pretrained(dtype=...)` casts the rest of a quantised checkpoint.
     return (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+
+
+def left_in_files(kind: Any, modules: Sequence[str]) -> dict[str, list[str]]:
+    """Return the attribute of a class of models that names weights which are not to be loaded."""
+    # transformers 5.23 prints a table of all weights that a model has no place for.
+    # End: when `from_pretrained` takes such names.
+    known = kind._keys_to_ignore_on_load_unexpected or ()
+    own = (rf"^{re.escape(name)}\." for name in modules)
+    return {"_keys_to_ignore_on_load_unexpected": [*known, *own]}
 
 
 def renamed_by_peft(model_type: str | None) -> Mapping[str, str]:
