@@ -103,7 +103,7 @@ def _loss_curve(losses: list[float], spikes: list[int], evaluations: list[Figure
     axes.set_xlabel("update")
     axes.set_ylabel("loss per trained token")
     axes.set_ylim(bottom=0)
-    return html.picture(figure, "training loss by update")
+    return html.picture(figure, "losses by update")
 
 
 def _held_out(told: Figures) -> dict[str, str]:
