@@ -240,6 +240,24 @@ def test_a_box_says_what_is_missing(tiny_run: Run) -> None:
     assert box.text.value == "Hello"
 
 
+def test_a_box_shows_an_error_that_is_not_ours(
+    tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """unslothai/unsloth#5348: a model that ended without a word; the page waited."""
+
+    def fail(*_: object) -> None:
+        raise OSError("a disk that is gone")
+
+    monkeypatch.setattr("strixft.app.chat_box.Chat", fail)
+    box = ChatBox(tiny_run)
+    box.text.value = "Hello"
+    box.send.click()
+    box.wait()
+    assert "OSError: a disk that is gone" in box.said.value
+    assert "Loading" not in box.said.value
+    assert (box.text.value, box.send.disabled) == ("Hello", False)
+
+
 # In a terminal.
 
 

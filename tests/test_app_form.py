@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -138,6 +139,26 @@ def test_an_upload_that_cannot_be_written_says_why(workspace: Path) -> None:
         keep_upload("a.jsonl", b"{}")
 
 
+@pytest.mark.parametrize("name", ["データ" * 60 + ".jsonl", "x" * 300 + ".jsonl.gz", "..", "/"])
+def test_an_upload_of_any_name_is_kept_as_a_data_file(workspace: Path, name: str) -> None:
+    """open-webui/open-webui#25954, gradio-app/gradio#9912: a name has 255 bytes, not letters."""
+    kept = [keep_upload(name, content) for content in (b"{}", b"[]")]
+    assert [path.read_bytes() for path in kept] == [b"{}", b"[]"]
+    assert set(data_files(workspace)) >= set(kept)
+
+
+def test_an_upload_that_does_not_fit_leaves_nothing(workspace: Path) -> None:
+    """OSC/ondemand#260: a part of a file stayed, under the name of the whole one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(DataError, match="cannot be written: File too large"):
+            keep_upload("a.jsonl", b"{}" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((workspace / "data").iterdir()) == []
+
+
 def test_only_data_files_are_picked(workspace: Path) -> None:
     wanted = [workspace / name for name in ("a.jsonl", "deep/b.csv", "c.parquet", "d.jsonl.zst")]
     others = (
@@ -241,6 +262,23 @@ def _file(name: str) -> dict[str, Any]:
 def test_a_file_that_is_too_large_for_the_browser_says_where_to_put_it(form: Form) -> None:
     form.data.upload.error = "NotReadableError"
     assert "into the folder data" in form.data.problem.value
+
+
+def test_a_name_that_is_refused_can_be_mended(form: Form, workspace: Path) -> None:
+    """cocktailpeanut/fluxgym#263: after an error nothing could be started any more."""
+    wait_for(lambda: not form.start.disabled)
+    form.name.value = "a/b"
+    form.start.click()
+    assert "is not a name for a run" in form.said.value
+    assert not form.start.disabled
+    begun = list[str]()
+    form._start_on = lambda run: begun.append(run.name)  # type: ignore[method-assign]
+    form.name.value = "a-b"
+    form.start.click()
+    form.start.click()
+    assert "is not a name" not in form.said.value
+    wait_for(lambda: begun)
+    assert begun == ["a-b"]
 
 
 def test_using_settings_puts_them_into_the_recipe(form: Form) -> None:

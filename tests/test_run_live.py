@@ -128,6 +128,29 @@ def test_the_time_left_is_known_and_near(seconds: float, tmp_path: Path) -> None
     assert max(max(one[30:60]) for one in off) < 0.25
 
 
+def test_the_time_left_after_a_resume_is_that_of_this_process(tmp_path: Path) -> None:
+    """unslothai/unsloth#11297: it divided this process's time by the updates of all."""
+    path = tmp_path / "log.jsonl"
+    for update in range(1, 901):
+        append(path, a_record(update, seconds=1.0, busy_s=1.0 * update, clock_s=1.0 * update))
+    for count in range(11):
+        more = {"seconds": 6.0, "busy_s": 900.0 + 6 * count, "clock_s": 50.0 + 6 * count}
+        append(path, a_record(900 + count, **more, **({} if count else {"first": True})))
+    reader = LogReader(path)
+    reader.read()
+    assert reader.seconds_left(1000) == pytest.approx(540)
+
+
+def test_a_start_that_hangs_has_no_time_left(tiny_run: Run) -> None:
+    doing = {"what": "download", "done": 600, "total": 140 * 10**9, "elapsed_s": 1200.0}
+    with tiny_run.owned():
+        tiny_run.set_status(stage="train", state="running", doing=doing)
+        view = tiny_run.observer().look()
+    assert view.state == "running"
+    assert "time left" in one_line(view) or view.left_s is None
+    to_html(view)
+
+
 def test_a_clock_that_jumps_changes_no_time_left(tmp_path: Path) -> None:
     """NTP sets the clock an hour ahead, and back."""
     path = tmp_path / "log.jsonl"

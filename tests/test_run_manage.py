@@ -201,6 +201,21 @@ def test_the_list_in_a_notebook_deletes_and_brings_back(run: Run, start: Start) 
     assert find_run("yours").folder.is_dir()
 
 
+def test_an_error_of_another_gives_the_button_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """unslothai/unsloth#5348: what failed in the background was never shown."""
+    box = RunBox()
+    tick(box, "mine")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on <device>")
+
+    monkeypatch.setattr("strixft.app.run_box.start_on", fail)
+    assert "No space left on &lt;device&gt;" in press(box, "Resume")
+    assert not box.buttons["Resume"].disabled
+
+
 def tick(box: RunBox, name: str) -> None:
     for line in box.rows.children:
         line.children[0].value = f">{name}<" in line.children[1].value

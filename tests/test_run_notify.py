@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -21,7 +22,7 @@ Posts = list[tuple[str, dict[str, str], str]]
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, Posts]]:
-    """A server that notes what is sent to it; `/gone` is an error."""
+    """A server that notes what is sent to it; `/gone` and `/services` are errors."""
     seen: Posts = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -31,7 +32,7 @@ def server() -> Iterator[tuple[str, Posts]]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
             seen.append((self.path, dict(self.headers), body))
-            self.send_response(404 if self.path == "/gone" else 200)
+            self.send_response(404 if self.path.startswith(("/gone", "/services")) else 200)
             self.end_headers()
 
     with HTTPServer(("127.0.0.1", 0), Handler) as one:
@@ -102,6 +103,28 @@ def test_a_message_that_cannot_be_sent_is_a_warning(
         "ntfy",
         "webhook",
     ]
+
+
+def test_a_failure_tells_neither_address_nor_arguments(
+    write_recipe: WriteRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    server: tuple[str, Posts],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Cyrax321/SNAGLINE#390, codeforboston/CutePetsBoston#161: a webhook's address is its key."""
+    monkeypatch.setenv("MY_HOOK", f"{server[0]}/services/T0/B0/abcdefgh")
+    bad = (
+        "webhook:$MY_HOOK",
+        "ntfy:$MY_HOOK",
+        f"command:{sys.executable} -c exit(3) --to=abcdefgh",
+    )
+    with told(a_run(write_recipe, tmp_path, *bad)):
+        pass
+    said = capsys.readouterr().err
+    assert "abcdefgh" not in said
+    assert said.count("the server answered 404") == 2
+    assert "ended with exit code 3" in said
 
 
 @pytest.mark.parametrize("target", ["mail", "ntfy:topic", "webhook:", "command: ", "desktop:x"])

@@ -114,6 +114,10 @@ def test_training_is_the_same_without_them(write_recipe: WriteRecipe, tmp_path: 
 def test_a_killed_run_has_the_same_losses_and_end(
     write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
+    """huggingface/transformers#28544 and #39560, unslothai/unsloth-zoo#822.
+
+    Evaluations before the kill count for the early stop, and the best weights of then stay.
+    """
     train = {**LONG, "held_out_every": 2, "early_stop": 3, "keep": "best"} | WILD
     recipe = write_recipe(rows=chats(40), train=train, lora={"dropout": 0.1}, dataset=ALONE)
     undisturbed = open_run(recipe, tmp_path / "whole")

@@ -110,6 +110,13 @@ def card(error: StrixftError, details: str = "") -> str:
     )
 
 
+def shown_error(error: Exception) -> str:
+    """Return an error as a card; one that is not ours says that it should be reported."""
+    if isinstance(error, StrixftError):
+        return card(error)
+    return card(StrixftError(f"{type(error).__name__}: {error}"[:1000], fix="please report this"))
+
+
 def show_cards_here() -> None:
     """Let this notebook's shell, if it is one, show errors of ours as cards."""
     import IPython

@@ -9,12 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from strixft.app.cards import card
+from strixft.app.cards import shown_error
 from strixft.app.chat import LONGEST_ANSWER, Chat, Turn, own_temperature
 from strixft.evaluate.variants import VARIANTS
 from strixft.run.folder import Run
 from strixft.run.open import find_run
-from strixft.support.errors import StrixftError
 from strixft.support.text import visible
 
 SHOWN_EVERY_S = 0.15
@@ -157,9 +156,9 @@ class ChatBox:
                     self._show([*talk.turns, turn])
                     told = time.monotonic()
             self._show(talk.turns)
-        except StrixftError as error:
+        except Exception as error:  # else the page would wait for ever
             self.text.value = text
-            self._show(self._turns(), card(error))
+            self._show(self._turns(), shown_error(error))
         finally:
             self._busy(False)
 

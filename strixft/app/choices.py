@@ -20,7 +20,7 @@ from strixft.recipe.schema import Recipe
 from strixft.run.folder import Run
 from strixft.run.open import free_name, open_run
 from strixft.support.errors import DataError, RecipeError
-from strixft.support.files import free_bytes, write_text
+from strixft.support.files import disk_full, free_bytes, is_full, write_text
 from strixft.support.text import typed
 from strixft.support.units import GIB
 
@@ -217,27 +217,43 @@ def keep_upload(name: str, content: bytes | memoryview) -> Path:
 
     Raises:
         DataError: The file is empty, or the folder cannot be written.
+        HostError: The disk is full.
     """
     if not len(content):
         raise DataError(f"the file {name!r} is empty", fix="choose another one")
-    plain = re.sub(r"[^\w .+-]", "-", Path(name.replace("\\", "/")).name).lstrip(".")[-100:]
-    folder = workspace() / DATA
-    path, number = folder / (plain or "data.jsonl"), 2
+    plain, folder = _plain_name(name), workspace() / DATA
+    path, number = folder / plain, 2
     try:
         folder.mkdir(exist_ok=True)
         while path.exists() and path.read_bytes() != content:
             stem, dot, ending = plain.partition(".")
             path, number = folder / f"{stem}-{number}{dot}{ending}", number + 1
         if not path.exists():
-            temporary = path.with_name(f".{path.name}")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+            _write(path, content)
     except OSError as error:
+        if is_full(error, workspace()):
+            raise disk_full(workspace(), len(content)) from error
         raise DataError(
             f"{path} cannot be written: {error.strerror}",
             fix=f"ls -ld {typed(folder)}   shows owner and permissions",
         ) from error
     return path
+
+
+def _plain_name(name: str) -> str:
+    """Return the last part of a path in letters that mean nothing elsewhere, at most 100 bytes."""
+    plain = re.sub(r"[^\w .+-]", "-", Path(name.replace("\\", "/")).name).encode()
+    return plain[-100:].decode(errors="ignore").lstrip(".") or "data.jsonl"
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def disk_line(recipe: Recipe, figures: RecipeFigures | None) -> tuple[str, bool]:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from strixft.app.cards import card
+from strixft.app.cards import shown_error
 from strixft.app.detached import start_on
 from strixft.app.links import widget_link
 from strixft.app.watch import LivePanel
@@ -22,7 +22,6 @@ from strixft.model.source import model_source
 from strixft.run.folder import Run
 from strixft.run.open import find_run
 from strixft.support import html
-from strixft.support.errors import StrixftError
 from strixft.support.files import folder_bytes
 from strixft.support.text import typed, visible
 from strixft.support.units import format_size
@@ -152,8 +151,8 @@ class ExportBox:
             self.live.children = [panel.box]
             panel.start()
             panel.wait()
-        except StrixftError as error:
-            self.told.value = card(error)
+        except Exception as error:  # else no button would come back
+            self.told.value = shown_error(error)
             self.show()
 
     def _ended(self) -> None:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 
 from strixft.app.background import Latest
+from strixft.app.cards import shown_error
 from strixft.app.choices import Choices, disk_line, drop_drafts
 from strixft.app.detached import ended_by, start_on
 from strixft.app.form_parts import DataSection, ModelSection, heading, note, row, section
-from strixft.app.settings import SettingsPanel, shown_error, style
+from strixft.app.settings import SettingsPanel, style
 from strixft.app.watch import LivePanel
 from strixft.recipe.load import parse_overrides
 from strixft.run.folder import Run
@@ -297,9 +298,11 @@ class Form:
         self._show_recipe()
 
     def _start(self) -> None:
+        if self.start.disabled:
+            return  # a second click on the way here
         self._apply_sliders()
-        self.start.disabled = True
         run = self.choices.begin(self.name.value, self._draft)
+        self.start.disabled = True
         self._draft = None
         self.said.value = '<p class="sx-working">Starting …</p>'
         threading.Thread(target=self._start_on, args=(run,), daemon=True).start()
@@ -307,7 +310,8 @@ class Form:
     def _start_on(self, run: Run) -> None:
         try:
             start_on(run, "run")
-        except StrixftError as error:
+        except (StrixftError, OSError) as error:
+            self.show(run)
             self.said.value = shown_error(error)
             return
         self.show(run)

@@ -12,8 +12,8 @@ from typing import Any
 
 import ipywidgets
 
+from strixft.app.cards import shown_error
 from strixft.app.choices import ANY_MODEL, DATA, Offer, is_on_disk, keep_upload, offers
-from strixft.app.settings import shown_error
 from strixft.formats.sources import FILE_KINDS, HUB, data_files
 from strixft.recipe.find import workspace
 from strixft.support.errors import DataError, StrixftError

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from strixft.app.cards import card
+from strixft.app.cards import shown_error
 from strixft.app.compare import Comparison
 from strixft.app.detached import start_on
 from strixft.app.links import widget_link
@@ -27,7 +27,7 @@ from strixft.run.manage import (
 from strixft.run.open import find_run, stop_run
 from strixft.run.show import PAGE
 from strixft.support import html
-from strixft.support.errors import StageError, StrixftError
+from strixft.support.errors import StageError
 from strixft.support.text import visible
 from strixft.support.units import format_size
 
@@ -123,8 +123,8 @@ class RunBox:
         button.disabled = True
         try:
             told = work()
-        except StrixftError as error:
-            told = card(error)
+        except Exception as error:  # else its button would not come back
+            told = shown_error(error)
         button.disabled = False
         self.look()
         self.told.value = told

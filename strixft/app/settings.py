@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 
 from strixft.app.background import Latest
-from strixft.app.cards import card
+from strixft.app.cards import shown_error
 from strixft.catalog.methods import METHODS
 from strixft.run.folder import Run
 from strixft.run.open import open_run
@@ -29,13 +29,6 @@ SETTLED_S = 0.15
 """Seconds that a slider rests before its exact answer is worked out."""
 
 STYLE = Path(__file__).with_name("form.css").read_text(encoding="utf-8")
-
-
-def shown_error(error: Exception) -> str:
-    """Return an error as a card; one that is not ours says that it should be reported."""
-    if isinstance(error, StrixftError):
-        return card(error)
-    return card(StrixftError(f"{type(error).__name__}: {error}"[:1000], fix="please report this"))
 
 
 def _with(values: Sequence[int], value: int) -> list[int]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from strixft.app.cards import card, cell_fix
+from strixft.app.cards import cell_fix, shown_error
 from strixft.app.detached import start_on
 from strixft.run.folder import Run
 from strixft.run.live import RESUMABLE, View
@@ -124,8 +124,8 @@ class LivePanel:
         self._resume.disabled = True
         try:
             start_on(self._run, *self._command)
-        except StrixftError as error:
-            self.page.value = card(error)
+        except (StrixftError, OSError) as error:
+            self.page.value = shown_error(error)
             self._ended()
             return
         finally:

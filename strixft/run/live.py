@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,9 @@ from strixft.run.log import LOG, LogReader, Record
 
 Status = Mapping[str, Any]
 
+
+LONGEST_LEFT_S = 10 * 365 * 86400.0
+"""A longer time left tells of a start that hangs: a file of 600 bytes of 140 GB in 20 minutes."""
 
 RESUMABLE = ("failed", "stopped", "paused")
 """States of a run that ended before its work was done."""
@@ -154,7 +158,8 @@ class Observer:
         if is_training and progress.get("what") == "train":
             return self._log.seconds_left(total)
         seconds = progress.get("elapsed_s")
-        return (total - done) * seconds / done if done and seconds else None
+        left = (total - done) * seconds / done if done and seconds else math.inf
+        return left if left < LONGEST_LEFT_S else None
 
 
 EVERY_S = 2.0

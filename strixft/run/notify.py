@@ -7,8 +7,9 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from strixft.run.folder import Result, Run
 from strixft.support.errors import Stopped, StrixftError
@@ -34,33 +35,46 @@ class Message:
         return f"strixft: {self.run} {self.state}"
 
 
+def _run(words: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    """Run a program; its errors leave out its arguments, which may hold a secret."""
+    try:
+        status = subprocess.run(words, env=environment, timeout=TIMEOUT_S).returncode
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{words[0]} took longer than {TIMEOUT_S:.0f} s") from None
+    if status:
+        raise OSError(f"{words[0]} ended with exit code {status}")
+
+
+def _post(url: str, **sent: Any) -> None:
+    """Send to a server; the errors leave out its address, which is the secret of a webhook."""
+    import httpx
+
+    answer = httpx.post(url, timeout=TIMEOUT_S, **sent)
+    if not answer.is_success:
+        raise OSError(f"the server answered {answer.status_code} {answer.reason_phrase}".rstrip())
+
+
 def _desktop(_: str, message: Message) -> None:
     program = shutil.which("notify-send")
     if program is None:
         raise OSError("there is no notify-send on this machine")
-    subprocess.run([program, message.title, message.text], check=True, timeout=TIMEOUT_S)
+    _run([program, message.title, message.text])
 
 
 def _ntfy(url: str, message: Message) -> None:
-    import httpx
-
-    headers = {"Title": message.title.encode("ascii", "replace").decode()}
-    content = message.text.encode()
-    httpx.post(url, content=content, headers=headers, timeout=TIMEOUT_S).raise_for_status()
+    title = message.title.encode("ascii", "replace").decode()
+    _post(url, content=message.text.encode(), headers={"Title": title})
 
 
 def _webhook(url: str, message: Message) -> None:
-    import httpx
-
     both = f"{message.title}\n{message.text}"  # Slack and Mattermost read text, Discord content
     data = {"text": both, "content": both, "run": message.run, "state": message.state}
-    httpx.post(url, json=data, timeout=TIMEOUT_S).raise_for_status()
+    _post(url, json=data)
 
 
 def _command(words: str, message: Message) -> None:
     told = {"RUN": message.run, "STATE": message.state, "TEXT": message.text}
-    environment = {**os.environ, **{f"STRIXFT_{name}": text for name, text in told.items()}}
-    subprocess.run(shlex.split(words), env=environment, check=True, timeout=TIMEOUT_S)
+    _run(shlex.split(words), os.environ | {f"STRIXFT_{name}": text for name, text in told.items()})
 
 
 WAYS: dict[str, Callable[[str, Message], None]] = {

@@ -323,7 +323,8 @@ def stop_run(
             f"process {first.pid} of {first.host} works on {run.folder}",
             fix=f"run the same command on {first.host}",
         )
-    os.kill(first.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(first.pid, signal.SIGTERM)
     notify(first.pid)
     while set(workers) & set(run.workers()):  # a notebook's kernel lives on without the lock
         time.sleep(0.2)

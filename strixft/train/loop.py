@@ -116,7 +116,8 @@ class TrainingLoop:
         reserve_bytes: Memory that the allocator may keep between updates; None for any.
         is_asked: Returns whether somebody wants the training to stop.
         on_update: Called after each update with the progress and the update's own figures:
-            `update`, `seconds`, `loss`, `learning_rate`, and `grad_norm`, before clipping.
+            `update`, `seconds`, `loss`, `learning_rate`, and `grad_norm`, before clipping, None
+            where it is not finite and the update was skipped.
         first: Watches the first updates of this process.
         held_out: Takes losses between updates, and tells when to end early.
         on_held_out: Called after each evaluation with all that were made, the new one last.
@@ -261,7 +262,8 @@ class TrainingLoop:
         self.progress.losses.append(float(loss))
         seconds = time.monotonic() - self._began
         record: Record = {"update": self.progress.update, "seconds": round(seconds, 3)}
-        record |= {"loss": self.progress.losses[-1], "learning_rate": rate, "grad_norm": self._norm}
+        norm = self._norm if math.isfinite(self._norm) else None  # JSON has no other numbers
+        record |= {"loss": self.progress.losses[-1], "learning_rate": rate, "grad_norm": norm}
         self._on_update(self.progress, record)
 
     def _release_cache(self) -> None:

@@ -1,11 +1,13 @@
 """Losses and speed to other programs, through accelerate's trackers; and to `train/log.csv`.
 
-One that fails is left alone from then on: it never ends a training.
+One that fails is left alone from then on: it never ends a training. A training that is resumed goes
+on in the same run of the other program; one that begins anew gets another.
 """
 
 from __future__ import annotations
 
 import csv
+import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from accelerate.tracking import (
 
 from strixft.recipe.load import flatten
 from strixft.run.folder import Run
-from strixft.run.log import Record
+from strixft.run.log import LOG, LogReader, Record
 from strixft.support.files import write_text
 from strixft.support.text import redact_all
 
@@ -70,20 +72,61 @@ class CsvTracker:
         """Do nothing: each line is written at once."""
 
 
+APPEND_ONLY = ("trackio", "wandb", "mlflow")
+"""Trackers that cannot take back an update which a resumed training repeats."""
+
+
+def _kept_id(path: Path) -> str:
+    """Return the name of a training in another program; the first time, it is drawn.
+
+    A training that begins anew has a new folder, and so another one.
+    """
+    if not path.is_file():
+        write_text(path, secrets.token_hex(4))
+    return path.read_text(encoding="utf-8").strip()
+
+
+class _MLflow(MLflowTracker):  # type: ignore[misc]
+    """Goes on in the run whose number is in a file.
+
+    Args:
+        path: The file.
+        project: Name of the experiment.
+        name: Name of a new run.
+    """
+
+    def __init__(self, path: Path, project: str, name: str) -> None:
+        known = path.read_text(encoding="utf-8").strip() if path.is_file() else None
+        super().__init__(project, run_name=name, run_id=known)
+        self._path, self._is_known = path, known is not None
+
+    def start(self) -> None:
+        """Start the run, and keep its number."""
+        super().start()
+        write_text(self._path, self.tracker.info.run_id)
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Store settings once: MLflow refuses another value of one that it has."""
+        if not self._is_known:
+            super().store_init_configuration(values)
+
+
 def _make(name: str, run: Run, update: int) -> Any:
     """Return a tracker of `TRACKERS` that was not started."""
     folder, project = run.stage_folder("train"), run.folder.parent.parent.name or "strixft"
     here = folder / FOLDER
     here.mkdir(exist_ok=True)
+    of_run = run.folder.name
     if name == "csv":
         return CsvTracker(folder / CSV, update)
     if name == "tensorboard":
         return TensorBoardTracker("tensorboard", str(here), purge_step=update + 1)
     if name == "trackio":
-        return TrackioTracker(project, name=run.folder.name, resume="allow")
+        return TrackioTracker(project, name=f"{of_run}-{_kept_id(here / name)}", resume="allow")
     if name == "wandb":
-        return WandBTracker(project, name=run.folder.name, dir=str(here))
-    return MLflowTracker(project, run_name=run.folder.name)
+        again = {"id": _kept_id(here / "wandb-id"), "resume": "allow"}
+        return WandBTracker(project, name=of_run, dir=str(here), **again)
+    return _MLflow(here / name, project, of_run)
 
 
 class Trackers:
@@ -97,6 +140,8 @@ class Trackers:
 
     def __init__(self, run: Run, update: int, warn: Callable[[str], None]) -> None:
         self._warn, self._trackers = warn, dict[str, Any]()
+        self._sent = LogReader(run.stage_folder("train") / LOG)
+        self._sent.read()
         settings = {
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in redact_all(flatten(run.recipe.to_dict())).items()
@@ -121,8 +166,16 @@ class Trackers:
     def log(self, record: Record) -> None:
         """Send the figures of an update or an evaluation."""
         values = {name: record[name] for name in LOGGED if record.get(name) is not None}
+        was_sent = self._was_sent(record)
         for name, tracker in list(self._trackers.items()):
-            self._try(name, partial(tracker.log, values, step=record["update"]))
+            if not (was_sent and name in APPEND_ONLY):
+                self._try(name, partial(tracker.log, values, step=record["update"]))
+
+    def _was_sent(self, record: Record) -> bool:
+        """Return whether an earlier process, whose checkpoint is older, has logged this already."""
+        is_evaluation = "held_out_loss" in record
+        before = self._sent.evaluations if is_evaluation else self._sent.points
+        return bool(before) and record["update"] <= before[-1]["update"]
 
     def close(self) -> None:
         """Let all end; what they hold back is written."""
