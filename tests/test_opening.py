@@ -26,7 +26,7 @@ def recipe(write_recipe: WriteRecipe) -> Path:
 
 
 def test_every_section_of_a_recipe_has_its_first_reader() -> None:
-    assert {*READ_BY, "offline", "notify"} - {"train.report_to"} == set(Recipe.model_fields)
+    assert {*READ_BY, "offline", "notify"} - {"train.trackers"} == set(Recipe.model_fields)
     assert set(READ_BY.values()) <= {*STAGES, None}
 
 

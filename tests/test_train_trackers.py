@@ -27,7 +27,7 @@ from strixft.train.loop import TrainingLoop
 from strixft.train.stage import Trained, train_recipe
 from strixft.train.trackers import CSV, FOLDER, Trackers
 
-BOTH = {"report_to": ["tensorboard", "csv"], "held_out_every": 3, "tokens_per_update": 60}
+BOTH = {"trackers": ["tensorboard", "csv"], "held_out_every": 3, "tokens_per_update": 60}
 
 
 def table(path: Path, name: str) -> dict[int, float]:
@@ -109,7 +109,7 @@ def test_offline_refuses_those_that_would_send(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setenv(variable, value)
-    with pytest.raises(RecipeError, match=f"offline is true, and train.report_to: {name}"):
+    with pytest.raises(RecipeError, match=f"offline is true, and train.trackers: {name}"):
         require_trackers([name], offline=True)
     require_trackers([name], offline=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -120,7 +120,7 @@ def test_offline_refuses_those_that_would_send(
 
 def test_an_unknown_one_names_the_nearest(write_recipe: WriteRecipe) -> None:
     with pytest.raises(RecipeError, match="no tracker 'tensorbord'") as caught:
-        load_recipe(write_recipe(train={"report_to": ["tensorbord"]}))
+        load_recipe(write_recipe(train={"trackers": ["tensorbord"]}))
     assert "did you mean 'tensorboard'?" in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""`TRACKERS`: programs that collect the curves of several runs, as `train.report_to` names them."""
+"""`TRACKERS`: programs that collect the curves of several runs, as `train.trackers` names them."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def require_trackers(names: Iterable[str], *, offline: bool) -> None:
     for tracker in map(TRACKERS.__getitem__, names):
         if tracker.modules and not any(map(importlib.util.find_spec, tracker.modules)):
             raise HostError(
-                f"train.report_to names {tracker.name}, which is not installed",
+                f"train.trackers names {tracker.name}, which is not installed",
                 fix=f"pip install {tracker.modules[0]}",
             )
         if offline and not tracker.is_local():
             raise RecipeError(
-                f"offline is true, and train.report_to: {tracker.name} would use the network",
-                fix=f"{tracker.local}, or leave {tracker.name} out of train.report_to",
+                f"offline is true, and train.trackers: {tracker.name} would use the network",
+                fix=f"{tracker.local}, or leave {tracker.name} out of train.trackers",
             )

@@ -127,7 +127,7 @@ def _plan(run: Run, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     prepared = run.require(Prepared)
     require_known_tokens(run.recipe, prepared)
-    require_trackers(run.recipe.train.report_to, offline=run.recipe.offline)
+    require_trackers(run.recipe.train.trackers, offline=run.recipe.offline)
     config = _digest(load_config(run.recipe))
     inputs = {"rows_sha256": prepared.inputs["rows_sha256"], "config": config}
     figures = plan_figures(run.recipe, prepared=prepared)

@@ -197,7 +197,7 @@ class Train(Section):
     keep: Literal["last", "best"] = "last"
     """Weights that are evaluated and exported: the last, or those of the lowest held-out loss,
     which are in `train/best` either way."""
-    report_to: Annotated[list[str], known(TRACKERS)] = Field(
+    trackers: Annotated[list[str], known(TRACKERS)] = Field(
         default=[],
         description=f"Programs that get the losses, too: {', '.join(TRACKERS)}; csv is"
         " `train/log.csv`. All but csv are packages of their own.",

@@ -32,7 +32,7 @@ READ_BY: dict[str, str | None] = {
     "lora": "plan",
     "init_from": "plan",
     "train": "plan",
-    "train.report_to": None,
+    "train.trackers": None,
     "memory": "plan",
     "evaluate": "evaluate",
     "export": "export",

@@ -54,7 +54,7 @@ ADAPTER = "adapter"
 
 CHECKPOINTS, PROOF, COVERAGE = "checkpoints", "proof.json", "coverage.json"
 
-NO_UPDATE = ("held_out_every", "early_stop", "keep", "report_to")
+NO_UPDATE = ("held_out_every", "early_stop", "keep", "trackers")
 """Settings of `train` that no update depends on."""
 
 CHECKPOINT_FORMAT = 2
@@ -119,7 +119,7 @@ def _train(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     missed = [name for name, value in seen_by_torch().items() if value is None]
     if missed and torch.version.hip is not None:
         watches.warn(f"{', '.join(missed)} was set after torch was imported: import strixft first")
-    require_trackers(run.recipe.train.report_to, offline=run.recipe.offline)
+    require_trackers(run.recipe.train.trackers, offline=run.recipe.offline)
     require_known_tokens(run.recipe, prepared)
     fetch_base(run.recipe)  # the hashes of its files are inputs
     plan.require_same_config(run.recipe)  # the model's own comes with its weights

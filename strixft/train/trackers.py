@@ -133,7 +133,7 @@ class Trackers:
     """The trackers of a run.
 
     Args:
-        run: The run, with their names in `train.report_to`.
+        run: The run, with their names in `train.trackers`.
         update: The last update whose figures stay, that of the checkpoint; -1 without one.
         warn: Told of a tracker that fails.
     """
@@ -146,7 +146,7 @@ class Trackers:
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in redact_all(flatten(run.recipe.to_dict())).items()
         }
-        for name in run.recipe.train.report_to if PartialState().is_main_process else ():
+        for name in run.recipe.train.trackers if PartialState().is_main_process else ():
             self._try(name, partial(self._start, name, run, update, settings))
 
     def _start(self, name: str, run: Run, update: int, settings: Mapping[str, Any]) -> None:
