@@ -32,7 +32,7 @@ PATIENCE_S = 240
 def wait_for(holds: Callable[[], object]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.1)
 
 
@@ -49,7 +49,7 @@ def form(workspace: Path) -> Iterator[Form]:
     """A form for a new run; its data are read and it is planned."""
     found = Form(Choices("recipes/demo.yaml"), None)
     yield found
-    found.settings.wait()
+    found.wait()  # else its thread would go on in the next test's folder
 
 
 # what was chosen

@@ -316,6 +316,11 @@ class Form:
             return
         self.show(run)
 
+    def wait(self) -> None:
+        """Wait until the data are read and all is planned."""
+        self._reader.wait()
+        self.settings.wait()
+
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
