@@ -323,7 +323,11 @@ def test_no_backend_that_is_right_is_an_error(
 
 @pytest.mark.parametrize(
     ("how", "figures"),
-    [("SIGKILL", None), ("", {"problem": "out of memory", "out_of_memory": True})],
+    [
+        ("SIGKILL", None),
+        ("180 s", None),
+        ("", {"problem": "out of memory", "out_of_memory": True}),
+    ],
 )
 def test_what_may_go_otherwise_next_time_is_not_kept(
     how: str, figures: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -331,7 +335,7 @@ def test_what_may_go_otherwise_next_time_is_not_kept(
     monkeypatch.setenv("STRIXFT_CACHE", str(tmp_path / "cache"))
     forget(monkeypatch)
     probe = (
-        Probe(ended="crashed", at="nf4", how=how)
+        Probe(ended="timed out" if how == "180 s" else "crashed", at="nf4", how=how)
         if figures is None
         else Probe(ended="done", steps={"nf4": figures})
     )

@@ -159,6 +159,18 @@ class Schedule:
         return storages, events
 
     @cached_property
+    def fits_together(self) -> bool:
+        """Each storage that is freed was allocated: layers hand on to their neighbours alone.
+
+        Where layers share keys and values across several others, those traced do not stand for
+        all.
+        """
+        try:
+            return bool(self.blocks)
+        except KeyError:
+            return False
+
+    @cached_property
     def _twins(self) -> dict[int, Hashable]:
         """Name storages that a layer hands on by their order among those.
 
@@ -291,7 +303,10 @@ def trace_run(
     recomputed = sum(index < recomputed_layers for index in sampled)
     of_model = [layers[index] for index in sampled]
     trace = trace_step(job, shape, recomputed, steps, of_model)
-    return Schedule(trace, None if len(sampled) == len(kinds) else stands_for(kinds))
+    schedule = Schedule(trace, None if len(sampled) == len(kinds) else stands_for(kinds))
+    if schedule.fits_together:
+        return schedule
+    return Schedule(trace_step(job, shape, recomputed_layers, steps, layers))
 
 
 def require_all_weights(job: Job, run: DryRun) -> None:

@@ -310,6 +310,8 @@ class Traces:
             trace = scaled.trace if step.steps > 1 else one_step(scaled.trace)
             all_traced = len(sampled) >= len(kinds)
             self._schedules[deep] = Schedule(trace, None if all_traced else stands_for(kinds))
+        if not self._schedules[deep].fits_together:
+            return None
         dims = Dims.of(step.shape, self._vocabulary)
         if (*key, dims) not in self._numbers:
             seconds = scaled.seconds(dims, Rates.of(self._job.host))

@@ -245,7 +245,7 @@ class _Recorder(MemoryTracker):
             output = call(*args, **kwargs)
             if not again:
                 self._leaves_layers = last
-                hidden = output[0] if isinstance(output, tuple) else output
+                hidden = output[0] if isinstance(output, tuple | list) else output
                 if hidden.requires_grad:  # no gradient goes below the first adapter
                     hidden.register_hook(lambda _: self._goto("backward", index))
             return output
