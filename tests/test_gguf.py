@@ -8,8 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from gguf import GGUFReader
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from strixft.servers import gguf
 from strixft.support.errors import HostError, StageError
@@ -123,6 +128,43 @@ def test_every_module_of_the_converter_can_be_imported() -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(modules) > 50
+
+
+def test_an_adapter_of_a_gated_delta_net_is_in_llama_cpps_order(tmp_path: Path) -> None:
+    """Value heads stand beside their key head in transformers, all first ones first in llama.cpp.
+
+    The converter refused `out_proj` (ggml-org/llama.cpp#21125), and any Qwen 3.5 without a head for
+    several tokens ahead.
+    """
+    sides: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    }  # fmt: skip
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_5_text", **sides))
+    base.save_pretrained(tmp_path / "base")
+    targets = ["in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj"]
+    adapted = get_peft_model(
+        base, LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    gguf.convert_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "adapter.gguf")
+    file = GGUFReader(tmp_path / "adapter.gguf")
+    written = {row.name: torch.tensor(row.data).float() for row in file.tensors}
+    heads = torch.tensor([0, 3, 1, 4, 2, 5])
+    values = (heads[:, None] * 4 + torch.arange(4)).flatten()
+    queries_and_keys = torch.arange(16)
+    for target, name, rows, columns in (
+        ("in_proj_qkv", "attn_qkv", torch.cat([queries_and_keys, 16 + values]), slice(None)),
+        ("in_proj_z", "attn_gate", values, slice(None)),
+        ("in_proj_a", "ssm_alpha", heads, slice(None)),
+        ("out_proj", "ssm_out", slice(None), values),
+    ):
+        layer = adapted.get_submodule(f"base_model.model.model.layers.0.linear_attn.{target}")
+        due = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)[rows][:, columns]
+        factors = [written[f"blk.0.{name}.weight.lora_{side}"] for side in "ba"]
+        torch.testing.assert_close(factors[0] @ factors[1], due, rtol=5e-3, atol=1e-3)
 
 
 def test_a_folder_that_is_no_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

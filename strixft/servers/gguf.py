@@ -21,6 +21,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from strixft.model.files import shard_paths
+from strixft.model.stream import Shard
 from strixft.support.errors import HostError, StageError
 from strixft.support.files import temporary_name
 from strixft.support.text import is_secret_name
@@ -52,9 +54,9 @@ EXTRA = "pip install 'strixft[export]'"
 DIRECT = ("f16", "bf16", "q8_0")
 """Storage that the converter writes itself; `llama-quantize` makes the rest."""
 
-_WITH_ENDS = """
+_RUN = """
 import json, os, runpy, sys
-ids, script = json.loads(sys.argv[1]), sys.argv[2]
+ids, has_mtp, script = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 sys.path[:1] = [os.path.dirname(script), os.path.join(os.path.dirname(script), "gguf-py")]
 import gguf
 names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
@@ -68,13 +70,33 @@ def write_with_ends(self, *args, **more):
     return write(self, *args, **more)
 
 gguf.GGUFWriter.write_header_to_file = write_with_ends
-sys.argv = sys.argv[2:]
+
+def reorder(tensor, dim, *sizes):
+    if not hasattr(tensor, "get_lora_A_B"):
+        return whole(tensor, dim, *sizes)
+    down, up = tensor.get_lora_A_B()
+    if dim == 0:
+        return type(tensor)(down, whole(up, 0, *sizes))
+    return type(tensor)(whole(down, 1, *sizes), up)
+
+try:
+    from conversion.qwen import Qwen3NextModel, _LinearAttentionVReorderBase as Delta
+    whole = Delta._reorder_v_heads
+except (ImportError, AttributeError):
+    pass  # an earlier llama.cpp, in one file
+else:
+    Qwen3NextModel.no_mtp, Delta._reorder_v_heads = not has_mtp, staticmethod(reorder)
+sys.argv = sys.argv[3:]
 runpy.run_path(script, run_name="__main__")
 """
-"""Script that runs a converter and adds every end of an answer.
+"""Script that runs a converter, with three things it lacks (llama.cpp of October 2026).
 
-The converter writes the tokenizer's EOS alone, and llama.cpp recognises other ends by a list of
-names. It stops at all three of these keys (`llama_vocab::impl::load`, `special_eog_ids`)."""
+It writes the tokenizer's EOS alone, and llama.cpp recognises other ends by a list of names: every
+end of an answer is added. llama.cpp stops at all three of these keys (`llama_vocab::impl::load`,
+`special_eog_ids`). A Qwen 3.5 whose files have no head for several tokens ahead (MTP) is refused,
+or written as if it had one. An adapter of a gated delta net is refused where value heads are more
+than key heads (ggml-org/llama.cpp#21125): here the two factors are put in order, each by itself.
+"""
 
 
 def _installed(module: str, package: str) -> Path:
@@ -180,11 +202,18 @@ def _run(command: Sequence[str], temporary: Path, target: Path, **options: Any) 
     return None
 
 
-def _convert(script: str, words: Iterable[str], target: Path, ends: Sequence[int] = ()) -> None:
+def _convert(
+    script: str,
+    words: Iterable[str],
+    target: Path,
+    ends: Sequence[int] = (),
+    *,
+    has_mtp: bool = False,
+) -> None:
     temporary = temporary_name(target)
     kept = {name: value for name, value in os.environ.items() if not is_secret_name(name)}
     environment = {**kept, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-    command = [sys.executable, "-c", _WITH_ENDS, json.dumps(list(ends))]
+    command = [sys.executable, "-c", _RUN, json.dumps(list(ends)), json.dumps(has_mtp)]
     command += [str(_converters() / script), *words, "--outfile", str(temporary)]
     errors = _run(command, temporary, target, env=environment)
     if errors is not None:
@@ -224,7 +253,17 @@ def convert_model(folder: Path, target: Path, kind: str, ends: Sequence[int]) ->
         StageError: The converter refuses the model.
     """
     with _without_code(folder) as view:
-        _convert("convert_hf_to_gguf.py", [str(view), "--outtype", kind], target, ends)
+        words = [str(view), "--outtype", kind]
+        _convert("convert_hf_to_gguf.py", words, target, ends, has_mtp=_has_mtp(folder))
+
+
+def _has_mtp(folder: Path) -> bool:
+    """Return whether a model's files hold Qwen's head for several tokens ahead."""
+    for path in shard_paths(folder):
+        with Shard(path) as shard:
+            if any(name.startswith(("mtp.", "model.mtp.")) for name in shard.entries):
+                return True
+    return False
 
 
 @contextlib.contextmanager

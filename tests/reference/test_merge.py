@@ -267,6 +267,30 @@ def half_tied(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def with_mtp(folder: Path) -> None:
+    """A head for several tokens ahead, which transformers neither builds nor saves."""
+    weights = load_file(folder / "model.safetensors")
+    weights["mtp.layers.0.mlp.up_proj.weight"] = torch.randn(8, 4, dtype=torch.bfloat16)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_what_transformers_does_not_build_is_in_the_merged_model(
+    merged: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Other merges drop the tower or the head without a word (modelscope/ms-swift#9187)."""
+    targets = ["in_proj_qkv", "out_proj", "down_proj"]
+    base = write_base(tmp_path / "base", "qwen3_5")
+    with_mtp(base)
+    adapt(base, tmp_path / "adapter", targets)
+    before, after = (load_file(path / "model.safetensors") for path in (base, merged(base)))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        changed = not torch.equal(weight, after[name])
+        adapted = "visual" not in name and "mtp" not in name
+        assert changed is (adapted and any(f".{one}." in name for one in targets)), name
+        assert after[name].dtype is weight.dtype
+
+
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [
