@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
+from strixft.evaluate.generate import left_padded
 from strixft.model import delta_rule
 from strixft.model.delta_rule import INSIDE, RESET, gated_delta_rule, short_convolution
+from strixft.model.kernels import guard_kernels
 from strixft.plan.inside import look_inside
 from strixft.step.layers import _policy
 from strixft.step.memory_tracker import MemoryTracker
@@ -44,6 +47,16 @@ def results(function: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 def plain(*inputs: Tensor) -> Tensor:
     output: Tensor = PLAIN(*inputs, use_qk_l2norm_in_kernel=True)[0]
+    return output
+
+
+def token_by_token(*inputs: Tensor) -> Tensor:
+    query, key, value, gate, beta = inputs
+    run: Any = qwen.torch_recurrent_gated_delta_rule
+    output: Tensor = run(
+        query, key, value, g=gate, beta=beta,
+        initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=True,
+    )[0]  # fmt: skip
     return output
 
 
@@ -177,6 +190,31 @@ def test_a_convolution_ends_at_a_documents_begin() -> None:
     assert torch.allclose(found, due, atol=1e-5)
 
 
+@pytest.mark.parametrize("gate", [-50.0, -1e30, -float("inf")])
+def test_a_gate_that_forgets_all_spoils_no_other_token(gate: float) -> None:
+    """Sums of logarithms within a chunk gave NaN, or lost the digits of later tokens.
+
+    pytorch/executorch#21417; transformers' own path over chunks does the same.
+    """
+    inputs = an_input(150)
+    with torch.no_grad():
+        inputs[3][:, ::5] = gate
+    found, due = results(rule, inputs), results(token_by_token, inputs)
+    for one, other in zip(found, due, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+
+
+def test_tokens_of_zeros_have_finite_gradients() -> None:
+    """A padded token's key is zero, and so is its length (AI-Hypercomputer/maxtext#5295)."""
+    inputs = an_input(100)
+    with torch.no_grad():
+        for one in inputs[:3]:
+            one[:, :70] = 0
+    found, due = results(rule, inputs), results(token_by_token, inputs)
+    for one, other in zip(found, due, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+
+
 def test_a_gate_that_forgets_by_itself_is_a_reset() -> None:
     inputs = an_input(100)
     with torch.no_grad():
@@ -185,3 +223,41 @@ def test_a_gate_that_forgets_by_itself_is_a_reset() -> None:
     found = results(rule, inputs)
     for one, other in zip(found, due, strict=True):
         assert (one - other).norm() < 1e-4 * other.norm()
+
+
+SIDES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+DELTA = {
+    "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}  # fmt: skip
+CONVOLVED = {"layer_types": ["conv", "conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+
+
+@pytest.mark.parametrize(("kind", "own"), [("qwen3_5_text", DELTA), ("lfm2", CONVOLVED)])
+def test_what_goes_on_with_a_state_is_what_was_trained(kind: str, own: dict[str, Any]) -> None:
+    """Decoding from a state, with padding on the left, beside each whole row without a state.
+
+    huggingface/transformers#46190 (a state that is not the row's), #46773 (padding that flows into
+    convolution and state). A prompt is shorter than the convolution, one longer than a chunk.
+    """
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIDES, **own)).eval()
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.2) if weight.ndim > 1 else None
+    guard_kernels(model)
+    prompts = [torch.randint(3, 96, (length,)).tolist() for length in (2, 70, 33)]
+    ids, mask = left_padded(prompts, 0)
+    produced = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False,
+        eos_token_id=None, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    stepwise = torch.stack(produced.logits, 1)  # (B, 5, V)
+    for prompt, row, found in zip(prompts, produced.sequences, stepwise, strict=True):
+        whole = row[-len(prompt) - 5 :]
+        with torch.no_grad():
+            due = model(input_ids=whole[None], use_cache=False).logits[0, -6:-1]
+        torch.testing.assert_close(found, due, rtol=1e-3, atol=1e-3)
