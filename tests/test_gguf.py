@@ -14,6 +14,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strixft.servers import gguf
@@ -165,6 +166,18 @@ def test_an_adapter_of_a_gated_delta_net_is_in_llama_cpps_order(tmp_path: Path) 
         due = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)[rows][:, columns]
         factors = [written[f"blk.0.{name}.weight.lora_{side}"] for side in "ba"]
         torch.testing.assert_close(factors[0] @ factors[1], due, rtol=5e-3, atol=1e-3)
+
+
+def test_only_a_head_that_is_in_the_files_is_converted(tmp_path: Path) -> None:
+    """A merge by transformers drops it, and the configuration still names it.
+
+    The file then had a layer without weights (ggml-org/llama.cpp#24737).
+    """
+    weights = {"model.layers.0.mlp.up_proj.weight": torch.zeros(2)}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert not gguf._has_mtp(tmp_path)
+    save_file({**weights, "mtp.fc.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert gguf._has_mtp(tmp_path)
 
 
 def test_a_folder_that_is_no_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

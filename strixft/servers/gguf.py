@@ -94,8 +94,9 @@ runpy.run_path(script, run_name="__main__")
 It writes the tokenizer's EOS alone, and llama.cpp recognises other ends by a list of names: every
 end of an answer is added. llama.cpp stops at all three of these keys (`llama_vocab::impl::load`,
 `special_eog_ids`). A Qwen 3.5 whose files have no head for several tokens ahead (MTP) is refused,
-or written as if it had one. An adapter of a gated delta net is refused where value heads are more
-than key heads (ggml-org/llama.cpp#21125): here the two factors are put in order, each by itself.
+or written as if it had one, and then does not load (ggml-org/llama.cpp#24737). An adapter of a
+gated delta net is refused where there are more value heads than key heads
+(ggml-org/llama.cpp#21125): the two factors are put in order, each by itself.
 """
 
 
