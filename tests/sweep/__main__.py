@@ -42,11 +42,20 @@ def _run(name: str, gguf: bool, log: Path) -> Found:
     return asdict(found) | {"seconds": round(time.monotonic() - began, 1)}
 
 
+def _tried_here(tasks: Sequence[Any], *, fresh: bool = False) -> dict[str, Any]:
+    """Try attention in this process: a child for each type would import torch anew."""
+    from strixft.probe.run import measure_here
+
+    return {task.name: measure_here(task) for task in tasks}
+
+
 def outcomes(names: Sequence[str], *, gguf: bool, log: Path) -> Iterator[Found]:
     """Run types side by side, one for each core, and yield what became of them."""
     import strixft
     import sweep.run  # noqa: F401
+    from strixft.probe import checks
 
+    checks.measure = _tried_here  # type: ignore[attr-defined]
     cores = len(os.sched_getaffinity(0))
     for name in strixft.__all__:
         getattr(strixft, name)  # imported before the fork, once for all
