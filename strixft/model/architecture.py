@@ -107,7 +107,7 @@ def outside_text(base: Any) -> list[str]:
     return found
 
 
-def _tower(base: Any) -> list[str]:
+def tower_of(base: Any) -> list[str]:
     """Return what a wrapper of a text model has besides it."""
     is_wrapper = base.config.get_text_config() is not base.config
     return outside_text(base) if is_wrapper else []
@@ -115,13 +115,13 @@ def _tower(base: Any) -> list[str]:
 
 def drop_tower(base: Any) -> None:
     """Take out of a wrapper what no text goes through: it is neither loaded nor run."""
-    for name in _tower(base):
+    for name in tower_of(base):
         base.set_submodule(name, nn.Identity())
 
 
 def text_only(shape: Any) -> Any:
     """Return the class of a model on `meta`, but for what `drop_tower` takes out of it."""
-    whole, tower = type(shape), _tower(shape)
+    whole, tower = type(shape), tower_of(shape)
     if not tower:
         return whole
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from strixft.model.architecture import text_decoder
+from strixft.model.architecture import text_decoder, tower_of
 from strixft.recipe.schema import Lora
 from strixft.support.errors import RecipeError
 from strixft.support.private_hf import renamed_by_peft
@@ -150,6 +150,8 @@ def _pattern(base: Any, names: Collection[str], inside: Collection[str]) -> str 
         if path not in kept and is_named(path, names)
     }
     parts = [re.sub(r"(?<![A-Za-z_])0(?![A-Za-z_])", r"\\d+", re.escape(one)) for one in others]
+    # taken out here, but there for whoever loads the adapter beside the whole model
+    parts += [rf"{re.escape(name)}\..+" for name in tower_of(base)]
     return "|".join(sorted(parts)) or None
 
 

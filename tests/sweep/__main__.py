@@ -44,9 +44,16 @@ def _run(name: str, gguf: bool, log: Path) -> Found:
 
 def _tried_here(tasks: Sequence[Any], *, fresh: bool = False) -> dict[str, Any]:
     """Try attention in this process: a child for each type would import torch anew."""
+    from strixft.model.config import first_lines
     from strixft.probe.run import measure_here
 
-    return {task.name: measure_here(task) for task in tasks}
+    found: dict[str, Any] = {}
+    for task in tasks:
+        try:
+            found[task.name] = measure_here(task)
+        except Exception as error:  # as a child tells it
+            found[task.name] = {"problem": first_lines(error)}
+    return found
 
 
 def outcomes(names: Sequence[str], *, gguf: bool, log: Path) -> Iterator[Found]:
