@@ -117,6 +117,7 @@ def _rule(
         if known.package in _off:
             return delta_rule.chunked(*tensors, unit=unit)
         query, key, value, g, beta = tensors
+        g = g.clamp_min(delta_rule.RESET)  # it sums them up, and a larger one rounds those after it
         output: Tensor = own(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=unit)[0]
         return output
 
