@@ -141,13 +141,25 @@ def test_the_time_left_after_a_resume_is_that_of_this_process(tmp_path: Path) ->
     assert reader.seconds_left(1000) == pytest.approx(540)
 
 
+def test_weights_that_are_read_end_no_training() -> None:
+    """A bar of bytes beside the training's own; seen in the browser as `iB 269,030,016`."""
+    view = a_view()
+    doing = {"what": "weights", "done": 2**28, "total": 2**30, "unit": "iB"}
+    loading = View(**{**vars_of(view), "status": {**view.status, "doing": doing}})
+    line = one_line(loading)
+    assert "train: running, weights, 256.0 MiB of 1.00 GiB" in line
+    assert "time left, weights 2 min 0 s" in line
+
+
 def test_a_start_that_hangs_has_no_time_left(tiny_run: Run) -> None:
-    doing = {"what": "download", "done": 600, "total": 140 * 10**9, "elapsed_s": 1200.0}
+    doing = {"what": "download", "done": 600, "total": 140 * 10**9, "unit": "B"}
+    doing["elapsed_s"] = 1200.0
     with tiny_run.owned():
         tiny_run.set_status(stage="train", state="running", doing=doing)
         view = tiny_run.observer().look()
     assert view.state == "running"
-    assert "time left" in one_line(view) or view.left_s is None
+    assert view.left_s is None
+    assert "download, 0.0 MiB of 130.39 GiB" in one_line(view)
     to_html(view)
 
 

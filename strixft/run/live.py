@@ -153,7 +153,7 @@ class Observer:
     def _left_s(self, status: Status, is_training: bool) -> float | None:
         progress = _as_mapping(status.get("doing"))
         done, total = progress.get("done"), progress.get("total")
-        if status["state"] != "running" or not total:
+        if status["state"] != "running" or not total or done == total:
             return None
         if is_training and progress.get("what") == "train":
             return self._log.seconds_left(total)

@@ -14,6 +14,7 @@ from strixft.recipe.find import workspace
 from strixft.run.folder import DRIVER, LOCK, Result, Run
 from strixft.run.live import RESUMABLE
 from strixft.run.open import find_runs, free_name, run_folders
+from strixft.run.show import counted
 from strixft.support.errors import HostError, StageError, StrixftError
 from strixft.support.files import free_aside, write_text
 from strixft.support.locks import hold
@@ -85,7 +86,7 @@ def run_row(row: Mapping[str, Any]) -> list[str]:
     doing, loss = row.get("doing"), row.get("loss")
     is_open = row["state"] in ("running", *RESUMABLE)
     doing = doing if isinstance(doing, dict) and is_open else {}
-    of = f"{doing.get('done') or 0:,} of {doing['total']:,}" if doing.get("total") else "–"
+    of = counted(doing) if doing.get("total") else "–"
     return [
         row["run"],
         Path(row.get("model", "–")).name,

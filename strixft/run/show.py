@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from strixft.run.live import RESUMABLE, View
 from strixft.support.files import now, write_text
 from strixft.support.html import START
 from strixft.support.text import visible
-from strixft.support.units import format_gib, format_number, format_seconds
+from strixft.support.units import format_gib, format_number, format_seconds, format_size
 
 PAGE = "live.html"
+
+BYTES = ("B", "iB")
+"""Units of bars that count bytes, tqdm's and ours."""
 
 REFRESH_S, REST_S = 3, 30
 """Seconds until the page loads itself again, while a stage works and while none does: another one
@@ -91,8 +95,14 @@ def figures(view: View) -> dict[str, tuple[str, str]]:
     found["elapsed"] = format_seconds(view.elapsed_s), ""
     if view.state == "running":
         ends = f"ends at {clock(view.left_s)}" if view.left_s is not None else ""
-        found["time left"] = format_seconds(view.left_s), ends
+        found[_left_name(view)] = format_seconds(view.left_s), ends
     return found
+
+
+def _left_name(view: View) -> str:
+    """Return what the time left is of: of the stage, or of a part such as its weights' loading."""
+    what = view.progress.get("what")
+    return "time left" if what in (None, "", view.stage) else f"time left, {what}"
 
 
 def _held_out(view: View) -> dict[str, tuple[str, str]]:
@@ -116,17 +126,27 @@ def headline(view: View) -> str:
     progress = view.progress
     if view.state != "running" or progress.get("done") is None:
         return words
-    total = progress.get("total")
-    of = f" of {total:,}" if total else ""
-    what = progress.get("what") or ""
+    what, unit = progress.get("what") or "", progress.get("unit") or "step"
     name = f"{what}, " if what and what != view.stage else ""
-    return f"{words}, {name}{progress.get('unit') or 'step'} {progress['done']:,}{of}"
+    return f"{words}, {name}{'' if unit in BYTES else f'{unit} '}{counted(progress)}"
+
+
+def counted(progress: Mapping[str, Any]) -> str:
+    """Return how far a bar is.
+
+    >>> counted({"done": 7, "total": 1000}), counted({"done": 2**20, "total": 2**30, "unit": "B"})
+    ('7 of 1,000', '1.0 MiB of 1.00 GiB')
+    """
+    done, total = progress.get("done") or 0, progress.get("total")
+    shown = format_size if progress.get("unit") in BYTES else "{:,}".format
+    return f"{shown(done)} of {shown(total)}" if total else shown(done)
 
 
 def one_line(view: View) -> str:
     """Return a view as one line."""
     shown = figures(view)
-    kept = ("loss", "held-out loss", "tokens/s", "memory", "elapsed", "time left")
+    left = _left_name(view)
+    kept = ("loss", "held-out loss", "tokens/s", "memory", "elapsed", left)
     parts = [f"{name} {shown[name][0]}" for name in kept if name in shown and shown[name][0] != "–"]
     if view.left_s is not None:
         parts.append(f"ends at {clock(view.left_s)}")
