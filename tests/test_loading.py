@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import WriteRecipe
-from peft import PeftModel
-from reference.tiny_models import TINY
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -29,7 +27,7 @@ from strixft.attention.core import NAME
 from strixft.catalog.methods import METHODS
 from strixft.model import weights
 from strixft.model.files import shard_paths
-from strixft.model.load import build, load_base, quantization_of, shape_base
+from strixft.model.load import load_base, quantization_of, shape_base
 from strixft.model.quantised import finish_loaded
 from strixft.model.source import load_config
 from strixft.model.stream import Shard, checksums_of, streaming
@@ -439,23 +437,6 @@ def test_a_vision_tower_is_not_loaded_and_may_lack_its_weights(
     without(folder, "language_model.model.layers.0.mlp.up_proj")
     with pytest.raises(RecipeError, match=r"layers\.0\.mlp\.up_proj\.weight\n"):
         load_base(recipe, "cpu", torch.float32)
-
-
-@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
-def test_a_saved_adapter_leaves_the_tower_of_the_whole_model_alone(
-    name: str, tmp_path: Path, write_recipe: WriteRecipe
-) -> None:
-    """PEFT goes by the last parts of names, which a tower has too; Gemma 4's it refuses."""
-    config = AutoConfig.for_model(**TINY[name])
-    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "seeing")
-    recipe = recipe_of(tmp_path / "seeing", "lora", write_recipe)
-    own = build(recipe, "cpu", torch.float32)
-    own.save_pretrained(tmp_path / "adapter")
-    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "seeing")
-    beside = PeftModel.from_pretrained(whole, tmp_path / "adapter")
-    adapted = {key for key, _ in beside.named_parameters() if "lora_" in key}
-    assert adapted == {key for key, _ in own.named_parameters() if "lora_" in key}
-    assert all("language_model" in key for key in adapted)
 
 
 def test_a_head_that_is_not_in_the_files_is_to_be_tied(

@@ -171,3 +171,22 @@ def check_planned_weights(recipe: Recipe, model: nn.Module, batch: Batch) -> Non
 
 def test_the_types_are_many() -> None:
     assert len({sides["model_type"] for sides in TINY.values()}) >= 40
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_a_saved_adapter_leaves_the_tower_of_the_whole_model_alone(
+    name: str, tmp_path: Path
+) -> None:
+    """PEFT goes by the last parts of names, which a tower has too; Gemma 4's it refuses."""
+    from peft import PeftModel
+
+    write_model(tmp_path / "seeing", TINY[name])
+    own = build(a_recipe(tmp_path / "seeing"), "cpu", torch.float32)
+    own.save_pretrained(tmp_path / "adapter")
+    auto = auto_class(load_config(a_recipe(tmp_path / "seeing")))
+    whole = auto.from_pretrained(tmp_path / "seeing")
+    assert any("vision_tower" in key for key, _ in whole.named_parameters())
+    beside = PeftModel.from_pretrained(whole, tmp_path / "adapter")
+    adapted = {key for key, _ in beside.named_parameters() if "lora_" in key}
+    assert adapted == {key for key, _ in own.named_parameters() if "lora_" in key}
+    assert all("language_model" in key for key in adapted)
