@@ -181,7 +181,7 @@ def test_a_saved_adapter_leaves_the_tower_of_the_whole_model_alone(
     from peft import PeftModel
 
     write_model(tmp_path / "seeing", TINY[name])
-    own = build(a_recipe(tmp_path / "seeing"), "cpu", torch.float32)
+    own: Any = build(a_recipe(tmp_path / "seeing"), "cpu", torch.float32)
     own.save_pretrained(tmp_path / "adapter")
     auto = auto_class(load_config(a_recipe(tmp_path / "seeing")))
     whole = auto.from_pretrained(tmp_path / "seeing")
