@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -56,7 +57,8 @@ def _told(found: Mapping[str, Any]) -> str:
 
 def _row(name: str, found: Mapping[str, Any]) -> str:
     rows = "–" if found["refused"] else "shared" if found["packed"] else "one document each"
-    gguf = (found["gguf"] or "–").replace("|", "\\|")
+    told = (found["gguf"] or "–").splitlines()[0].rstrip(":")
+    gguf = re.sub(r"/\S*/", "", told.replace("|", "\\|"))  # folders of this machine
     return f"| {name} | {rows} | {_told(found)} | {gguf} |\n"
 
 
