@@ -316,7 +316,7 @@ def test_another_model_begins_with_defaults(form: Form) -> None:
 def test_a_recipe_without_data_waits_for_them(form: Form) -> None:
     form.models.cards.value = "llama-3.1-8b-lora"
     assert form.start.disabled
-    assert form.data.kind.value == UPLOAD
+    wait_for(lambda: form.data.kind.value == UPLOAD)
     assert "GB" in form.models.about.value
 
 

@@ -275,7 +275,7 @@ def test_no_two_products_of_dimensions_grow_alike_between_two_samples(
     vocabulary: int, chunks: int, packed: bool, beyond: tuple[bool, ...], monkeypatch: Any
 ) -> None:
     windows = {(): (), (True, False): (1024, 4096)}.get(beyond, (512,))
-    asked = SimpleNamespace(windows=windows, recurs=False)
+    asked = SimpleNamespace(windows=windows, recurs=False, positions=None)
     monkeypatch.setattr("strixft.plan.scale.architecture_of", lambda _: asked)
     config = AutoConfig.for_model(**LLAMA | {"vocab_size": vocabulary})
     regime = Regime(False, beyond, chunks, packed)

@@ -211,7 +211,7 @@ def test_a_resumed_training_goes_on_in_the_same_run_of_another_program(
     log = tmp_path / "run/train" / LOG
 
     def train(first: int, last: int, **settings: Any) -> None:
-        recipe = write_recipe(train={"report_to": [name], **settings})
+        recipe = write_recipe(train={"trackers": [name], **settings})
         run = open_run(recipe, tmp_path / "run")
         log.parent.mkdir(exist_ok=True)
         trackers = Trackers(run, first - 1, told.append)

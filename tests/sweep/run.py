@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -109,10 +110,11 @@ def touched(run: Run) -> list[str]:
 
 def _export(run: Run, *, gguf: bool) -> tuple[Exported, str]:
     """The export, and the parity with llama.cpp or the sentence of its refusal."""
-    told, parity.PROMPTS = "", PROMPTS
+    told = ""
     if gguf:
         try:
-            exported = strixft.export_recipe(run, ("gguf",))
+            with patch.object(parity, "PROMPTS", PROMPTS):
+                exported = strixft.export_recipe(run, ("gguf",))
             exported.require_parity()
             return exported, f"top-1 {exported.figures['parity']['f16']['top1']:.3f}"
         except StrixftError as error:
