@@ -23,7 +23,7 @@ from strixft.formats.sources import data_files
 from strixft.recipe.find import find_recipes
 from strixft.recipe.load import load_recipe
 from strixft.run.open import find_run
-from strixft.support.errors import DataError, RecipeError
+from strixft.support.errors import DataError, RecipeError, StageError
 from strixft.support.units import GIB
 
 PATIENCE_S = 240
@@ -115,7 +115,7 @@ def test_a_name_is_free_and_plain(workspace: Path) -> None:
     assert chosen.name() == "demo-b-.jsonl" or chosen.name().replace("-", "").isalnum()
     (workspace / "runs/demo").mkdir(parents=True)
     assert Choices("recipes/demo.yaml").name() == "demo-2"
-    with pytest.raises(RecipeError, match="is not a name for a run"):
+    with pytest.raises(StageError, match="is not a name for a run"):
         Choices("recipes/demo.yaml").begin("../x", None)
     with pytest.raises(RecipeError, match="exists"):
         Choices("recipes/demo.yaml").begin("demo", None)

@@ -29,8 +29,8 @@ _COMMAND = re.compile(rf"strixft (\w+)((?: {_WORD})*)")
 
 _OPTIONS = re.compile(rf"(?:--(?:run-dir|set|from) {_WORD}(?: (?=--))?)+")
 
-SHOWN = {"watch": "watch", "chat": "chat", "runs": "runs"}
-"""Command → function of the same meaning for a notebook."""
+SHOWN = ("watch", "chat", "runs")
+"""Commands that have a function of the same name for a notebook."""
 
 
 def _options(words: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, Any]]:
@@ -53,7 +53,7 @@ def _call(found: re.Match[str]) -> str:
     if name == "recipe" and not words:
         return "sx.list_recipes()"
     if name in SHOWN:
-        return f"sx.{SHOWN[name]}({', '.join(map(repr, words))})"
+        return f"sx.{name}({', '.join(map(repr, words))})"
     if name == "stop":
         return "its Stop button, or sx.runs()"
     if name in ("run", "resume", "train", "evaluate", "prepare"):

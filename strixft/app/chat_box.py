@@ -186,4 +186,4 @@ def chat(run: Run | str | Path) -> Any:
     Raises:
         StageError: There is no such run.
     """
-    return ChatBox(run if isinstance(run, Run) else find_run(run)).box
+    return ChatBox(find_run(run)).box

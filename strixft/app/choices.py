@@ -18,6 +18,7 @@ from strixft.recipe.find import describe, find_recipe, find_recipes, workspace
 from strixft.recipe.load import load_recipe, typed_override
 from strixft.recipe.schema import Recipe
 from strixft.run.folder import Run
+from strixft.run.manage import require_name
 from strixft.run.open import free_name, open_run
 from strixft.support.errors import DataError, RecipeError
 from strixft.support.files import disk_full, free_bytes, is_full, write_text
@@ -178,13 +179,11 @@ class Choices:
             draft: The run that was looked at.
 
         Raises:
-            RecipeError: The name cannot be used, or a folder has it.
+            StageError: The name cannot be used.
+            RecipeError: A folder has it.
             StrixftError: As `open_run`.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
-            raise RecipeError(
-                f"{name!r} is not a name for a run", fix="letters, digits, dots and hyphens"
-            )
+        require_name(name)
         folder = workspace() / "runs" / name
         if folder.exists():
             raise RecipeError(f"{folder} exists", fix=f"name it {free_name(folder).name}")

@@ -170,4 +170,4 @@ def exports(run: Run | str | Path) -> Any:
     Raises:
         StageError: There is no such run.
     """
-    return ExportBox(run if isinstance(run, Run) else find_run(run)).box
+    return ExportBox(find_run(run)).box

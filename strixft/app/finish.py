@@ -87,7 +87,7 @@ def finish(run: Run | str | Path) -> None:
     """
     from IPython.display import HTML, display
 
-    found = run if isinstance(run, Run) else find_run(run)
+    found = find_run(run)
     display(HTML(finish_html(found, in_widget=False)))
     box = finish_box(found) if in_live_notebook() else None
     if box is not None:

@@ -178,8 +178,7 @@ class Form:
         self.models.describe(recipe.model, text, is_enough=is_enough)
         self.name.value = self.choices.name()
         self._show_recipe()
-        own = Choices(self.choices.recipe, {}).has_data()
-        self._quiet_data(own)
+        self.data.offer_own(Choices(self.choices.recipe).has_data())
         self._prepared = None
         self.start.disabled = True
         if has_data:
@@ -187,11 +186,6 @@ class Form:
         else:
             self.data.working("")
             self._plan(None)
-
-    def _quiet_data(self, own: bool) -> None:
-        chosen, self.data._chosen = self.data._chosen, lambda source: None
-        self.data.offer_own(own)
-        self.data._chosen = chosen
 
     def _choose_model(self, recipe: str, model: str | None) -> None:
         source = self.choices.overrides.get("dataset.source")

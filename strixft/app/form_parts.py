@@ -169,7 +169,7 @@ class DataSection:
     """
 
     def __init__(self, chosen: Callable[[str | None], None]) -> None:
-        self._chosen = chosen
+        self._chosen, self._quiet = chosen, False
         self.kind = ipywidgets.ToggleButtons(options=[UPLOAD, PICK, ON_HUB])
         self.kind.add_class("sx-tabs")
         endings = ",".join([*FILE_KINDS, ".gz", ".zst"])
@@ -198,12 +198,13 @@ class DataSection:
         )
 
     def offer_own(self, is_there: bool) -> None:
-        """Offer the data that the recipe names itself, or not."""
-        before = self.kind.value
+        """Offer the data that the recipe names itself, or not, without choosing them."""
+        before, self._quiet = self.kind.value, True
         kinds = [OWN, UPLOAD, PICK, ON_HUB] if is_there else [UPLOAD, PICK, ON_HUB]
         if list(self.kind.options) != kinds:
             self.kind.options = kinds
             self.kind.value = kinds[0] if is_there or before not in kinds else before
+        self._quiet = False
 
     def show_problem(self, error: Exception | None) -> None:
         """Show an error of the data as a card, or none."""
@@ -248,7 +249,7 @@ class DataSection:
             (folder / DATA).mkdir(exist_ok=True)
         if kind == PICK:
             self._list()
-        if kind == OWN:
+        if kind == OWN and not self._quiet:
             self._chosen(None)
 
     def _list(self) -> None:

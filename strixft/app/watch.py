@@ -52,7 +52,7 @@ def watch(run: Run | str | Path) -> None:
     Raises:
         StageError: There is no such run.
     """
-    found = run if isinstance(run, Run) else find_run(run)
+    found = find_run(run)
     if in_live_notebook():
         LiveView(found)
         return

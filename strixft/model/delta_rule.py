@@ -90,8 +90,8 @@ def _scan(values: Tensor, erased: Tensor, key: Tensor, left: Tensor) -> tuple[Te
 class _Inverse(torch.autograd.Function):
     """Invert 1 + the part below the diagonal of (…, C, C), C a power of two.
 
-    Block by block, each from two of half its size: products alone, where a solver of triangles
-    takes five times as long on a GPU, and as stable, which a sum of powers is not.
+    Block by block, each from two of half its size: products alone, which a GPU is faster at than at
+    solving triangles (docs/performance.md), and as stable, which a sum of powers is not.
     """
 
     @staticmethod
@@ -206,16 +206,10 @@ def gated_delta_rule(
     *,
     unit: bool = False,
 ) -> Tensor:
-    """Compute the rule without a state before it, (B, T, H, V); see `chunked`.
+    """Compute the rule without a state before it, (B, T, H, V).
 
-    Args:
-        query: (B, T, heads, K).
-        key: (B, T, heads, K).
-        value: (B, T, H, V).
-        gate: Logarithm of the decay, (B, T, H).
-        beta: Share of a key's old value that is overwritten, (B, T, H).
-        documents: Number of the document of each token, (B, T); None where a row is one.
-        unit: Queries and keys are made unit vectors first.
+    Arguments are those of `chunked`, but for `documents`: the number of the document of each token,
+    (B, T); None where a row is one.
     """
     if documents is not None:
         begins = pad(documents[:, 1:] != documents[:, :-1], (1, 0)).unsqueeze(-1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from strixft.data.batches import RowShape
 from strixft.data.general import general_rows
 from strixft.data.held_out import MicroBatch, micro_batches
 from strixft.model.source import load_tokenizer
@@ -77,7 +78,7 @@ def held_out_figures(
     train = recipe.train
     rows = prepared.token_rows(recipe.dataset).validation
     chosen = micro_batches(rows["length"], rows["num_trained"], run.shape)
-    general = micro_batches(*general_sizes(recipe), run.shape)[:1]
+    general = general_batches(general_rows(load_tokenizer(recipe)), run.shape)
     needed = train.early_stop > 0 or train.keep == "best"
     if train.held_out_every == 0 or not chosen:
         return _off(needed, "train.held_out_every is 0" if chosen else _no_rows(len(rows)))
@@ -107,10 +108,10 @@ def held_out_figures(
     }
 
 
-def general_sizes(recipe: Recipe) -> tuple[list[int], list[int]]:
-    """Return the tokens of each general text, and those that count in the loss."""
-    rows = general_rows(load_tokenizer(recipe))
-    return [len(row["input_ids"]) for row in rows], [sum(row["trained"]) for row in rows]
+def general_batches(rows: Sequence[Mapping[str, Any]], shape: RowShape) -> list[MicroBatch]:
+    """Return general texts, as token rows, in at most one micro-batch."""
+    sizes = ([len(row["input_ids"]) for row in rows], [sum(row["trained"]) for row in rows])
+    return micro_batches(*sizes, shape)[:1]
 
 
 def _documents(chosen: Sequence[MicroBatch]) -> int:

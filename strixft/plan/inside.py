@@ -28,7 +28,7 @@ class _Watched(MemoryTracker):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flop, self.moved, self.dtype = 0, 0, "float32"
+        self.flop = self.moved = 0
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = super().run(func, args, kwargs)
@@ -66,4 +66,4 @@ def _look(func: Any, tensors: list[Tensor], rest: tuple[Any, ...]) -> Inside:
         result = INSIDE[func](*tensors, *rest)
     given = sum(one.untyped_storage().nbytes() for one in tree_iter(result))
     peak = max(0, watched.peak_bytes - before - given)
-    return Inside(peak, Cost(watched.flop, (watched.moved,), watched.dtype))
+    return Inside(peak, Cost(watched.flop, (watched.moved,), "float32"))

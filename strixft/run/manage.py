@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -145,9 +146,17 @@ def _at_rest(folder: Path) -> Iterator[None]:
         yield
 
 
-def _require_name(name: str) -> None:
-    if not name.strip() or name != Path(name).name or name.startswith("."):
-        raise StageError(f"{name!r} is not a name for a run", fix="letters, digits and dashes")
+def require_name(name: str) -> None:
+    """Require a name that is a folder, a word of a command, and shown among runs.
+
+    Raises:
+        StageError: It is not.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]{0,99}", name):
+        raise StageError(
+            f"{name!r} is not a name for a run",
+            fix="letters, digits, dots, hyphens and underscores, such as my-run-2",
+        )
 
 
 def rename_run(run: Run, name: str) -> Path:
@@ -157,7 +166,7 @@ def rename_run(run: Run, name: str) -> Path:
         StageError: A process works on the run, or the name is taken or not a name.
         HostError: The folder cannot be renamed.
     """
-    _require_name(name)
+    require_name(name)
     target = run.folder.with_name(name)
     if target.exists():
         raise StageError(f"{target} exists", fix=f"choose another name: {free_name(target).name}")

@@ -247,13 +247,15 @@ def _create(folder: Path, recipe: Recipe) -> None:
         ) from error
 
 
-def find_run(name_or_path: str | Path) -> Run:
-    """Return a run by its folder or by its name under `runs/`.
+def find_run(run: Run | str | Path) -> Run:
+    """Return a run by its folder or by its name under `runs/`; a run itself as it is.
 
     Raises:
         StageError: There is no such run.
     """
-    folder = find_folder(name_or_path)
+    if isinstance(run, Run):
+        return run
+    folder = find_folder(run)
     return Run(folder, read_recipe(folder))
 
 

@@ -20,7 +20,7 @@ from strixft.data.batches import Batch, PackedShape, RowShape
 from strixft.data.general import general_rows
 from strixft.data.held_out import FixedBatches, micro_batches
 from strixft.model.source import load_tokenizer
-from strixft.plan.held_out import general_sizes
+from strixft.plan.held_out import general_batches
 from strixft.prepare.stage import Prepared
 from strixft.recipe.schema import Recipe
 from strixft.step.update import TrainingStep
@@ -67,7 +67,7 @@ class HeldOut:
         rows = prepared.token_rows(recipe.dataset).validation
         chosen = micro_batches(rows["length"], rows["num_trained"], shape)
         texts = general_rows(load_tokenizer(recipe))
-        first = micro_batches(*general_sizes(recipe), shape)[: found["general_texts"] > 0]
+        first = general_batches(texts, shape) if found["general_texts"] else []
         return cls(
             found["every"],
             FixedBatches(rows, chosen[: found["micro_batches"]], shape, device),
