@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,9 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        with socket.socket() as free:  # workers of a parallel test have a lab each
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
         self.start()
 
     def start(self) -> None:
@@ -41,7 +45,7 @@ class Lab:
         environment = {**os.environ, **own, "HF_HUB_OFFLINE": "1"}
         environment.pop("JUPYTER_TOKEN", None)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "strixft", "lab", "--no-browser", "--port", "9100"],
+            [sys.executable, "-m", "strixft", "lab", "--no-browser", "--port", str(self.port)],
             cwd=self.folder,
             env=environment,
             stderr=subprocess.PIPE,
@@ -204,7 +208,8 @@ def test_a_run_outlives_page_kernel_and_lab_and_is_paused_resumed_and_stopped(
     worker = run.workers()[-1]
     page.get_by_role("menuitem", name="Kernel", exact=True).click()
     page.get_by_text("Restart Kernel…", exact=True).click()
-    page.locator("button.jp-mod-accept").click()
+    with page.expect_response(re.compile("/restart")):
+        page.locator("button.jp-mod-accept").click()
     page.goto("about:blank")  # a page that asks a dead lab has errors on its console
     lab.kill()
     assert worker in run.workers()

@@ -144,6 +144,7 @@ def lab_command(folder: Path, start: Path, *, port: int, browser: bool) -> list[
         "jupyterlab",
         f"--ServerApp.ip={ADDRESS}",
         f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",  # the address that was told, or none
         f"--ServerApp.root_dir={folder}",
         f"--LabApp.default_url={page_of(folder, start)}",
         f"--KernelManager.shutdown_wait_time={KERNEL_ENDS_S}",
