@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from strixft.app import choices as choosing
 from strixft.app.background import Latest
 from strixft.app.choices import Choices, keep_upload, offers
 from strixft.app.form import Form, start
-from strixft.app.form_parts import ON_HUB, PICK, UPLOAD
+from strixft.app.form_parts import ON_HUB, PICK, UPLOAD, ModelSection
 from strixft.catalog.recipe_figures import recipe_figures
 from strixft.formats.sources import data_files
 from strixft.recipe.find import find_recipes
@@ -318,6 +319,30 @@ def test_a_recipe_without_data_waits_for_them(form: Form) -> None:
     assert form.start.disabled
     wait_for(lambda: form.data.kind.value == UPLOAD)
     assert "GB" in form.models.about.value
+    form.wait()  # the demo's data were being read
+    assert form.start.disabled
+    assert form.data.report.value == ""
+
+
+def test_a_choice_counts_while_the_budget_arrives() -> None:
+    chosen: list[str] = []
+    models = ModelSection(lambda recipe, _: chosen.append(recipe))
+    is_over = threading.Event()
+
+    def arrive() -> None:
+        while not is_over.is_set():
+            models.set_budget(128 * GIB)
+
+    arriving = threading.Thread(target=arrive)
+    arriving.start()
+    wanted = ["qwen3-8b-lora", "llama-3.1-8b-lora"] * 20
+    for one in wanted:
+        models.show("demo")
+        time.sleep(0.002)
+        models.cards.value = one
+    is_over.set()
+    arriving.join()
+    assert chosen == wanted
 
 
 def test_without_a_person_the_stages_run(

@@ -184,6 +184,7 @@ class Form:
         if has_data:
             self._read()
         else:
+            self._reader.do(lambda _: None)  # data of another recipe are read no further
             self.data.working("")
             self._plan(None)
 
@@ -255,6 +256,8 @@ class Form:
             from strixft.prepare.stage import Prepared
 
             prepared = Prepared.load(draft.stage_folder(Prepared.name))
+            if is_outdated():
+                return
             if prepared is None:
                 raise ended_by(draft) or StrixftError("the data were not read", fix="try again")
         except Exception as error:

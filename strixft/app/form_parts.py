@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ class ModelSection:
     """
 
     def __init__(self, chosen: Callable[[str, str | None], None]) -> None:
-        self._chosen, self._quiet = chosen, False
+        self._chosen, self._quiet = chosen, threading.RLock()
+        self._is_quiet = False
         self._offers = offers()
         self._budget_bytes: int | None = None
         self.cards = ipywidgets.ToggleButtons().add_class("sx-models")
@@ -92,9 +93,9 @@ class ModelSection:
 
     def show(self, recipe: str) -> None:
         """Mark a recipe without choosing it."""
-        self._quiet = True
-        self.cards.value = recipe if any(one.recipe == recipe for one in self._shown()) else None
-        self._quiet = False
+        is_shown = any(one.recipe == recipe for one in self._shown())
+        with self._without_choosing():
+            self.cards.value = recipe if is_shown else None
 
     def set_budget(self, num_bytes: int) -> None:
         """Say of each model whether it fits into this."""
@@ -107,14 +108,26 @@ class ModelSection:
         return [one for one, text in texts.items() if all(word in text for word in words)]
 
     def _list(self) -> None:
-        before, self._quiet = self.cards.value, True
         shown = self._shown()
-        self.cards.options = [(one.label(self._budget_bytes), one.recipe) for one in shown]
-        self.cards.value = before if any(one.recipe == before for one in shown) else None
-        self._quiet = False
+        with self._without_choosing():
+            before = self.cards.value
+            self.cards.options = [(one.label(self._budget_bytes), one.recipe) for one in shown]
+            self.cards.value = before if any(one.recipe == before for one in shown) else None
+
+    @contextlib.contextmanager
+    def _without_choosing(self) -> Iterator[None]:
+        """Change the cards; a choice that a person makes meanwhile waits, and counts."""
+        with self._quiet:
+            self._is_quiet = True
+            try:
+                yield
+            finally:
+                self._is_quiet = False
 
     def _card(self, change: Any) -> None:
-        if not self._quiet and change["new"] is not None:
+        with self._quiet:
+            is_quiet = self._is_quiet
+        if not is_quiet and change["new"] is not None:
             self._chosen(change["new"], None)
 
     def _other(self) -> None:
