@@ -16,7 +16,7 @@ from strixft.model.load import build, load_base, native_dtype, random_model, sha
 from strixft.model.source import load_config, load_tokenizer, model_source
 from strixft.model.targets import find_targets
 from strixft.recipe.load import load_recipe
-from strixft.recipe.schema import Dataset, Recipe
+from strixft.recipe.schema import Dataset, Lora, Recipe
 from strixft.support.errors import HostError, RecipeError
 
 
@@ -196,9 +196,9 @@ def test_attention_by_code_of_its_own_is_left_alone(name: str) -> None:
 def test_a_linear_layer_may_have_a_class_of_its_own() -> None:
     base = shape_base(AutoConfig.for_model(**SWEPT["falcon"]), METHODS["lora"], torch.float32)
     names = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-    assert find_targets(base, "all-linear").names == names
+    assert find_targets(base, Lora()).names == names
     routed = shape_base(AutoConfig.for_model(**SWEPT["phimoe"]), METHODS["lora"], torch.float32)
-    assert find_targets(routed, "all-linear").names == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert find_targets(routed, Lora()).names == ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def test_without_a_network_a_model_is_not_asked_for_again_and_again(

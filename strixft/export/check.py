@@ -27,6 +27,7 @@ from strixft.evaluate.variants import load_variant
 from strixft.guard.host import budget_for, device_type, find_host, training_dtype
 from strixft.model.adapter import base_of
 from strixft.model.architecture import auto_class
+from strixft.model.experts import call_routed
 from strixft.model.files import shard_paths
 from strixft.model.source import load_config
 from strixft.model.stream import Shard
@@ -97,10 +98,8 @@ class Float32(TorchFunctionMode):
 def in_float32(model: nn.Module) -> Float32:
     """Return a context in which a model computes in float32.
 
-    From now on its 4-bit layers multiply in float32, and its experts run one after the other:
-    grouped products cast their input to the type of the weights.
+    From now on its 4-bit layers multiply in float32.
     """
-    base_of(model).set_experts_implementation("eager")
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.compute_dtype = torch.float32
@@ -232,6 +231,7 @@ def load_merged(recipe: Recipe, folder: Path, budget_bytes: int) -> tuple[nn.Mod
         trust_remote_code=recipe.trust_remote_code,
     )
     call_ours(model)
+    call_routed(model)
     return model.eval(), not fits
 
 

@@ -68,7 +68,10 @@ class _ScaledInside:
 def _use_master_weights(model: nn.Module, *, scale_inside: bool) -> None:
     """Keep an adapter's weights in float32, and multiply in the base's type."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from strixft.model.expert_adapter import AdaptedExperts  # imports PEFT, which takes a second
 
     for layer in model.modules():
         if not isinstance(layer, BaseTunerLayer):
@@ -80,6 +83,9 @@ def _use_master_weights(model: nn.Module, *, scale_inside: bool) -> None:
                 module.__class__ = _MasterLinear
             elif type(module) is nn.Dropout:
                 module.__class__ = AdapterDropout
+        if isinstance(layer, ParamWrapper):
+            layer.__class__ = AdaptedExperts
+            continue
         is_lora = isinstance(layer, LoraLayer) and not layer.use_dora[ADAPTER_NAME]
         if scale_inside and is_lora:
             layer.lora_A[ADAPTER_NAME].factor = layer.scaling[ADAPTER_NAME]
@@ -179,8 +185,9 @@ def attach_adapter(
         return model
     from peft import LoraConfig, get_peft_model
 
-    targets = find_targets(model, lora.target_modules, idle)
+    targets = find_targets(model, lora, idle)
     _require_savable(model, lora.modules_to_save)
+    layers = _layers_for_peft(model, lora, kept)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -188,9 +195,10 @@ def attach_adapter(
         lora_dropout=lora.dropout,
         target_modules=targets.names,
         exclude_modules=targets.exclude,
+        target_parameters=_in_layers(targets.parameters, **layers) or None,
         modules_to_save=list(lora.modules_to_save) or None,  # PEFT adds tied ones
         ensure_weight_tying=bool(lora.modules_to_save) and _is_tied(model),
-        **_layers_for_peft(model, lora, kept),
+        **layers,
         use_dora=method.adapter == "dora",
         task_type="CAUSAL_LM",
     )
@@ -198,10 +206,12 @@ def attach_adapter(
         with _without_warning():
             adapted: nn.Module = get_peft_model(model, config)
     except ValueError as error:  # experts in one parameter take no dropout and no DoRA
+        settings = {"lora.experts": "shared"} if targets.parameters else ALL_LINEAR
+        [(key, value)] = settings.items()
         raise RecipeError(
             f"PEFT cannot attach this adapter: {first_lines(error)}",
-            fix="lora.target_modules: all-linear",
-            settings=ALL_LINEAR,
+            fix=f"{key}: {value}",
+            settings=settings,
         ) from error
     _use_master_weights(adapted, scale_inside=True)
     _train_saved_modules(adapted)
@@ -217,6 +227,15 @@ def _layers_for_peft(model: nn.Module, lora: Lora, kept: Sequence[int] | None) -
     numbers = [here for here, whole in enumerate(kept or range(len(layers))) if whole in chosen]
     name = next(path for path, module in model.named_modules() if module is layers)
     return {"layers_to_transform": numbers, "layers_pattern": leaf(name)}
+
+
+def _in_layers(
+    parameters: list[str], layers_to_transform: Sequence[int] = (), layers_pattern: str = ""
+) -> list[str]:
+    """Return the names of parameters in some layers: PEFT heeds the numbers for modules alone."""
+    if not layers_pattern:
+        return parameters
+    return [f"{layers_pattern}.{n}.{name}" for n in layers_to_transform for name in parameters]
 
 
 def copy_weights(model: nn.Module, folder: Path) -> None:

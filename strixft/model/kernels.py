@@ -29,6 +29,9 @@ RULE, CONVOLUTION = "chunk_gated_delta_rule", "causal_conv1d_fn"
 STATES = (".A_log", ".dt_bias", ".time_decay")
 """Ends of the names of weights that a recurrence has."""
 
+GROUPED = "grouped_mm"
+"""Torch's product of rows with the matrices of their experts; switched off like a package."""
+
 _off: set[str] = set()
 
 _STANDS_FOR = "strixft_stands_for"
@@ -39,6 +42,11 @@ def switch_off(packages: Collection[str]) -> None:
     """Let models of this process call kernels of all packages but these."""
     _off.clear()
     _off.update(packages)
+
+
+def is_on(package: str) -> bool:
+    """Return whether kernels of a package may be called."""
+    return package not in _off
 
 
 def guard_kernels(model: nn.Module) -> tuple[str, ...]:

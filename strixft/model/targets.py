@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from strixft.model.architecture import text_decoder, tower_of
+from strixft.model.architecture import text_decoder, text_layers, tower_of
+from strixft.model.experts import fused_experts, parameters_of
 from strixft.recipe.schema import Lora
 from strixft.support.errors import RecipeError
 from strixft.support.private_hf import renamed_by_peft
@@ -31,23 +32,26 @@ class Targets:
 
     names: list[str]
     """Last parts of the layers' names."""
+    parameters: list[str]
+    """Experts in one tensor that get an adapter: last parts of its name."""
     exclude: str | None
     """Pattern of layers with such names that get no adapter."""
     left_out: list[str]
     """Sentences about layers that `all-linear` does not adapt."""
 
 
-def find_targets(base: Any, asked: str | list[str], idle: Collection[str] = ()) -> Targets:
+def find_targets(base: Any, lora: Lora, idle: Collection[str] = ()) -> Targets:
     """Find the layers that a recipe names.
 
     Args:
         base: The model.
-        asked: `all-linear`, or last parts of layers' names.
+        lora: The recipe's adapter.
         idle: Last parts of the names of layers that training does not call.
 
     Raises:
-        RecipeError: A name does not belong to any linear layer.
+        RecipeError: A name does not belong to any linear layer, or there are no such experts.
     """
+    asked, parameters = lora.target_modules, _expert_parameters(base, lora)
     decoder = {id(module) for module in text_decoder(base).modules()}
     inside = [
         path
@@ -56,7 +60,8 @@ def find_targets(base: Any, asked: str | list[str], idle: Collection[str] = ()) 
     ]
     if isinstance(asked, list):
         _require_adaptable(base, asked, inside, idle)
-        return Targets(asked, _pattern(base, asked, inside), [])
+        return Targets(asked, parameters, _pattern(base, asked, inside), [])
+    inside = [path for path in inside if not _is_left_out(path, lora.experts)]
     taken = dict.fromkeys(idle, "training reads its weights past an adapter")
     renamed = renamed_by_peft(getattr(base.config, "model_type", None))
     taken |= dict.fromkeys(renamed, "PEFT takes the name for that of the experts")
@@ -65,10 +70,40 @@ def find_targets(base: Any, asked: str | list[str], idle: Collection[str] = ()) 
     names = list(dict.fromkeys(map(leaf, inside)))
     kept = [name for name in names if name not in taken]
     left_out = [f"{name}: {taken[name]}" for name in names if name in taken]
-    experts = (m.experts for m in text_decoder(base).modules() if hasattr(m, "experts"))
-    if any(not any(map(is_linear, one.modules())) for one in experts):  # one fused parameter
-        left_out.append("experts: those that a router chooses get no adapter")
-    return Targets(kept, _pattern(base, kept, inside), left_out)
+    if lora.experts != "all" and _routes(base):
+        left_out.append(f"experts that a router chooses: lora.experts is {lora.experts}")
+    return Targets(kept, parameters, _pattern(base, kept, inside), left_out)
+
+
+def _is_left_out(path: str, experts: str) -> bool:
+    """Return whether a linear layer belongs to experts that get no adapter."""
+    parts = path.split(".")
+    is_shared = any("shared" in part for part in parts)
+    return ("experts" in parts and experts != "all") or (is_shared and experts == "none")
+
+
+def _expert_parameters(base: Any, lora: Lora) -> list[str]:
+    """Return the fused tensors of experts that get an adapter, by their names in the layers."""
+    if lora.experts != "all":
+        return []
+    if not _routes(base):
+        raise RecipeError(
+            "lora.experts: all, and the model has no experts",
+            fix="leave lora.experts out",
+            settings={"lora.experts": "shared"},
+        )
+    found = (
+        f"{path}.{name}"
+        for layer in text_layers(base)
+        for path, experts in fused_experts(layer).items()
+        for name in parameters_of(experts)
+    )
+    return list(dict.fromkeys(found))
+
+
+def _routes(base: Any) -> bool:
+    """Return whether a model has experts that a router chooses."""
+    return any(hasattr(module, "experts") for module in text_decoder(base).modules())
 
 
 def leaf(path: str) -> str:

@@ -31,6 +31,7 @@ import torch
 from strixft.attention.interface import call_ours
 from strixft.model.architecture import auto_class, drop_tower, outside_text, text_only
 from strixft.model.config import place_of
+from strixft.model.experts import call_routed
 from strixft.model.files import sampled_hash, shard_paths
 from strixft.model.stream import DTYPES, Checksums, Shard, checksums_of, streaming
 from strixft.support.errors import RecipeError, StageError
@@ -301,6 +302,7 @@ class Loading:
         )
         drop_tower(model)
         call_ours(model)
+        call_routed(model)
         if is_quantised:
             _cast_rest(model, self.dtype)
         return model, info

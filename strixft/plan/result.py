@@ -330,7 +330,7 @@ def _warnings(
         yield f"kernels of {package} are not used, transformers' own path is: {problem}"
     if job.method.adapter != "none":
         whole = shape_base(job.config, METHODS["full"], torch.bfloat16)
-        left_out = find_targets(whole, job.recipe.lora.target_modules, job.architecture.idle)
+        left_out = find_targets(whole, job.recipe.lora, job.architecture.idle)
         yield from (f"no adapter for {told}" for told in left_out.left_out)
     if job.recipe.train.tokens_per_update == "auto" and updates and updates < FEW_UPDATES:
         yield f"only {updates} updates, of at least a row each: more rows, or --set train.epochs=…"

@@ -39,7 +39,6 @@ from strixft.plan.inside import look_inside
 from strixft.probe.job import Job
 from strixft.step.memory_tracker import MemoryTracker, is_counted
 from strixft.step.update import TrainingStep, token_losses
-from strixft.support.private_hf import factors_of_experts
 from strixft.support.private_torch import CHECK_OF_FUSED_ADAM, call_of, set_call, storage_key
 
 aten = torch.ops.aten
@@ -122,18 +121,6 @@ def one_step(trace: Trace) -> Trace:
     return replace(trace, events=events, work=work)
 
 
-def _grouped_product(_: Any, args: Any, kwargs: Any) -> Any:
-    """Return products of groups of rows, which torch 2.13 has on `meta` for bf16 alone.
-
-    Rows (N, C) times (G, C, D) give (N, D); (C, N) times (N, D) give (G, C, D).
-    """
-    left, right = args[:2]
-    groups = (args[2] if len(args) > 2 else kwargs["offs"]).shape[0]
-    sides = (left.shape[-2], right.shape[-1])  # (rows, columns)
-    shape = (groups, *sides) if left.ndim == right.ndim else sides
-    return left.new_empty(shape)
-
-
 class _Recorder(MemoryTracker):
     """A tracker that writes a trace, and answers what `meta` tensors cannot."""
 
@@ -165,9 +152,7 @@ class _Recorder(MemoryTracker):
         return self._counted(func, args, kwargs)
 
     def _counted(self, func: Any, args: Any, kwargs: Any) -> Any:
-        is_experts = func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16
-        run = _grouped_product if is_experts else super().run
-        result, cost = self._op_cache.run(func, args, kwargs, run)
+        result, cost = self._op_cache.run(func, args, kwargs, super().run)
         if is_counted():  # what stays inside a kernel costs nothing beside what the kernel moves
             self.trace.work.append((self.place, cost))
         return result
@@ -266,18 +251,11 @@ def _instead(owner: Any, name: str, by: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _adapted_experts(proxy: Any, weight: Tensor) -> Tensor:
-    return torch.baddbmm(weight, proxy.lhs, proxy.rhs, alpha=proxy.scaling)
-
-
 @contextlib.contextmanager
 def _known_on_meta() -> Iterator[None]:
-    """Let the fused optimiser and PEFT's expert adapters run on `meta`."""
+    """Let the fused optimiser run on `meta`."""
     adam: Any = importlib.import_module("torch.optim.adam")
-    with (
-        _instead(adam, CHECK_OF_FUSED_ADAM, lambda *_, **__: None),
-        _instead(factors_of_experts(), "forward", _adapted_experts),
-    ):
+    with _instead(adam, CHECK_OF_FUSED_ADAM, lambda *_, **__: None):
         yield
 
 

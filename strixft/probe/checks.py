@@ -17,6 +17,7 @@ from strixft.attention.backends import (
 from strixft.catalog.hosts import Host
 from strixft.catalog.methods import BITSANDBYTES, Method
 from strixft.model.architecture import architecture_of, sample_layers
+from strixft.model.kernels import GROUPED
 from strixft.model.load import native_dtype
 from strixft.probe.layers import plain_config
 from strixft.probe.run import Task, measure, measure_here
@@ -226,7 +227,10 @@ def _try_layers(
 
 def find_bad_kernels(config: Any, host: Host) -> dict[str, str]:
     """Try the kernels that a model takes from packages, those of one package at a time."""
-    packages, found = architecture_of(config).kernels, {}
+    architecture, found = architecture_of(config), {}
+    packages = list(architecture.kernels)
+    if architecture.routes and host.device == "cuda":
+        packages.append(GROUPED)
     for package in packages:
         others = [other for other in packages if other != package]
         if problem := _try_layers(config, BACKENDS["eager-rows"], host, others):

@@ -30,6 +30,7 @@ from strixft.model.architecture import (
     with_layers,
 )
 from strixft.model.config import first_lines
+from strixft.model.experts import call_routed
 from strixft.model.kernels import switch_off, takes_documents
 from strixft.model.quantised import draw_weights
 from strixft.model.targets import is_router
@@ -304,6 +305,7 @@ def _tried(
     (call,) = calls
     assert call.backend is not None
     use_backend(decoder, call.backend)
+    call_routed(decoder)
     try:
         with _without_kernels(off):
             found = _results(decoder, calls)

@@ -77,14 +77,11 @@ def renamed_by_peft(model_type: str | None) -> Mapping[str, str]:
     return found
 
 
-def factors_of_experts() -> type:
-    """Return PEFT's class that adds an adapter's product to the weights of experts."""
-    # PEFT 0.21 turns autocast off around it, and `meta`, where a plan runs, has no autocast.
-    # End: when torch has autocast on `meta`.
-    from peft.tuners.lora import layer
-
-    found: type = layer._LoraFactorsProxy
-    return found
+def apply_gate(experts: Any, inner: Any) -> Any:
+    """Return what experts make of gate and up, (S, 2 D): (S, D)."""
+    # transformers 5.23: a registered function of experts needs it, and has no public name for it.
+    # End: when it has one.
+    return experts._apply_gate(inner)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from strixft.attention.interface import call_ours
 from strixft.data.batches import Batch
 from strixft.model.adapter import base_of
+from strixft.model.experts import call_routed
 from strixft.step.update import TrainingStep
 from strixft.support.errors import StageError
 
@@ -129,6 +130,7 @@ def expected(base: Any, batches: Sequence[Batch], room_bytes: int) -> list[Docum
     """
     most, was_training = _longest(base, room_bytes), base.training
     base.set_attn_implementation("eager")
+    base.set_experts_implementation("eager")
     base.eval()
     found = [
         _document(base, number, batch, span)
@@ -137,6 +139,7 @@ def expected(base: Any, batches: Sequence[Batch], room_bytes: int) -> list[Docum
     ]
     base.train(was_training)
     call_ours(base)
+    call_routed(base)
     return found
 
 

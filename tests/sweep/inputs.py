@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
+from strixft.model.architecture import architecture_of
 from strixft.model.files import embedded_folder
+from strixft.support.errors import RecipeError
 from sweep.models import GLM, GLM_TOKENS, NUMBERS, PREDICTING, SENTENCEPIECE, write_model
 
 EMBEDDED = "embedded:smollm2-135m"
@@ -91,6 +94,14 @@ def write_folder(folder: Path, name: str, sides: dict[str, Any]) -> None:
         (folder / "tokenizer.json").write_text(text)
 
 
+def routes(model: Path) -> bool:
+    """Whether a model has experts that are adapted, too."""
+    try:
+        return architecture_of(AutoConfig.from_pretrained(model)).routes
+    except RecipeError:  # the stages refuse it, too
+        return False
+
+
 def write_recipe(folder: Path, model: Path) -> Path:
     """A recipe of a few updates, each of all rows."""
     numbers = WORDS.split()[:10]
@@ -105,7 +116,7 @@ def write_recipe(folder: Path, model: Path) -> Path:
         "model": str(model),
         "method": "lora",
         "dataset": {"source": str(data), "max_length": 256, "validation_fraction": 0.2},
-        "lora": {"r": 4, "alpha": 8},
+        "lora": {"r": 4, "alpha": 8, "experts": "all" if routes(model) else "shared"},
         "train": {
             "epochs": UPDATES, "learning_rate": RATE, "tokens_per_update": 10**6,
             "schedule": "constant", "warmup_fraction": 0, "compile": "none", "micro_batch": 2,
