@@ -364,10 +364,11 @@ def test_the_reference_is_attention_of_each_document_alone() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("sinks", [False, True])
 def test_gradients_of_the_reference_are_those_of_the_whole_mask(
-    softcap: float | None, windowed: bool
+    softcap: float | None, windowed: bool, sinks: bool
 ) -> None:
-    heads = replace(HEADS, softcap=softcap)
+    heads = replace(HEADS, softcap=softcap, sinks=sinks)
     case = Case.random(heads, "cpu", torch.float64, windowed=windowed)
     found = BackendCall(BACKENDS["eager"], case, "cpu").results()
     assert largest_error(found, reference(case)) < 1e-6  # its softmax is in float32
@@ -391,8 +392,8 @@ def test_flash_attention_is_told_where_documents_end(
     case = Case.random(HEADS, "cpu", torch.float32, windowed=windowed)
 
     def plainly(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *sizes: Any) -> Tensor:
-        longest, _, window = sizes
-        assert (longest, window) == (41, 8 if windowed else None)
+        longest, _, window, sinks = sizes
+        assert (longest, window, sinks) == (41, 8 if windowed else None, None)
         mask = dense_mask(documents_of(ends, 2, 96), window)
         return attend_eagerly(nn.Module(), query, key, value, mask)[0]
 

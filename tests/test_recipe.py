@@ -101,7 +101,7 @@ def test_a_setting_in_the_wrong_section_names_the_right_one(key: str) -> None:
 def test_a_setting_like_no_other_lists_those_of_its_section() -> None:
     assert faults_of({"lora.zzz": 1}) == [
         "lora.zzz: there is no such setting; choose one of: r, alpha, rs, dropout, target_modules,"
-        " layers, modules_to_save"
+        " experts, layers, modules_to_save"
     ]
 
 

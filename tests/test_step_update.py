@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from strixft.attention.backends import BACKENDS, cannot, known_backends
 from strixft.catalog.methods import METHODS
 from strixft.data.batches import PAD, Batch, PackedShape, collate
 from strixft.model.adapter import attach_adapter, base_of
@@ -372,7 +373,10 @@ def test_the_head_takes_no_adapter() -> None:
     assert caught.value.fix == "leave lm_head out, or lora.target_modules: all-linear"
 
 
-def test_learned_sinks_are_refused() -> None:
+def test_only_attention_that_knows_learned_sinks_is_taken() -> None:
     config = AutoConfig.for_model("gpt_oss", **VARIANTS, num_local_experts=4, head_dim=32)
-    with pytest.raises(RecipeError, match="has learned sinks"):
-        architecture_of(config)
+    heads = architecture_of(config).heads
+    assert heads.sinks
+    assert "sdpa" not in [one.name for one in known_backends(heads, "cpu", packing=False)]
+    assert known_backends(heads, "cuda")[0].name == "varlen"
+    assert cannot(BACKENDS["sdpa"], heads, "cpu") == "leaves out learned sinks"

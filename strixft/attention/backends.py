@@ -36,6 +36,8 @@ class AttentionBackend:
     """Memory grows with T × T of every head, so it gives way to all that keep less."""
     caps_scores: bool = False
     """Knows tanh-capped scores (Gemma 2); the others would leave the cap out."""
+    knows_sinks: bool = False
+    """Knows learned sinks (gpt-oss); the others would leave them out."""
     why: str
     source: str
 
@@ -57,6 +59,7 @@ BACKENDS: Table[AttentionBackend] = Table(
         packed=True,
         mask="lengths",
         devices=("cuda",),
+        knows_sinks=True,
         why="flash attention over documents laid end to end; nothing is computed between them",
         source="torch `aten._flash_attention_forward` with cumulative lengths, arXiv:2307.08691",
     ),
@@ -66,6 +69,7 @@ BACKENDS: Table[AttentionBackend] = Table(
         mask="blocks",
         devices=("cuda",),
         caps_scores=True,
+        knows_sinks=True,
         why="a generated kernel that skips blocks between documents; it knows tanh-capped scores",
         source="torch.nn.attention.flex_attention; it has no gradients on a CPU (torch 2.13)",
     ),
@@ -93,6 +97,7 @@ BACKENDS: Table[AttentionBackend] = Table(
         implementation="strixft-eager",
         keeps_scores=True,
         caps_scores=True,
+        knows_sinks=True,
         why="plain products and softmax; keeps T × T scores of every head",
         source="arXiv:1706.03762",
     ),
@@ -104,6 +109,7 @@ BACKENDS: Table[AttentionBackend] = Table(
         implementation="strixft-eager",
         keeps_scores=True,
         caps_scores=True,
+        knows_sinks=True,
         why="the same with one chat a row, where documents cannot share one",
         source="arXiv:1706.03762",
     ),
@@ -128,6 +134,8 @@ class Heads:
     """Scores are softcap × tanh(scores / softcap)."""
     windowed: bool
     """Some layers look back only so far."""
+    sinks: bool = False
+    """Some layers have learned sinks."""
     carries_state: bool = False
     """Some layers are not attention, or take no positions: documents cannot share a row."""
     own_attention: bool = False
@@ -198,6 +206,8 @@ def cannot(backend: AttentionBackend, heads: Heads, device_type: str) -> str | N
         return CARRIES_ON
     if heads.softcap is not None and not backend.caps_scores:
         return "leaves out the cap of the scores"
+    if heads.sinks and not backend.knows_sinks:
+        return "leaves out learned sinks"
     if backend.mask == "lengths" and heads.head_size > LARGEST_FLASH_HEAD:
         return f"heads of {heads.head_size} are too large for flash attention"
     if backend.mask in ("lengths", "blocks") and heads.mask_alone:

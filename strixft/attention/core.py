@@ -20,6 +20,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from strixft.attention import recorder
+from strixft.attention.sinks import VarlenWithSinks, flex_with_sinks
 
 NAME = "strixft"
 """The name for `attn_implementation`."""
@@ -67,6 +68,7 @@ def attend(
     value: Tensor,
     attention_mask: Any,
     scaling: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention by the operator that its mask asks for.
@@ -79,14 +81,19 @@ def attend(
         attention_mask: Lengths (1, 1, 1, N + 1) in int32, a block mask, truths (B, 1, T, T), or
             None for plain causal attention.
         scaling: Factor of the scores; 1/√D if not given.
+        s_aux: Learned sinks, (H,).
         options: All else that transformers passes on.
 
     Returns:
         (B, T, H, D), and no weights.
     """
     if recorder.watch is not None:
-        return recorder.watch.attend(module, query, key, value, attention_mask, options), None
+        asked = options | {"s_aux": s_aux}
+        return recorder.watch.attend(module, query, key, value, attention_mask, asked), None
     if isinstance(attention_mask, BlockMask):
+        if s_aux is not None:
+            output = flex_with_sinks(module, query, key, value, attention_mask, scaling, s_aux)
+            return output, None
         return flex_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )[0], None
@@ -94,7 +101,11 @@ def attend(
         longest = options.get("max_length_q") or query.shape[2]
         window = options.get("sliding_window")
         lengths = attention_mask.flatten()
-        return varlen(query, key, value, lengths, longest, scaling, window), None
+        return varlen(query, key, value, lengths, longest, scaling, window, s_aux), None
+    if s_aux is not None:
+        return attend_eagerly(
+            module, query, key, value, attention_mask, scaling, s_aux=s_aux, **options
+        )
     if query.is_meta:
         output = _on_meta(query, key, value, attention_mask, scaling)
         return output.transpose(1, 2).contiguous(), None
@@ -112,6 +123,7 @@ def attend_eagerly(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Compute the same by plain products and a softmax in float32; shapes as `attend`.
@@ -127,7 +139,11 @@ def attend_eagerly(
         cached = scores.shape[-1] - scores.shape[-2]  # tokens that all queries come after
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(cached)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    length = scores.shape[-1]
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., :length]
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
@@ -139,6 +155,7 @@ def varlen(
     longest: int,
     scale: float | None,
     window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute flash attention over documents laid end to end.
 
@@ -150,6 +167,7 @@ def varlen(
         longest: Tokens of the longest document, or more.
         scale: Factor of the scores.
         window: Tokens that a token looks back, itself included; None for all.
+        sinks: Learned sinks, (H,).
 
     Returns:
         (B, T, H, D).
@@ -160,9 +178,16 @@ def varlen(
         value = nn.functional.pad(value, (0, size - narrow))
     flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # (B·T, H, D)
     limits = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    output: Tensor = aten._flash_attention_forward(
-        *flat, cu_seq_lens, cu_seq_lens, longest, longest, 0.0, True, False, scale=scale, **limits
-    )[0]
+    output: Tensor
+    if sinks is not None:
+        output = VarlenWithSinks.apply(  # type: ignore[no-untyped-call]
+            *flat, sinks, cu_seq_lens, longest, scale, limits
+        )
+    else:
+        output = aten._flash_attention_forward(
+            *flat, cu_seq_lens, cu_seq_lens, longest, longest, 0.0, True, False, scale=scale,
+            **limits,
+        )[0]  # fmt: skip
     return output.view(rows, length, *output.shape[1:])[..., :narrow]
 
 

@@ -436,9 +436,6 @@ def _require_followed(config: Any, base: Any, calls: Sequence[AttentionCall]) ->
             "a causal language model (or is_decoder: true, use_bidirectional_attention: false in"
             " config.json, if the weights were trained so)"
         )
-    elif any(call.sinks for call in calls):
-        problem = f"the attention of {kind} has learned sinks, which strixft cannot compute yet"
-        fix = "a model without sinks, such as those of: strixft recipe"
     elif any(name.endswith(".indexer") for name, _ in base.named_modules()):
         problem = (
             f"an indexer in each layer of a {kind} chooses which tokens are seen, which strixft"
@@ -547,6 +544,7 @@ def _heads_of(base: Any, calls: Sequence[AttentionCall]) -> Heads:
         key_heads=largest.key_heads,
         softcap=largest.softcap,
         windowed=any(call.mask.window for call in calls),
+        sinks=any(call.sinks for call in calls),
         carries_state=carries,
         value_size=None if largest.value_size == largest.head_size else largest.value_size,
         mask_alone=any(c.mask.kind == "other" or c.mask.window != c.window for c in calls),

@@ -54,6 +54,8 @@ class Case:
     gradient: Tensor
     softcap: float | None
     window: int | None
+    sinks: Tensor | None = None
+    """Learned, (heads of queries,)."""
 
     @classmethod
     def random(
@@ -69,7 +71,11 @@ class Case:
             for count, size in zip(counts, (wide, wide, of_value, of_value), strict=True)
         )
         window = WINDOW[device] if windowed else None
-        return cls(lengths, query, key, value, gradient, heads.softcap, window)
+        sinks = torch.randn(heads.query_heads, generator=generator).to(dtype)
+        return cls(
+            lengths, query, key, value, gradient, heads.softcap, window,
+            sinks if heads.sinks else None,
+        )  # fmt: skip
 
     @property
     def scale(self) -> float:
@@ -77,15 +83,20 @@ class Case:
         return float(self.query.shape[-1] ** -0.5)
 
 
-def _document(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
-    """Softmax written out for one document and one head of keys: (H/G, n, D) and (1, n, D)."""
+def _document(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, case: Case) -> Tensor:
+    """Softmax written out for one document and one head of keys: (H/G, n, D) and (1, n, D).
+
+    Sinks are (H/G); -∞ for none.
+    """
     scores = query @ key.transpose(1, 2) * case.scale  # (H/G, n, n)
     if case.softcap is not None:
         scores = case.softcap * torch.tanh(scores / case.softcap)
     seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril()
     if case.window is not None:
         seen = seen.triu(1 - case.window)
-    weights: Tensor = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    scores = torch.cat([scores, sinks.view(-1, 1, 1).expand(-1, len(seen), 1)], dim=-1)
+    weights: Tensor = scores.softmax(-1)[..., :-1]
     return weights @ value
 
 
@@ -98,6 +109,8 @@ def reference(case: Case) -> list[Tensor]:
     query, key, value, gradient = (tensor.double() for tensor in tensors)
     result = [torch.empty_like(tensor) for tensor in (gradient, query, key, value)]
     groups, start = query.shape[1] // key.shape[1], 0
+    none = torch.full(query.shape[1:2], float("-inf"), dtype=torch.float64)
+    sinks = none if case.sinks is None else case.sinks.double()
     for length in case.lengths:
         place = slice(start, start + length)
         for head in range(key.shape[1]):
@@ -106,7 +119,7 @@ def reference(case: Case) -> list[Tensor]:
                 tensor[place, heads].transpose(0, 1).requires_grad_()
                 for tensor, heads in ((query, many), (key, one), (value, one))
             )
-            output = _document(q, k, v, case)
+            output = _document(q, k, v, sinks[many], case)
             found = torch.autograd.grad(output, (q, k, v), gradient[place, many].transpose(0, 1))
             for whole, part, heads in zip(
                 result, (output.detach(), *found), (many, many, one, one), strict=True
@@ -159,6 +172,8 @@ class BackendCall:
         options: dict[str, Any] = {"scaling": case.scale}
         if case.softcap is not None:
             options["softcap"] = case.softcap
+        if case.sinks is not None:
+            options["s_aux"] = case.sinks.to(self._device)
         if not backend.packed:
             return options | {"attention_mask": None}
         ends = torch.tensor((0, *case.lengths), device=self._device).cumsum(0)

@@ -10,7 +10,7 @@ from strixft.run.folder import Result, read_recipe, resume_command
 from strixft.support.errors import RecipeError, StageError
 from strixft.support.text import typed
 
-AGREE = ("r", "alpha", "rs", "target_modules", "layers", "modules_to_save")
+AGREE = ("r", "alpha", "rs", "target_modules", "experts", "layers", "modules_to_save")
 """Settings of `lora` that the weights of an adapter depend on; dropout may differ."""
 
 

@@ -239,8 +239,6 @@ PREDICTING = {"qwen3_next", "qwen3_5", "qwen3_5_moe"}
 """Types whose checkpoints hold a head for more tokens, which transformers does not load."""
 
 REFUSED: dict[str, str] = {
-    "gpt_oss": "learned sinks, which strixft cannot compute yet",
-    "mimo_v2_flash": "learned sinks, which strixft cannot compute yet",
     "deepseek_v32": "an indexer in each layer of a deepseek_v32 chooses which tokens are seen",
     "bert": "in this bert a token sees those that come after it",
     "bart": "got no gradient in 2 updates: .*encoder_attn",  # kept by its class for text alone

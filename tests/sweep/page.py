@@ -37,6 +37,8 @@ loop of AdamW from the same first adapter):
 PEFT computes the logits in float64: two right models in float32 are up to {most_float32:.1e} of the
 largest logit apart by the order of their sums alone. The merged model is computed in float64, too.
 
+Where experts stand in one tensor, each has an adapter here (`lora.experts: all`).
+
 *Rows* says whether several documents share a row: layers that carry a state, such as linear
 attention, would carry it from one document into the next. *GGUF* is the share of tokens that
 llama.cpp chooses as the trained model does, on a float16 file, or why there is no verdict: the
