@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, get_peft_model
 from sweep.models import SWEPT
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from strixft.catalog.methods import METHODS
+from strixft.model import packed_experts
 from strixft.model.adapter import attach_adapter
 from strixft.model.experts import (
     call_routed,
@@ -21,6 +24,15 @@ from strixft.model.experts import (
     grouped_gradient,
     grouped_product,
     routed_experts,
+)
+from strixft.model.packed_experts import (
+    PackedExperts,
+    can_pack,
+    pack_shape,
+    packed,
+    packed_in,
+    packed_product,
+    written_out,
 )
 from strixft.plan.cost import operator_cost
 from strixft.recipe.schema import Lora
@@ -54,6 +66,16 @@ def random_model(sides: dict[str, Any]) -> Any:
     return model
 
 
+def plain_peft(model: Any, rank: int = 4) -> Any:
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    return get_peft_model(model, config)
+
+
 def with_factors(model: Any, attach: Callable[[Any], Any]) -> Any:
     adapted = attach(model)
     torch.manual_seed(1)
@@ -78,13 +100,7 @@ def test_adapters_of_experts_are_those_of_peft(sides: dict[str, Any], rank: int)
     ours = with_factors(
         copy.deepcopy(base), lambda model: attach_adapter(model, METHODS["lora"], lora)
     )
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    )
-    due_logits, due = step(with_factors(base, lambda model: get_peft_model(model, config)))
+    due_logits, due = step(with_factors(base, lambda model: plain_peft(model, rank)))
     call_routed(ours.get_base_model())
     logits, grads = step(ours)
     torch.testing.assert_close(logits, due_logits, rtol=1e-5, atol=1e-5)
@@ -208,3 +224,82 @@ def test_experts_that_cannot_be_adapted_say_so() -> None:
         with pytest.raises(RecipeError, match="PEFT cannot attach this adapter") as caught:
             attach_adapter(model, METHODS[method], lora)
         assert caught.value.fix == "lora.experts: shared"
+
+
+# Experts in 4 bits.
+
+
+def plain_experts(model: Any) -> Any:
+    """A copy whose experts are parameters again, computed by transformers' own loop."""
+    plain = copy.deepcopy(model)
+    for path, part in packed_in(plain).items():
+        experts, name = plain.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        delattr(experts, name)
+        whole = part.written_out(slice(None), torch.float32)
+        setattr(experts, name, torch.nn.Parameter(whole, requires_grad=False))
+    plain.set_experts_implementation("eager")
+    return plain
+
+
+@pytest.mark.parametrize("sides", [QWEN, GPT_OSS], ids=lambda sides: sides["model_type"])
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_4_bit_experts_train_like_those_written_out(
+    sides: dict[str, Any], pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = random_model(sides)
+    matrix = 4 * base.model.layers[0].mlp.experts.gate_up_proj[0].numel()
+    monkeypatch.setattr(packed_experts, "PIECE_BYTES", 6 * matrix // pieces)
+    weights = {name: weight.clone() for name, weight in base.named_parameters()}
+    pack_shape(base, torch.float32)
+    for path, part in packed_in(base).items():
+        for name, tensor in packed(weights[path]).items():
+            setattr(part, name, tensor)
+    call_routed(base)
+    lora = Lora(r=4, alpha=8, experts="all")
+
+    def attach(model: Any) -> Any:
+        return attach_adapter(model, METHODS["lora"], lora)
+
+    due_logits, due = step(with_factors(plain_experts(base), plain_peft))
+    logits, grads = step(with_factors(base, attach))
+    torch.testing.assert_close(logits, due_logits, rtol=1e-5, atol=1e-5)
+    assert grads.keys() == due.keys()
+    assert len([name for name in grads if ".experts." in name]) == 8
+    for name, grad in grads.items():
+        assert float((grad - due[name]).norm() / due[name].norm()) < 1e-5, name
+
+
+def test_4_bit_experts_are_those_of_bitsandbytes_alone() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 16, 24), (2, 64, 32), (2, 160, 128)):
+        weights = torch.randn(shape) * torch.linspace(0.1, 3, shape[1])[:, None]
+        for kind in (torch.float32, torch.bfloat16):
+            stored = packed(weights.to(kind))
+            found = written_out([*stored.values()], torch.Size(shape), kind)
+            for matrix, one in zip(weights.to(kind), found, strict=True):
+                flat = quantize_4bit(matrix.flatten(), compress_statistics=True, quant_type="nf4")
+                assert torch.equal(dequantize_4bit(*flat).flatten(), one.flatten())
+            assert float((found - weights).norm() / weights.norm()) < 0.11
+    assert not can_pack(torch.empty(3, 5, 7))
+
+
+def test_the_packed_operator_is_as_torch_wants_it() -> None:
+    part = PackedExperts((3, 16, 8), torch.float32)
+    part.draw("cpu")
+    rows, ends = torch.randn(7, 8, requires_grad=True), torch.tensor([2, 2, 7], dtype=torch.int32)
+    torch.library.opcheck(packed_product, (rows, part.tensors, ends, [3, 16, 8], True, "nf4"))
+
+
+def test_mxfp4_is_written_out_as_transformers_does() -> None:
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 10, 4, 16), dtype=torch.uint8)  # (E, D, C / 32, 16)
+    scales = torch.randint(110, 130, (3, 10, 4), dtype=torch.uint8)
+    for dtype in (torch.float32, torch.bfloat16):
+        due = convert_moe_packed_tensors(blocks, scales, dtype=dtype)  # (E, C, D)
+        part = PackedExperts((3, 128, 10), dtype, "mxfp4", flipped=True)
+        part.codes, part.scales = blocks.flatten(1), scales.flatten(1)
+        assert torch.equal(part.written_out(slice(None), dtype), due)
+        assert torch.equal(part[1], due[1])
+        rows, ends = torch.randn(7, 128, dtype=dtype), torch.tensor([2, 2, 7], dtype=torch.int32)
+        found = part.product(rows, ends, transposed=False)
+        torch.testing.assert_close(found, grouped_product(rows, due, ends))

@@ -51,11 +51,13 @@ def backward(
     of_scores = shares * (of_shares - delta) * more["scale"]
 
     def by_key(wide: Tensor) -> Tensor:  # (N, H, D): heads of queries that share keys added up
-        return wide.unflatten(1, (KEY_HEADS, groups)).sum(2)
+        found: Tensor = wide.unflatten(1, (KEY_HEADS, groups)).sum(2)
+        return found
 
     of_query = torch.einsum("hnm,mhd->nhd", of_scores, key.repeat_interleave(groups, 1))
     of_key = by_key(torch.einsum("hnm,nhd->mhd", of_scores, query))
-    return of_query, of_key, by_key(torch.einsum("hnm,nhd->mhd", shares, gradient))
+    of_value = by_key(torch.einsum("hnm,nhd->mhd", shares, gradient))
+    return of_query, of_key, of_value
 
 
 @pytest.fixture

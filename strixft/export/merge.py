@@ -31,18 +31,18 @@ from strixft.catalog.methods import METHODS
 from strixft.guard.host import device_type, training_dtype
 from strixft.model.adapter import saved_modules
 from strixft.model.files import INDEX, beside_weights, shard_paths
+from strixft.model.groups import Group, groups_of
 from strixft.model.load import shape_base
 from strixft.model.mergeable import (
     PACKED,
-    Group,
     adapted_parameters,
     groups_for,
-    groups_of,
     own_names,
     quantised_parameters,
     replaced_parameters,
     without_tied,
 )
+from strixft.model.packed_experts import packed, written_out
 from strixft.model.quantised import LARGEST
 from strixft.model.source import load_config
 from strixft.model.stream import DTYPES, Entry, Shard
@@ -141,16 +141,18 @@ def _from_int8(integers: Tensor, scales: Tensor) -> Tensor:
 
 
 def as_stored(weight: Tensor, base: str) -> Tensor:
-    """Return a weight as training saw it, (D, C), in float32.
+    """Return a weight as training saw it, (D, C) or (E, D, C), in float32.
 
     Args:
-        weight: Weight of the original checkpoint, (D, C), on the device and in the type of
-            training.
+        weight: Weight of the original checkpoint, (D, C) or those of E experts, on the device and
+            in the type of training.
         base: Storage of the base in training: `native`, `nf4` or `int8`.
     """
+    if weight.ndim == 3:  # experts
+        return written_out([*packed(weight).values()], weight.shape, torch.float32)
     if base == "nf4":
-        packed = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-        found: Tensor = dequantize_4bit(*packed)
+        stored = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+        found: Tensor = dequantize_4bit(*stored)
         return found.float()
     if base == "int8":
         return _from_int8(*int8_vectorwise_quant(weight.half())[:2])

@@ -18,6 +18,7 @@ from torch import nn
 from strixft.catalog.methods import Method
 from strixft.model.architecture import outside_text, text_decoder, text_layers
 from strixft.model.config import first_lines
+from strixft.model.packed_experts import shown_as_parameters
 from strixft.model.targets import ALL_LINEAR, adapted_layers, find_targets, is_linear, leaf
 from strixft.recipe.schema import Lora
 from strixft.support.errors import RecipeError, StageError
@@ -203,7 +204,7 @@ def attach_adapter(
         task_type="CAUSAL_LM",
     )
     try:
-        with _without_warning():
+        with _without_warning(), shown_as_parameters(model):
             adapted: nn.Module = get_peft_model(model, config)
     except ValueError as error:  # experts in one parameter take no dropout and no DoRA
         settings = {"lora.experts": "shared"} if targets.parameters else ALL_LINEAR
@@ -266,7 +267,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """
     from peft import PeftModel
 
-    with _without_warning():
+    with _without_warning(), shown_as_parameters(model):
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             adapted: nn.Module = PeftModel.from_pretrained(model, folder)

@@ -33,7 +33,7 @@ Factors = tuple[Tensor, Tensor]
 """A of all experts, (E, C, R), times the adapter's scaling; and B, (E, R, D)."""
 
 
-def _is_grouped(*factors: Tensor) -> bool:
+def is_grouped(*factors: Tensor) -> bool:
     """Return whether torch's own grouped product is taken; else there is a product an expert."""
     return kernels.is_on(kernels.GROUPED) and all(
         one.is_cuda and one.dtype is torch.bfloat16 and one.shape[-1] % ALIGNED == 0
@@ -58,7 +58,7 @@ def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         weights: Of any strides; in the type of the rows, or cast to it expert by expert.
         ends: Row behind the last one of each expert, (E,), int32.
     """
-    if _is_grouped(rows, weights):
+    if is_grouped(rows, weights):
         return grouped_mm(rows, weights, offs=ends)
     found = rows.new_empty(len(rows), weights.shape[-1])
     for expert, group in _groups(ends):
@@ -72,7 +72,7 @@ def grouped_gradient(rows: Tensor, gradient: Tensor, ends: Tensor) -> Tensor:
 
     That of an expert without rows is zero.
     """
-    if _is_grouped(rows, gradient):
+    if is_grouped(rows, gradient):
         found = grouped_mm(rows.T, gradient, offs=ends)
         is_idle = ends.diff(prepend=ends.new_zeros(1)) == 0
         return found.masked_fill_(is_idle[:, None, None], 0)
@@ -108,11 +108,6 @@ def _go_back(ctx: Any, gradient: Tensor) -> Any:
 
 
 grouped_product.register_autograd(_go_back, setup_context=_keep)
-
-PRODUCTS = (
-    torch.ops.strixft.grouped_product.default,
-    torch.ops.strixft.grouped_gradient.default,
-)
 
 
 @register_flop_formula([torch.ops.strixft.grouped_product, torch.ops.strixft.grouped_gradient])
@@ -172,9 +167,13 @@ class _Routes:
 
     def product(self, name: str, rows: Tensor) -> Tensor:
         """Return rows, (S, C), times the experts' matrices of a name and their adapter, (S, D)."""
-        weights = getattr(self.experts, name)
-        weights = weights if self.experts.is_transposed else weights.mT  # (E, C, D)
-        found: Tensor = grouped_product(rows, weights, self.ends)
+        weights: Any = getattr(self.experts, name)
+        is_transposed = self.experts.is_transposed
+        found: Tensor
+        if not isinstance(weights, Tensor):  # `PackedExperts`
+            found = weights.product(rows, self.ends, transposed=not is_transposed)
+        else:  # (E, C, D)
+            found = grouped_product(rows, weights if is_transposed else weights.mT, self.ends)
         if name in self.adapters:
             a, b = self.adapters[name]
             found = found + grouped_product(grouped_product(rows, a, self.ends), b, self.ends)

@@ -1,15 +1,8 @@
-"""The tensors of a checkpoint that make up each parameter, and whether a merge can go back.
-
-transformers renames, stacks, splits and transposes tensors while it loads them. Its own rules are
-asked here, so that a name in the files is matched to a parameter exactly as loading matches it.
-Shapes: those of the files and of the model, whatever they are.
-"""
+"""The parameters that a merge changes, and whether it can change them through the files."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +14,9 @@ from strixft.model.adapter import attach_adapter, base_of, saved_modules
 from strixft.model.architecture import architecture_of
 from strixft.model.config import first_lines
 from strixft.model.files import model_folder, shard_paths
+from strixft.model.groups import Group, groups_of
 from strixft.model.load import shape_base
+from strixft.model.packed_experts import packed_in
 from strixft.model.source import load_config, model_source
 from strixft.model.stream import Entry, Shard
 from strixft.recipe.schema import Recipe
@@ -32,69 +27,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 PACKED = ("U8", "I8")
 """Types of weights that bitsandbytes has quantised; its scales stand beside them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Tensors of the files that become one or several parameters together."""
-
-    target: str
-    """The parameter; of several, the first."""
-    transform: Any = None
-    """transformers' `WeightConverter`; None if a tensor is the parameter as it stands."""
-    names: list[str] = field(default_factory=list)
-    """Names in the files, in the order in which they are loaded."""
-    patterns: list[str] = field(default_factory=list)
-    """Patterns of the transform, one for each name."""
-
-    def convert(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """Return the parameters that loading makes of the tensors.
-
-        Args:
-            tensors: By their names in the files, in the shapes of the files.
-            model: The model they are loaded into.
-        """
-        if self.transform is None:
-            return {self.target: tensors[self.names[0]]}
-        transform = copy.deepcopy(self.transform)
-        for name, pattern in zip(self.names, self.patterns, strict=True):
-            transform.add_tensor(self.target, name, pattern, tensors[name])
-        found = transform.convert(self.target, model=model, config=model.config)
-        return {name: row[0] if isinstance(row, list) else row for name, row in found.items()}
-
-
-def groups_of(model: Any, names: Iterable[str]) -> list[Group]:
-    """Group the tensors that are loaded into a model by the parameters they become.
-
-    Follows `convert_and_load_state_dict_in_model` of transformers.
-
-    Args:
-        model: On any device.
-        names: Names of the tensors in the files.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    known, prefix = model.state_dict(), model.base_model_prefix
-    groups: dict[str, Group] = {}
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if target not in known and name in known:
-            target, pattern = rename_source_key(name, [], [], prefix, known)
-        if target in known:
-            group = groups.setdefault(target, Group(target, by_pattern.get(pattern)))
-            group.names.append(name)
-            group.patterns.append(pattern or name)
-    return list(groups.values())
 
 
 def own_names(entries: Mapping[str, Entry]) -> list[str]:
@@ -142,10 +74,13 @@ def quantised_parameters(config: Any, base: str, dtype: torch.dtype) -> set[str]
     if base == "native":
         return set()
     method = next(row for row in METHODS.values() if row.base == base)
-    modules = shape_base(config, method, dtype).named_modules()
-    return {
-        f"{name}.weight" for name, part in modules if isinstance(part, Linear4bit | Linear8bitLt)
+    shape = shape_base(config, method, dtype)
+    linear = {
+        f"{name}.weight"
+        for name, part in shape.named_modules()
+        if isinstance(part, Linear4bit | Linear8bitLt)
     }
+    return linear | packed_in(shape).keys()
 
 
 def base_entries(recipe: Recipe) -> dict[str, Entry] | None:

@@ -10,9 +10,7 @@ Shapes: N tokens, C channels in, D channels out.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial, wraps
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,34 +18,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from strixft.catalog.methods import Method
-
-
-def _compile_when_called(function: Any = None, **options: Any) -> Any:
-    if function is None:
-        return partial(_compile_when_called, **options)
-    compiled: Callable[[], Any] = cache(partial(torch.compile, function, **options))
-    return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
-
-
-@contextlib.contextmanager
-def _compiling_later() -> Iterator[None]:
-    """Let `torch.compile` as a decorator wait for the first call.
-
-    bitsandbytes 0.50 decorates functions that few runs call, and torch 2.13 imports inductor then,
-    which takes a second. This ends where torch imports it later.
-    """
-    right: Callable[..., Any] = torch.compile
-    torch.compile = _compile_when_called  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = right
-
-
-with _compiling_later():
-    import bitsandbytes as bitsandbytes
-    from bitsandbytes.functional import QuantState
-    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from strixft.model.bitsandbytes_import import (
+    Int8Params,
+    Linear4bit,
+    Linear8bitLt,
+    Params4bit,
+    QuantState,
+)
+from strixft.model.packed_experts import PackedExperts, pack_shape
 
 NF4 = {
     "load_in_4bit": True,
@@ -205,6 +183,8 @@ def quantise_shape(
             if linear.bias is not None:
                 layer.bias = nn.Parameter(torch.empty_like(linear.bias))
             model.set_submodule(name, layer)
+    if method.base == "nf4":
+        pack_shape(model, dtype)
     setattr(model, f"is_loaded_in_{4 if method.base == 'nf4' else 8}bit", True)  # PEFT asks for it
     finish_loaded(model)
 
@@ -230,6 +210,9 @@ def _draw_state(state: Any, device: str) -> None:
 def draw_weights(model: nn.Module, device: str) -> None:
     """Give a model on `meta` random weights on a device, and buffers of ones."""
     for module in model.modules():
+        if isinstance(module, PackedExperts):
+            module.draw(device)
+            continue
         for name, weight in list(module.named_parameters(recurse=False)):
             drawn, state = _random(weight, device), getattr(weight, "quant_state", None)
             if state is None:

@@ -33,6 +33,7 @@ from strixft.model.architecture import auto_class, drop_tower, outside_text, tex
 from strixft.model.config import place_of
 from strixft.model.experts import call_routed
 from strixft.model.files import sampled_hash, shard_paths
+from strixft.model.packing import pack_while_read, packing
 from strixft.model.stream import DTYPES, Checksums, Shard, checksums_of, streaming
 from strixft.support.errors import RecipeError, StageError
 from strixft.support.files import (
@@ -271,8 +272,19 @@ class Loading:
         """Return a model and the report of transformers about its loading."""
         with torch.device("meta"):  # the class that transformers chooses, its part of the config
             shape = auto_class(config).from_config(copy.deepcopy(config))
-        with streaming(paths, self.device, checksums) as tensors, without_bars():
-            return self._load(text_only(shape), None, config=shape.config, state_dict=tensors)
+        kind = built = text_only(shape)
+        with streaming(paths, self.device, checksums) as read, without_bars():
+            tensors: Mapping[str, Any] = read
+            if self._is_nf4(config):
+                built, tensors = packing(kind, self.dtype), pack_while_read(read, shape)
+            model, info = self._load(built, None, config=shape.config, state_dict=tensors)
+        model.__class__ = kind
+        return model, info
+
+    def _is_nf4(self, config: Any) -> bool:
+        """Return whether the base is kept in 4 bits."""
+        stored = getattr(config, "quantization_config", None) or {}
+        return bool(getattr(self.quantization, "load_in_4bit", stored.get("load_in_4bit")))
 
     def _by_transformers(self) -> Any:
         model, info = self._load(

@@ -25,6 +25,7 @@ from strixft.data.batches import RowShape, shape_batch
 from strixft.model.adapter import decoder_layers
 from strixft.model.delta_rule import INSIDE
 from strixft.model.load import build
+from strixft.model.packed_experts import PACKED_PRODUCT, experts_at_once
 from strixft.plan.cost import (
     SHARED,
     Cost,
@@ -147,6 +148,8 @@ class _Recorder(MemoryTracker):
             return self._run_program(func, args, kwargs)
         if is_4bit_product(func) and self._on_gpu:
             return self._run_4bit_product(func, args, kwargs)
+        if func is PACKED_PRODUCT:
+            return self._run_packed_product(func, args, kwargs)
         if func is aten.add.Tensor and self._adds_embedding_gradient(args):
             return super().run(func, args, kwargs)
         return self._counted(func, args, kwargs)
@@ -166,6 +169,21 @@ class _Recorder(MemoryTracker):
         self.watch(weight, "workspace")
         self.trace.work.append((self.place, unpack_cost(args[1], weight)))
         return self._counted(func, args, kwargs)
+
+    def _run_packed_product(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Count the experts that it writes out at once, and the work of writing them all."""
+        _, tensors, ends, shape, transposed, kind = args
+        step = experts_at_once(shape, args[0].dtype)
+        weights = torch.empty(step, *shape[1:], dtype=args[0].dtype, device="meta")
+        numbers = weights.shape[1:].numel()  # what is written out beside, for a moment
+        beside = 2 * numbers if kind == "mxfp4" else numbers // 8
+        scratch = torch.empty(step * beside, dtype=torch.uint8, device="meta")
+        self.watch(weights, "workspace")
+        self.watch(scratch, "workspace")
+        whole = torch.empty(shape, dtype=args[0].dtype, device="meta")
+        self.trace.work.append((self.place, unpack_cost(tensors[0], whole)))
+        product = torch.ops.strixft.grouped_product.default
+        return self._counted(product, (args[0], whole.mT if transposed else whole, ends), {})
 
     def _run_program(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Count what an operator of our own allocates inside, unseen by a tracker."""

@@ -48,7 +48,7 @@ def round_trip(device: str, dtype: str) -> Figures:
         `version`, `relative_error` of the values' length, `other_codes`: the share of values that
         are not the nearest code times their scale; and a `problem` if either is too much.
     """
-    from strixft.model.quantised import bitsandbytes as bnb
+    from strixft.model.bitsandbytes_import import bitsandbytes as bnb
 
     values = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     values = values.to(getattr(torch, dtype))

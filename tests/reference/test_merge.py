@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import WriteRecipe
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -369,17 +370,23 @@ def test_what_no_text_goes_through_stays_as_it_is(
         assert all(torch.equal(after[name], before[name]) for name in outside)
 
 
-def test_experts_of_a_4_bit_run_keep_what_training_left_alone(
+def test_experts_of_a_4_bit_run_are_what_was_trained_on(
     merged: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Bitsandbytes packs linear layers; experts that are one tensor stay as they are."""
+    """An expert stands in three tensors of the file, and in two parameters that are packed."""
     base = write_base(tmp_path / "base", "lfm2_moe")
     adapt(base, tmp_path / "adapter", ["q_proj"])
     before, after = (
         load_file(path / "model.safetensors") for path in (base, merged(base, "qlora"))
     )
     same = {name for name in before if torch.equal(before[name], after[name])}
-    assert {name for name in before if ".experts." in name} <= same
+    prefix = "model.layers.1.feed_forward.experts.1"
+    for parts in (("w1", "w3"), ("w2",)):
+        names = [f"{prefix}.{part}.weight" for part in parts]
+        whole = torch.cat([before[name] for name in names]).float().flatten()
+        stored = quantize_4bit(whole, compress_statistics=True, quant_type="nf4")
+        found = torch.cat([after[name] for name in names]).flatten()
+        assert torch.equal(dequantize_4bit(*stored).flatten().to(found.dtype), found)
     assert "model.layers.0.feed_forward.w1.weight" not in same
 
 
