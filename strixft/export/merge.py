@@ -30,25 +30,31 @@ from torch import Tensor, nn
 from strixft.catalog.methods import METHODS
 from strixft.guard.host import device_type, training_dtype
 from strixft.model.adapter import saved_modules
+from strixft.model.config import is_in_mxfp4
 from strixft.model.files import INDEX, beside_weights, shard_paths
 from strixft.model.groups import Group, groups_of
 from strixft.model.load import shape_base
 from strixft.model.mergeable import (
-    PACKED,
+    BLOCKS,
+    SCALES,
     adapted_parameters,
+    as_whole_experts,
     groups_for,
+    is_packed,
     own_names,
     quantised_parameters,
     replaced_parameters,
     without_tied,
 )
-from strixft.model.packed_experts import packed, written_out
+from strixft.model.packed_experts import MX_BLOCK, packed, written_out
 from strixft.model.quantised import LARGEST
 from strixft.model.source import load_config
 from strixft.model.stream import DTYPES, Entry, Shard
 from strixft.recipe.schema import Recipe
 from strixft.support.errors import StageError
 from strixft.support.files import sync, write_text
+
+ENDS = (BLOCKS, SCALES)
 
 AGAIN = "strixft run RECIPE --from train"
 
@@ -61,14 +67,26 @@ class _Base:
     def __init__(self, shards: Sequence[Shard], config: Any, *, float32: bool = False) -> None:
         self._shards = {name: shard for shard in shards for name in shard.entries}
         self.entries: dict[str, Entry] = {n: s.entries[n] for n, s in self._shards.items()}
+        self._whole: set[str] = set()
         self._float32, self._unpacked = float32, torch.bfloat16
         kind = getattr(config, "dtype", None)
         if isinstance(kind, torch.dtype) and kind.itemsize > 1:
             self._unpacked = kind
 
+    def write_experts_out(self) -> None:
+        """Hold experts in bf16 that the files have in MXFP4."""
+        stored, self.entries = self.entries, as_whole_experts(self.entries)
+        self._whole = self.entries.keys() - stored.keys()
+        for name in self._whole:
+            self._shards[name] = self._shards[f"{name}{BLOCKS}"]
+
+    def shard(self, name: str) -> Shard:
+        """Return the file with a weight."""
+        return self._shards[name]
+
     def is_packed(self, name: str) -> bool:
         """Return whether bitsandbytes has packed a weight."""
-        return self.entries[name].dtype in PACKED
+        return is_packed(name, self.entries[name])
 
     def written(self, name: str) -> tuple[torch.dtype, Sequence[int]]:
         """Return the type and the shape in which a weight is written."""
@@ -86,6 +104,8 @@ class _Base:
 
     def read(self, name: str) -> Tensor:
         """Read a weight; unpack one that bitsandbytes has packed to float32."""
+        if name in self._whole:
+            return self._written_out(name)
         stored = self._stored(name)
         if not self.is_packed(name):
             return stored
@@ -95,9 +115,16 @@ class _Base:
         found: Tensor = dequantize_4bit(stored, QuantState.from_dict(beside, torch.device("cpu")))
         return found.float()
 
+    def _written_out(self, name: str) -> Tensor:
+        """Return experts, (E, C, D), that the files have as (E, D, C) in MXFP4."""
+        blocks, scales = (self._shards[f"{name}{end}"].tensor(f"{name}{end}") for end in ENDS)
+        shape = torch.Size((*blocks.shape[:2], scales.shape[2] * MX_BLOCK))
+        parts = [blocks.flatten(1), scales.flatten(1)]
+        return written_out(parts, shape, torch.bfloat16, "mxfp4").mT
+
     def unchanged(self, name: str) -> Iterator[Tensor]:
         """Yield a weight that is not merged into, piece by piece."""
-        if self.is_packed(name) or self._float32:
+        if self.is_packed(name) or name in self._whole or self._float32:
             yield self.read(name).to(self.written(name)[0])
         else:
             yield from self._shards[name].pieces(name)
@@ -213,6 +240,10 @@ class _Merger:
         """Names of the parameters that differ from the base's files."""
         self.shape = shape_base(config, METHODS["lora"], torch.float32)
 
+    def changes_experts(self, entries: Mapping[str, Entry]) -> bool:
+        """Return whether experts change that the files have in MXFP4."""
+        return any(f"{name}{BLOCKS}" in entries for name in self.changed)
+
     @torch.no_grad()
     def _merged(self, name: str, weight: Tensor, *, is_packed: bool) -> Tensor:
         """Return a parameter of the merged model, in float32 on the device.
@@ -302,12 +333,15 @@ def merge(
     with contextlib.ExitStack() as stack:
         shards = [stack.enter_context(Shard(path)) for path in shard_paths(base_folder)]
         base = _Base(shards, config, float32=float32)
+        is_packed_again = not merger.changes_experts(base.entries)
+        if not is_packed_again:
+            base.write_experts_out()
         names = own_names(base.entries)
         wanted = without_tied(merger.changed, merger.shape, base.entries)
         groups = groups_for(merger.shape, base.entries, wanted)
         files: dict[str, _File] = {}
         for shard in shards:
-            rows = {name: base.written(name) for name in names if name in shard.entries}
+            rows = {name: base.written(name) for name in names if base.shard(name) is shard}
             file = _File(target / shard.path.name, rows)
             stack.callback(file.close)
             files |= dict.fromkeys(rows, file)
@@ -318,7 +352,8 @@ def merge(
         for name in names:
             if name not in changed:
                 files[name].write(name, base.unchanged(name))
-    copy_beside(base_folder, target, float32=float32)
+    as_stored = is_packed_again and is_in_mxfp4(config)
+    copy_beside(base_folder, target, float32=float32, as_stored=as_stored)
     if len(shards) > 1:
         _write_index(target, [target / shard.path.name for shard in shards])
 
@@ -329,6 +364,7 @@ def pass_through(recipe: Recipe, base_folder: Path, target: Path) -> None:
     shape = shape_base(config, METHODS["full"], torch.float32)
     with contextlib.ExitStack() as stack:
         base = _Base([stack.enter_context(Shard(p)) for p in shard_paths(base_folder)], config)
+        base.write_experts_out()
         loaded = {name for group in groups_of(shape, base.entries) for name in group.names}
         rest = {name: base.written(name) for name in base.entries if name not in loaded}
         if not rest:
@@ -349,20 +385,23 @@ def _write_index(folder: Path, paths: Sequence[Path]) -> None:
     write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def copy_beside(base_folder: Path, target: Path, *, float32: bool = False) -> None:
+def copy_beside(
+    base_folder: Path, target: Path, *, float32: bool = False, as_stored: bool = False
+) -> None:
     """Copy the files beside the weights: settings, tokenizer, templates, the model's own code.
 
     Args:
         base_folder: Folder of the base.
         target: Folder of the merged model.
         float32: True if its weights are float32.
+        as_stored: Quantised weights of the base are so in the merged model.
     """
     for file in beside_weights(base_folder):
         place = target / file.relative_to(base_folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    packed = config.pop("quantization_config", None)
+    packed = None if as_stored else config.pop("quantization_config", None)
     if float32:
         config.pop("torch_dtype", None)
         config["dtype"] = "float32"

@@ -47,7 +47,7 @@ HEAD_SIZES = {"head_dim", "kv_channels", "qk_rope_head_dim", "kv_lora_rank"}
 SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 """Types of rotary positions that stretch by a factor."""
 
-STORED_AS = ("bitsandbytes",)
+STORED_AS = ("bitsandbytes", "mxfp4")
 """Storage of quantised checkpoints that can be trained."""
 
 Raw = Mapping[str, Any]
@@ -205,6 +205,12 @@ def check_raw(raw: Any, place: str) -> None:
             fix=f"correct {place}, or download the model again",
         )
     _refuse_stored(raw, place)
+
+
+def is_in_mxfp4(config: Any) -> bool:
+    """Return whether a checkpoint's experts are stored in MXFP4, as those of gpt-oss are."""
+    stored = getattr(config, "quantization_config", None) or {}
+    return bool(stored.get("quant_method") == "mxfp4")
 
 
 def place_of(source: str) -> str:

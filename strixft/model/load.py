@@ -17,6 +17,7 @@ from torch import nn
 from strixft.catalog.methods import METHODS, Method
 from strixft.model.adapter import attach_adapter
 from strixft.model.architecture import architecture_of, build_shape, with_layers
+from strixft.model.config import is_in_mxfp4
 from strixft.model.files import fetch, refuse_pickles
 from strixft.model.quantised import NF4, draw_weights, finish_loaded, quantise_shape
 from strixft.model.source import load_config, model_errors_explained, model_source
@@ -48,7 +49,7 @@ def _use_stored(config: Any, method: Method, dtype: torch.dtype) -> None:
         RecipeError: The method stores its base otherwise than the checkpoint.
     """
     found = getattr(config, "quantization_config", None)
-    if found is None:
+    if found is None or (is_in_mxfp4(config) and method.base != "int8"):
         return
     stored = found.get("quant_method")
     if found.get("load_in_8bit"):
@@ -57,6 +58,7 @@ def _use_stored(config: Any, method: Method, dtype: torch.dtype) -> None:
         stored = found.get("bnb_4bit_quant_type", "fp4")
     if stored != method.base:
         fitting = [row.name for row in METHODS.values() if row.base == stored]
+        fitting += ["qlora"] if stored == "mxfp4" else []
         raise RecipeError(
             f"the weights are stored as {stored}, and method {method.name} stores them as"
             f" {method.base}",
@@ -102,7 +104,8 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
             config=config,
             device=device,
             dtype=dtype,
-            quantization=quantization_of(method, dtype),
+            quantization=None if is_in_mxfp4(config) else quantization_of(method, dtype),
+            unpack=method.base == "native",
             offline=recipe.offline,
             trust_remote_code=recipe.trust_remote_code,
         ).run()

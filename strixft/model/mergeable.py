@@ -16,7 +16,7 @@ from strixft.model.config import first_lines
 from strixft.model.files import model_folder, shard_paths
 from strixft.model.groups import Group, groups_of
 from strixft.model.load import shape_base
-from strixft.model.packed_experts import packed_in
+from strixft.model.packed_experts import MX_BLOCK, packed_in
 from strixft.model.source import load_config, model_source
 from strixft.model.stream import Entry, Shard
 from strixft.recipe.schema import Recipe
@@ -28,10 +28,30 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 PACKED = ("U8", "I8")
 """Types of weights that bitsandbytes has quantised; its scales stand beside them."""
 
+BLOCKS, SCALES = "_blocks", "_scales"
+"""Ends of the names of experts' matrices in MXFP4, and of their scales."""
+
+
+def is_packed(name: str, entry: Entry) -> bool:
+    """Return whether bitsandbytes has packed a weight."""
+    return entry.dtype in PACKED and name.endswith("weight")
+
+
+def as_whole_experts(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return the tensors of files as if experts in MXFP4 were written out in bf16."""
+    found = dict(entries)
+    for name, entry in entries.items():
+        if name.endswith(BLOCKS) and entry.dtype == "U8":
+            experts, columns, blocks, _ = entry.shape
+            target = name.removesuffix(BLOCKS)
+            del found[name], found[f"{target}{SCALES}"]
+            found[target] = Entry("BF16", (experts, blocks * MX_BLOCK, columns), 0, 0)
+    return found
+
 
 def own_names(entries: Mapping[str, Entry]) -> list[str]:
     """Return the names of weights, without what bitsandbytes stores beside the packed ones."""
-    packed = [name.removesuffix("weight") for name, row in entries.items() if row.dtype in PACKED]
+    packed = [name.removesuffix("weight") for name, row in entries.items() if is_packed(name, row)]
     beside = {f"{name}{end}" for name in packed for end in ("SCB", "weight_format")}
     return [name for name in entries if name not in beside and ".weight." not in name]
 
@@ -80,7 +100,8 @@ def quantised_parameters(config: Any, base: str, dtype: torch.dtype) -> set[str]
         for name, part in shape.named_modules()
         if isinstance(part, Linear4bit | Linear8bitLt)
     }
-    return linear | packed_in(shape).keys()
+    experts = {name for name, part in packed_in(shape).items() if part.kind == "nf4"}
+    return linear | experts  # files have MXFP4 as training sees it
 
 
 def base_entries(recipe: Recipe) -> dict[str, Entry] | None:
@@ -121,7 +142,7 @@ def _made_by(
         entry = entries[name]
         if entry.dtype not in (*FLOATS, *PACKED):
             raise ValueError(f"{name} is stored as {entry.dtype}")
-        packed = entry.dtype in PACKED  # then the file's shape is that of the bytes
+        packed = is_packed(name, entry)  # then the file's shape is that of the bytes
         shape = tuple(known[group.target].shape) if packed else entry.shape
         tensors[name] = torch.empty(shape, device="meta")
     made = group.convert(tensors, model)
@@ -175,4 +196,5 @@ def check_merge(recipe: Recipe, entries: Mapping[str, Entry]) -> None:
     with torch.device("meta"):
         trained = attach_adapter(again, METHODS["lora"], recipe.lora, idle)
     changed = adapted_parameters(trained).keys() | replaced_parameters(trained).keys() | quantised
-    groups_for(base, entries, without_tied(changed, base, entries))
+    whole = as_whole_experts(entries)
+    groups_for(base, whole, without_tied(changed, base, whole))

@@ -1,10 +1,11 @@
-"""Experts that are packed to 4 bits while they are loaded, one tensor of a layer at a time."""
+"""Experts that are packed to 4 bits while they are loaded, or kept as their file has them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,21 +13,29 @@ from torch import Tensor
 
 from strixft.model.experts import fused_experts, parameters_of
 from strixft.model.groups import Group, groups_of
-from strixft.model.packed_experts import PackedExperts, can_pack, pack_shape, packed
-from strixft.model.stream import StreamedTensor
+from strixft.model.packed_experts import (
+    Kind,
+    PackedExperts,
+    can_pack,
+    pack_shape,
+    packed,
+    written_out,
+)
+from strixft.model.stream import DTYPES, StreamedTensor
 
 
-def packing(whole: type, dtype: torch.dtype) -> type:
+def packing(whole: type, dtype: torch.dtype, packed_as: Kind = "nf4") -> type:
     """Return a class of models that are built with packed experts.
 
     Args:
         whole: Class of transformers models.
         dtype: Type in which they compute.
+        packed_as: Format of the experts.
     """
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         whole.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
-        pack_shape(self, dtype)
+        pack_shape(self, dtype, packed_as)
 
     return type(whole.__name__, (whole,), {"__init__": init, "__module__": whole.__module__})
 
@@ -51,22 +60,32 @@ class _Packing:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One tensor of packed experts, with the methods of safetensors' slices."""
+class _Made:
+    """A tensor that is made when it is asked for, with the methods of safetensors' slices."""
 
-    packing: _Packing
-    name: str
-    shape: Tensor
+    make: Callable[[], Tensor]
+    like: Tensor
     """The same on `meta`."""
 
     def get_dtype(self) -> str:
-        return {torch.uint8: "U8", torch.float32: "F32"}[self.shape.dtype]
+        """Return the type's name in a file's header."""
+        return next(name for name, dtype in DTYPES.items() if dtype is self.like.dtype)
 
     def get_shape(self) -> list[int]:
-        return list(self.shape.shape)
+        """Return the sizes."""
+        return list(self.like.shape)
 
     def __getitem__(self, _: Any) -> Tensor:
-        return self.packing.take(self.name)
+        """Return the tensor."""
+        return self.make()
+
+
+def _weights_of_experts(model: Any) -> dict[str, Tensor]:
+    return {
+        f"{path}.{name}": getattr(experts, name)
+        for path, experts in fused_experts(model).items()
+        for name in parameters_of(experts)
+    }
 
 
 def pack_while_read(tensors: Mapping[str, StreamedTensor], model: Any) -> dict[str, Any]:
@@ -76,11 +95,7 @@ def pack_while_read(tensors: Mapping[str, StreamedTensor], model: Any) -> dict[s
         tensors: By their names in the files.
         model: The model on `meta`, its experts not packed.
     """
-    weights = {
-        f"{path}.{name}": getattr(experts, name)
-        for path, experts in fused_experts(model).items()
-        for name in parameters_of(experts)
-    }
+    weights = _weights_of_experts(model)
     found: dict[str, Any] = dict(tensors)
     for group in groups_of(model, tensors) if weights else ():
         whole = weights.get(group.target)
@@ -92,5 +107,50 @@ def pack_while_read(tensors: Mapping[str, StreamedTensor], model: Any) -> dict[s
         with torch.device("meta"):
             shape = PackedExperts(tuple(whole.shape), whole.dtype)
         for name, buffer in shape.named_buffers():
-            found[f"{group.target}.{name}"] = _Part(packing, name, buffer)
+            found[f"{group.target}.{name}"] = _Made(partial(packing.take, name), buffer)
     return found
+
+
+def mxfp4_as_stored(
+    tensors: Mapping[str, StreamedTensor], model: Any, dtype: torch.dtype, *, unpack: bool
+) -> dict[str, Any]:
+    """Return the tensors of files with experts in MXFP4 under the names of their places.
+
+    Args:
+        tensors: By their names in the files: an expert's matrices, (D, C), are `_blocks`,
+            (E, D, C / 32, 16), and `_scales`, (E, D, C / 32).
+        model: The model on `meta`, its experts not packed.
+        dtype: Type in which it computes.
+        unpack: Experts are parameters.
+    """
+    found: dict[str, Any] = dict(tensors)
+    for target, whole in _weights_of_experts(model).items():
+        parts = {"codes": f"{target}_blocks", "scales": f"{target}_scales"}
+        if not all(name in found for name in parts.values()):
+            continue  # transformers says what is missing
+        stored = {part: found.pop(name) for part, name in parts.items()}
+        with torch.device("meta"):
+            shape = PackedExperts(tuple(whole.shape), dtype, "mxfp4", flipped=True)
+        if unpack:
+            made = partial(_written_out, stored, shape, dtype)
+            found[target] = _Made(made, torch.empty_like(whole, dtype=dtype))
+            continue
+        for part, buffer in shape.named_buffers():
+            found[f"{target}.{part}"] = _Made(partial(_flat, stored[part]), buffer)
+    return found
+
+
+def _flat(tensor: StreamedTensor) -> Tensor:
+    return tensor[...].flatten(1)
+
+
+def _written_out(
+    stored: Mapping[str, StreamedTensor], shape: PackedExperts, dtype: torch.dtype
+) -> Tensor:
+    """Return experts as a parameter, (E, C, D), written out one by one."""
+    codes, scales = (_flat(stored[part]) for part in ("codes", "scales"))
+    whole = torch.empty(shape.shape, dtype=dtype, device=codes.device)
+    for number, (code, scale) in enumerate(zip(codes, scales, strict=True)):
+        one = torch.Size((1, *shape.stored[1:]))
+        whole[number] = written_out([code[None], scale[None]], one, dtype, "mxfp4")[0].T
+    return whole

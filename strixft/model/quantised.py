@@ -172,6 +172,9 @@ def quantise_shape(
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
+    if stored.get("quant_method") == "mxfp4":  # all else stays as the file has it
+        pack_shape(model, dtype, "mxfp4")
+        return
     head = model.get_output_embeddings()  # type: ignore[operator]
     skipped = stored.get("llm_int8_skip_modules")
     nested = stored.get("bnb_4bit_use_double_quant", True)

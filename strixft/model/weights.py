@@ -30,10 +30,10 @@ import torch
 
 from strixft.attention.interface import call_ours
 from strixft.model.architecture import auto_class, drop_tower, outside_text, text_only
-from strixft.model.config import place_of
+from strixft.model.config import is_in_mxfp4, place_of
 from strixft.model.experts import call_routed
 from strixft.model.files import sampled_hash, shard_paths
-from strixft.model.packing import pack_while_read, packing
+from strixft.model.packing import mxfp4_as_stored, pack_while_read, packing
 from strixft.model.stream import DTYPES, Checksums, Shard, checksums_of, streaming
 from strixft.support.errors import RecipeError, StageError
 from strixft.support.files import (
@@ -207,6 +207,8 @@ class Loading:
     dtype: torch.dtype
     quantization: Any
     """A `BitsAndBytesConfig` for weights that are to be quantised, or None."""
+    unpack: bool = False
+    """Experts that are stored in MXFP4 are written out."""
     offline: bool = False
     trust_remote_code: bool = False
 
@@ -275,7 +277,11 @@ class Loading:
         kind = built = text_only(shape)
         with streaming(paths, self.device, checksums) as read, without_bars():
             tensors: Mapping[str, Any] = read
-            if self._is_nf4(config):
+            if is_in_mxfp4(config):
+                built = kind if self.unpack else packing(kind, self.dtype, "mxfp4")
+                tensors = mxfp4_as_stored(read, shape, self.dtype, unpack=self.unpack)
+                del shape.config.quantization_config  # else transformers would unpack them itself
+            elif self._is_nf4(config):
                 built, tensors = packing(kind, self.dtype), pack_while_read(read, shape)
             model, info = self._load(built, None, config=shape.config, state_dict=tensors)
         model.__class__ = kind
