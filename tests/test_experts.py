@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -16,8 +17,11 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from strixft.catalog.methods import METHODS
+from strixft.evaluate.experts import compare_experts, says
+from strixft.evaluate.losses import row_losses
 from strixft.model import packed_experts
 from strixft.model.adapter import attach_adapter
+from strixft.model.expert_counts import counting
 from strixft.model.experts import (
     call_routed,
     fused_experts,
@@ -303,3 +307,34 @@ def test_mxfp4_is_written_out_as_transformers_does() -> None:
         rows, ends = torch.randn(7, 128, dtype=dtype), torch.tensor([2, 2, 7], dtype=torch.int32)
         found = part.product(rows, ends, transposed=False)
         torch.testing.assert_close(found, grouped_product(rows, due, ends))
+
+
+# Tokens of each expert.
+
+
+def test_tokens_of_experts_are_counted_without_padding() -> None:
+    model = random_model(QWEN)
+    call_routed(model)
+    short, long = torch.arange(5) % 7, torch.arange(9) % 11
+    due: dict[str, torch.Tensor] = {}
+    for ids in (short, long):
+        with torch.no_grad():
+            found = model(input_ids=ids[None], output_router_logits=True).router_logits
+        for layer, logits in enumerate(found):
+            chosen = logits.topk(2).indices.flatten().bincount(minlength=6)
+            name = f"model.layers.{layer}.mlp.experts"
+            due[name] = due.get(name, 0) + chosen
+    rows = [{"input_ids": ids.numpy(), "trained": np.ones(len(ids), bool)} for ids in (short, long)]
+    with counting(fused_experts(model)) as counts, torch.no_grad():
+        row_losses(model, rows, most_tokens=100)  # one batch, padded
+    assert counts.shares() == {name: (one / one.sum()).tolist() for name, one in due.items()}
+
+
+def test_idle_experts_are_named() -> None:
+    shares = {"base": {"a": [0.5, 0.5, 0.0]}, "tuned": {"a": [0.75, 0.0, 0.25]}}
+    (row,) = compare_experts(shares)
+    assert (row["moved"], row["base"]["idle"], row["tuned"]["idle"]) == (0.5, [2], [1])
+    told = says([row])
+    assert told[0].startswith("Experts: 1 of 3 are reached by no held-out token (base 1)")
+    assert told[1] == "No held-out token reaches in a: 1."
+    assert says(compare_experts({"base": {}, "tuned": {}})) == []

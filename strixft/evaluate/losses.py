@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of the longest, K trained tokens of the batch.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from strixft.data.batches import collate, on_device
+from strixft.model import expert_counts
 from strixft.step.update import token_losses
 from strixft.support.progress import progress_bar
 
@@ -36,8 +38,12 @@ def row_losses(
     for group in progress_bar(groups, unit="batch", desc="loss"):
         look()
         batch = on_device(collate([rows[index] for index in group]), device)  # ids (B, T)
-        losses = token_losses(model, batch)  # (K,)
-        owners = batch["positions"] // batch["input_ids"].shape[1]  # (K,), the row of each token
+        width = batch["input_ids"].shape[1]
+        lengths = torch.tensor([len(rows[index]["input_ids"]) for index in group], device=device)
+        real = torch.arange(width, device=device) < lengths.unsqueeze(1)  # (B, T)
+        with expert_counts.watch.among(real) if expert_counts.watch else contextlib.nullcontext():
+            losses = token_losses(model, batch)  # (K,)
+        owners = batch["positions"] // width  # (K,), the row of each token
         sums: Tensor = torch.zeros(len(group), device=device).index_add_(0, owners, losses)  # (B,)
         means = (sums / torch.bincount(owners, minlength=len(group))).tolist()
         for index, mean in zip(group, means, strict=True):

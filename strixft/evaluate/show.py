@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from strixft.evaluate.experts import says
 from strixft.evaluate.variants import VARIANTS
 from strixft.support import html
 from strixft.support.units import format_number
@@ -33,6 +34,7 @@ def page(figures: Mapping[str, Any]) -> str:
         )
         rows = [[kind, *_compared(values)] for kind, values in general["kinds"].items()]
         markup += html.table(rows, ["general texts", *VARIANTS])
+    markup += "".join(map(html.note, says(figures.get("experts", []))))
     tasks = [
         [row["task"], row["metric"], row["rows"], *_compared(row, row["change"])]
         for row in figures.get("tasks", [])

@@ -17,6 +17,7 @@ from torch import nn
 from strixft.data.end_tokens import Ends
 from strixft.data.general import general_rows
 from strixft.evaluate import show
+from strixft.evaluate.experts import compare_experts
 from strixft.evaluate.generate import generate, prompt_tokens
 from strixft.evaluate.harness import (
     TaskScores,
@@ -32,6 +33,9 @@ from strixft.evaluate.metrics import choose_metrics, paired_change, require_libr
 from strixft.evaluate.variants import VARIANTS, load_variants
 from strixft.guard.host import cap, device_type
 from strixft.guard.stage_watches import StageWatch
+from strixft.model.adapter import base_of
+from strixft.model.expert_counts import counting
+from strixft.model.experts import fused_experts
 from strixft.model.source import load_tokenizer
 from strixft.plan.result import Plan
 from strixft.prepare.stage import Prepared
@@ -95,6 +99,8 @@ class Measured:
 
     losses: list[float]
     general: list[float]
+    experts: dict[str, list[float]]
+    """Share of the held-out tokens that reached each expert, by module; empty without experts."""
     answers: list[str]
     prompted: list[str]
     tasks: TaskScores
@@ -185,6 +191,7 @@ def _evaluate(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         **seen,
         "cap": capped.says,
         "general": _general(job.general, measured),
+        "experts": compare_experts(_both(measured, "experts")),
         "tasks": compare_tasks(_both(measured, "tasks"), recipe.train.seed),
         **_worst(rows, measured),
         "prompts": _beside(prompts, _both(measured, "prompted")),
@@ -222,7 +229,8 @@ def _measure(job: EvaluationJob, model: nn.Module) -> Measured:
     def decoded(tokens: Sequence[Sequence[int]]) -> list[str]:
         return [job.ends.text(job.tokenizer, answer).strip() for answer in tokens]
 
-    losses = row_losses(model, job.rows, room, look)
+    with counting(fused_experts(base_of(model))) as counts:
+        losses = row_losses(model, job.rows, room, look)
     loss_seconds = time.monotonic() - began
     general = row_losses(model, job.general, room, look)
     prompts = [row["input_ids"][: row["prompt_tokens"]] for row in job.answered]
@@ -243,7 +251,7 @@ def _measure(job: EvaluationJob, model: nn.Module) -> Measured:
         "loss_seconds": round(loss_seconds, 3),
         "seconds": round(time.monotonic() - began, 3),
     }
-    return Measured(losses, general, decoded(tokens), prompted, tasks, speed)
+    return Measured(losses, general, counts.shares(), decoded(tokens), prompted, tasks, speed)
 
 
 def _trained_tokens(rows: HeldOut) -> list[float]:

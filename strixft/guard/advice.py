@@ -25,6 +25,8 @@ def _less_memory(recipe: Recipe, plan: Mapping[str, Any]) -> Iterator[tuple[str,
     if method.adapter == "none":
         yield "optimizer", "method", "lora"
     yield "activations", "dataset.max_length", max(8, choice["max_length"] // 2)
+    if method.adapter != "none" and recipe.lora.experts == "all":
+        yield "optimizer", "lora.experts", "shared"
     if method.adapter != "none" and recipe.lora.r > 4:
         yield "adapter", "lora.r", recipe.lora.r // 4
 

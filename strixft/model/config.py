@@ -48,7 +48,7 @@ SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 """Types of rotary positions that stretch by a factor."""
 
 STORED_AS = ("bitsandbytes", "mxfp4")
-"""Storage of quantised checkpoints that can be trained."""
+"""Storage of quantised checkpoints that can be trained; MXFP4 as gpt-oss has it."""
 
 Raw = Mapping[str, Any]
 """A configuration, or the part of it for the text model, as JSON has it."""
@@ -180,7 +180,8 @@ def _refuse_stored(raw: Raw, place: str) -> None:
     """Refuse weights in a storage that no gradient goes through, such as FP8 or GPTQ."""
     stored = raw.get("quantization_config")
     kind = stored.get("quant_method") if isinstance(stored, Mapping) else None
-    if kind not in (None, *STORED_AS):
+    is_known = kind in STORED_AS and (kind != "mxfp4" or raw.get("model_type") == "gpt_oss")
+    if kind is not None and not is_known:
         raise RecipeError(
             f"{place}: the weights are stored as {kind}, which strixft cannot train",
             fix="model: the version of it with 16-bit weights; on the hub it is often the one that"

@@ -20,7 +20,7 @@ from torch.nn.functional import grouped_mm
 from torch.utils.flop_counter import register_flop_formula
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from strixft.model import kernels
+from strixft.model import expert_counts, kernels
 from strixft.support.private_hf import apply_gate
 
 NAME = "strixft"
@@ -207,6 +207,8 @@ def routed_experts(
         shares: Their weights, (N, K).
         adapters: Factors by the names of the parameters to which they belong.
     """
+    if expert_counts.watch is not None:
+        expert_counts.watch.note(experts, index)
     routes, (tokens, chosen) = _Routes.of(experts, index, adapters or {}), index.shape
     rows = routes.sorted(hidden.unsqueeze(1).expand(-1, chosen, -1).flatten(0, 1))
     first, last = parameters_of(experts)

@@ -51,6 +51,8 @@ def _changes(recipe: Recipe) -> Iterator[tuple[str, Any, Recipe]]:
     for name in (*(("lora",) if method.adapter == "none" else ()), *lighter):
         changed = smallest.model_copy(update={"method": name})
         yield "method", name, changed
+    if method.adapter != "none" and recipe.lora.experts == "all":
+        yield "lora.experts", "shared", _with(smallest, "lora", experts="shared")
     if method.adapter != "none" and recipe.lora.r > 4:
         rank = recipe.lora.r // 4
         yield "lora.r", rank, _with(smallest, "lora", r=rank)
