@@ -228,8 +228,12 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, routed_experts)
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Return a model's modules that `routed_experts` computes, by their names."""
-    return {path: part for path, part in model.named_modules() if hasattr(part, "is_concatenated")}
+    """Return a model's modules that `routed_experts` computes, by their names without adapters."""
+    return {
+        path.replace(".base_layer", ""): part
+        for path, part in model.named_modules()
+        if hasattr(part, "is_concatenated")
+    }
 
 
 def call_routed(model: Any) -> None:
