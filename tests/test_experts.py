@@ -19,7 +19,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from strixft.catalog.methods import METHODS
 from strixft.evaluate.experts import compare_experts, says
 from strixft.evaluate.losses import row_losses
-from strixft.model import packed_experts
+from strixft.model import experts, kernels, packed_experts
 from strixft.model.adapter import attach_adapter
 from strixft.model.expert_counts import counting
 from strixft.model.experts import (
@@ -39,6 +39,7 @@ from strixft.model.packed_experts import (
     written_out,
 )
 from strixft.plan.cost import operator_cost
+from strixft.probe import experts as trial
 from strixft.recipe.schema import Lora
 from strixft.support.errors import RecipeError
 from strixft.train.coverage import describe
@@ -193,11 +194,11 @@ def test_the_time_of_grouped_products_is_counted() -> None:
 def test_a_layer_of_experts_is_one_graph() -> None:
     model = random_model(QWEN)
     call_routed(model)
-    experts = next(iter(fused_experts(model).values()))
+    routed = next(iter(fused_experts(model).values()))
     hidden, index = torch.randn(9, 32), torch.randint(0, 6, (9, 2))
     inputs = hidden, index, torch.rand(9, 2)
-    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True, dynamic=False)
-    torch.testing.assert_close(compiled(*inputs), experts(*inputs))
+    compiled = torch.compile(routed, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(*inputs), routed(*inputs))
 
 
 def kinds(sides: dict[str, Any], lora: Lora) -> dict[str, int]:
@@ -338,3 +339,24 @@ def test_idle_experts_are_named() -> None:
     assert told[0].startswith("Experts: 1 of 3 are reached by no held-out token (base 1)")
     assert told[1] == "No held-out token reaches in a: 1."
     assert says(compare_experts({"base": {}, "tuned": {}})) == []
+
+
+# The trial of torch's grouped product.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_grouped_product_is_tried(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 a CPU has torch's own, too; it is called here as on a GPU."""
+    on_gpu = dtype == "bfloat16"
+    monkeypatch.setattr(experts, "is_grouped", lambda *_: on_gpu and kernels.is_on(kernels.GROUPED))
+    monkeypatch.setattr(trial, "SLOWER", float("inf"))
+    figures = trial.measure_grouped("cpu", dtype, [(64, 96), (48, 64)])
+    assert "problem" not in figures
+    assert 0 < figures["error"] < figures["allowed_error"]
+
+
+def test_a_wrong_grouped_product_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(experts, "is_grouped", lambda *_: True)
+    monkeypatch.setattr(experts, "grouped_mm", lambda *a, offs: whole(*a, offs=offs.clamp(max=97)))
+    assert "problem" in trial.measure_grouped("cpu", "bfloat16", [(64, 96)])

@@ -25,7 +25,7 @@ from strixft.attention.backends import Heads
 from strixft.attention.interface import call_ours
 from strixft.attention.recorder import AttentionCall, watching
 from strixft.model.config import first_lines
-from strixft.model.experts import call_routed, fused_experts
+from strixft.model.experts import call_routed, sides_of
 from strixft.model.kernels import STATES, guard_kernels, keeps_documents_apart, takes_documents
 from strixft.support.errors import RecipeError
 from strixft.support.private_hf import calls_attention_by_name, left_in_files
@@ -267,8 +267,8 @@ class Architecture:
     """Last parts of the names of layers that training does not call: an adapter would not learn."""
     kernels: tuple[str, ...] = ()
     """Packages whose kernels its layers take here, for recurrence or convolution."""
-    routes: bool = False
-    """Some layers have experts that our grouped products compute."""
+    routed: tuple[tuple[int, int], ...] = ()
+    """Channels in and out of experts' matrices that our grouped products multiply by."""
     recurs: bool = False
     """Some layers carry a state along the row, whether or not documents share it."""
 
@@ -356,7 +356,7 @@ def _ask(config: Any) -> Architecture:
         positions=_longest_row(base),
         idle=frozenset(linear - {leaf for leaf, module in named if module in ran.modules}),
         kernels=guard_kernels(base),
-        routes=bool(fused_experts(base)),
+        routed=sides_of(base),
         recurs=_recurs(base, ran.calls),
     )
 

@@ -236,6 +236,16 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def sides_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Return channels in and out, C and D, of the different matrices of a model's experts."""
+    found = set()
+    for experts in fused_experts(model).values():
+        for name in parameters_of(experts):
+            rows, columns = getattr(experts, name).shape[1:]
+            found.add((rows, columns) if experts.is_transposed else (columns, rows))
+    return tuple(sorted(found))
+
+
 def call_routed(model: Any) -> None:
     """Let a transformers model compute its fused experts by `routed_experts`."""
     if fused_experts(model):

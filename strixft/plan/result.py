@@ -327,7 +327,7 @@ def _warnings(
     if reason := job.unpacked_because:
         yield f"rows are not packed, though dataset.packing is true: {reason}"
     for package, problem in job.proof.bad_kernels.items():
-        yield f"kernels of {package} are not used, transformers' own path is: {problem}"
+        yield f"kernels of {package} are not used, the plain path is: {problem}"
     if job.method.adapter != "none":
         whole = shape_base(job.config, METHODS["full"], torch.bfloat16)
         left_out = find_targets(whole, job.recipe.lora, job.architecture.idle)

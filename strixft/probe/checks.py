@@ -225,12 +225,23 @@ def _try_layers(
     return problem
 
 
+def _try_grouped(sides: Sequence[tuple[int, int]], host: Host) -> str | None:
+    """Return the problem of the grouped product in the sizes of a model's experts."""
+    if not sides or host.device == "cpu":  # there it is one product an expert
+        return None
+    shared = _task("experts", host).arguments
+    task = Task("grouped products", "experts", {**shared, "sides": [list(one) for one in sides]})
+    figures = measure([task])[task.name]
+    problem: str | None = figures.get("problem")
+    return problem
+
+
 def find_bad_kernels(config: Any, host: Host) -> dict[str, str]:
     """Try the kernels that a model takes from packages, those of one package at a time."""
     architecture, found = architecture_of(config), {}
-    packages = list(architecture.kernels)
-    if architecture.routes and host.device == "cuda":
-        packages.append(GROUPED)
+    packages = architecture.kernels
+    if problem := _try_grouped(architecture.routed, host):
+        found[GROUPED] = problem
     for package in packages:
         others = [other for other in packages if other != package]
         if problem := _try_layers(config, BACKENDS["eager-rows"], host, others):

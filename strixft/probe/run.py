@@ -27,6 +27,7 @@ import torch
 from strixft.attention import core
 from strixft.catalog.device_rates import cpu_name
 from strixft.probe.attention import measure_backend
+from strixft.probe.experts import measure_grouped
 from strixft.probe.layers import measure_layers
 from strixft.probe.weights import measure_products, round_trip
 from strixft.support.child import Figures, do_steps, run_steps
@@ -37,6 +38,7 @@ FOLDER = "probes"
 KINDS: Mapping[str, Callable[..., Figures]] = {
     "attention": measure_backend,
     "layers": measure_layers,
+    "experts": measure_grouped,
     "nf4": round_trip,
     "products": measure_products,
 }

@@ -97,7 +97,7 @@ def write_folder(folder: Path, name: str, sides: dict[str, Any]) -> None:
 def routes(model: Path) -> bool:
     """Whether a model has experts that are adapted, too."""
     try:
-        return architecture_of(AutoConfig.from_pretrained(model)).routes
+        return bool(architecture_of(AutoConfig.from_pretrained(model)).routed)
     except RecipeError:  # the stages refuse it, too
         return False
 

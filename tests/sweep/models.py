@@ -46,7 +46,8 @@ def _text(model_type: str, **own: Any) -> dict[str, Any]:
 
 
 MORE: dict[str, dict[str, Any]] = {
-    "qwen3_moe": _text("qwen3_moe", head_dim=8, norm_topk_prob=True, **ROUTED),  # no dense layers, as on the hub
+    # no dense layers, as on the hub
+    "qwen3_moe": _text("qwen3_moe", head_dim=8, norm_topk_prob=True, **ROUTED),
     "starcoder2": _text("starcoder2", sliding_window=WINDOW),
     "phi": _text("phi"),
     "olmo": _text("olmo"),
