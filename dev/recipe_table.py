@@ -14,7 +14,9 @@ import torch
 
 from strixft.catalog.methods import METHODS
 from strixft.catalog.recipe_figures import FILE, RecipeFigures
+from strixft.model.config import is_in_mxfp4
 from strixft.model.load import shape_base
+from strixft.model.packed_experts import packed_in
 from strixft.plan.choose import DataShape, Planner
 from strixft.plan.result import checked_job, plan_figures
 from strixft.recipe.find import find_recipes
@@ -39,7 +41,8 @@ weights lose more by it than usual
 ([unsloth.ai/docs](https://unsloth.ai/docs/models/qwen3.5/fine-tune)). Their linear attention
 is planned as torch computes it;
 flash-linear-attention, where it is installed and right, is faster. Vision-language checkpoints
-(Qwen 3.5, Gemma 3 and 4, Ministral 3, Muse Glimmer) are trained as text. A recipe that says
+(Qwen 3.5, Gemma 3 and 4, Ministral 3, Muse Glimmer) are trained as text. Of mixtures of experts
+attention and shared experts are adapted ([mixtures.md](mixtures.md)). A recipe that says
 `reconstructed` was planned from a `config.json` that was put together:
 `strixft/catalog/configs/README.md` has the sources.
 
@@ -69,12 +72,15 @@ def short(recipe: Recipe, host: str, figures: dict[str, Any]) -> RecipeFigures:
     data = DataShape.of(recipe, None, packed=job.options.backend.packed)
     planner = Planner(job, data)
     least = planner.dry_run(1, planner.num_layers)
-    whole = shape_base(job.config, METHODS["full"], torch.bfloat16)
+    as_stored = METHODS["qlora" if is_in_mxfp4(job.config) else "full"]
+    whole = shape_base(job.config, as_stored, torch.bfloat16)
+    packed = (tensor for part in packed_in(whole).values() for tensor in part.tensors)
     return RecipeFigures(
         need_bytes=figures["reserved_bytes"] + figures["outside_bytes"],
         least_bytes=planner.need_bytes(least),
-        tok_per_s=round(figures["tok_per_s"], 1),
-        weights_bytes=sum(2 * weight.numel() for weight in whole.parameters()),
+        tok_per_s=round(figures["tok_per_s"], 2),
+        weights_bytes=sum(2 * weight.numel() for weight in whole.parameters())
+        + sum(tensor.nbytes for tensor in packed),
     )
 
 
