@@ -126,7 +126,7 @@ def test_all_weights_get_the_gradients_of_transformers(sides: dict[str, Any]) ->
         torch.testing.assert_close(grad, due[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-@use_experts_implementation(has_post_expert_norm=True)
+@use_experts_implementation
 class _Normed(torch.nn.Module):
     """Experts whose results are normalised; transformers' loop is the reference."""
 

@@ -60,10 +60,13 @@ def gpt_oss(tmp_path: Path) -> Path:
 
 
 def by_transformers(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32,
         attn_implementation="eager", experts_implementation="eager",
-    ).eval()  # fmt: skip
+    )  # fmt: skip
+    for weight in model.parameters():
+        weight.data = weight.data.float()  # transformers 5.17 leaves experts in bf16
+    return model.eval()
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
