@@ -93,7 +93,11 @@ def test_all_stages_run(
     gpt_oss: Path, write_recipe: WriteRecipe, tmp_path: Path, method: str, experts: str
 ) -> None:
     path = write_recipe(
-        model=str(gpt_oss), method=method, lora={"r": 4, "alpha": 8, "experts": experts}
+        model=str(gpt_oss),
+        method=method,
+        lora={"r": 4, "alpha": 8, "experts": experts},
+        train={"epochs": 1},
+        evaluate={"max_rows": 1},
     )
     run = open_run(path, tmp_path / "run")
     for stage in ("prepare", "plan", "train", "evaluate"):
