@@ -4,22 +4,26 @@
     python dev/target_kernels.py own            # 4-bit weights, chunked loss
     python dev/target_kernels.py layers llama-3.1-8b-lora    # a row a kernel
     python dev/target_kernels.py recipes [RECIPE …]          # a row a recipe; all if none is named
+    python dev/target_kernels.py table                       # these rows, as the page has them
     python dev/target_kernels.py fla
 
 Nothing is run: what a kernel does, and how fast, only the machine can tell. Tables are written as
-Markdown, a row a kernel; `docs/target-kernels.md` holds them.
+Markdown, a row a kernel; `docs/target-kernels.md` holds them. Rows of recipes are written into
+`strixft/catalog/target_kernels.csv`, which plan and doctor read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib.util
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +31,9 @@ from unittest import mock
 
 import torch
 from torch import fx
+
+from strixft.catalog.target_kernels import FILE, RecipeKernels, recipe_kernels
+from strixft.recipe.load import load_recipe
 
 ARCHITECTURE, WAVE = "gfx1151", 32
 LDS_BYTES = 65_536
@@ -285,7 +292,6 @@ def layer_graphs(recipe_name: str) -> Iterator[tuple[str, fx.GraphModule, list[A
     from strixft.model.source import load_config
     from strixft.plan.trace import trace_step
     from strixft.probe.job import Job
-    from strixft.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_name)
     job, length = Job.of(recipe, load_config(recipe), HOSTS["strix-halo-128"]), 2048
@@ -398,17 +404,20 @@ def table(rows: Sequence[Built]) -> str:
 
 
 RECIPE_COLUMNS = (
-    "| layers of | graphs | kernels | compiled | LDS bytes | VGPRs | spilled | scratch bytes | |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    "| layers of | graphs | kernels | compiled | LDS bytes | VGPRs | spilled | scratch bytes | |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
-def recipe_row(name: str, seen: dict[str, list[Built]]) -> str:
-    """Compile the kernels of all of a recipe's graphs, each text once; return a row in Markdown.
+def recipe_kernels_of(name: str, seen: dict[str, list[Built]]) -> RecipeKernels | None:
+    """Compile the kernels of all of a recipe's graphs, each text once.
 
     Args:
         name: The recipe.
         seen: Kernels by their text, of this recipe and of earlier ones.
+
+    Returns:
+        None for a recipe whose layers are not compiled.
     """
     texts: dict[str, str] = {}
     graphs = list(layer_graphs(name))
@@ -424,26 +433,72 @@ def recipe_row(name: str, seen: dict[str, list[Built]]) -> str:
             if plain not in seen:
                 seen[plain] = list(build_text(f"k{number}", text, Path(folder)))
             rows += seen[plain]
+    return _summed(name, len(graphs), len(texts), rows) if graphs else None
+
+
+def _summed(name: str, graphs: int, kernels: int, rows: Sequence[Built]) -> RecipeKernels:
     figures = ("lds_bytes", "vgprs", "spilled", "scratch_bytes")
-    numbers = [f"{max((getattr(row, figure) for row in rows), default=0):,}" for figure in figures]
-    cells = (
-        f"`{name}`",
-        str(len(graphs)),
-        str(len(texts)),
-        str(len(rows)),
-        *numbers,
-        _verdict(rows),
+    bad = [row.problem for row in rows if row.problem]
+    return RecipeKernels(
+        recipe=name,
+        model=load_recipe(name).model,
+        graphs=graphs,
+        kernels=kernels,
+        configurations=len(rows),
+        failing=len(bad),
+        spilling=sum(not row.is_good and not row.problem for row in rows),
+        crowded=sum(row.is_good and row.vgprs > FULL_VGPRS for row in rows),
+        triton=version("triton"),
+        torch=version("torch").partition("+")[0],
+        problem=bad[0] if bad else "",
+        **{figure: max((getattr(row, figure) for row in rows), default=0) for figure in figures},
     )
-    return f"| {' | '.join(cells)} |"
+
+
+def _recipe_verdict(row: RecipeKernels) -> str:
+    told = {
+        f"do not compile: {row.problem}": row.failing,
+        "spill": row.spilling,
+        "leave room for fewer than 16 waves a SIMD": row.crowded,
+    }
+    of_all = f"of {row.configurations}"
+    return "; ".join(f"{n} {of_all} {what}" for what, n in told.items() if n) or "good"
+
+
+def recipe_table() -> str:
+    """Return the rows that ship as a table in Markdown."""
+    lines = [RECIPE_COLUMNS]
+    for row in recipe_kernels().values():
+        numbers = (
+            row.graphs, row.kernels, row.configurations,
+            row.lds_bytes, row.vgprs, row.spilled, row.scratch_bytes,
+        )  # fmt: skip
+        cells = (f"`{row.recipe}`", *(f"{number:,}" for number in numbers), _recipe_verdict(row))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def compile_recipes(names: Sequence[str]) -> None:
+    """Compile recipes and write their rows into the file that ships, after each."""
+    rows, seen = dict(recipe_kernels()), dict[str, list[Built]]()
+    for name in names or sorted(path.stem for path in Path("recipes").glob("*.yaml")):
+        if (row := recipe_kernels_of(name, seen)) is not None:
+            rows[name] = row
+        with FILE.open("w", newline="", encoding="utf-8") as file:
+            names_of_columns = [field.name for field in fields(RecipeKernels)]
+            writer = csv.DictWriter(file, names_of_columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(rows[known]) for known in sorted(rows))
+        print(name, row and _recipe_verdict(row), flush=True)
 
 
 def main(what: str, *names: str) -> None:
     """Print the table of one group of kernels."""
     if what == "recipes":
-        print(*RECIPE_COLUMNS, sep="\n")
-        seen: dict[str, list[Built]] = {}
-        for name in names or sorted(path.stem for path in Path("recipes").glob("*.yaml")):
-            print(recipe_row(name, seen), flush=True)
+        compile_recipes(names)
+        return
+    if what == "table":
+        print(recipe_table())
         return
     if what == "fla":
         print(table(fla_kernels()))

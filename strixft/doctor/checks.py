@@ -16,7 +16,7 @@ from strixft.recipe.load import load_recipe
 
 CHECKS: tuple[Check, ...] = (
     *(system.platform, system.distribution, system.kernel, system.firmware),
-    *(devices.gpu, devices.driver, devices.access, devices.several_gpus),
+    *(devices.gpu, devices.driver, devices.access, devices.several_gpus, devices.kernels),
     *(packages.variables, packages.build, packages.rocm, packages.bitsandbytes),
     *(memory.carve_out, memory.parameters, memory.gtt, memory.use),
     *(system.swap, system.reclaim, system.out_of_memory, system.sleep, system.disk),

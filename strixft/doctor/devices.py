@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from strixft.catalog.hosts import AMD_VENDOR
+from strixft.catalog.target_kernels import recipe_kernels
 from strixft.doctor.finding import Finding, Fix, check
 from strixft.doctor.host import NVIDIA_VENDOR, HostView, fix_kernel_arguments
 
@@ -71,6 +72,23 @@ def several_gpus(view: HostView) -> Finding | None:
     commands = (f"export HIP_VISIBLE_DEVICES={index}",)
     fix = Fix("choose the GPU that trains, in ~/.profile", commands, "open a new terminal")
     return Finding("ok" if chosen else "warn", saw, fix)
+
+
+@check("kernels", source="docs/target-kernels.md (compiled for gfx1151, not run)", strix_halo=True)
+def kernels(view: HostView) -> Finding:
+    """Name the recipes whose layers do not all compile for gfx1151."""
+    rows = recipe_kernels().values()
+    failing = [row.recipe for row in rows if row.failing]
+    saw = f"layers of {len(rows)} recipes were compiled for gfx1151 beforehand"
+    if not failing:
+        why = "a kernel that the compiler refuses would stop the first update"
+        return Finding("ok", f"{saw}: no kernel fails", why=why)
+    return Finding(
+        "warn",
+        f"{saw}: kernels of {', '.join(failing)} fail",
+        Fix("leave train.compile at auto: plans of these do not compile their layers"),
+        "their training is slower than it could be",
+    )
 
 
 @check("driver", outside=("wsl",))

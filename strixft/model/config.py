@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -176,16 +177,26 @@ def _check_type(raw: Raw, place: str) -> None:
     raise RecipeError(f"{place}: {problem}", fix=fix)
 
 
+_OF_STORAGE = re.compile(
+    r"[-_.](?:awq|gptq|fp8|nvfp4|mxfp4|int[48]|w\d+a\d+|(?:unsloth-)?bnb|[48]bit)\b.*",
+    re.IGNORECASE,
+)
+"""The part of a model's name on the hub that says how its weights are stored."""
+
+
 def _refuse_stored(raw: Raw, place: str) -> None:
     """Refuse weights in a storage that no gradient goes through, such as FP8 or GPTQ."""
     stored = raw.get("quantization_config")
     kind = stored.get("quant_method") if isinstance(stored, Mapping) else None
     is_known = kind in STORED_AS and (kind != "mxfp4" or raw.get("model_type") == "gpt_oss")
     if kind is not None and not is_known:
+        name = place.rpartition("/")[2]
+        plain = _OF_STORAGE.sub("", name)
+        named = f" ({plain}, going by the name)" if plain != name else ""
         raise RecipeError(
             f"{place}: the weights are stored as {kind}, which strixft cannot train",
-            fix="model: the version of it with 16-bit weights; on the hub it is often the one that"
-            " was quantised, or its name ends in -BF16",
+            fix=f"model: the version of it with 16-bit weights{named}; on the hub it is often the"
+            " one that was quantised, or its name ends in -BF16",
         )
 
 
@@ -197,6 +208,7 @@ def check_raw(raw: Any, place: str) -> None:
     """
     if not isinstance(raw, Mapping):
         raise RecipeError(f"{place} has no settings", fix=f"write {place} again")
+    _refuse_stored(raw, place)
     if "auto_map" in raw:
         return  # its own code says what it is
     _check_type(raw, place)
@@ -205,7 +217,6 @@ def check_raw(raw: Any, place: str) -> None:
             f"{place} describes no model: {'; '.join(faults)}",
             fix=f"correct {place}, or download the model again",
         )
-    _refuse_stored(raw, place)
 
 
 def is_in_mxfp4(config: Any) -> bool:

@@ -42,11 +42,11 @@ def quantization_of(method: Method, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_8bit=True) if method.base == "int8" else None
 
 
-def _use_stored(config: Any, method: Method, dtype: torch.dtype) -> None:
-    """Make a quantised checkpoint compute in the type of the run.
+def require_stored(config: Any, method: Method) -> None:
+    """Refuse a method that stores its base otherwise than the checkpoint.
 
     Raises:
-        RecipeError: The method stores its base otherwise than the checkpoint.
+        RecipeError: With the method that fits.
     """
     found = getattr(config, "quantization_config", None)
     if found is None or (is_in_mxfp4(config) and method.base != "int8"):
@@ -65,9 +65,15 @@ def _use_stored(config: Any, method: Method, dtype: torch.dtype) -> None:
             fix=f"method: {fitting[0]}" if fitting else "model: the version that is not quantised",
             settings={"method": fitting[0]} if fitting else None,
         )
-    config.quantization_config = found | {
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")
-    }
+
+
+def _compute_in(config: Any, dtype: torch.dtype) -> None:
+    """Make a checkpoint in 4 or 8 bits compute in the type of the run."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None and not is_in_mxfp4(config):
+        config.quantization_config = found | {
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")
+        }
 
 
 def fetch_base(recipe: Recipe) -> Path | None:
@@ -96,7 +102,8 @@ def load_base(recipe: Recipe, device: str, dtype: torch.dtype) -> nn.Module:
         StageError: A file of the weights is damaged.
     """
     method, folder, config = METHODS[recipe.method], fetch_base(recipe), load_config(recipe)
-    _use_stored(config, method, dtype)
+    require_stored(config, method)
+    _compute_in(config, dtype)
     with model_errors_explained(recipe.model):
         model: nn.Module = Loading(
             source=model_source(recipe.model),

@@ -77,6 +77,9 @@ def model_errors_explained(name: str) -> Iterator[None]:
         elif "trust_remote_code" in str(error):
             problem = f"model {name!r} runs Python code of its own when it is loaded"
             fix = "read its *.py files; then, if you trust them: trust_remote_code: true"
+        elif "gguf" in name.lower():
+            problem = f"model {name!r} cannot be loaded: a model in GGUF is run, not trained"
+            fix = "model: the version of it with 16-bit weights in *.safetensors"
         else:
             problem = f"model {name!r} cannot be loaded: {first_lines(error)}"
             fix = (

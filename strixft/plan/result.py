@@ -14,11 +14,12 @@ import torch
 
 from strixft.catalog.hosts import THIS_MACHINE, Budget, Host, Sourced
 from strixft.catalog.methods import METHODS
+from strixft.catalog.target_kernels import failing_kernels
 from strixft.catalog.trackers import require_trackers
 from strixft.guard.host import budget_for, find_host
 from strixft.model.architecture import architecture_of
 from strixft.model.config import first_lines, warnings_of
-from strixft.model.load import shape_base
+from strixft.model.load import require_stored, shape_base
 from strixft.model.source import load_config
 from strixft.model.targets import adapted_layers, find_targets
 from strixft.plan import show
@@ -206,6 +207,7 @@ def checked_job(recipe: Recipe, name: str, *, measured: bool = False) -> Job:
     _require_master_weights(recipe, host)
     first_weights(recipe)
     config = load_config(recipe)
+    require_stored(config, METHODS[recipe.method])
     _require_positions(recipe, config)
     if METHODS[recipe.method].adapter != "none":
         adapted_layers(recipe.lora, len(architecture_of(config).kinds))
@@ -326,6 +328,12 @@ def _warnings(
     """Yield what a user should know before training."""
     if reason := job.unpacked_because:
         yield f"rows are not packed, though dataset.packing is true: {reason}"
+    if failing := failing_kernels(job.recipe.model, job.host.architecture):
+        yield (
+            f"{failing.failing} of {failing.configurations} kernels of this model's layers do not"
+            f" compile for {job.host.architecture}, so train.compile: auto leaves layers as they"
+            f" are: {failing.problem}"
+        )
     for package, problem in job.proof.bad_kernels.items():
         yield f"kernels of {package} are not used, the plain path is: {problem}"
     if job.method.adapter != "none":

@@ -12,6 +12,7 @@ import torch
 from strixft.attention.backends import CARRIES_ON, Heads, known_backends
 from strixft.catalog.hosts import Host
 from strixft.catalog.methods import METHODS, Method
+from strixft.catalog.target_kernels import failing_kernels
 from strixft.model.architecture import Architecture, architecture_of
 from strixft.model.load import native_dtype
 from strixft.model.targets import adapted_layers
@@ -175,8 +176,12 @@ def _choose_options(
             fix="--set train.attention=auto",
             settings={"train.attention": "auto"},
         )
-    on_gpu, one_length = host.device == "cuda", found[0].packed  # other lengths compile anew
-    compiled = on_gpu and one_length if train.compile == "auto" else train.compile == "layers"
+    can_compile = (
+        host.device == "cuda"
+        and found[0].packed  # other lengths compile anew
+        and failing_kernels(recipe.model, host.architecture) is None
+    )
+    compiled = can_compile if train.compile == "auto" else train.compile == "layers"
     return StepOptions(
         attention=found[0].name,
         compiled=compiled,

@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent / "reference"))
 from tiny_models import (
     DELTA,
     FULL,
+    GEMMA4,
     GROUPED,
     LINEAR,
     LOCAL,
@@ -138,6 +139,10 @@ MORE: dict[str, dict[str, Any]] = {
     "bamba": _text(
         "bamba", attn_layer_indices=[2], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
         mamba_chunk_size=8, mamba_n_groups=1,
+    ),
+    "gemma4_text, experts": _text(
+        "gemma4_text", **GEMMA4, **SLIDING, enable_moe_block=True, num_experts=4,
+        top_k_experts=2, moe_intermediate_size=16,
     ),
     "gpt_oss": _text("gpt_oss", head_dim=8, **SLIDING, **LOCAL),
     "kimi_linear": _text(

@@ -17,7 +17,7 @@ INTRODUCTION = """# Model types
 What a model is like is found out from the model ([plan.md](plan.md)), not read from a list of
 families. This table is the proof: a tiny random model of each type, a wrapper with its tower as the
 hub ships it, through prepare, plan, train, evaluate and export on a CPU, uncompiled. **Nothing here
-ran on a gfx1151.**
+ran on a gfx1151.** What the names of much downloaded models lead to is in [hub-models.md](hub-models.md).
 
     make sweep
 
