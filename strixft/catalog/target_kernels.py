@@ -1,4 +1,4 @@
-"""What the compiler for gfx1151 makes of the kernels of each recipe's layers.
+"""Kernels of each recipe's layers, as the compiler for gfx1151 makes them.
 
 `dev/target_kernels.py recipes` writes the file, on any machine; nothing was run on a gfx1151.
 """
@@ -9,6 +9,7 @@ import csv
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from strixft.catalog.hosts import STRIX_HALO
 
@@ -46,8 +47,9 @@ def recipe_kernels() -> dict[str, RecipeKernels]:
     """Return the rows by name of the recipe."""
     numbers = [field.name for field in fields(RecipeKernels) if field.type == "int"]
     with FILE.open(newline="", encoding="utf-8") as file:
-        rows = [row | {name: int(row[name]) for name in numbers} for row in csv.DictReader(file)]
-    return {row["recipe"]: RecipeKernels(**row) for row in rows}
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    counted = ({name: int(row[name]) for name in numbers} for row in rows)
+    return {row["recipe"]: RecipeKernels(**row | n) for row, n in zip(rows, counted, strict=True)}
 
 
 def failing_kernels(model: str, architecture: str) -> RecipeKernels | None:

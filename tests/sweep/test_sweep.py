@@ -20,7 +20,7 @@ def test_a_type_goes_through_every_stage(name: str, tmp_path: Path) -> None:
 
 
 def test_a_refusal_is_one_sentence(tmp_path: Path) -> None:
-    found = sweep("gpt_oss", SWEPT["gpt_oss"], tmp_path)
+    found = sweep("deepseek_v32", SWEPT["deepseek_v32"], tmp_path)
     assert verdict(found) is None
     assert found.stage == "plan"
 
