@@ -253,6 +253,22 @@ def test_a_file_that_holds_no_data_is_a_card(form: Form, workspace: Path) -> Non
     assert form.start.disabled
 
 
+def test_what_an_error_proposes_is_set_by_a_button(form: Form, workspace: Path) -> None:
+    wait_for(lambda: form.data.report.value)
+    assert form.data.mend.layout.display == "none"
+    path = write_lines(workspace / "faulty.jsonl", chats(40))
+    path.write_text(path.read_text() + '{"messages": []}\n')
+    form.data.kind.value = PICK
+    form.data.files.value = str(path)
+    wait_for(lambda: form.data.problem.value)
+    assert form.data.mend.layout.display == ""
+    assert form.data.mend.description == "Set dataset.max_bad_fraction = 0.03 and read them again"
+    form.data.mend.click()
+    wait_for(lambda: "rows to train" in form.data.report.value)
+    assert form.data.mend.layout.display == "none"
+    assert form.choices.overrides["dataset.max_bad_fraction"] == 0.03
+
+
 def _file(name: str) -> dict[str, Any]:
     from datetime import UTC, datetime
 

@@ -91,6 +91,18 @@ def cell_fix(fix: str) -> str:
         return fix
 
 
+def settings_in(fix: str) -> dict[str, Any]:
+    """Return the settings that a fix proposes first, by dotted key.
+
+    >>> settings_in("correct these rows, or leave them out: --set dataset.max_bad_fraction=0.05")
+    {'dataset.max_bad_fraction': 0.05}
+    """
+    try:
+        return next((_options(shlex.split(one[0]))[2] for one in _OPTIONS.finditer(fix)), {})
+    except (ValueError, StrixftError, IndexError):  # not an option after all
+        return {}
+
+
 def card(error: StrixftError, details: str = "") -> str:
     """Build the card of an error.
 

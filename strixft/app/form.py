@@ -75,7 +75,7 @@ class Form:
         self.runs.style.description_width, self.runs.layout.width = "2.5rem", "22rem"
         self.new = ipywidgets.Button(description="New run", icon="plus")
         self.models = ModelSection(self._choose_model)
-        self.data = DataSection(self._choose_data)
+        self.data = DataSection(self._choose_data, self._mend_data)
         self.settings = SettingsPanel(self._use, self._planned)
         self.name = ipywidgets.Text(description="Name", continuous_update=True)
         self.name.style.description_width = "3rem"
@@ -199,6 +199,10 @@ class Form:
         self.choices.overrides.pop("dataset.source", None)
         if source is not None:
             self.choices.overrides["dataset.source"] = source
+        self._guarded(self._take_choices)
+
+    def _mend_data(self, settings: dict[str, Any]) -> None:
+        self.choices.overrides |= settings
         self._guarded(self._take_choices)
 
     def _use(self, overrides: dict[str, Any]) -> None:

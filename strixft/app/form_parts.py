@@ -12,7 +12,7 @@ from typing import Any
 
 import ipywidgets
 
-from strixft.app.cards import shown_error
+from strixft.app.cards import settings_in, shown_error
 from strixft.app.choices import ANY_MODEL, DATA, Offer, is_on_disk, keep_upload, offers
 from strixft.formats.sources import FILE_KINDS, HUB, data_files
 from strixft.recipe.find import workspace
@@ -26,6 +26,10 @@ UPLOAD, PICK, ON_HUB, OWN = (
     "Hugging Face dataset",
     "The recipe's own",
 )
+
+
+Settings = dict[str, Any]
+"""By dotted key."""
 
 
 def heading(number: int, title: str, text: str) -> ipywidgets.HTML:
@@ -179,10 +183,13 @@ class DataSection:
 
     Args:
         chosen: Called with the source; None is the recipe's own.
+        mended: Called with the settings that an error proposes, when they are wanted.
     """
 
-    def __init__(self, chosen: Callable[[str | None], None]) -> None:
-        self._chosen, self._quiet = chosen, False
+    def __init__(
+        self, chosen: Callable[[str | None], None], mended: Callable[[Settings], None]
+    ) -> None:
+        self._chosen, self._mended, self._quiet = chosen, mended, False
         self.kind = ipywidgets.ToggleButtons(options=[UPLOAD, PICK, ON_HUB])
         self.kind.add_class("sx-tabs")
         endings = ",".join([*FILE_KINDS, ".gz", ".zst"])
@@ -193,6 +200,10 @@ class DataSection:
         self.take = ipywidgets.Button(description="Use it")
         self.hint, self.report = ipywidgets.HTML(), ipywidgets.HTML()
         self.problem = ipywidgets.HTML()
+        self.mend = ipywidgets.Button(icon="check")
+        self.mend.layout.width = "auto"
+        self._settings: Settings = {}
+        self.show_problem(None)
         self.place = row()
         self.kind.observe(lambda _: self._show_kind(), "value")
         self.upload.observe(self._uploaded, "value")
@@ -200,6 +211,7 @@ class DataSection:
         self.files.observe(self._picked, "value")
         self.again.on_click(lambda _: self._list())
         self.take.on_click(lambda _: self._named())
+        self.mend.on_click(lambda _: self._mended(self._settings))
         self._show_kind()
         self.box = section(
             heading(2, "Data", "chats as JSON lines, JSON, CSV, Parquet or text"),
@@ -207,6 +219,7 @@ class DataSection:
             self.place,
             self.hint,
             self.problem,
+            self.mend,
             self.report,
         )
 
@@ -220,8 +233,12 @@ class DataSection:
         self._quiet = False
 
     def show_problem(self, error: Exception | None) -> None:
-        """Show an error of the data as a card, or none."""
+        """Show an error of the data as a card, or none; a button sets what it proposes."""
         self.problem.value = shown_error(error) if error else ""
+        self._settings = settings_in(error.fix) if isinstance(error, StrixftError) else {}
+        said = ", ".join(f"{key} = {value}" for key, value in self._settings.items())
+        self.mend.description = f"Set {said} and read them again"
+        self.mend.layout.display = "" if said else "none"
 
     def working(self, text: str) -> None:
         """Show that the data are being read."""
@@ -257,7 +274,7 @@ class DataSection:
         self.place.children = children
         self.place.layout.display = "" if children else "none"
         self.hint.value = note(text)
-        self.problem.value = ""
+        self.show_problem(None)
         with contextlib.suppress(OSError):  # told when something is to be written there
             (folder / DATA).mkdir(exist_ok=True)
         if kind == PICK:
