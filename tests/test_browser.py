@@ -104,7 +104,7 @@ def page(lab: Lab) -> Iterator[Any]:
         elsewhere, errors = [], []
         page.on("request", lambda one: elsewhere.append(one.url) if is_outside(one.url) else None)
         page.on("console", lambda one: errors.append(one.text) if one.type == "error" else None)
-        _open(page, lab.address)
+        _open(page, f"{lab.address}&reset")  # not the tabs of another test
         yield page
         _take_picture(page, "last")
         browser.close()

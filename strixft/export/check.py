@@ -98,8 +98,9 @@ class Float32(TorchFunctionMode):
 def in_float32(model: nn.Module) -> Float32:
     """Return a context in which a model computes in float32.
 
-    From now on its 4-bit layers multiply in float32.
+    From now on its 4-bit layers multiply in float32, and its experts in the type of their rows.
     """
+    call_routed(base_of(model))
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.compute_dtype = torch.float32
