@@ -241,6 +241,8 @@ def shrunk(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("model_type") == "gemma3_text":  # what the file leaves out is large otherwise
         small |= {name: SMALL[name] for name in ("vocab_size", "num_attention_heads", "head_dim")}
         small |= {"num_key_value_heads": 2, "query_pre_attn_scalar": 8}
+    if "kv_lora_rank" in raw:  # MLA has keys for each head of queries
+        small["num_key_value_heads"] = small["num_attention_heads"]
     if raw.get("model_type") == "siglip_vision_model":
         small |= TOWER
     return small
