@@ -96,9 +96,12 @@ def settings_in(fix: str) -> dict[str, Any]:
 
     >>> settings_in("correct these rows, or leave them out: --set dataset.max_bad_fraction=0.05")
     {'dataset.max_bad_fraction': 0.05}
+    >>> settings_in("--set dataset.columns.prompt=…   names the column")
+    {}
     """
     try:
-        return next((_options(shlex.split(one[0]))[2] for one in _OPTIONS.finditer(fix)), {})
+        found = next((one[0] for one in _OPTIONS.finditer(fix)), "")
+        return {} if "…" in found else _options(shlex.split(found))[2]  # … is to be filled in
     except (ValueError, StrixftError, IndexError):  # not an option after all
         return {}
 
