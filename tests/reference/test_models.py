@@ -116,7 +116,7 @@ def test_first_loss_and_gradients_are_those_of_transformers_and_peft(
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
-                weight.normal_(0, 0.2)
+                weight.normal_(0, 0.1)  # at 0.2 float32 alone is up to 1 % off in a qwen3_next
     model.save_pretrained(adapter)
     batch = a_batch(options.backend.packed)
     check_planned_weights(recipe, model, batch)
@@ -130,8 +130,7 @@ def test_first_loss_and_gradients_are_those_of_transformers_and_peft(
     assert len(found) >= 6
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for key, gradient in expected.items():
-        # sums of experts are added in another order, and a gated norm divides by a small one
-        assert (found[key] - gradient).abs().max() <= 3e-4 * largest, key
+        assert (found[key] - gradient).abs().max() <= 1e-4 * largest, key
     check_what_is_adapted(model)
     check_training_is_proven(step, batch)
 
