@@ -125,6 +125,18 @@ def test_the_plan_knows_its_size(gpt_oss: Path, write_recipe: WriteRecipe) -> No
     assert abs(sizes["lora"] - sizes["qlora"] - saved) < 4 * 512  # the allocator rounds up
 
 
+def test_no_method_that_would_be_refused_is_advised(
+    gpt_oss: Path, write_recipe: WriteRecipe
+) -> None:
+    tight = {"host": "strix-halo-64", "reserve_gib": 61.9}
+    train = {"micro_batch": 1024}
+    recipe = write_recipe(model=str(gpt_oss), method="lora", memory=tight, train=train)
+    figures = plan_figures(load_recipe(recipe))
+    settings = [row["settings"].get("method") for row in figures["advice"]]
+    assert "qlora" in settings
+    assert "int8-lora" not in settings
+
+
 def test_no_other_storage_is_made_of_it(gpt_oss: Path, write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe(model=str(gpt_oss), method="int8-lora"))
     with pytest.raises(RecipeError, match="the weights are stored as mxfp4") as caught:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from strixft.catalog.hosts import Budget
 from strixft.catalog.methods import METHODS
+from strixft.model.config import is_in_mxfp4
 from strixft.plan.choose import Choice, DataShape, Planner
 from strixft.plan.dry_run import DryRun
 from strixft.plan.phase_peaks import outside_layers_bytes
@@ -39,7 +40,7 @@ def _with(recipe: Recipe, section: str, **settings: Any) -> Recipe:
     return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=settings)})
 
 
-def _changes(recipe: Recipe) -> Iterator[tuple[str, Any, Recipe]]:
+def _changes(recipe: Recipe, config: Any) -> Iterator[tuple[str, Any, Recipe]]:
     """Yield keys and values, each with the recipe that they and `SMALLEST` give."""
     smallest = _with(recipe, "train", micro_batch=1, recompute="all")
     yield "train.micro_batch", 1, smallest
@@ -48,6 +49,8 @@ def _changes(recipe: Recipe) -> Iterator[tuple[str, Any, Recipe]]:
     yield "dataset.max_length", length, shorter
     method = METHODS[recipe.method]
     lighter = {"native": ("qlora", "int8-lora"), "int8": ("qlora",), "nf4": ()}[method.base]
+    if is_in_mxfp4(config):
+        lighter = tuple(name for name in lighter if METHODS[name].base == "nf4")
     for name in (*(("lora",) if method.adapter == "none" else ()), *lighter):
         changed = smallest.model_copy(update={"method": name})
         yield "method", name, changed
@@ -69,7 +72,7 @@ def cause(parts: Mapping[str, int], budget_bytes: int) -> str:
 def advise(job: Job, budget_bytes: int, data: DataShape) -> list[Advice]:
     """Return changes that help, those that fit first, the fastest of them first."""
     found = []
-    for key, value, changed in _changes(job.recipe):
+    for key, value, changed in _changes(job.recipe, job.config):
         length = min(data.max_length, changed.dataset.max_length)
         shape = DataShape(length, longest=min(data.longest, length))
         planner = Planner(job.with_recipe(changed), shape)

@@ -232,6 +232,16 @@ class Planner:
         named = {"none": 0, "all": most}
         return [min(named.get(str(asked), asked if isinstance(asked, int) else 0), most)]
 
+    def _layers_of(self, rows: int) -> list[int]:
+        """Return the recomputed layers to choose from with so many rows, fewest first.
+
+        None or all, where each number would be a trace of the whole model: layers share keys.
+        """
+        layers = self.layers()
+        middle = layers[len(layers) // 2]
+        quick = self.traces.stands(self.step(rows, middle))
+        return layers if quick else sorted({layers[0], layers[-1]})
+
     def step_of(self, data: DataShape, rows: int, layers: int) -> Step:
         """Return the step of so many rows over some data."""
         return Step(data.largest(self.recipe, rows), layers, self.data.steps(self.recipe, rows))
@@ -264,7 +274,7 @@ class Planner:
         def can_fit(layers: int) -> bool:
             return self.candidate(rows, layers).need_bytes <= limit.num_bytes
 
-        few, *more = self.layers()
+        few, *more = self._layers_of(rows)
         if can_fit(few) or not more:
             return self.candidate(rows, few)
         found = bisect_left(more, True, key=can_fit)  # layers that are all recomputed are the last
@@ -278,7 +288,8 @@ class Planner:
 
         if time(fewest.recomputed_layers) > seconds:
             return None
-        layers = self.layers()[self.layers().index(fewest.recomputed_layers) :]
+        layers = self._layers_of(fewest.rows)
+        layers = layers[layers.index(fewest.recomputed_layers) :]
         return self.candidate(fewest.rows, layers[bisect_right(layers, seconds, key=time) - 1])
 
     def _smallest_as_fast(

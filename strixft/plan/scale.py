@@ -296,6 +296,10 @@ class Traces:
         """Return whether the like of a step was traced, so that an answer takes milliseconds."""
         return self._key(step) in self._scaled
 
+    def stands(self, step: Step) -> bool:
+        """Return whether few traced layers stand for all, so that an answer is quick."""
+        return self._find(step) is not None
+
     def _find(self, step: Step) -> tuple[Schedule, Ints, Seconds | None] | None:
         """Return a step's events, with the sizes and times of its micro-batch."""
         kinds = layer_kinds(self._job, step.recomputed_layers)
@@ -323,7 +327,7 @@ class Traces:
         found = self._find(step)
         if found is None:
             run = self.fresh(step)
-            return Estimate(run.peak_bytes, run.seconds_per_update)
+            return Estimate(run.peak_bytes - run.unsplit_bytes, run.seconds_per_update)
         schedule, sizes, seconds = found
         asked = int(schedule.live_bytes(sizes).max()) + int(self._job.host.workspace_bytes.value)
         return Estimate(asked, schedule.seconds_per_update(sizes, seconds, step.steps))
