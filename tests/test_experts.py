@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,13 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, get_peft_model
+from sweep.inputs import write_folder, write_recipe
 from sweep.models import SWEPT
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+import strixft
 from strixft.catalog.methods import METHODS
 from strixft.evaluate.experts import compare_experts, says
 from strixft.evaluate.losses import row_losses
@@ -41,6 +45,7 @@ from strixft.model.packed_experts import (
 from strixft.plan.cost import operator_cost
 from strixft.probe import experts as trial
 from strixft.recipe.schema import Lora
+from strixft.run.open import open_run
 from strixft.support.errors import RecipeError
 from strixft.train.coverage import describe
 
@@ -308,6 +313,18 @@ def test_mxfp4_is_written_out_as_transformers_does() -> None:
         rows, ends = torch.randn(7, 128, dtype=dtype), torch.tensor([2, 2, 7], dtype=torch.int32)
         found = part.product(rows, ends, transposed=False)
         torch.testing.assert_close(found, grouped_product(rows, due, ends))
+
+
+def test_a_4_bit_run_is_merged_as_it_was_trained(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", "qwen3_moe", SWEPT["qwen3_moe"])
+    path = write_recipe(tmp_path, tmp_path / "model")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"method": "qlora"}))
+    run = open_run(path, tmp_path / "run")
+    for stage in ("prepare", "plan", "train", "evaluate"):
+        getattr(strixft, f"{stage}_recipe")(run)
+    check = strixft.export_recipe(run, ("merged",)).figures["made"]["merged"]["check"]
+    assert check["max_difference"] < 1e-5
+    assert check["learned_kl"] > 0.01
 
 
 # Tokens of each expert.

@@ -236,6 +236,15 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def matrices_of(model: nn.Module) -> dict[str, Any]:
+    """Return the matrices of a model's fused experts, (E, …), by the names of their parameters."""
+    return {
+        f"{path}.{name}": getattr(experts, name)
+        for path, experts in fused_experts(model).items()
+        for name in parameters_of(experts)
+    }
+
+
 def sides_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
     """Return channels in and out, C and D, of the different matrices of a model's experts."""
     found = set()

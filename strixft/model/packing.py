@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strixft.model.experts import fused_experts, parameters_of
+from strixft.model.experts import matrices_of
 from strixft.model.groups import Group, groups_of
 from strixft.model.packed_experts import (
     Kind,
@@ -80,14 +80,6 @@ class _Made:
         return self.make()
 
 
-def _weights_of_experts(model: Any) -> dict[str, Tensor]:
-    return {
-        f"{path}.{name}": getattr(experts, name)
-        for path, experts in fused_experts(model).items()
-        for name in parameters_of(experts)
-    }
-
-
 def pack_while_read(tensors: Mapping[str, StreamedTensor], model: Any) -> dict[str, Any]:
     """Return the tensors of files with those of experts replaced by packed ones.
 
@@ -95,7 +87,7 @@ def pack_while_read(tensors: Mapping[str, StreamedTensor], model: Any) -> dict[s
         tensors: By their names in the files.
         model: The model on `meta`, its experts not packed.
     """
-    weights = _weights_of_experts(model)
+    weights = matrices_of(model)
     found: dict[str, Any] = dict(tensors)
     for group in groups_of(model, tensors) if weights else ():
         whole = weights.get(group.target)
@@ -124,7 +116,7 @@ def mxfp4_as_stored(
         unpack: Experts are parameters.
     """
     found: dict[str, Any] = dict(tensors)
-    for target, whole in _weights_of_experts(model).items():
+    for target, whole in matrices_of(model).items():
         parts = {"codes": f"{target}_blocks", "scales": f"{target}_scales"}
         if not all(name in found for name in parts.values()):
             continue  # transformers says what is missing

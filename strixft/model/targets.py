@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from strixft.model.architecture import text_decoder, text_layers, tower_of
-from strixft.model.experts import fused_experts, parameters_of
+from strixft.model.experts import matrices_of
 from strixft.recipe.schema import Lora
 from strixft.support.errors import RecipeError
 from strixft.support.private_hf import renamed_by_peft
@@ -92,13 +92,7 @@ def _expert_parameters(base: Any, lora: Lora) -> list[str]:
             fix="leave lora.experts out",
             settings={"lora.experts": "shared"},
         )
-    found = (
-        f"{path}.{name}"
-        for layer in text_layers(base)
-        for path, experts in fused_experts(layer).items()
-        for name in parameters_of(experts)
-    )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(name for layer in text_layers(base) for name in matrices_of(layer)))
 
 
 def _routes(base: Any) -> bool:

@@ -143,7 +143,7 @@ class Lora(Section):
     """Modules that get an adapter; all linear layers learn best (arXiv:2305.14314)."""
     experts: Literal["none", "shared", "all"] = "shared"
     """Experts of a mixture that `all-linear` adapts: none; those that every token passes; or those
-    that the router chooses, too, each with an adapter of its own: 10 to 20 times the weights."""
+    that the router chooses, too, each with an adapter of its own: 20 to 50 times the weights."""
     layers: Annotated[
         Literal["all"] | list[Annotated[int, Field(ge=0)]],
         BeforeValidator(_layer_numbers),
